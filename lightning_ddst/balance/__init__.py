@@ -1,0 +1,17 @@
+"""The balance ratio: its measurement without side effects, its window, and the density controller."""
+
+from lightning_ddst.balance.controller import Decision, DensityController
+from lightning_ddst.balance.probe import BalanceProbe
+from lightning_ddst.balance.training import Exploration, Plan, SparseTraining
+from lightning_ddst.balance.window import Balance, BalanceWindow
+
+__all__ = [
+    "Balance",
+    "BalanceProbe",
+    "BalanceWindow",
+    "Decision",
+    "DensityController",
+    "Exploration",
+    "Plan",
+    "SparseTraining",
+]

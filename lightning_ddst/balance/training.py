@@ -1,0 +1,246 @@
+"""Double dynamic sparse training: what happens at every generator update, without Lightning."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+
+from lightning_ddst.balance.controller import Decision, DensityController
+from lightning_ddst.balance.probe import BalanceProbe
+from lightning_ddst.balance.window import BalanceWindow, Estimator
+from lightning_ddst.sparsity import Enforcement, SparseNetwork, TrainingFlops, exploration_rate, updating
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When things happen, in generator updates; None is never, or not known yet.
+
+    Attributes:
+        interval: Between decisions on the discriminator's density.
+        explore_interval: Between explorations of the generator.
+        probe_interval: Between measurements of the balance ratio.
+        updates: The run's length, over which exploration is annealed.
+    """
+
+    interval: int | None = None
+    explore_interval: int | None = None
+    probe_interval: int | None = None
+    updates: int | None = None
+
+    @property
+    def window(self) -> int:
+        """Measurements between two decisions; a few while that is not known."""
+        return max(1, (self.interval or 10) // (self.probe_interval or 1))
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """The share of active weights that an exploration replaces.
+
+    Attributes:
+        rate: At the start, in [0, 1].
+        schedule: How it falls, a key of `lightning_ddst.sparsity.SCHEDULES`.
+    """
+
+    rate: float = 0.5
+    schedule: str = "cosine"
+
+    def at(self, update: int, length: int | None) -> float:
+        """The share at a generator update of a run of that length; constant where it is unknown."""
+        return exploration_rate(self.rate, self.schedule, update / length if length else 0.0)
+
+
+class SparseTraining:
+    """Masks two networks while they are trained, and changes the masks as the method says.
+
+    In the paper's words: the generator explores (SDST), and the discriminator's density follows
+    the balance ratio (DDA); DDST is both. Call `before_update` and `after_update` around every
+    update of the generator, and `detach` at the end.
+
+    Args:
+        generator: The sparse generator.
+        discriminator: The sparse discriminator.
+        optimizers: The optimizers of both.
+        explores: Whether the generator explores.
+        controller: Decides on the discriminator's density; None leaves it.
+        probe: Measures the balance ratio; None where it is not measured.
+        exploration: How much is explored.
+        estimator: Of the balance ratio over a window.
+        plan: When things happen; may be replaced by `schedule` once the run's length is known.
+
+    Attributes:
+        updates: Generator updates so far.
+        target: The discriminator's density aimed at.
+        decisions: Every decision with the generator update it was made at.
+        measurements: How often the balance ratio was measured.
+        flops: Operations of training both networks.
+        generator_optimizers: The optimizers whose steps are generator updates.
+
+    Raises:
+        ValueError: If a maskable weight is in none of the optimizers.
+    """
+
+    def __init__(
+        self,
+        generator: SparseNetwork,
+        discriminator: SparseNetwork,
+        optimizers: Iterable[Optimizer],
+        *,
+        explores: bool,
+        controller: DensityController | None,
+        probe: BalanceProbe | None,
+        exploration: Exploration,
+        estimator: Estimator,
+        plan: Plan,
+    ) -> None:
+        self.generator = generator
+        self.discriminator = discriminator
+        self.updates = 0
+        self.target = discriminator.density
+        self.decisions: list[tuple[int, Decision]] = []
+        self.measurements = 0
+        self.flops = TrainingFlops([generator, discriminator])
+        self.window = BalanceWindow(plan.window, estimator)
+        self.plan = plan
+        self._explores = explores and generator.density < 1
+        self._controller = controller
+        self._exploration = exploration
+        self._probe = probe
+        self._explore_due = self._decision_due = False
+        optimizers = list(optimizers)
+        self.generator_optimizers = updating(generator, optimizers)
+        updating(discriminator, optimizers)
+        self._holds = {
+            network: Enforcement(network, optimizers)
+            for network in (generator, discriminator)
+            if network.density < 1 or (network is discriminator and controller is not None)
+        }
+        self._expect_next()
+
+    def schedule(self, plan: Plan) -> None:
+        """Takes over a plan in which more is known."""
+        self.plan = plan
+        self.window.resize(plan.window)
+        self._expect_next()
+
+    def detach(self) -> None:
+        """Takes every hook off the networks and optimizers."""
+        self.flops.stop()
+        for hold in self._holds.values():
+            hold.remove()
+        if self._probe is not None:
+            self._probe.remove()
+
+    # ---- around a generator update -----------------------------------------------------------------
+
+    def before_update(self, batch: Any, *, again: bool = True) -> None:
+        """Scores the real images and the old generator, if this update is measured.
+
+        Args:
+            batch: The training step's batch.
+            again: Whether to score anew what was scored for an update that then did not happen.
+        """
+        if self._probe is not None and self._probe.watching and (again or not self._probe.measuring):
+            with self.flops.probing():
+                self._probe.before_update(batch)
+
+    def after_update(self) -> None:
+        """Goes on from a generator update: measures, decides, changes masks."""
+        self.updates += 1
+        probed = self._measure()
+        needed = [self._needs_gradients(network) for network in (self.generator, self.discriminator)]
+        self.flops.updated(probed=probed, dense_gradients=needed)
+        self._decision_due |= self._controller is not None and self._is_due(self.plan.interval)
+        self._explore_due |= self._explores and self._is_due(self.plan.explore_interval)
+        if self._decision_due:
+            self._decide()
+        if self._explore_due:
+            self._explore_generator()
+        self._expect_next()
+
+    def _measure(self) -> bool:
+        if self._probe is None or not self._probe.watching:
+            return False
+        with self.flops.probing():
+            self.window.add(self._probe.after_update())
+        self.measurements += 1
+        return True
+
+    def _decide(self) -> None:
+        assert self._controller is not None
+        decision = self._controller.decide(self.window.read(), self.target)
+        gradients = self._holds[self.discriminator].gradients.take()
+        if decision.action in ("grow", "explore") and gradients is None:
+            self._postponed("discriminator")
+            return
+        if decision.action == "explore":
+            self.discriminator.explore(self._exploration.at(self.updates, self.plan.updates), gradients)
+        elif decision.action in ("grow", "prune"):
+            self.discriminator.resize(decision.density, gradients)
+        self.target = decision.density
+        self.decisions.append((self.updates, decision))
+        self._decision_due = False
+
+    def _explore_generator(self) -> None:
+        gradients = self._holds[self.generator].gradients.take()
+        if gradients is None:
+            self._postponed("generator")
+            return
+        self.generator.explore(self._exploration.at(self.updates, self.plan.updates), gradients)
+        self._explore_due = False
+
+    def _postponed(self, role: str) -> None:
+        warnings.warn(
+            f"a change of the {role}'s mask is put off: at generator update {self.updates} there is no finite dense "
+            f"gradient of the {role} to grow by.",
+            stacklevel=2,
+        )
+
+    def _is_due(self, interval: int | None, ahead: int = 0) -> bool:
+        return interval is not None and (self.updates + ahead) % interval == 0
+
+    def _expect_next(self) -> None:
+        """Has what the next update will need observed from now on."""
+        if self._probe is not None:
+            self._probe.watching = self._is_due(self.plan.probe_interval, ahead=1)
+        if self._explores:
+            self._holds[self.generator].gradients.armed = self._explore_due or self._is_due(
+                self.plan.explore_interval, ahead=1
+            )
+        if self._controller is not None:
+            self._holds[self.discriminator].gradients.armed = self._decision_due or self._is_due(
+                self.plan.interval, ahead=1
+            )
+
+    def _needs_gradients(self, network: SparseNetwork) -> bool:
+        return network in self._holds and self._holds[network].gradients.wanted
+
+    # ---- saving --------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the masks, which the networks save; loads with ``weights_only=True``."""
+        return {
+            "updates": self.updates,
+            "target": self.target,
+            "measurements": self.measurements,
+            "decisions": [(update, asdict(decision)) for update, decision in self.decisions],
+            "due": [self._explore_due, self._decision_due],
+            "plan": asdict(self.plan),
+            "window": self.window.state_dict(),
+            "flops": self.flops.state_dict(),
+            "gradients": [hold.gradients.state_dict() for hold in self._holds.values()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` gave."""
+        self.updates, self.target, self.measurements = state["updates"], state["target"], state["measurements"]
+        self.decisions = [(update, Decision(**decision)) for update, decision in state["decisions"]]
+        self._explore_due, self._decision_due = state["due"]
+        self.plan = Plan(**state["plan"])
+        self.window.load_state_dict(state["window"])
+        self.flops.load_state_dict(state["flops"])
+        for hold, saved in zip(self._holds.values(), state["gradients"], strict=True):
+            hold.gradients.load_state_dict(saved)
+        self._expect_next()

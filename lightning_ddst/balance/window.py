@@ -1,0 +1,106 @@
+"""The balance ratio over a window of measurements."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Estimator = Literal["ratio_of_means", "mean_of_ratios"]
+ESTIMATORS = ("ratio_of_means", "mean_of_ratios")
+
+_CLEARLY = 2.0
+"""Standard errors by which the mean of alpha must exceed 0."""
+
+
+@dataclass(frozen=True)
+class Balance:
+    """What a window says; every mean is over its samples, NaN without any.
+
+    With D the discriminator's score, G_pre and G_post the generator before and after one of its
+    updates (DDST, section on the balance ratio):
+
+    Attributes:
+        ratio: The balance ratio, ``beta / alpha``; None while it is undecided.
+        alpha: ``E[D(x)] - E[D(G_pre(z))]``, how far D tells real from fake.
+        beta: ``E[D(G_post(z))] - E[D(G_pre(z))]``, how far one generator step closes that.
+        real: ``E[D(x)]``.
+        fake: ``E[D(G_pre(z))]``.
+        samples: Number of measurements.
+        reason: Why the ratio is undecided; empty where it is not.
+    """
+
+    ratio: float | None
+    alpha: float
+    beta: float
+    real: float
+    fake: float
+    samples: int
+    reason: str
+
+
+class BalanceWindow:
+    """The last few measurements of the three scores that the balance ratio is made of.
+
+    Measurements stay on the device they were made on, so adding one does not wait for it.
+
+    Args:
+        size: Number of measurements kept, at least 1.
+        estimator: "ratio_of_means" (robust) or "mean_of_ratios" (the paper's: the mean over
+            measurements of ``beta / alpha``, thrown off by any alpha near 0).
+    """
+
+    def __init__(self, size: int, estimator: Estimator = "ratio_of_means") -> None:
+        self._samples = torch.full((size, 3), float("nan"))
+        self._added = 0
+        self._estimator = estimator
+
+    def resize(self, size: int) -> None:
+        """Changes how many measurements are kept; the last ones stay."""
+        count = min(self._added, len(self._samples))
+        ordered = self._samples[:count].roll(-(self._added % len(self._samples)) if self._added > count else 0, 0)
+        kept = ordered[-size:]
+        self._samples = torch.full((size, 3), float("nan"), device=kept.device)
+        self._samples[: len(kept)] = kept
+        self._added = len(kept)
+
+    def add(self, scores: Tensor) -> None:
+        """Adds a measurement.
+
+        Args:
+            scores: ``(3,)``: mean scores of real images, of the generator's before, and after its update.
+        """
+        self._samples = self._samples.to(scores.device)
+        self._samples[self._added % len(self._samples)] = scores.detach().float()
+        self._added += 1
+
+    def read(self) -> Balance:
+        """Evaluates the window; waits for the device."""
+        count = min(self._added, len(self._samples))
+        real, fake, fake_after = self._samples[:count].double().cpu().unbind(1)
+        alpha, beta = real - fake, fake_after - fake
+        ratio, reason = None, self._undecided(alpha, beta)
+        if not reason:
+            ratio = float(beta.mean() / alpha.mean() if self._estimator == "ratio_of_means" else (beta / alpha).mean())
+            if not torch.isfinite(torch.tensor(ratio)):
+                ratio, reason = None, "a single measurement has alpha = 0"
+        means = [float(values.mean()) for values in (alpha, beta, real, fake)]
+        return Balance(ratio, *means, samples=count, reason=reason)
+
+    def _undecided(self, alpha: Tensor, beta: Tensor) -> str:
+        if not len(alpha):
+            return "nothing was measured yet"
+        if not (alpha.isfinite().all() and beta.isfinite().all()):
+            return "a score is not finite"
+        error = float(alpha.std() / len(alpha) ** 0.5) if len(alpha) > 1 else 0.0
+        if float(alpha.mean()) <= _CLEARLY * error:
+            return f"the discriminator does not clearly tell real from fake: alpha = {float(alpha.mean()):.3g} +- {error:.2g}"
+        return ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The measurements; loads with ``weights_only=True``."""
+        return {"samples": self._samples.clone(), "added": self._added}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave."""
+        self._samples, self._added = state["samples"].clone(), state["added"]

@@ -1,0 +1,459 @@
+"""The callback that trains a GAN sparsely."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_ddst.balance import (
+    Balance,
+    BalanceProbe,
+    Decision,
+    DensityController,
+    Exploration,
+    Plan,
+    SparseTraining,
+)
+from lightning_ddst.balance.controller import ACTIONS
+from lightning_ddst.balance.window import ESTIMATORS, Estimator
+from lightning_ddst.callbacks.logs import log_scalars, tensorboards
+from lightning_ddst.callbacks.networks import find_network
+from lightning_ddst.callbacks.run_length import RunLength
+from lightning_ddst.sparsity import DISTRIBUTIONS, GROWTH_RULES, SCHEDULES, SparseNetwork
+from lightning_ddst.sparsity.checks import check_choice, check_count, check_density, check_rate
+from lightning_ddst.sparsity.network import SCOPES, Scope
+
+Method = Literal["dense", "static", "sdst", "dda", "ddst"]
+Role = Literal["generator", "discriminator"]
+
+METHODS = ("dense", "static", "sdst", "dda", "ddst")
+_EXPLORING = ("sdst", "ddst")
+_RESIZING = ("dda", "ddst")
+
+_UNKNOWN_LENGTH_INTERVAL = 1000
+_UNKNOWN_LENGTH_EXPLORE_INTERVAL = 500
+
+
+class DynamicSparsityCallback(Callback):
+    """Trains a GAN sparsely: Double Dynamic Sparse Training (DDST) and what it is compared with.
+
+    Add it to the Trainer of a GAN with manual optimization. It masks the weights of both networks'
+    Linear, Conv and ConvTranspose layers, explores the generator's mask, measures the balance
+    ratio (BR) around generator updates, and resizes the discriminator's mask to keep BR between
+    two bounds ("Double Dynamic Sparse Training for GANs", 2022; "Balanced Training for Sparse
+    GANs", NeurIPS 2023, arXiv 2302.14670). Every interval counts generator updates.
+
+    Masks simulate unstructured sparsity: inactive weights are exactly 0, and dense kernels do the
+    arithmetic.
+
+    Args:
+        generator_density: The generator's density: active over maskable weights, in (0, 1].
+        discriminator_density: The discriminator's: where "dda" and "ddst" start, what "static" and
+            "sdst" keep. By default the generator's.
+        method: "dense" (no masks), "static" (masks never change), "sdst" (the generator explores),
+            "dda" (the discriminator is resized) or "ddst" (both).
+        bounds: BR is kept between these.
+        min_discriminator_density: Lower limit of resizing. By default the discriminator's density at
+            the start or 0.05 (the paper's), whichever is smaller.
+        max_discriminator_density: Upper limit of resizing. 1 is the paper's relaxed setting; below 1
+            the strict one, in which the discriminator explores where it may not grow.
+        delta: Density that a decision adds or removes.
+        interval: Generator updates between decisions on the discriminator. By default a 100th of the
+            run's, at least 10; 1,000 where the run's length is unknown.
+        explore_interval: Generator updates between explorations of the generator. By default a 200th
+            of the run's, at least 5; 500 where the run's length is unknown.
+        probe_interval: Generator updates between measurements of BR; "auto" is a 100th of `interval`,
+            at least 1; None measures nothing.
+        generator: Dotted name of the generator in the module; by default the usual names are tried.
+        discriminator: The same for the discriminator.
+        growth: Which inactive weights grow: "gradient" (RigL), "random" (SET), "momentum", or a rule
+            registered with `growth_rule`.
+        distribution: How active weights are spread over layers at first: "erk", "er" or "uniform".
+        scope: "global" lets all layers' weights compete (the paper's), "layer" keeps to `distribution`.
+        layer_floor: The share of what `distribution` gives a layer that global pruning leaves it.
+        exploration_rate: The share of active weights that an exploration replaces, at the start.
+        schedule: How that share falls over the run: "cosine", "linear" or "constant".
+        estimator: BR over a window: "ratio_of_means" or the paper's, fragile "mean_of_ratios".
+        seed: Of what is drawn here; by default torch's initial seed, which `seed_everything` sets.
+
+    Raises:
+        ValueError: For an argument outside what is allowed; at the start of fitting, for a network
+            that is not found or cannot be masked at these densities.
+
+    Example::
+
+        trainer = Trainer(callbacks=[DynamicSparsityCallback(generator_density=0.1)])
+        trainer.fit(my_gan, data)
+    """
+
+    def __init__(
+        self,
+        generator_density: float,
+        discriminator_density: float | None = None,
+        method: Method = "ddst",
+        bounds: tuple[float, float] = (0.45, 0.55),
+        min_discriminator_density: float | None = None,
+        max_discriminator_density: float = 1.0,
+        delta: float = 0.05,
+        interval: int | None = None,
+        explore_interval: int | None = None,
+        probe_interval: int | Literal["auto"] | None = "auto",
+        generator: str | None = None,
+        discriminator: str | None = None,
+        growth: str = "gradient",
+        distribution: str = "erk",
+        scope: Scope = "global",
+        layer_floor: float = 0.25,
+        exploration_rate: float = 0.5,
+        schedule: str = "cosine",
+        estimator: Estimator = "ratio_of_means",
+        seed: int | None = None,
+    ) -> None:
+        check_choice("method", method, METHODS)
+        check_density("generator_density", generator_density)
+        if discriminator_density is None:
+            discriminator_density = min(generator_density, max_discriminator_density)
+        check_density("discriminator_density", discriminator_density)
+        check_rate("exploration_rate", exploration_rate)
+        check_choice("schedule", schedule, SCHEDULES)
+        check_choice("estimator", estimator, ESTIMATORS)
+        check_choice("growth", growth, GROWTH_RULES)
+        check_choice("distribution", distribution, DISTRIBUTIONS)
+        check_choice("scope", scope, SCOPES)
+        check_density("layer_floor", layer_floor)
+        _check_intervals(method, interval, explore_interval, probe_interval)
+        if min_discriminator_density is None:
+            min_discriminator_density = min(discriminator_density, 0.05)
+        if discriminator_density > max_discriminator_density and method in _RESIZING:
+            raise ValueError(
+                f"discriminator_density={discriminator_density} must not be above "
+                f"max_discriminator_density={max_discriminator_density}."
+            )
+        if discriminator_density < min_discriminator_density and method in _RESIZING:
+            raise ValueError(
+                f"discriminator_density={discriminator_density} must not be below "
+                f"min_discriminator_density={min_discriminator_density}."
+            )
+        dense = method == "dense"
+        self.method = method
+        self._densities: dict[Role, float] = {
+            "generator": 1.0 if dense else generator_density,
+            "discriminator": 1.0 if dense else discriminator_density,
+        }
+        self._names: dict[Role, str | None] = {"generator": generator, "discriminator": discriminator}
+        self._masking: dict[str, Any] = {
+            "growth": growth,
+            "distribution": distribution,
+            "scope": scope,
+            "layer_floor": layer_floor,
+        }
+        self._controller = DensityController(
+            (bounds[0], bounds[1]), delta, min_discriminator_density, max_discriminator_density
+        )
+        self._exploration = Exploration(exploration_rate, schedule)
+        self._estimator = estimator
+        self._intervals = (interval, explore_interval, probe_interval)
+        self._seed = seed
+        self._length = RunLength()
+        self._networks: dict[Role, SparseNetwork] = {}
+        self._full_names: dict[int, str] = {}
+        self._module: nn.Module | None = None
+        self._training: SparseTraining | None = None
+        self._saved: Mapping[str, Any] | None = None
+        self._handles: list[RemovableHandle] = []
+        self._batch: Any = None
+
+    # ---- what can be read at any time ----------------------------------------------------------------
+
+    @property
+    def generator_density(self) -> float:
+        """The generator's actual density; before it is known to this callback, what it will be."""
+        return self._density("generator")
+
+    @property
+    def discriminator_density(self) -> float:
+        """The discriminator's actual density; before it is known to this callback, what it will be."""
+        return self._density("discriminator")
+
+    def masks(self, network: Role) -> dict[str, Tensor]:
+        """The masks of a network.
+
+        Args:
+            network: "generator" or "discriminator".
+
+        Returns:
+            A bool tensor for every maskable weight, true where active, under the name it has in
+            ``pl_module.named_parameters()``. Empty before fitting, unless `attach` was called.
+        """
+        check_choice("network", network, self._densities)
+        if network in self._networks:
+            sparse = self._networks[network]
+            return {self._full_names[id(w.parameter)]: sparse.masks[name] for name, w in sparse.weights.items()}
+        if self._saved is not None:
+            saved = self._saved["networks"][network]
+            return {saved["names"][name]: mask for name, mask in saved["masks"].items()}
+        return {}
+
+    @property
+    def balance(self) -> Balance | None:
+        """The balance in the current window, with its parts; None where it is not measured."""
+        if self._training is None or self._intervals[2] is None:
+            return None
+        return self._training.window.read()
+
+    @property
+    def balance_ratio(self) -> float | None:
+        """BR of the current window, which holds the measurements of the last `interval`; None while undecided."""
+        balance = self.balance
+        return None if balance is None else balance.ratio
+
+    @property
+    def generator_updates(self) -> int:
+        """Generator updates so far."""
+        return 0 if self._training is None else self._training.updates
+
+    @property
+    def measurements(self) -> int:
+        """How often BR was measured so far."""
+        return 0 if self._training is None else self._training.measurements
+
+    @property
+    def decisions(self) -> list[tuple[int, Decision]]:
+        """Every decision on the discriminator so far, with the generator update it was made at."""
+        return [] if self._training is None else list(self._training.decisions)
+
+    @property
+    def flops_ratio(self) -> float | None:
+        """Training operations so far, relative to dense training; None before the second generator update."""
+        return None if self._training is None else self._training.flops.ratio
+
+    @property
+    def plan(self) -> Plan:
+        """The intervals in force; None in it is never, or not known yet."""
+        return Plan() if self._training is None else self._training.plan
+
+    def networks(self) -> dict[Role, SparseNetwork]:
+        """Both sparse networks; empty before fitting, unless `attach` was called."""
+        return dict(self._networks)
+
+    def _density(self, role: Role) -> float:
+        masks = self.masks(role)
+        if role in self._networks:
+            return self._networks[role].density
+        if masks:
+            return sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
+        return self._densities[role]
+
+    # ---- attaching -----------------------------------------------------------------------------------
+
+    def attach(self, module: nn.Module) -> None:
+        """Finds the networks and masks them; fitting does this by itself.
+
+        Args:
+            module: What holds the generator and the discriminator.
+
+        Raises:
+            ValueError: If a network is not found, or cannot be masked at its density.
+        """
+        seed = torch.initial_seed() if self._seed is None else self._seed
+        self._module = module
+        self._full_names = {id(parameter): name for name, parameter in module.named_parameters()}
+        self._networks = {}
+        for offset, (role, name) in enumerate(self._names.items()):
+            try:
+                self._networks[role] = SparseNetwork(
+                    find_network(module, role, name),
+                    self._densities[role],
+                    **self._masking,
+                    seed=seed % 2**62 + offset,
+                    state=None if self._saved is None else self._saved["networks"][role],
+                )
+            except ValueError as error:
+                raise ValueError(f"{role} with {role}_density={self._densities[role]}: {error}") from error
+        if self.method in _RESIZING:
+            try:
+                self._networks["discriminator"].allocation(self._controller.min_density)
+            except ValueError as error:
+                raise ValueError(f"min_discriminator_density={self._controller.min_density}: {error}") from error
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Masks the networks, and hooks into them and their optimizers."""
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"Trainer(devices, num_nodes) starts {trainer.world_size} processes; DynamicSparsityCallback works with 1 "
+                "so far."
+            )
+        if self._saved is None and self._training is not None and self._module is pl_module:
+            self._saved = self.state_dict()  # fitting goes on
+        if self._saved is not None or not self._networks or self._module is not pl_module:
+            self.attach(pl_module)
+        generator, discriminator = self._networks["generator"], self._networks["discriminator"]
+        for network in self._networks.values():
+            network.to_weights()
+        probe = None
+        if self._intervals[2] is not None:
+            probe = BalanceProbe(
+                generator.network, discriminator.network, autocast=trainer.precision_plugin.forward_context
+            )
+        self._training = SparseTraining(
+            generator,
+            discriminator,
+            trainer.optimizers,
+            explores=self.method in _EXPLORING,
+            controller=self._controller if self.method in _RESIZING else None,
+            probe=probe,
+            exploration=self._exploration,
+            estimator=self._estimator,
+            plan=self._planned(),
+        )
+        if self._saved is not None:
+            self._training.load_state_dict(self._saved["training"])
+            self._length.known = self._saved["length_known"]
+            self._saved = None
+        else:
+            self._length = RunLength()
+        for optimizer in self._training.generator_optimizers:
+            self._handles += [
+                optimizer.register_step_pre_hook(lambda *_: self._before_update()),
+                optimizer.register_step_post_hook(lambda *_: self._after_update(trainer)),
+            ]
+
+    def _planned(self) -> Plan:
+        """The intervals, as far as they are known by now."""
+        interval, explore_interval, probe_interval = self._intervals
+        if self._length.known:
+            updates = self._length.updates
+            if interval is None:
+                interval = _UNKNOWN_LENGTH_INTERVAL if updates is None else max(10, updates // 100)
+                interval = max(interval, probe_interval if isinstance(probe_interval, int) else 1)
+            if explore_interval is None:
+                explore_interval = _UNKNOWN_LENGTH_EXPLORE_INTERVAL if updates is None else max(5, updates // 200)
+        if probe_interval == "auto":
+            probe_interval = max(1, (interval or 1) // 100)
+        return Plan(interval, explore_interval, probe_interval, self._length.updates)
+
+    # ---- training --------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Remembers the batch, for the real images in it."""
+        self._batch = batch
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Comes after the forward pass also where the step is given a closure, unlike torch's hook before steps."""
+        if self._training is not None and optimizer in self._training.generator_optimizers:
+            self._before_update(again=False)
+
+    def _before_update(self, *, again: bool = True) -> None:
+        assert self._training is not None
+        self._training.before_update(self._batch, again=again)
+
+    def _after_update(self, trainer: Trainer) -> None:
+        assert self._training is not None
+        decided = len(self._training.decisions)
+        self._training.after_update()
+        new = self._training.decisions[decided:]
+        if new or (trainer.log_every_n_steps and self._training.updates % trainer.log_every_n_steps == 0):
+            log_scalars(trainer, self._scalars(), self._training.updates)
+        for update, decision in new:
+            for writer in tensorboards(trainer):
+                writer.add_text("decision/reason", f"{decision.action}: {decision.reason}", update)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Works out the run's length in generator updates, once."""
+        self._batch = None
+        if self._length.known or self._training is None:
+            return
+        self._length.observe(trainer, self._training.updates)
+        if self._length.known:
+            self._training.schedule(self._planned())
+            if self._length.updates is None and self.method in _EXPLORING:
+                rank_zero_warn(
+                    "nothing but time limits this run (max_epochs, max_steps), so its length in generator updates is "
+                    "unknown: the exploration rate stays what it is at the start."
+                )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes every hook away."""
+        self._detach()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Takes every hook away."""
+        self._detach()
+
+    def _detach(self) -> None:
+        self._batch = None
+        if self._training is not None:
+            self._training.detach()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _scalars(self) -> dict[str, float]:
+        assert self._training is not None
+        values: dict[str, float] = {}
+        if (balance := self.balance) is not None and balance.samples:
+            values |= {f"balance/{part}": getattr(balance, part) for part in ("alpha", "beta", "real", "fake")}
+            if balance.ratio is not None:
+                values["balance/ratio"] = balance.ratio
+        targets = {"generator": self._densities["generator"], "discriminator": self._training.target}
+        for role, network in self._networks.items():
+            values[f"density/{role}"] = network.density
+            values[f"density/{role}_target"] = targets[role]
+            for name, weight in network.weights.items():
+                density = network.layer_densities[name]
+                values[f"layer_density/{self._full_names[id(weight.parameter)]}"] = density
+        if self.method in _RESIZING:
+            actions = [decision.action for _, decision in self._training.decisions]
+            values |= {f"decision/{action}": float(actions.count(action)) for action in ACTIONS}
+        if (ratio := self.flops_ratio) is not None:
+            values["flops/training_ratio"] = ratio
+        return values
+
+    # ---- saving ----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks, counters, the balance window and every random state; loads with ``weights_only=True``."""
+        if self._saved is not None:
+            return dict(self._saved)
+        if self._training is None:
+            return {}
+        networks = {
+            role: network.state_dict()
+            | {"names": {name: self._full_names[id(w.parameter)] for name, w in network.weights.items()}}
+            for role, network in self._networks.items()
+        }
+        return {
+            "networks": networks,
+            "training": self._training.state_dict(),
+            "length_known": self._length.known,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave; fitting goes on from it."""
+        if state_dict:
+            self._saved = state_dict
+            self._networks, self._training = {}, None
+
+
+def _check_intervals(
+    method: str, interval: int | None, explore_interval: int | None, probe_interval: int | str | None
+) -> None:
+    for name, value in (("interval", interval), ("explore_interval", explore_interval)):
+        if value is not None:
+            check_count(name, value)
+    if probe_interval is None:
+        if method in _RESIZING:
+            raise ValueError(f'probe_interval=None measures no balance ratio, which method="{method}" needs.')
+    elif probe_interval != "auto":
+        if not isinstance(probe_interval, int):
+            raise ValueError(f'probe_interval={probe_interval!r} must be an integer, at least 1, "auto" or None.')
+        check_count("probe_interval", probe_interval)
+        if interval is not None and probe_interval > interval:
+            raise ValueError(f"probe_interval={probe_interval} must not be longer than interval={interval}.")

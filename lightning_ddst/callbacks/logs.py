@@ -1,0 +1,27 @@
+"""Logging against generator updates."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+
+def log_scalars(trainer: Trainer, values: Mapping[str, float], updates: int) -> None:
+    """Logs numbers to every logger of the run, with generator updates as the x-axis.
+
+    `LightningModule.log` would put them at ``trainer.global_step``, which counts the steps of
+    every optimizer.
+
+    Args:
+        trainer: The running Trainer.
+        values: Numbers by name.
+        updates: Generator updates so far.
+    """
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(values), step=updates)
+
+
+def tensorboards(trainer: Trainer) -> list[Any]:
+    """The TensorBoard writers of the run, for text and images; none where another logger is used."""
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

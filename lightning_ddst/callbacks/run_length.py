@@ -1,0 +1,50 @@
+"""How many generator updates a run will make."""
+
+from dataclasses import dataclass
+
+from lightning.pytorch import Trainer
+
+
+@dataclass(frozen=True)
+class _Progress:
+    updates: int
+    batches: int
+    steps: int
+
+
+class RunLength:
+    """Works out a run's generator updates from its first two batches that have any.
+
+    A GAN decides by itself how many optimizer steps a batch has and which are the generator's, and
+    ``Trainer(max_steps=...)`` counts all of them. So the rate is observed, not assumed.
+
+    Attributes:
+        known: Whether the rate was seen.
+        updates: The run's generator updates; None where nothing limits the run but time.
+    """
+
+    def __init__(self) -> None:
+        self.known = False
+        self.updates: int | None = None
+        self._first: _Progress | None = None
+
+    def observe(self, trainer: Trainer, updates: int) -> None:
+        """Sees the end of a training batch after `updates` generator updates."""
+        if self.known or not updates:
+            return
+        now = _Progress(updates, trainer.fit_loop.total_batch_idx + 1, trainer.global_step)
+        if self._first is None:
+            self._first = now
+        elif now.updates > self._first.updates:
+            self.known, self.updates = True, _extrapolated(trainer, self._first, now)
+
+
+def _extrapolated(trainer: Trainer, first: _Progress, now: _Progress) -> int | None:
+    made = now.updates - first.updates
+    lengths = []
+    if trainer.max_steps > 0 and now.steps > first.steps:
+        lengths.append(now.updates + (trainer.max_steps - now.steps) * made / (now.steps - first.steps))
+    if (trainer.max_epochs or -1) > 0 and trainer.num_training_batches != float("inf"):
+        batches = (trainer.max_epochs or 0) * trainer.num_training_batches
+        lengths.append(now.updates + (batches - now.batches) * made / (now.batches - first.batches))
+    return round(min(lengths)) if lengths else None

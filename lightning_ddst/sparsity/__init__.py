@@ -1,0 +1,29 @@
+"""Masks of one network: allocation, pruning and growing, schedules, enforcement. Needs torch only."""
+
+from lightning_ddst.sparsity.allocation import DISTRIBUTIONS, allocate
+from lightning_ddst.sparsity.enforcement import Enforcement, updating
+from lightning_ddst.sparsity.flops import TrainingFlops
+from lightning_ddst.sparsity.growth import GROWTH_RULES, Layer, growth_rule
+from lightning_ddst.sparsity.maskable import MASKABLE_LAYERS, MaskableWeight, maskable_weights
+from lightning_ddst.sparsity.network import SparseNetwork
+from lightning_ddst.sparsity.schedules import SCHEDULES, exploration_rate
+from lightning_ddst.sparsity.selection import largest, select
+
+__all__ = [
+    "DISTRIBUTIONS",
+    "GROWTH_RULES",
+    "MASKABLE_LAYERS",
+    "SCHEDULES",
+    "Enforcement",
+    "Layer",
+    "MaskableWeight",
+    "SparseNetwork",
+    "TrainingFlops",
+    "allocate",
+    "exploration_rate",
+    "growth_rule",
+    "largest",
+    "maskable_weights",
+    "select",
+    "updating",
+]

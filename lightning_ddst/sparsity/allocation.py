@@ -1,0 +1,102 @@
+"""How many weights each layer gets: uniform, ER and ERK allocation in exact integer counts."""
+
+import math
+from collections.abc import Callable, Sequence
+
+from lightning_ddst.sparsity.checks import check_choice, check_density
+
+Shape = Sequence[int]
+
+
+def _uniform(shape: Shape) -> float:
+    return 1.0
+
+
+def _er(shape: Shape) -> float:
+    return (shape[0] + shape[1]) / (shape[0] * shape[1])
+
+
+def _erk(shape: Shape) -> float:
+    return sum(shape) / math.prod(shape)
+
+
+DISTRIBUTIONS: dict[str, Callable[[Shape], float]] = {"uniform": _uniform, "er": _er, "erk": _erk}
+"""A layer's density up to a common factor, by its weight's shape.
+
+"uniform" gives every layer the same density; "er" (Erdos-Renyi; Mocanu et al. 2018) scales it with
+``(n_out + n_in) / (n_out * n_in)``; "erk" (Evci et al. 2020, RigL) with
+``(n_out + n_in + k_1 + ...) / (n_out * n_in * k_1 * ...)``.
+"""
+
+
+def allocate(shapes: Sequence[Shape], density: float, distribution: str = "erk", floor: int = 1) -> list[int]:
+    """Distributes a network's active weights over its layers.
+
+    Layers whose share would exceed their size are dense, and the others take up the difference.
+
+    Args:
+        shapes: Shape of each layer's weight, at least two dimensions.
+        density: Active weights over all weights, in (0, 1].
+        distribution: A key of `DISTRIBUTIONS`.
+        floor: Smallest count a layer may get (a smaller layer is dense), at least 1.
+
+    Returns:
+        Active weights of each layer; their sum is exactly ``round(density * number of weights)``.
+
+    Raises:
+        ValueError: If the density is outside (0, 1] or too low for the floor, or the distribution unknown.
+    """
+    check_density("density", density)
+    check_choice("distribution", distribution, DISTRIBUTIONS)
+    sizes = [math.prod(shape) for shape in shapes]
+    lower = [min(floor, size) for size in sizes]
+    total = round(density * sum(sizes))
+    if total < sum(lower):
+        raise ValueError(
+            f"density={density} leaves {total} active weights for {len(sizes)} layers, less than {floor} a layer; "
+            f"it must be at least {sum(lower) / sum(sizes):.3g} here."
+        )
+    shares = [DISTRIBUTIONS[distribution](shape) * size for shape, size in zip(shapes, sizes, strict=True)]
+    return apportion(shares, total, lower, sizes)
+
+
+def apportion(shares: Sequence[float], total: int, lower: Sequence[int], upper: Sequence[int]) -> list[int]:
+    """Splits an integer in proportion to shares, within bounds, by largest remainders.
+
+    Args:
+        shares: Positive weights of the parts.
+        total: What is split; between the sums of the bounds.
+        lower: Smallest value of each part.
+        upper: Largest value of each part.
+
+    Returns:
+        Integers within the bounds that sum to `total`; of equal remainders the first part's is rounded up.
+
+    Raises:
+        ValueError: If the bounds leave no solution.
+    """
+    if not sum(lower) <= total <= sum(upper):
+        raise ValueError(f"total={total} must be between {sum(lower)} and {sum(upper)}.")
+    parts: list[float] = [0.0] * len(shares)
+    free = set(range(len(shares)))
+    left = total
+    while free:
+        scale = left / sum(shares[i] for i in free)
+        for i in free:
+            parts[i] = min(max(scale * shares[i], lower[i]), upper[i])
+        # Clipping moved the sum up or down: parts clipped in that direction stay clipped in the solution.
+        excess = sum(parts[i] for i in free) - left
+        clipped = {
+            i
+            for i in free
+            if (excess >= 0 and parts[i] > scale * shares[i]) or (excess <= 0 and parts[i] < scale * shares[i])
+        }
+        if not clipped:
+            break
+        left -= sum(int(parts[i]) for i in clipped)
+        free -= clipped
+    counts = [math.floor(part + 1e-9) for part in parts]
+    by_remainder = sorted(range(len(parts)), key=lambda i: round(counts[i] - parts[i], 9))
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts

@@ -1,0 +1,27 @@
+"""Checks of arguments; each raises a ValueError that names the argument, its value and what is allowed."""
+
+from collections.abc import Collection
+
+
+def check_density(name: str, value: float) -> None:
+    """Requires a share in (0, 1]."""
+    if not 0 < value <= 1:
+        raise ValueError(f"{name}={value} must be in (0, 1].")
+
+
+def check_rate(name: str, value: float) -> None:
+    """Requires a share in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}={value} must be in [0, 1].")
+
+
+def check_count(name: str, value: int) -> None:
+    """Requires a positive integer."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} must be an integer, at least 1.")
+
+
+def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
+    """Requires one of several names."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown; allowed are {', '.join(allowed)}.")

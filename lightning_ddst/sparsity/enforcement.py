@@ -1,0 +1,175 @@
+"""Keeps inactive weights at exactly zero while optimizers train the others."""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_ddst.sparsity.network import SparseNetwork, zero_where_inactive
+
+_AVERAGE_DECAY = 0.9
+"""Of the averaged dense gradient, over the network's updates."""
+
+
+class Enforcement:
+    """Holds weights, gradients and optimizer state of a sparse network at zero where it is inactive.
+
+    - A hook on each weight masks its gradient as it arrives, before anything can clip it,
+      accumulate it or step with it. The dense gradient is seen there, and kept when growth needs it.
+    - A hook on each optimizer masks weights and weight-shaped state after every step, whatever the
+      optimizer did: momentum, weight decay, noise. So a grown weight starts with fresh state.
+
+    Args:
+        network: The sparse network.
+        optimizers: The optimizers that update it; others may be among them.
+
+    Raises:
+        ValueError: If a maskable weight is in none of the optimizers.
+    """
+
+    def __init__(self, network: SparseNetwork, optimizers: Iterable[Optimizer]) -> None:
+        self.gradients = DenseGradients(network)
+        self._network = network
+        self._names = {weight.parameter: name for name, weight in network.weights.items()}
+        self._owned = {optimizer: self._updated_by(optimizer) for optimizer in updating(network, optimizers)}
+        self._handles: list[RemovableHandle] = []
+        for parameter, name in self._names.items():
+            trains = parameter.requires_grad
+            parameter.requires_grad_(True)  # torch takes hooks only then; a GAN may have frozen it for the moment
+            self._handles.append(parameter.register_hook(partial(self._mask_gradient, name)))
+            self._handles.append(parameter.register_post_accumulate_grad_hook(partial(self.gradients.landed, name)))
+            parameter.requires_grad_(trains)
+        for optimizer in self._owned:
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        network.on_change(self._mask_states)
+
+    def remove(self) -> None:
+        """Takes every hook away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _updated_by(self, optimizer: Optimizer) -> list[str]:
+        return [self._names[parameter] for parameter in _parameters(optimizer) if parameter in self._names]
+
+    def _mask_gradient(self, name: str, gradient: Tensor) -> Tensor:
+        self.gradients.arrived(name, gradient)
+        return torch.where(self._network.masks[name], gradient, 0)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for name in self._owned[optimizer]:
+            zero_where_inactive(self._network.weights[name].parameter, self._network.masks[name])
+        self._mask_state(optimizer)
+        self.gradients.stepped(self._owned[optimizer])
+
+    def _mask_states(self) -> None:
+        for optimizer in self._owned:
+            self._mask_state(optimizer)
+
+    def _mask_state(self, optimizer: Optimizer) -> None:
+        for name in self._owned[optimizer]:
+            parameter = self._network.weights[name].parameter
+            for value in optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    zero_where_inactive(value, self._network.masks[name])
+
+
+def updating(network: SparseNetwork, optimizers: Iterable[Optimizer]) -> list[Optimizer]:
+    """The optimizers that update a network's maskable weights.
+
+    Raises:
+        ValueError: If one of the weights is in none of them.
+    """
+    names = {weight.parameter: name for name, weight in network.weights.items()}
+    found = [optimizer for optimizer in optimizers if not names.keys().isdisjoint(_parameters(optimizer))]
+    missing = names.keys() - {parameter for optimizer in found for parameter in _parameters(optimizer)}
+    if missing:
+        name = min(names[parameter] for parameter in missing)
+        raise ValueError(
+            f"no optimizer updates {name!r} ({len(missing)} of {len(names)} maskable weights are in none)."
+        )
+    return found
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+class DenseGradients:
+    """The gradients of a network's weights before masking, kept only when growth will need them.
+
+    Gradients of several backward passes add up as they do in ``parameter.grad``, and start over
+    where that was cleared.
+
+    Args:
+        network: The sparse network; its growth rule says which gradients are needed.
+
+    Attributes:
+        armed: Whether the gradients of the coming update will be needed. Rules that use the
+            average need every update's.
+    """
+
+    def __init__(self, network: SparseNetwork) -> None:
+        self.armed = False
+        self._kind = network.growth.gradient
+        self._weights = network.weights
+        self._arriving: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = {}
+        self._kept: dict[str, Tensor] = {}
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the gradients of the coming update are kept."""
+        return self._kind == "average" or (self._kind == "latest" and self.armed)
+
+    def arrived(self, name: str, gradient: Tensor) -> None:
+        """Sees a dense gradient on its way to ``parameter.grad``."""
+        if self.wanted:
+            grad = self._weights[name].parameter.grad
+            continued = name in self._arriving and grad is not None and grad._version == self._versions.get(name)
+            gradient = gradient.detach()
+            self._arriving[name] = self._arriving[name] + gradient if continued else gradient.clone()
+
+    def landed(self, name: str, parameter: Tensor) -> None:
+        """Sees ``parameter.grad`` after a gradient was added; a later change of it is a new start."""
+        if name in self._arriving and parameter.grad is not None:
+            self._versions[name] = parameter.grad._version
+
+    def stepped(self, names: Iterable[str]) -> None:
+        """Keeps what arrived for the weights that an optimizer updated just now."""
+        for name in names:
+            if (gradient := self._arriving.pop(name, None)) is None:
+                continue
+            if self._kind == "average" and name in self._kept:
+                self._kept[name].lerp_(gradient, 1 - _AVERAGE_DECAY)
+            else:
+                self._kept[name] = gradient
+
+    def take(self) -> dict[str, Tensor] | None:
+        """What the growth rule needs, by name, or None where a gradient is missing or not finite.
+
+        Gradients of a single update are given up, being out of date after the next.
+        """
+        taken = dict(self._kept)
+        if self._kind == "latest":
+            self._kept.clear()
+        if self._kind == "none":
+            return {}
+        if taken.keys() != self._weights.keys() or not all(gradient.isfinite().all() for gradient in taken.values()):
+            return None
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was kept; loads with ``weights_only=True``."""
+        return {"armed": self.armed, "kept": {name: gradient.clone() for name, gradient in self._kept.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave."""
+        self.armed = state["armed"]
+        self._kept = {
+            name: gradient.to(self._weights[name].parameter, copy=True) for name, gradient in state["kept"].items()
+        }
