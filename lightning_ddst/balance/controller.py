@@ -7,7 +7,7 @@ from lightning_ddst.balance.window import Balance
 from lightning_ddst.sparsity.checks import check_density
 
 Action = Literal["grow", "prune", "explore", "hold", "undecided"]
-ACTIONS = ("grow", "prune", "explore", "hold", "undecided")
+ACTIONS: tuple[Action, ...] = ("grow", "prune", "explore", "hold", "undecided")
 
 
 @dataclass(frozen=True)

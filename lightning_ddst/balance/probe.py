@@ -124,8 +124,9 @@ class BalanceProbe:
             return
         if self._scored is None:
             raise RuntimeError(
-                f"the balance ratio cannot be measured: the discriminator ({type(self._discriminator).__name__}) was not "
-                f"called on anything shaped like the generator's output {tuple(self._fake.shape)}."
+                "the balance ratio cannot be measured: the discriminator "
+                f"({type(self._discriminator).__name__}) was not called on anything shaped like the generator's "
+                f"output, {tuple(self._fake.shape)}."
             )
         real = self._real_images(batch)
         self._before = torch.stack([self._score(real, batch), self._score_generated()])
@@ -156,7 +157,7 @@ class BalanceProbe:
             return self._call_discriminator({self._place: images})
 
     def _score(self, real: Tensor, batch: Any) -> Tensor:
-        assert self._scored is not None and self._fake is not None
+        assert self._scored is not None
         values: dict[int | str, Any] = {self._place: real}
         # Conditions (labels) of the fakes make way for those of the real images.
         for place, value in self._scored[0].items():
@@ -185,8 +186,9 @@ class BalanceProbe:
         if len(found) != 1:
             seen = ", ".join(f"{tuple(value.shape)} {value.dtype}" for value in tensors_in(batch)) or "no tensor"
             raise RuntimeError(
-                f"the balance ratio cannot be measured: the batch must hold exactly one floating-point tensor of shape "
-                f"(batch, {', '.join(map(str, shape))}), like the generator's output, as the real images; it holds {seen}."
+                "the balance ratio cannot be measured: the batch must hold exactly one floating-point tensor of "
+                f"shape (batch, {', '.join(map(str, shape))}), like the generator's output, as the real images; "
+                f"it holds {seen}."
             )
         return found[0].detach()
 

@@ -84,8 +84,8 @@ class BalanceWindow:
             ratio = float(beta.mean() / alpha.mean() if self._estimator == "ratio_of_means" else (beta / alpha).mean())
             if not torch.isfinite(torch.tensor(ratio)):
                 ratio, reason = None, "a single measurement has alpha = 0"
-        means = [float(values.mean()) for values in (alpha, beta, real, fake)]
-        return Balance(ratio, *means, samples=count, reason=reason)
+        mean_alpha, mean_beta, mean_real, mean_fake = (float(values.mean()) for values in (alpha, beta, real, fake))
+        return Balance(ratio, mean_alpha, mean_beta, mean_real, mean_fake, count, reason)
 
     def _undecided(self, alpha: Tensor, beta: Tensor) -> str:
         if not len(alpha):
@@ -94,7 +94,10 @@ class BalanceWindow:
             return "a score is not finite"
         error = float(alpha.std() / len(alpha) ** 0.5) if len(alpha) > 1 else 0.0
         if float(alpha.mean()) <= _CLEARLY * error:
-            return f"the discriminator does not clearly tell real from fake: alpha = {float(alpha.mean()):.3g} +- {error:.2g}"
+            return (
+                "the discriminator does not clearly tell real from fake: "
+                f"alpha = {float(alpha.mean()):.3g} +- {error:.2g}"
+            )
         return ""
 
     def state_dict(self) -> dict[str, Any]:

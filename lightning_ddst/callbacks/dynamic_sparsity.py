@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -21,7 +21,7 @@ from lightning_ddst.balance import (
 )
 from lightning_ddst.balance.controller import ACTIONS
 from lightning_ddst.balance.window import ESTIMATORS, Estimator
-from lightning_ddst.callbacks.logs import log_scalars, tensorboards
+from lightning_ddst.callbacks.logs import log_scalars, logs_at, tensorboards
 from lightning_ddst.callbacks.networks import find_network
 from lightning_ddst.callbacks.run_length import RunLength
 from lightning_ddst.sparsity import DISTRIBUTIONS, GROWTH_RULES, SCHEDULES, SparseNetwork
@@ -285,8 +285,8 @@ class DynamicSparsityCallback(Callback):
         """Masks the networks, and hooks into them and their optimizers."""
         if trainer.world_size > 1:
             raise ValueError(
-                f"Trainer(devices, num_nodes) starts {trainer.world_size} processes; DynamicSparsityCallback works with 1 "
-                "so far."
+                f"Trainer(devices, num_nodes) starts {trainer.world_size} processes; "
+                "DynamicSparsityCallback works with 1 so far."
             )
         if self._saved is None and self._training is not None and self._module is pl_module:
             self._saved = self.state_dict()  # fitting goes on
@@ -357,7 +357,7 @@ class DynamicSparsityCallback(Callback):
         decided = len(self._training.decisions)
         self._training.after_update()
         new = self._training.decisions[decided:]
-        if new or (trainer.log_every_n_steps and self._training.updates % trainer.log_every_n_steps == 0):
+        if new or logs_at(trainer, self._training.updates):
             log_scalars(trainer, self._scalars(), self._training.updates)
         for update, decision in new:
             for writer in tensorboards(trainer):

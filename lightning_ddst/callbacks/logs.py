@@ -22,6 +22,12 @@ def log_scalars(trainer: Trainer, values: Mapping[str, float], updates: int) -> 
         logger.log_metrics(dict(values), step=updates)
 
 
+def logs_at(trainer: Trainer, updates: int) -> bool:
+    """Whether ``Trainer(log_every_n_steps=...)``, counted in generator updates, has a line due."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and updates % every == 0
+
+
 def tensorboards(trainer: Trainer) -> list[Any]:
     """The TensorBoard writers of the run, for text and images; none where another logger is used."""
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

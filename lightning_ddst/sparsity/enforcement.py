@@ -34,7 +34,7 @@ class Enforcement:
     def __init__(self, network: SparseNetwork, optimizers: Iterable[Optimizer]) -> None:
         self.gradients = DenseGradients(network)
         self._network = network
-        self._names = {weight.parameter: name for name, weight in network.weights.items()}
+        self._names: dict[Tensor, str] = {weight.parameter: name for name, weight in network.weights.items()}
         self._owned = {optimizer: self._updated_by(optimizer) for optimizer in updating(network, optimizers)}
         self._handles: list[RemovableHandle] = []
         for parameter, name in self._names.items():
@@ -84,7 +84,7 @@ def updating(network: SparseNetwork, optimizers: Iterable[Optimizer]) -> list[Op
     Raises:
         ValueError: If one of the weights is in none of them.
     """
-    names = {weight.parameter: name for name, weight in network.weights.items()}
+    names: dict[Tensor, str] = {weight.parameter: name for name, weight in network.weights.items()}
     found = [optimizer for optimizer in optimizers if not names.keys().isdisjoint(_parameters(optimizer))]
     missing = names.keys() - {parameter for optimizer in found for parameter in _parameters(optimizer)}
     if missing:

@@ -85,7 +85,7 @@ def _stored_weights(network: nn.Module) -> Iterator[MaskableWeight]:
 def _storage(layer: nn.Module, layer_name: str) -> tuple[str, SpectralVectors | None]:
     """Where a layer's trainable weight is stored: its name in the layer, and spectral norm's vectors."""
     if parametrize.is_parametrized(layer, "weight"):
-        chain = layer.parametrizations["weight"]  # type: ignore[union-attr,index]
+        chain = layer.parametrizations["weight"]  # type: ignore[index]
         if len(chain) == 1 and isinstance(norm := chain[0], _SpectralNorm):
             spectral = SpectralVectors(norm, "_u", "_v", dim=norm.dim, eps=norm.eps)
             return "parametrizations.weight.original", spectral
