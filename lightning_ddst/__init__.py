@@ -1,5 +1,10 @@
 """Trains sparse GANs in PyTorch Lightning by Double Dynamic Sparse Training (DDST)."""
 
-from lightning_ddst.callbacks import DynamicSparsityCallback
+from importlib.metadata import version
 
-__all__ = ["DynamicSparsityCallback"]
+from lightning_ddst.callbacks import DynamicSparsityCallback, FrechetDistance, RunSummary, SampleGrid
+from lightning_ddst.module import GANModule
+from lightning_ddst.sparsity import growth_rule
+
+__all__ = ["DynamicSparsityCallback", "FrechetDistance", "GANModule", "RunSummary", "SampleGrid", "growth_rule"]
+__version__ = version("lightning-ddst")

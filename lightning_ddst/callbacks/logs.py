@@ -28,6 +28,13 @@ def logs_at(trainer: Trainer, updates: int) -> bool:
     return every > 0 and updates % every == 0
 
 
+def generator_updates(trainer: Trainer) -> int:
+    """Generator updates so far, as counted by the run's `DynamicSparsityCallback`, or else by its module."""
+    counters = [*trainer.callbacks, trainer.lightning_module]  # type: ignore[attr-defined]
+    counts = (getattr(counter, "generator_updates", None) for counter in counters)
+    return next((count for count in counts if count is not None), 0)
+
+
 def tensorboards(trainer: Trainer) -> list[Any]:
     """The TensorBoard writers of the run, for text and images; none where another logger is used."""
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

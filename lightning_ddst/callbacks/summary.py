@@ -1,0 +1,62 @@
+"""What a run came to, in a short table."""
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_ddst.callbacks.dynamic_sparsity import DynamicSparsityCallback
+from lightning_ddst.callbacks.frechet import FrechetDistance
+
+
+class RunSummary(Callback):
+    """Prints densities, balance, operations and Frechet distances at the end of fitting.
+
+    Args:
+        reference: A Frechet distance to print beside the run's own.
+        reference_name: What it is the distance of.
+    """
+
+    def __init__(self, reference: float | None = None, reference_name: str = "reference") -> None:
+        self._reference = reference
+        self._reference_name = reference_name
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints the table."""
+        rows: list[tuple[str, str]] = []
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, DynamicSparsityCallback):
+                rows += _sparsity(callback)
+            elif isinstance(callback, FrechetDistance):
+                rows += self._distances(callback)
+        if trainer.log_dir is not None:
+            rows += [("logs", trainer.log_dir), ("to look at them", f"tensorboard --logdir {trainer.log_dir}")]
+        width = max((len(name) for name, _ in rows), default=0)
+        print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+
+    def _distances(self, callback: FrechetDistance) -> list[tuple[str, str]]:
+        if not callback.history:
+            return []
+        rows = [(f"Frechet distance ({callback.name})", "")]
+        first, last = callback.history[0], callback.history[-1]
+        rows += [(f"  after {updates:,} generator updates", f"{value:.4g}") for updates, value in (first, last)]
+        if self._reference is not None:
+            rows.append((f"  {self._reference_name}", f"{self._reference:.4g}"))
+        rows.append(("  between two halves of the real images", f"{callback.real_halves:.4g}"))
+        return rows
+
+
+def _sparsity(callback: DynamicSparsityCallback) -> list[tuple[str, str]]:
+    rows = [("method", f"{callback.method}, {callback.generator_updates:,} generator updates")]
+    for role, network in callback.networks().items():
+        rows.append((role, f"density {network.density:.4f} ({network.active:,} of {network.total:,} weights active)"))
+    if (balance := callback.balance) is not None:
+        last = f"{balance.ratio:.3f}" if balance.ratio is not None else f"undecided: {balance.reason}"
+        rows.append(("balance ratio, last window", last))
+    actions = [decision.action for _, decision in callback.decisions]
+    if actions:
+        counts = ", ".join(f"{action} {actions.count(action)}" for action in dict.fromkeys(actions))
+        resized = actions.count("grow") + actions.count("prune")
+        rows.append(("discriminator resized", f"{resized} times in {len(actions)} decisions ({counts})"))
+    if (ratio := callback.flops_ratio) is not None:
+        rows.append(("training FLOPs", f"{ratio:.1%} of dense training (dense kernels do the arithmetic all the same)"))
+    return rows

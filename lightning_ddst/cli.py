@@ -1,0 +1,59 @@
+"""The command ``lightning-ddst``: a LightningCLI whose sparsity is set under ``--sparsity``."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lightning_ddst.callbacks import DynamicSparsityCallback
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
+"""What runs where no configuration is named: DDST on handwritten digits."""
+
+
+class SparseGANCLI(LightningCLI):
+    """Adds the arguments of `DynamicSparsityCallback` under ``sparsity``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Makes the callback part of every configuration."""
+        parser.add_lightning_class_args(DynamicSparsityCallback, "sparsity")
+
+
+def main() -> None:
+    """Runs the command with the arguments of the process."""
+    make_cli(sys.argv[1:])
+
+
+def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
+    """Runs the command with given arguments.
+
+    Args:
+        args: Its arguments.
+        run: Whether to run the subcommand that `args` begins with. Without, `args` are those of
+            ``fit``, and everything is made and left to the caller: ``trainer``, ``model`` and
+            ``datamodule`` of what is returned.
+    """
+    return SparseGANCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        args=_with_default_config(args, run),
+        run=run,
+    )
+
+
+def _with_default_config(args: Sequence[str], run: bool) -> list[str]:
+    """Names the default configuration first, so that everything after it can change it."""
+    if any(arg in ("-c", "--config") or arg.startswith("--config=") for arg in args):
+        return list(args)
+    if not run:
+        return ["--config", str(DEFAULT_CONFIG), *args]
+    subcommands = ("fit", "validate", "test", "predict")
+    place = next((i + 1 for i, arg in enumerate(args) if arg in subcommands), None)
+    return list(args) if place is None else [*args[:place], "--config", str(DEFAULT_CONFIG), *args[place:]]

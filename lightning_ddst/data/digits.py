@@ -1,0 +1,58 @@
+"""The handwritten digits that scikit-learn ships."""
+
+from functools import cache
+
+import torch
+from lightning.pytorch import LightningDataModule
+from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+
+from lightning_ddst.sparsity.checks import check_count
+
+
+@cache
+def digits() -> TensorDataset:
+    """1,797 handwritten digits (UCI, Alpaydin and Kaynak 1998).
+
+    Returns:
+        Images, float32 ``(1797, 1, 8, 8)`` in [-1, 1], and labels, int64 ``(1797,)`` from 0 to 9.
+    """
+    bunch = load_digits()
+    images = torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 8 - 1
+    return TensorDataset(images, torch.tensor(bunch.target, dtype=torch.int64))
+
+
+class DigitsDataModule(LightningDataModule):
+    """Handwritten digits, 8x8 and gray, without a download.
+
+    All 1,797 images are trained on and, in order, what samples are compared with.
+
+    Args:
+        batch_size: Images a batch; the last, smaller one is left out.
+        batches_per_epoch: Length of an epoch, which may be more than one pass over the images; by
+            default one pass.
+
+    Raises:
+        ValueError: If an argument is not a positive integer.
+    """
+
+    def __init__(self, batch_size: int = 64, batches_per_epoch: int | None = None) -> None:
+        super().__init__()
+        check_count("batch_size", batch_size)
+        if batches_per_epoch is not None:
+            check_count("batches_per_epoch", batches_per_epoch)
+        self.batch_size = batch_size
+        self.batches_per_epoch = batches_per_epoch
+
+    def train_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
+        """Batches of shuffled images and labels."""
+        images = None if self.batches_per_epoch is None else self.batches_per_epoch * self.batch_size
+        sampler = RandomSampler(digits(), num_samples=images)
+        return DataLoader(digits(), self.batch_size, sampler=sampler, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
+        """Every image once, in order."""
+        return DataLoader(digits(), batch_size=256)
+
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
