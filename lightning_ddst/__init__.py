@@ -2,9 +2,17 @@
 
 from importlib.metadata import version
 
-from lightning_ddst.callbacks import DynamicSparsityCallback, FrechetDistance, RunSummary, SampleGrid
+from lightning_ddst.callbacks import DynamicSparsityCallback, FrechetDistance, GeneratorEMA, RunSummary, SampleGrid
 from lightning_ddst.module import GANModule
 from lightning_ddst.sparsity import growth_rule
 
-__all__ = ["DynamicSparsityCallback", "FrechetDistance", "GANModule", "RunSummary", "SampleGrid", "growth_rule"]
+__all__ = [
+    "DynamicSparsityCallback",
+    "FrechetDistance",
+    "GANModule",
+    "GeneratorEMA",
+    "RunSummary",
+    "SampleGrid",
+    "growth_rule",
+]
 __version__ = version("lightning-ddst")

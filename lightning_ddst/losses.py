@@ -52,7 +52,7 @@ def gradient_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor, fa
     """
     share = torch.rand(len(real), *[1] * (real.dim() - 1), device=real.device, dtype=real.dtype)
     between = torch.lerp(fake.detach(), real.detach(), share).requires_grad_()
-    slopes = _input_gradients(discriminator, between).square().sum(1).sqrt()
+    slopes: Tensor = torch.linalg.vector_norm(_input_gradients(discriminator, between), dim=1)
     return (slopes - 1).square().mean()
 
 

@@ -110,8 +110,8 @@ class SparseTraining:
         self._probe = probe
         self._explore_due = self._decision_due = False
         optimizers = list(optimizers)
-        self.generator_optimizers = updating(generator, optimizers)
-        updating(discriminator, optimizers)
+        self.generator_optimizers = updating(generator.parameters, optimizers)
+        updating(discriminator.parameters, optimizers)
         self._holds = {
             network: Enforcement(network, optimizers)
             for network in (generator, discriminator)

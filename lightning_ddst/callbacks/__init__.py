@@ -1,8 +1,9 @@
 """Lightning callbacks: dynamic sparsity, and what shows how a run went."""
 
 from lightning_ddst.callbacks.dynamic_sparsity import DynamicSparsityCallback
+from lightning_ddst.callbacks.ema import GeneratorEMA
 from lightning_ddst.callbacks.frechet import FrechetDistance
 from lightning_ddst.callbacks.samples import SampleGrid
 from lightning_ddst.callbacks.summary import RunSummary
 
-__all__ = ["DynamicSparsityCallback", "FrechetDistance", "RunSummary", "SampleGrid"]
+__all__ = ["DynamicSparsityCallback", "FrechetDistance", "GeneratorEMA", "RunSummary", "SampleGrid"]

@@ -129,6 +129,7 @@ class DynamicSparsityCallback(Callback):
         _check_intervals(method, interval, explore_interval, probe_interval)
         if min_discriminator_density is None:
             min_discriminator_density = min(discriminator_density, 0.05)
+        controller = DensityController(tuple(bounds), delta, min_discriminator_density, max_discriminator_density)
         if discriminator_density > max_discriminator_density and method in _RESIZING:
             raise ValueError(
                 f"discriminator_density={discriminator_density} must not be above "
@@ -152,9 +153,7 @@ class DynamicSparsityCallback(Callback):
             "scope": scope,
             "layer_floor": layer_floor,
         }
-        self._controller = DensityController(
-            (bounds[0], bounds[1]), delta, min_discriminator_density, max_discriminator_density
-        )
+        self._controller = controller
         self._exploration = Exploration(exploration_rate, schedule)
         self._estimator = estimator
         self._intervals = (interval, explore_interval, probe_interval)
@@ -264,10 +263,13 @@ class DynamicSparsityCallback(Callback):
         self._module = module
         self._full_names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._networks = {}
-        for offset, (role, name) in enumerate(self._names.items()):
+        found = {role: find_network(module, role, name) for role, name in self._names.items()}
+        if found["generator"] is found["discriminator"]:
+            raise ValueError(f"generator and discriminator are the same module, {self._names['discriminator']!r}.")
+        for offset, (role, network) in enumerate(found.items()):
             try:
                 self._networks[role] = SparseNetwork(
-                    find_network(module, role, name),
+                    network,
                     self._densities[role],
                     **self._masking,
                     seed=seed % 2**62 + offset,

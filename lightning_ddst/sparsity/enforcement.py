@@ -1,6 +1,6 @@
 """Keeps inactive weights at exactly zero while optimizers train the others."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ class Enforcement:
         self.gradients = DenseGradients(network)
         self._network = network
         self._names: dict[Tensor, str] = {weight.parameter: name for name, weight in network.weights.items()}
-        self._owned = {optimizer: self._updated_by(optimizer) for optimizer in updating(network, optimizers)}
+        self._owned = {optimizer: self._updated_by(optimizer) for optimizer in updating(network.parameters, optimizers)}
         self._handles: list[RemovableHandle] = []
         for parameter, name in self._names.items():
             trains = parameter.requires_grad
@@ -78,20 +78,22 @@ class Enforcement:
                     zero_where_inactive(value, self._network.masks[name])
 
 
-def updating(network: SparseNetwork, optimizers: Iterable[Optimizer]) -> list[Optimizer]:
-    """The optimizers that update a network's maskable weights.
+def updating(parameters: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> list[Optimizer]:
+    """The optimizers that update parameters.
+
+    Args:
+        parameters: The parameters by name.
+        optimizers: Optimizers of these and others.
 
     Raises:
-        ValueError: If one of the weights is in none of them.
+        ValueError: If one of the parameters is in none of the optimizers.
     """
-    names: dict[Tensor, str] = {weight.parameter: name for name, weight in network.weights.items()}
+    names = {parameter: name for name, parameter in parameters.items()}
     found = [optimizer for optimizer in optimizers if not names.keys().isdisjoint(_parameters(optimizer))]
     missing = names.keys() - {parameter for optimizer in found for parameter in _parameters(optimizer)}
     if missing:
         name = min(names[parameter] for parameter in missing)
-        raise ValueError(
-            f"no optimizer updates {name!r} ({len(missing)} of {len(names)} maskable weights are in none)."
-        )
+        raise ValueError(f"no optimizer updates {name!r} ({len(missing)} of {len(names)} weights are in none).")
     return found
 
 

@@ -84,6 +84,11 @@ class SparseNetwork:
     # ---- what there is -------------------------------------------------------------------------
 
     @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that hold the maskable weights, by name."""
+        return {name: weight.parameter for name, weight in self.weights.items()}
+
+    @property
     def total(self) -> int:
         """Number of maskable weights."""
         return sum(weight.parameter.numel() for weight in self.weights.values())

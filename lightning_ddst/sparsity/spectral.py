@@ -27,6 +27,10 @@ class SpectralVectors:
     dim: int
     eps: float
 
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """The left and the right vector, shapes ``(rows,)`` and ``(columns,)``."""
+        return self.owner.get_buffer(self.u), self.owner.get_buffer(self.v)
+
     @torch.no_grad()
     def refresh(self, weight: Tensor) -> None:
         """Recomputes the vectors, in place, for a weight that changed by much more than one step.
@@ -37,7 +41,7 @@ class SpectralVectors:
         Args:
             weight: The masked weight before normalisation.
         """
-        old_u, old_v = self.owner.get_buffer(self.u), self.owner.get_buffer(self.v)
+        old_u, old_v = self.vectors()
         matrix = weight.movedim(self.dim, 0).flatten(1).float()
         # A little noise: pruning may leave the old vector orthogonal to every row that is left.
         noise = torch.randn(len(old_u), generator=torch.Generator().manual_seed(0)).to(matrix)

@@ -1,0 +1,113 @@
+"""The generator's exponential moving average, used for evaluation."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_ddst.callbacks.networks import find_network
+from lightning_ddst.sparsity import updating
+from lightning_ddst.sparsity.averaging import BufferHandling, WeightAverage
+
+
+class GeneratorEMA(Callback):
+    """Averages the generator's weights over its updates, and evaluates with the average.
+
+    During validation, testing and prediction the generator has the averaged weights; training
+    goes on with its own, which are those of a checkpoint's ``state_dict``. The average is saved
+    as this callback's state. It knows of masks: see `WeightAverage`.
+
+    Args:
+        decay: Of the average, in [0, 1); the paper's is 0.999.
+        buffers: "average" treats BatchNorm's statistics like weights, "copy" evaluates with the
+            generator's present ones.
+        generator: Dotted name of the generator in the module; by default the usual names are tried.
+
+    Raises:
+        ValueError: For an argument outside what is allowed; at the start, if the generator is not found.
+    """
+
+    def __init__(self, decay: float = 0.999, buffers: BufferHandling = "average", generator: str | None = None) -> None:
+        self._decay = decay
+        self._buffers: BufferHandling = buffers
+        self._name = generator
+        self._average: WeightAverage | None = None
+        self._saved: Mapping[str, Any] | None = None
+        self._handles: list[RemovableHandle] = []
+        WeightAverage(nn.Identity(), decay, buffers)  # checks the arguments now
+
+    def averages(self) -> dict[str, Tensor]:
+        """The averaged weights and buffers, by the names they have in the generator; empty before they are known."""
+        return {} if self._average is None else self._average.values()
+
+    # ---- training --------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins the average with the initial weights, or goes on with the saved one."""
+        self._prepare(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hooks into the generator's optimizers, after those that change masks."""
+        generator = find_network(pl_module, "generator", self._name)
+        trained = {name: p for name, p in generator.named_parameters() if p.requires_grad}
+        for optimizer in updating(trained, trainer.optimizers):
+            self._handles.append(optimizer.register_step_post_hook(lambda *_: self._update()))
+
+    def _update(self) -> None:
+        assert self._average is not None
+        self._average.update()
+
+    def _prepare(self, pl_module: LightningModule) -> None:
+        if self._average is None or self._saved is not None:
+            generator = find_network(pl_module, "generator", self._name)
+            self._average = WeightAverage(generator, self._decay, self._buffers)
+            if self._saved is not None:
+                self._average.load_state_dict(self._saved)
+                self._saved = None
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes every hook away."""
+        self._detach()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Takes every hook away, and gives the generator its own weights back."""
+        self._detach()
+        self._evaluate(False)
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # ---- evaluation ------------------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gives the generator the averages."""
+        self._prepare(pl_module)
+        self._evaluate(True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gives the generator its own weights back."""
+        self._evaluate(False)
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+
+    def _evaluate(self, averaged: bool) -> None:
+        if self._average is not None and self._average.swapped != averaged:
+            self._average.swap()
+
+    # ---- saving ----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average; loads with ``weights_only=True``."""
+        if self._saved is not None:
+            return dict(self._saved)
+        return {} if self._average is None else self._average.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave, once the generator is there."""
+        if state_dict:
+            self._saved = state_dict

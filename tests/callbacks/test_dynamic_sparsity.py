@@ -1,0 +1,405 @@
+import re
+import warnings
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.optim import Adam
+from toys import ToyGAN, toy_data, toy_trainer, trained
+
+from lightning_ddst import DynamicSparsityCallback
+from lightning_ddst.balance import Plan
+
+# Maskable weights of the toy: 8*32 + 32*16 and 16*32 + 32*1.
+GENERATOR_WEIGHTS = 768
+DISCRIMINATOR_WEIGHTS = 544
+
+
+class EveryStep(Callback):
+    """Checks, after every step of every optimizer, what must always hold."""
+
+    def __init__(self, sparsity: DynamicSparsityCallback) -> None:
+        self.sparsity = sparsity
+        self.steps = 0
+        self.discriminator_counts: set[int] = set()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_post_hook(lambda optimizer, *_: self.check(optimizer, pl_module))
+
+    def check(self, optimizer: torch.optim.Optimizer, module: LightningModule) -> None:
+        self.steps += 1
+        parameters = dict(module.named_parameters())
+        for role in ("generator", "discriminator"):
+            masks = self.sparsity.masks(role)
+            count = sum(int(mask.sum()) for mask in masks.values())
+            total = sum(mask.numel() for mask in masks.values())
+            assert count == round(self.sparsity.networks()[role].density * total)
+            for name, mask in masks.items():
+                assert torch.all(parameters[name][~mask] == 0)
+                if parameters[name] in optimizer.state:
+                    for value in optimizer.state[parameters[name]].values():
+                        assert value.dim() == 0 or torch.all(value[~mask] == 0)
+            if role == "generator":
+                assert count == round(0.25 * GENERATOR_WEIGHTS)
+            else:
+                self.discriminator_counts.add(count)
+
+
+@pytest.mark.parametrize("method", ["static", "sdst", "dda", "ddst"])
+def test_counts_are_exact_and_inactive_weights_zero_after_every_step(method: str) -> None:
+    sparsity = DynamicSparsityCallback(0.25, method=method, interval=4, explore_interval=3, bounds=(0.0, 1e-9))
+    check = EveryStep(sparsity)
+    trained(sparsity, check, epochs=2)
+    assert check.steps == 40
+    assert sparsity.generator_density == 0.25  # 192 of 768
+    resized = method in ("dda", "ddst")
+    assert (len(check.discriminator_counts) > 1) == resized
+    assert (sparsity.discriminator_density != 0.25) == resized
+
+
+def test_generator_explores_in_the_methods_that_say_so() -> None:
+    for method, explores in (("static", False), ("sdst", True), ("dda", False), ("ddst", True)):
+        sparsity = DynamicSparsityCallback(0.25, method=method, interval=10, explore_interval=3, seed=1)
+        gan = ToyGAN()
+        sparsity.attach(gan)
+        before = {name: mask.clone() for name, mask in sparsity.masks("generator").items()}
+        trained(sparsity, gan=gan)
+        after = sparsity.masks("generator")
+        assert any(not torch.equal(before[name], after[name]) for name in before) == explores
+
+
+@pytest.mark.parametrize("probe_interval", ["auto", None])
+@pytest.mark.parametrize(("method", "density"), [("static", 1.0), ("dense", 0.1)])
+def test_a_dense_run_is_bit_identical_to_one_without_the_callback(method, density, probe_interval) -> None:
+    sparsity = DynamicSparsityCallback(density, method=method, probe_interval=probe_interval)
+    plain, watched = trained(epochs=2), trained(sparsity, epochs=2)
+    assert sparsity.measurements == (20 if probe_interval == "auto" else 0)
+    assert (sparsity.generator_density, sparsity.discriminator_density) == (1.0, 1.0)
+    expected = plain.state_dict()
+    assert watched.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in watched.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["static", "sdst"])
+def test_probing_changes_nothing_in_a_sparse_run(method: str) -> None:
+    probed, unprobed = (
+        trained(DynamicSparsityCallback(0.25, method=method, explore_interval=4, probe_interval=probe), epochs=2)
+        for probe in ("auto", None)
+    )
+    expected = unprobed.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in probed.state_dict().items())
+
+
+def test_everything_can_be_read_before_fitting() -> None:
+    sparsity = DynamicSparsityCallback(0.25, discriminator_density=0.5)
+    assert (sparsity.generator_density, sparsity.discriminator_density) == (0.25, 0.5)
+    assert sparsity.balance_ratio is None
+    assert sparsity.masks("generator") == {}
+    gan = ToyGAN()
+    sparsity.attach(gan)
+    parameters = dict(gan.named_parameters())
+    names = {
+        "generator": {"generator.0.weight", "generator.3.weight"},
+        "discriminator": {f"discriminator.{i}.parametrizations.weight.original" for i in (0, 3)},
+    }
+    for role, expected in names.items():
+        masks = sparsity.masks(role)
+        assert masks.keys() == expected
+        for name, mask in masks.items():
+            assert mask.dtype == torch.bool
+            assert mask.shape == parameters[name].shape
+            assert torch.equal(mask, parameters[name] != 0)
+    assert sum(int(mask.sum()) for mask in sparsity.masks("discriminator").values()) == DISCRIMINATOR_WEIGHTS // 2
+
+
+def test_masks_of_a_dense_run_are_all_true() -> None:
+    sparsity = DynamicSparsityCallback(0.1, method="dense")
+    trained(sparsity)
+    for role, total in (("generator", GENERATOR_WEIGHTS), ("discriminator", DISCRIMINATOR_WEIGHTS)):
+        masks = sparsity.masks(role).values()
+        assert all(mask.all() for mask in masks)
+        assert sum(mask.numel() for mask in masks) == total
+
+
+def test_the_masks_drawn_follow_the_seed_and_not_the_random_state() -> None:
+    def drawn(seed: int | None = None) -> torch.Tensor:
+        sparsity = DynamicSparsityCallback(0.25, seed=seed)
+        state = torch.get_rng_state()
+        sparsity.attach(ToyGAN())
+        torch.set_rng_state(state)
+        return sparsity.masks("generator")["generator.0.weight"]
+
+    torch.manual_seed(5)
+    first = drawn()
+    torch.rand(3)
+    assert torch.equal(first, drawn())
+    torch.manual_seed(6)
+    assert not torch.equal(first, drawn())
+    assert torch.equal(drawn(7), drawn(7))
+
+
+@pytest.mark.parametrize(
+    ("settings", "plan"),
+    [
+        # 20 batches of one update each: a 100th and a 200th would be 0, so the least.
+        ({"epochs": 2}, Plan(interval=10, explore_interval=5, probe_interval=1, updates=20)),
+        # 300 epochs of 10 updates, ended by the test after 2.
+        ({"epochs": 300}, Plan(interval=30, explore_interval=15, probe_interval=1, updates=3000)),
+        # Both optimizers' steps count: 60,000 steps are 30,000 generator updates.
+        ({"epochs": -1, "max_steps": 60000}, Plan(interval=300, explore_interval=150, probe_interval=3, updates=30000)),
+        # The nearer of two ends.
+        ({"epochs": 300, "max_steps": 100000}, Plan(interval=30, explore_interval=15, probe_interval=1, updates=3000)),
+        ({"epochs": -1, "max_time": {"hours": 1}}, Plan(interval=1000, explore_interval=500, probe_interval=10)),
+    ],
+)
+def test_default_intervals_come_from_the_length_of_the_run(settings, plan) -> None:
+    sparsity = DynamicSparsityCallback(0.25)
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *_) -> None:
+            trainer.should_stop = sparsity.generator_updates >= 12
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trained(sparsity, Stop(), **settings)
+    assert sparsity.plan == plan
+
+
+def test_the_length_of_a_run_counts_generator_updates_whatever_else_steps() -> None:
+    class CriticGAN(ToyGAN):
+        """Updates the generator in every fifth batch only."""
+
+        def training_step(self, batch, batch_idx) -> None:
+            generator_optimizer = self.optimizers()[0]
+            step = generator_optimizer.step
+            if batch_idx % 5 != 4:
+                generator_optimizer.step = lambda: None
+            super().training_step(batch, batch_idx)
+            generator_optimizer.step = step
+
+    sparsity = DynamicSparsityCallback(0.25)
+    trained(sparsity, gan=CriticGAN(), epochs=50)
+    assert sparsity.generator_updates == 100
+    assert sparsity.plan.updates == 100
+
+
+def test_a_run_of_unknown_length_says_that_exploration_is_not_annealed() -> None:
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *_) -> None:
+            trainer.should_stop = trainer.global_step >= 6
+
+    with pytest.warns(UserWarning, match="length in generator updates is unknown"):
+        trained(DynamicSparsityCallback(0.25), Stop(), epochs=-1, max_time={"hours": 1})
+
+
+def test_br_is_measured_at_every_probe_interval_in_every_method() -> None:
+    for method in ("dense", "static", "sdst", "dda", "ddst"):
+        sparsity = DynamicSparsityCallback(0.25, method=method, interval=10, probe_interval=5)
+        trained(sparsity, epochs=2)
+        assert sparsity.generator_updates == 20
+        assert sparsity.measurements == 4
+        assert sparsity.balance.samples == 2  # the window is one decision interval
+
+
+def test_a_balance_outside_the_bounds_moves_the_discriminator_and_says_why() -> None:
+    # Bounds that no ratio of this toy reaches: always too weak, then always too strong.
+    growing = DynamicSparsityCallback(0.25, method="dda", interval=5, bounds=(0.0, 1e-9), delta=0.1)
+    pruned = DynamicSparsityCallback(0.25, 0.5, method="dda", interval=5, bounds=(1e6, 1e7), delta=0.1)
+    trained(growing, epochs=2)
+    trained(pruned, epochs=2)
+    for sparsity, action in ((growing, "grow"), (pruned, "prune")):
+        decided = [decision for _, decision in sparsity.decisions if decision.action != "undecided"]
+        assert [update for update, _ in sparsity.decisions] == [5, 10, 15, 20]
+        assert decided
+        assert all(re.search(r"BR \S+ [<>]", decision.reason) for decision in decided)
+        assert any(decision.action == action for decision in decided)
+        assert sparsity.discriminator_density == pytest.approx(decided[-1].density, abs=0.5 / DISCRIMINATOR_WEIGHTS)
+
+
+def test_networks_are_found_by_usual_and_by_given_names() -> None:
+    for names in (("netG", "netD"), ("G", "D"), ("gen", "critic")):
+        sparsity = DynamicSparsityCallback(0.25)
+        trained(sparsity, gan=ToyGAN(names))
+        assert all(name.startswith(names[0] + ".") for name in sparsity.masks("generator"))
+
+    gan = ToyGAN(("maker", "judge"))
+    sparsity = DynamicSparsityCallback(0.25, generator="maker", discriminator="judge")
+    trained(sparsity, gan=gan)
+    assert {name.split(".")[0] for name in sparsity.masks("discriminator")} == {"judge"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"generator_density": 0.0}, r"generator_density=0.0 must be in \(0, 1\]"),
+        ({"generator_density": 1.5}, r"generator_density=1.5 must be in \(0, 1\]"),
+        ({"generator_density": float("nan")}, r"generator_density=nan must be in \(0, 1\]"),
+        ({"discriminator_density": -0.1}, r"discriminator_density=-0.1 must be in \(0, 1\]"),
+        ({"bounds": (0.6, 0.4)}, r"bounds=\(0.6, 0.4\) must be two numbers, lower < upper"),
+        ({"bounds": (0.5,)}, r"bounds=\(0.5,\) must be two numbers"),
+        ({"interval": 0}, "interval=0 must be an integer, at least 1"),
+        ({"interval": 2.5}, "interval=2.5 must be an integer, at least 1"),
+        ({"explore_interval": -1}, "explore_interval=-1 must be an integer, at least 1"),
+        ({"probe_interval": 0}, "probe_interval=0 must be an integer, at least 1"),
+        ({"probe_interval": "often"}, "probe_interval='often' must be an integer"),
+        ({"interval": 10, "probe_interval": 20}, "probe_interval=20 must not be longer than interval=10"),
+        ({"probe_interval": None}, 'probe_interval=None measures no balance ratio, which method="ddst" needs'),
+        ({"method": "rigl"}, "method='rigl' is unknown; allowed are dense, static, sdst, dda, ddst"),
+        ({"growth": "best"}, "growth='best' is unknown; allowed are random, gradient, momentum"),
+        ({"distribution": "er2"}, "distribution='er2' is unknown; allowed are uniform, er, erk"),
+        ({"scope": "all"}, "scope='all' is unknown; allowed are global, layer"),
+        ({"schedule": "step"}, "schedule='step' is unknown; allowed are cosine, linear, constant"),
+        ({"estimator": "median"}, "estimator='median' is unknown; allowed are ratio_of_means, mean_of_ratios"),
+        ({"delta": 0.0}, r"delta=0.0 must be in \(0, 1\]"),
+        ({"exploration_rate": 1.5}, r"exploration_rate=1.5 must be in \[0, 1\]"),
+        ({"layer_floor": 0.0}, r"layer_floor=0.0 must be in \(0, 1\]"),
+        ({"max_discriminator_density": 1.2}, r"max_discriminator_density=1.2 must be in \(0, 1\]"),
+        ({"min_discriminator_density": 0.6, "max_discriminator_density": 0.5}, "min_discriminator_density=0.6 must be"),
+        (
+            {"discriminator_density": 0.8, "max_discriminator_density": 0.5},
+            "discriminator_density=0.8 must not be above max_discriminator_density=0.5",
+        ),
+    ],
+)
+def test_bad_arguments_are_refused_with_name_value_and_what_is_allowed(arguments, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        DynamicSparsityCallback(**{"generator_density": 0.25} | arguments)
+
+
+class Bare(ToyGAN):
+    """A toy whose networks a test replaces."""
+
+    def __init__(self, generator: nn.Module | None = None) -> None:
+        super().__init__()
+        if generator is not None:
+            self.generator = generator
+
+
+@pytest.mark.parametrize(
+    ("gan", "arguments", "message"),
+    [
+        (ToyGAN(("maker", "judge")), {}, r'no generator was found in ToyGAN .*generator="\.\.\.".*It has maker, judge'),
+        (ToyGAN(), {"generator": "net.G"}, r"generator='net.G' is not a submodule of ToyGAN; it has generator, disc"),
+        (ToyGAN(), {"discriminator": "generator"}, "generator and discriminator are the same module"),
+        (Bare(nn.Sequential(nn.BatchNorm1d(8))), {}, "Sequential has nothing to mask"),
+        (
+            ToyGAN(),
+            {"generator_density": 0.001},  # round(0.768) = 1 weight for 2 layers; 2 of 768 is 0.0026
+            r"generator_density=0.001.*leaves 1 active weights for 2 layers.*at least 0.0026",
+        ),
+        (
+            ToyGAN(),
+            {"min_discriminator_density": 0.001, "discriminator_density": 0.25},
+            r"min_discriminator_density=0.001.*leaves 1 active weights for 2 layers",
+        ),
+    ],
+)
+def test_networks_that_cannot_be_trained_so_are_refused_before_training(gan, arguments, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        trained(DynamicSparsityCallback(**{"generator_density": 0.25} | arguments), gan=gan)
+
+
+def test_a_network_without_an_optimizer_is_refused() -> None:
+    class Half(ToyGAN):
+        def configure_optimizers(self):
+            return [Adam(self.generator.parameters())]
+
+    with pytest.raises(ValueError, match="no optimizer updates '0.parametrizations.weight.original'"):
+        trained(DynamicSparsityCallback(0.25), gan=Half())
+
+
+def test_hooks_are_gone_after_fitting_and_after_a_failure() -> None:
+    def hooks(gan: ToyGAN) -> int:
+        modules = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in gan.modules())
+        parameters = sum(len(p._backward_hooks or ()) for p in gan.parameters())
+        accumulated = sum(len(p._post_accumulate_grad_hooks or ()) for p in gan.parameters())
+        return modules + parameters + accumulated
+
+    assert hooks(trained(DynamicSparsityCallback(0.25))) == 0
+
+    class Broken(ToyGAN):
+        def training_step(self, batch, batch_idx) -> None:
+            super().training_step(batch, batch_idx)
+            if batch_idx == 3:
+                raise RuntimeError("broken on purpose")
+
+    gan = Broken()
+    with pytest.raises(RuntimeError, match="broken on purpose"):
+        trained(DynamicSparsityCallback(0.25), gan=gan)
+    assert hooks(gan) == 0
+
+
+def test_what_is_logged_is_named_and_placed_by_generator_updates(tmp_path) -> None:
+    sparsity = DynamicSparsityCallback(0.25, interval=5, bounds=(0.0, 1e-9), probe_interval=1)
+    trained(sparsity, epochs=2, folder=tmp_path, log_every_n_steps=2)
+    events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert tags >= {f"balance/{part}" for part in ("ratio", "alpha", "beta", "real", "fake")} - {
+        "balance/ratio" for _, decision in sparsity.decisions if decision.action == "undecided"
+    }
+    assert tags >= {
+        "density/generator",
+        "density/generator_target",
+        "density/discriminator",
+        "density/discriminator_target",
+        "layer_density/generator.0.weight",
+        "layer_density/discriminator.3.parametrizations.weight.original",
+        "decision/grow",
+        "decision/undecided",
+        "flops/training_ratio",
+    }
+    density = events.Scalars("density/discriminator")
+    assert [event.step for event in density] == [2, 4, 5, 6, 8, 10, 12, 14, 15, 16, 18, 20]
+    assert density[-1].value == pytest.approx(sparsity.discriminator_density)
+    alpha, beta = (events.Scalars(f"balance/{part}")[-1].value for part in ("alpha", "beta"))
+    assert sparsity.balance.alpha == pytest.approx(alpha)
+    assert sparsity.balance.beta == pytest.approx(beta)
+    reasons = events.Tensors("decision/reason/text_summary")
+    assert [event.step for event in reasons] == [5, 10, 15, 20]
+    assert sparsity.decisions[-1][1].reason.encode() in reasons[-1].tensor_proto.string_val[0]
+
+
+def test_a_checkpoint_loads_into_the_plain_module_and_brings_the_sparsity_back(tmp_path) -> None:
+    sparsity = DynamicSparsityCallback(0.25, interval=5, explore_interval=3, bounds=(0.0, 1e-9))
+    gan = trained(sparsity, epochs=2, folder=tmp_path)
+    (path,) = tmp_path.rglob("*.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    ToyGAN().load_state_dict(checkpoint["state_dict"])
+
+    resumed = DynamicSparsityCallback(0.25, interval=5, explore_interval=3, bounds=(0.0, 1e-9))
+    toy_trainer(resumed, epochs=2).fit(again := ToyGAN(), toy_data(), ckpt_path=path)  # nothing is left to do
+    assert resumed.generator_updates == 20
+    assert resumed.decisions == sparsity.decisions
+    assert resumed.balance == sparsity.balance
+    assert resumed.flops_ratio == sparsity.flops_ratio
+    assert resumed.plan == sparsity.plan
+    for role in ("generator", "discriminator"):
+        expected = sparsity.masks(role)
+        assert all(torch.equal(mask, expected[name]) for name, mask in resumed.masks(role).items())
+    expected = gan.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in again.state_dict().items())
+
+
+def test_densities_and_masks_of_a_checkpoint_can_be_read_where_nothing_is_trained(tmp_path) -> None:
+    sparsity = DynamicSparsityCallback(0.25, 0.5)
+    gan = trained(sparsity, folder=tmp_path)
+    (path,) = tmp_path.rglob("*.ckpt")
+    gan.validation_step = lambda batch, batch_idx: None
+    read = DynamicSparsityCallback(0.1)
+    toy_trainer(read).validate(gan, toy_data(), ckpt_path=path, verbose=False)
+    assert (read.generator_density, read.discriminator_density) == (0.25, sparsity.discriminator_density)
+    assert read.masks("generator").keys() == sparsity.masks("generator").keys()
+
+
+def test_fitting_goes_on_where_it_ended() -> None:
+    sparsity = DynamicSparsityCallback(0.25, interval=5, explore_interval=3)
+    gan = trained(sparsity)
+    masks = {name: mask.clone() for name, mask in sparsity.masks("generator").items()}
+    toy_trainer(sparsity, epochs=1).fit(gan, toy_data())
+    assert sparsity.generator_updates == 20
+    kept = sum(int((masks[name] & mask).sum()) for name, mask in sparsity.masks("generator").items())
+    assert kept > 0.5 * 192  # explored on, not drawn anew
