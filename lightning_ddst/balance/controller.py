@@ -50,7 +50,7 @@ class DensityController:
 
     def __post_init__(self) -> None:
         if len(self.bounds) != 2 or not 0 <= self.bounds[0] < self.bounds[1]:
-            raise ValueError(f"bounds={self.bounds} must be two numbers, lower < upper, neither negative.")
+            raise ValueError(f"bounds={tuple(self.bounds)} must be two numbers, lower < upper, neither negative.")
         check_density("delta", self.delta)
         check_density("max_discriminator_density", self.max_density)
         if not 0 < self.min_density <= self.max_density:

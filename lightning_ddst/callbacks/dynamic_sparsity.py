@@ -129,7 +129,7 @@ class DynamicSparsityCallback(Callback):
         _check_intervals(method, interval, explore_interval, probe_interval)
         if min_discriminator_density is None:
             min_discriminator_density = min(discriminator_density, 0.05)
-        controller = DensityController(tuple(bounds), delta, min_discriminator_density, max_discriminator_density)
+        controller = DensityController(bounds, delta, min_discriminator_density, max_discriminator_density)
         if discriminator_density > max_discriminator_density and method in _RESIZING:
             raise ValueError(
                 f"discriminator_density={discriminator_density} must not be above "

@@ -107,8 +107,6 @@ class WeightAverage:
         for saved, own in ((state["averages"], self._averages), (state["ages"], self._ages)):
             for name in sorted(saved.keys() | own.keys()):
                 if name not in saved or name not in own or saved[name].shape != own[name].shape:
-                    raise ValueError(
-                        f"the saved average is another network's: {name!r} is missing or differs in shape."
-                    )
+                    raise ValueError(f"the saved average is of another network: {name!r} is missing or not alike.")
                 own[name].copy_(saved[name])
         self.updates = state["updates"]

@@ -307,7 +307,7 @@ def test_a_network_without_an_optimizer_is_refused() -> None:
         def configure_optimizers(self):
             return [Adam(self.generator.parameters())]
 
-    with pytest.raises(ValueError, match="no optimizer updates '0.parametrizations.weight.original'"):
+    with pytest.raises(ValueError, match=r"no optimizer updates '0.parametrizations.weight.original'"):
         trained(DynamicSparsityCallback(0.25), gan=Half())
 
 
