@@ -27,6 +27,7 @@ from lightning_ddst.callbacks.run_length import RunLength
 from lightning_ddst.sparsity import DISTRIBUTIONS, GROWTH_RULES, SCHEDULES, SparseNetwork
 from lightning_ddst.sparsity.checks import check_choice, check_count, check_density, check_rate
 from lightning_ddst.sparsity.network import SCOPES, Scope
+from lightning_ddst.sparsity.selection import count_true
 
 Method = Literal["dense", "static", "sdst", "dda", "ddst"]
 Role = Literal["generator", "discriminator"]
@@ -245,7 +246,7 @@ class DynamicSparsityCallback(Callback):
         if role in self._networks:
             return self._networks[role].density
         if masks:
-            return sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
+            return sum(count_true(mask) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
         return self._densities[role]
 
     # ---- attaching -----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from lightning_ddst.sparsity.allocation import DISTRIBUTIONS, allocate, apportio
 from lightning_ddst.sparsity.checks import check_choice, check_density, check_rate
 from lightning_ddst.sparsity.growth import GROWTH_RULES, GrowthRule, Layer
 from lightning_ddst.sparsity.maskable import MaskableWeight, maskable_weights
-from lightning_ddst.sparsity.selection import largest, select
+from lightning_ddst.sparsity.selection import count_true, largest, select
 
 Scope = Literal["global", "layer"]
 SCOPES = ("global", "layer")
@@ -76,7 +76,7 @@ class SparseNetwork:
         self.masks: dict[str, Tensor]
         if state is None:
             self.masks = self._drawn(density)
-            self._counts = {name: int(mask.sum()) for name, mask in self.masks.items()}
+            self._counts = {name: count_true(mask) for name, mask in self.masks.items()}
             self._changed(spectral=density < 1)
         else:
             self._restore(state)
@@ -220,7 +220,7 @@ class SparseNetwork:
     def _flip(self, name: str, marks: Tensor, *, grow: bool) -> None:
         # In place: compiled code and hooks that hold the mask go on with the new one.
         self.masks[name].logical_xor_(marks)
-        number = int(marks.sum())
+        number = count_true(marks)
         self._counts[name] += number if grow else -number
 
     @torch.no_grad()
@@ -234,10 +234,10 @@ class SparseNetwork:
 
     def _drawn(self, density: float) -> dict[str, Tensor]:
         masks = {}
-        for name, count in self.allocation(density).items():
+        for name, number in self.allocation(density).items():
             parameter = self.weights[name].parameter
-            if count < parameter.numel():
-                masks[name] = largest(torch.rand(parameter.shape, generator=self._generator), count)
+            if number < parameter.numel():
+                masks[name] = largest(torch.rand(parameter.shape, generator=self._generator), number)
                 masks[name] = masks[name].to(parameter.device)
             else:
                 masks[name] = torch.ones_like(parameter, dtype=torch.bool)
@@ -270,7 +270,7 @@ class SparseNetwork:
             if name not in self.weights or name not in saved or saved[name].shape != self.weights[name].parameter.shape:
                 raise ValueError(f"the saved masks are another network's: {name!r} is missing or differs in shape.")
         self.masks = {name: saved[name].to(weight.parameter.device, copy=True) for name, weight in self.weights.items()}
-        self._counts = {name: int(mask.sum()) for name, mask in self.masks.items()}
+        self._counts = {name: count_true(mask) for name, mask in self.masks.items()}
         self._generator.set_state(state["rng"].cpu())
         # Spectral norm's vectors were saved with the weights and fit these masks already.
         self._changed(spectral=False)

@@ -13,7 +13,7 @@ def largest(scores: Tensor, k: int) -> Tensor:
     """Marks the k largest scores.
 
     Args:
-        scores: Any shape, without NaN; ``-inf`` is never chosen while others are left.
+        scores: Any shape, without NaN.
         k: How many, 0 to ``scores.numel()``.
 
     Returns:
@@ -23,29 +23,41 @@ def largest(scores: Tensor, k: int) -> Tensor:
     Raises:
         ValueError: If k is negative or larger than the number of scores.
     """
-    flat = scores.reshape(-1)
-    if not 0 <= k <= flat.numel():
-        raise ValueError(f"k={k} must be between 0 and the number of scores, {flat.numel()}.")
+    return _largest([scores], k)[0]
+
+
+def _largest(scores: Sequence[Tensor], k: int) -> list[Tensor]:
+    """The same over several tensors together; ties go to the first tensor."""
+    total = sum(score.numel() for score in scores)
+    if not 0 <= k <= total:
+        raise ValueError(f"k={k} must be between 0 and the number of scores, {total}.")
     if k == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = _kth_largest(flat, k)
-    chosen = flat > threshold
-    ties = (flat == threshold).nonzero().squeeze(1)
-    chosen[ties[: k - int(chosen.sum())]] = True
-    return chosen.view(scores.shape)
+        return [torch.zeros_like(score, dtype=torch.bool) for score in scores]
+    threshold = _kth_largest([score.flatten() for score in scores], k)
+    chosen = [score >= threshold for score in scores]
+    surplus = sum(count_true(marks) for marks in chosen) - k
+    for marks, score in zip(reversed(chosen), reversed(scores), strict=True):
+        if surplus:
+            ties = (score == threshold).flatten().nonzero().squeeze(1)
+            dropped = ties[max(0, len(ties) - surplus) :]
+            marks.view(-1)[dropped] = False
+            surplus -= len(dropped)
+    return chosen
 
 
-def _kth_largest(flat: Tensor, k: int) -> Tensor:
-    """The k-th largest value; in a large tensor only those that a sample shows to be near it are sorted."""
-    if flat.numel() > _NARROW_ABOVE:
-        stride = flat.numel() // _SAMPLE
-        sample = flat[::stride]
-        rank = int(1.1 * k / stride) + 64
+def _kth_largest(flats: list[Tensor], k: int) -> Tensor:
+    """The k-th largest value; of many, only those that a sample shows to be near it are looked through."""
+    total = sum(flat.numel() for flat in flats)
+    if total > _NARROW_ABOVE:
+        stride = total // _SAMPLE
+        sample = torch.cat([flat[::stride] for flat in flats])
+        rank = int(1.05 * k / stride) + 64
         if rank <= sample.numel():
-            near = flat[flat >= sample.topk(rank).values[-1]]
-            if near.numel() >= k:
-                flat = near
-    return flat.topk(k, sorted=False).values.min()
+            bound = sample.topk(rank).values[-1]
+            near = [flat[(flat >= bound).nonzero().squeeze(1)] for flat in flats]
+            if sum(flat.numel() for flat in near) >= k:
+                flats = near
+    return torch.cat(flats).topk(k, sorted=False).values.min()
 
 
 def select(scores: Sequence[Tensor], eligible: Sequence[Tensor], k: int, limits: Sequence[int]) -> list[Tensor]:
@@ -65,19 +77,19 @@ def select(scores: Sequence[Tensor], eligible: Sequence[Tensor], k: int, limits:
     """
     if not 0 <= k <= sum(limits):
         raise ValueError(f"cannot choose k={k} weights: between 0 and {sum(limits)} are available.")
-    candidates = [
-        torch.where(allowed, score, float("-inf")).flatten() for score, allowed in zip(scores, eligible, strict=True)
-    ]
+    candidates = [torch.where(allowed, score, float("-inf")) for score, allowed in zip(scores, eligible, strict=True)]
     full: dict[int, Tensor] = {}
     while True:
         # A layer over its limit gives what the limit allows; the others are chosen from again.
         open_layers = [i for i in range(len(candidates)) if i not in full]
         left = k - sum(limits[i] for i in full)
-        chosen = dict(full)
-        if open_layers:
-            marks = largest(torch.cat([candidates[i] for i in open_layers]), left)
-            chosen |= zip(open_layers, marks.split([candidates[i].numel() for i in open_layers]), strict=True)
-        over = [i for i in open_layers if int(chosen[i].sum()) > limits[i]]
+        chosen = full | dict(zip(open_layers, _largest([candidates[i] for i in open_layers], left), strict=True))
+        over = [i for i in open_layers if count_true(chosen[i]) > limits[i]]
         if not over:
-            return [chosen[i].view(score.shape) for i, score in enumerate(scores)]
+            return [chosen[i] for i in range(len(candidates))]
         full |= {i: largest(candidates[i], limits[i]) for i in over}
+
+
+def count_true(marks: Tensor) -> int:
+    """Number of true entries (much faster than a bool tensor's sum)."""
+    return int(marks.count_nonzero())
