@@ -67,14 +67,14 @@ class DensityController:
         if balance.ratio > upper:
             reason = f"BR {balance.ratio:.3f} > {upper:g}: the discriminator is too weak"
             if density < self.max_density:
-                return Decision("grow", _tidy(min(density + self.delta, self.max_density)), reason)
+                return Decision("grow", min(_tidy(density + self.delta), self.max_density), reason)
             if self.max_density < 1:
                 return Decision("explore", density, f"{reason}, and at its largest density {density:g}")
             return Decision("hold", density, f"{reason}, but dense already")
         if balance.ratio < lower:
             reason = f"BR {balance.ratio:.3f} < {lower:g}: the discriminator is too strong"
             if density > self.min_density:
-                return Decision("prune", _tidy(max(density - self.delta, self.min_density)), reason)
+                return Decision("prune", max(_tidy(density - self.delta), self.min_density), reason)
             return Decision("hold", density, f"{reason}, but at its smallest density {density:g}")
         return Decision("hold", density, f"BR {balance.ratio:.3f} is within {lower:g} to {upper:g}")
 

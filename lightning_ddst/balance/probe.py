@@ -16,8 +16,10 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def items(self) -> list[tuple[int | str, Any]]:
-        return [*enumerate(self.args), *self.kwargs.items()]
+    def tensors(self) -> list[tuple[int | str, Tensor]]:
+        """Each tensor with its position or name."""
+        items: list[tuple[int | str, Any]] = [*enumerate(self.args), *self.kwargs.items()]
+        return [(place, value) for place, value in items if isinstance(value, Tensor)]
 
     def replaced(self, values: dict[int | str, Any]) -> "_Call":
         args = tuple(values.get(i, value) for i, value in enumerate(self.args))
@@ -71,36 +73,21 @@ class BalanceProbe:
     # ---- what training does ----------------------------------------------------------------------
 
     def _forget(self) -> None:
-        self._input: _Call | None = None  # of the generator's last call
-        self._fake: Tensor | None = None  # what it returned
-        self._scored: tuple[_Call, int | str] | None = None  # the discriminator's call, and where the image stood
-        self._scored_fake = False  # whether that image was the generator's last
+        self._generated: tuple[_Call, Tensor] | None = None  # the generator's last call, and what it returned
+        self._scored: list[_Call] = []  # the discriminator's calls
         self._before: Tensor | None = None
+        self._random_state: list[Tensor] = []
 
     def _generator_called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         # Without gradients it is a call for the discriminator's sake, or for somebody to look at.
         if self.watching and not self._probing and torch.is_grad_enabled():
-            self._input = _detached(args, kwargs)
-            self._fake = first_tensor(output).detach()
-            self._scored_fake = False
+            self._generated = (_detached(args, kwargs), first_tensor(output).detach())
 
     def _discriminator_called(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if not self.watching or self._probing or self._fake is None:
-            return
-        call = _detached(args, kwargs)
-        images = [
-            (place, value)
-            for place, value in call.items()
-            if isinstance(value, Tensor) and value.shape[1:] == self._fake.shape[1:]
-        ]
-        for place, value in images:
-            if value.untyped_storage().data_ptr() == self._fake.untyped_storage().data_ptr():
-                self._scored, self._scored_fake = (call, place), True
-                return
-        if images and not self._scored_fake:  # augmented, or joined with real images
-            self._scored = (call, images[0][0])
+        if self.watching and not self._probing:
+            self._scored.append(_detached(args, kwargs))
 
     # ---- the measurement -------------------------------------------------------------------------
 
@@ -120,16 +107,13 @@ class BalanceProbe:
             RuntimeError: If the discriminator was not seen to score an image, or the real images
                 are not found.
         """
-        if self._input is None or self._fake is None:
+        if self._generated is None:
             return
-        if self._scored is None:
-            raise RuntimeError(
-                "the balance ratio cannot be measured: the discriminator "
-                f"({type(self._discriminator).__name__}) was not called on anything shaped like the generator's "
-                f"output, {tuple(self._fake.shape)}."
-            )
-        real = self._real_images(batch)
-        self._before = torch.stack([self._score(real, batch), self._score_generated()])
+        real = _real_images(batch, self._generated[1])
+        self._random_state = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._devices())]
+        with self._traceless():
+            real_score = self._discriminate(self._call_on_real(real, batch))
+        self._before = torch.stack([real_score, self._score_generated()])
 
     def after_update(self) -> Tensor:
         """Scores the new generator, and forgets what was recorded.
@@ -151,61 +135,94 @@ class BalanceProbe:
         return scores
 
     def _score_generated(self) -> Tensor:
-        assert self._input is not None
+        assert self._generated is not None
+        call, fake = self._generated
+        scored, place = self._call_on_fake(fake)
         with self._traceless():
-            images = first_tensor(self._generator(*self._input.args, **self._input.kwargs))
-            return self._call_discriminator({self._place: images})
+            images = first_tensor(self._generator(*call.args, **call.kwargs))
+            return self._discriminate(scored.replaced({place: images}))
 
-    def _score(self, real: Tensor, batch: Any) -> Tensor:
-        assert self._scored is not None
-        values: dict[int | str, Any] = {self._place: real}
+    def _discriminate(self, call: _Call) -> Tensor:
+        scores = first_tensor(self._discriminator(*call.args, **call.kwargs))
+        return scores.to(torch.promote_types(scores.dtype, torch.float32)).mean()
+
+    def _call_on_fake(self, fake: Tensor) -> tuple[_Call, int | str]:
+        """The discriminator's last call on a generated image, and which argument that was."""
+        for call in reversed(self._scored):
+            for place, value in call.tensors():
+                if value.untyped_storage().data_ptr() == fake.untyped_storage().data_ptr():
+                    return call, place
+        for call in reversed(self._scored):  # augmented, or joined with real images
+            for place, value in call.tensors():
+                if value.shape[1:] == fake.shape[1:]:
+                    return call, place
+        raise RuntimeError(
+            f"the balance ratio cannot be measured: the discriminator ({type(self._discriminator).__name__}) was not "
+            f"called on anything shaped like the generator's output, {tuple(fake.shape)}."
+        )
+
+    def _call_on_real(self, real: Tensor, batch: Any) -> _Call:
+        """The discriminator's call on the real images: as seen, or with what the batch holds beside them."""
+        for call in reversed(self._scored):
+            for _, value in call.tensors():
+                if value.data_ptr() == real.data_ptr() and value.shape == real.shape:
+                    return call
+        assert self._generated is not None
+        call, place = self._call_on_fake(self._generated[1])
+        values: dict[int | str, Any] = {place: real}
         # Conditions (labels) of the fakes make way for those of the real images.
-        for place, value in self._scored[0].items():
-            if place != self._place and isinstance(value, Tensor):
-                for own in tensors_in(batch):
-                    if own is not real and own.dtype == value.dtype and own.shape[1:] == value.shape[1:]:
-                        values[place] = own
-                        break
-        with self._traceless():
-            return self._call_discriminator(values)
+        for other, value in call.tensors():
+            for own in tensors_in(batch):
+                if other != place and own.dtype == value.dtype and own.shape[1:] == value.shape[1:]:
+                    values.setdefault(other, own)
+        return call.replaced(values)
 
-    @property
-    def _place(self) -> int | str:
-        assert self._scored is not None
-        return self._scored[1]
-
-    def _call_discriminator(self, values: dict[int | str, Any]) -> Tensor:
-        assert self._scored is not None
-        call = self._scored[0].replaced(values)
-        return first_tensor(self._discriminator(*call.args, **call.kwargs)).float().mean()
-
-    def _real_images(self, batch: Any) -> Tensor:
-        assert self._fake is not None
-        shape = self._fake.shape[1:]
-        found = [value for value in tensors_in(batch) if value.is_floating_point() and value.shape[1:] == shape]
-        if len(found) != 1:
-            seen = ", ".join(f"{tuple(value.shape)} {value.dtype}" for value in tensors_in(batch)) or "no tensor"
-            raise RuntimeError(
-                "the balance ratio cannot be measured: the batch must hold exactly one floating-point tensor of "
-                f"shape (batch, {', '.join(map(str, shape))}), like the generator's output, as the real images; "
-                f"it holds {seen}."
-            )
-        return found[0].detach()
+    def _devices(self) -> list[int]:
+        return sorted({p.device.index for p in self._discriminator.parameters() if p.device.type == "cuda"})
 
     @contextmanager
     def _traceless(self) -> Iterator[None]:
-        buffers = {id(b): b for network in (self._generator, self._discriminator) for b in network.buffers()}
-        saved = [(buffer, buffer.clone()) for buffer in buffers.values()]
-        devices = {p.device.index for p in self._discriminator.parameters() if p.device.type == "cuda"}
+        """For calls that training must not notice: they work on copies of the buffers, and of the random state."""
+        kept = [
+            (module, name, buffer)
+            for network in (self._generator, self._discriminator)
+            for module in network.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        # The originals stay as they are, so a backward pass that is still to come finds what it saved.
+        copies = {id(buffer): buffer.clone() for _, _, buffer in kept}
+        caching = torch.is_autocast_cache_enabled()
         self._probing = True
         try:
-            with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), self._autocast():
+            for module, name, buffer in kept:
+                module._buffers[name] = copies[id(buffer)]
+            with torch.random.fork_rng(devices=self._devices()), torch.no_grad(), self._autocast():
+                # Inside a training step's autocast, half-precision copies from before the update may be cached.
+                torch.set_autocast_cache_enabled(False)
+                state, *device_states = self._random_state
+                torch.set_rng_state(state)
+                for device, device_state in zip(self._devices(), device_states, strict=True):
+                    torch.cuda.set_rng_state(device_state, device)
                 yield
         finally:
+            torch.set_autocast_cache_enabled(caching)
+            for module, name, buffer in kept:
+                module._buffers[name] = buffer
             self._probing = False
-            with torch.no_grad():
-                for buffer, value in saved:
-                    buffer.copy_(value)
+
+
+def _real_images(batch: Any, fake: Tensor) -> Tensor:
+    shape = fake.shape[1:]
+    found = [value for value in tensors_in(batch) if value.is_floating_point() and value.shape[1:] == shape]
+    if len(found) != 1:
+        seen = ", ".join(f"{tuple(value.shape)} {value.dtype}" for value in tensors_in(batch)) or "no tensor"
+        raise RuntimeError(
+            "the balance ratio cannot be measured: the batch must hold exactly one floating-point tensor of "
+            f"shape (batch, {', '.join(map(str, shape))}), like the generator's output, as the real images; "
+            f"it holds {seen}."
+        )
+    return found[0].detach()
 
 
 def _detached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:

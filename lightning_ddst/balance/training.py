@@ -72,7 +72,6 @@ class SparseTraining:
 
     Attributes:
         updates: Generator updates so far.
-        target: The discriminator's density aimed at.
         decisions: Every decision with the generator update it was made at.
         measurements: How often the balance ratio was measured.
         flops: Operations of training both networks.
@@ -98,7 +97,6 @@ class SparseTraining:
         self.generator = generator
         self.discriminator = discriminator
         self.updates = 0
-        self.target = discriminator.density
         self.decisions: list[tuple[int, Decision]] = []
         self.measurements = 0
         self.flops = TrainingFlops([generator, discriminator])
@@ -170,7 +168,7 @@ class SparseTraining:
 
     def _decide(self) -> None:
         assert self._controller is not None
-        decision = self._controller.decide(self.window.read(), self.target)
+        decision = self._controller.decide(self.window.read(), self.discriminator.target)
         gradients = self._holds[self.discriminator].gradients.take()
         if decision.action in ("grow", "explore") and gradients is None:
             self._postponed("discriminator")
@@ -179,7 +177,6 @@ class SparseTraining:
             self.discriminator.explore(self._exploration.at(self.updates, self.plan.updates), gradients)
         elif decision.action in ("grow", "prune"):
             self.discriminator.resize(decision.density, gradients)
-        self.target = decision.density
         self.decisions.append((self.updates, decision))
         self._decision_due = False
 
@@ -223,7 +220,6 @@ class SparseTraining:
         """Everything but the masks, which the networks save; loads with ``weights_only=True``."""
         return {
             "updates": self.updates,
-            "target": self.target,
             "measurements": self.measurements,
             "decisions": [(update, asdict(decision)) for update, decision in self.decisions],
             "due": [self._explore_due, self._decision_due],
@@ -235,7 +231,7 @@ class SparseTraining:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` gave."""
-        self.updates, self.target, self.measurements = state["updates"], state["target"], state["measurements"]
+        self.updates, self.measurements = state["updates"], state["measurements"]
         self.decisions = [(update, Decision(**decision)) for update, decision in state["decisions"]]
         self._explore_due, self._decision_due = state["due"]
         self.plan = Plan(**state["plan"])

@@ -70,8 +70,8 @@ class BalanceWindow:
         Args:
             scores: ``(3,)``: mean scores of real images, of the generator's before, and after its update.
         """
-        self._samples = self._samples.to(scores.device)
-        self._samples[self._added % len(self._samples)] = scores.detach().float()
+        self._samples = self._samples.to(scores.device, scores.dtype)
+        self._samples[self._added % len(self._samples)] = scores.detach()
         self._added += 1
 
     def read(self) -> Balance:

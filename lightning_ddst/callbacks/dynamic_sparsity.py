@@ -405,10 +405,9 @@ class DynamicSparsityCallback(Callback):
             values |= {f"balance/{part}": getattr(balance, part) for part in ("alpha", "beta", "real", "fake")}
             if balance.ratio is not None:
                 values["balance/ratio"] = balance.ratio
-        targets = {"generator": self._densities["generator"], "discriminator": self._training.target}
         for role, network in self._networks.items():
             values[f"density/{role}"] = network.density
-            values[f"density/{role}_target"] = targets[role]
+            values[f"density/{role}_target"] = network.target
             for name, weight in network.weights.items():
                 density = network.layer_densities[name]
                 values[f"layer_density/{self._full_names[id(weight.parameter)]}"] = density

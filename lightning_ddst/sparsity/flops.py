@@ -107,7 +107,9 @@ class TrainingFlops:
         self._steps = [Workload(network.weights.values()) for network in self._networks]
         self._probes = [Workload(network.weights.values()) for network in self._networks]
         self._measured = self._probe_measured = False
-        self._waiting = self._probes_waiting = 0  # updates that were not added yet
+        # Updates that were not added yet, those of them with a probe, and with dense gradients, by network.
+        self._waiting = self._probes_waiting = 0
+        self._gradients_waiting = [0 for _ in self._networks]
         self._measuring: ExitStack | None = None
 
     @property
@@ -134,6 +136,9 @@ class TrainingFlops:
         self._probe_measured |= probed
         self._waiting += 1
         self._probes_waiting += probed
+        self._gradients_waiting = [
+            n + needed for n, needed in zip(self._gradients_waiting, dense_gradients, strict=True)
+        ]
         if not self._measured:
             if self._measuring is None:
                 self._measuring = ExitStack()
@@ -145,8 +150,7 @@ class TrainingFlops:
                 for step, probe in zip(self._steps, self._probes, strict=True):
                     step.subtract(probe)
             self._measured = True
-        self._add(self._waiting, self._probes_waiting, dense_gradients)
-        self._waiting = self._probes_waiting = 0
+        self._add_waiting()
 
     def stop(self) -> None:
         """Leaves no hook behind."""
@@ -167,16 +171,18 @@ class TrainingFlops:
             for workload, saved in zip(self._steps + self._probes, state["workloads"], strict=True):
                 workload.load_state_dict(saved)
 
-    _SUMS = ("total", "dense", "_measured", "_probe_measured", "_waiting", "_probes_waiting")
+    _SUMS = ("total", "dense", "_measured", "_probe_measured", "_waiting", "_probes_waiting", "_gradients_waiting")
 
-    def _add(self, updates: int, probes: int, dense_gradients: Iterable[bool]) -> None:
-        for network, step, probe, needed in zip(
-            self._networks, self._steps, self._probes, dense_gradients, strict=True
+    def _add_waiting(self) -> None:
+        for network, step, probe, gradients in zip(
+            self._networks, self._steps, self._probes, self._gradients_waiting, strict=True
         ):
             active = network.layer_counts
             every = {name: mask.numel() for name, mask in network.masks.items()}
             inactive = {name: every[name] - active[name] for name in every}
-            self.dense += updates * flops(step.uses, every)
-            self.total += updates * flops(step.uses, active)
-            self.total += probes * flops(probe.uses, active)
-            self.total += needed * flops(step.gradient_uses, inactive)
+            self.dense += self._waiting * flops(step.uses, every)
+            self.total += self._waiting * flops(step.uses, active)
+            self.total += self._probes_waiting * flops(probe.uses, active)
+            self.total += gradients * flops(step.gradient_uses, inactive)
+        self._waiting = self._probes_waiting = 0
+        self._gradients_waiting = [0 for _ in self._networks]

@@ -43,6 +43,7 @@ class SparseNetwork:
         weights: The maskable weights by name.
         masks: A bool mask by name, true where active, one byte a weight.
         growth: The growth rule.
+        target: The density last asked for; `density` is what there is, a whole number of weights.
 
     Raises:
         ValueError: For an argument outside what is allowed, or a network with nothing to mask.
@@ -67,6 +68,7 @@ class SparseNetwork:
         check_choice("growth", growth, GROWTH_RULES)
         self.network = network
         self.weights: dict[str, MaskableWeight] = {weight.name: weight for weight in maskable_weights(network)}
+        self.target = density
         self.growth: GrowthRule = GROWTH_RULES[growth]
         self._distribution = distribution
         self._scope = scope
@@ -135,6 +137,7 @@ class SparseNetwork:
         """
         check_density("density", density)
         change = round(density * self.total) - self.active
+        self.target = density
         if self._scope == "layer":
             targets = self._monotone_allocation(density)
             per_layer = [abs(target - count) for target, count in zip(targets, self._counts.values(), strict=True)]
@@ -226,7 +229,9 @@ class SparseNetwork:
     @torch.no_grad()
     def _changed(self, *, spectral: bool = True) -> None:
         for name, weight in self.weights.items():
-            zero_where_inactive(weight.parameter, self.masks[name])
+            # Past autograd's version counter: a discriminator's loss from before a change that comes with a
+            # generator update may still have to be differentiated.
+            zero_where_inactive(weight.parameter.data, self.masks[name])
             if weight.spectral is not None and spectral:
                 weight.spectral.refresh(weight.parameter.detach())
         for listener in self._change_listeners:
@@ -262,7 +267,8 @@ class SparseNetwork:
 
     def state_dict(self) -> dict[str, Any]:
         """Masks and random state; loads with ``weights_only=True``."""
-        return {"masks": {name: mask.clone() for name, mask in self.masks.items()}, "rng": self._generator.get_state()}
+        rng = self._generator.get_state()
+        return {"target": self.target, "rng": rng, "masks": {name: mask.clone() for name, mask in self.masks.items()}}
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         saved = state["masks"]
@@ -271,6 +277,7 @@ class SparseNetwork:
                 raise ValueError(f"the saved masks are another network's: {name!r} is missing or differs in shape.")
         self.masks = {name: saved[name].to(weight.parameter.device, copy=True) for name, weight in self.weights.items()}
         self._counts = {name: count_true(mask) for name, mask in self.masks.items()}
+        self.target = state["target"]
         self._generator.set_state(state["rng"].cpu())
         # Spectral norm's vectors were saved with the weights and fit these masks already.
         self._changed(spectral=False)

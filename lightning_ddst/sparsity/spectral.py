@@ -49,5 +49,5 @@ class SpectralVectors:
         for _ in range(_POWER_ITERATIONS):
             v = F.normalize(matrix.t() @ u, dim=0, eps=self.eps)
             u = F.normalize(matrix @ v, dim=0, eps=self.eps)
-        old_u.copy_(u)
-        old_v.copy_(v)
+        old_u.data.copy_(u)  # past autograd's version counter, as the masks' changes are
+        old_v.data.copy_(v)
