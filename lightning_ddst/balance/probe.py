@@ -1,5 +1,6 @@
 """Measures the balance ratio's three scores during one generator update, and leaves no trace."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -7,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_CALLS = 16
+"""How many of the discriminator's calls are remembered: more than lie between a scored batch and the update."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class BalanceProbe:
 
     def _forget(self) -> None:
         self._generated: tuple[_Call, Tensor] | None = None  # the generator's last call, and what it returned
-        self._scored: list[_Call] = []  # the discriminator's calls
+        self._scored: deque[_Call] = deque(maxlen=_CALLS)  # the discriminator's last calls
         self._before: Tensor | None = None
         self._random_state: list[Tensor] = []
 

@@ -59,8 +59,10 @@ class DynamicSparsityCallback(Callback):
         method: "dense" (no masks), "static" (masks never change), "sdst" (the generator explores),
             "dda" (the discriminator is resized) or "ddst" (both).
         bounds: BR is kept between these.
-        min_discriminator_density: Lower limit of resizing. By default the discriminator's density at
-            the start or 0.05 (the paper's), whichever is smaller.
+        min_discriminator_density: Lower limit of resizing. By default the smaller of the generator's
+            density and the discriminator's at the start. (The paper's is 0.05. BR starts near 0, so
+            the first decisions prune, and a discriminator that is too small to learn is never grown
+            again.)
         max_discriminator_density: Upper limit of resizing. 1 is the paper's relaxed setting; below 1
             the strict one, in which the discriminator explores where it may not grow.
         delta: Density that a decision adds or removes.
@@ -129,7 +131,7 @@ class DynamicSparsityCallback(Callback):
         check_density("layer_floor", layer_floor)
         _check_intervals(method, interval, explore_interval, probe_interval)
         if min_discriminator_density is None:
-            min_discriminator_density = min(discriminator_density, 0.05)
+            min_discriminator_density = min(generator_density, discriminator_density)
         controller = DensityController(bounds, delta, min_discriminator_density, max_discriminator_density)
         if discriminator_density > max_discriminator_density and method in _RESIZING:
             raise ValueError(

@@ -54,10 +54,16 @@ def allocate(shapes: Sequence[Shape], density: float, distribution: str = "erk",
     if total < sum(lower):
         raise ValueError(
             f"density={density} leaves {total} active weights for {len(sizes)} layers, less than {floor} a layer; "
-            f"it must be at least {sum(lower) / sum(sizes):.3g} here."
+            f"it must be at least {_rounded_up(sum(lower) / sum(sizes)):.3g} here."
         )
     shares = [DISTRIBUTIONS[distribution](shape) * size for shape, size in zip(shapes, sizes, strict=True)]
     return apportion(shares, total, lower, sizes)
+
+
+def _rounded_up(value: float) -> float:
+    """To three significant digits, so that the number printed is enough."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return math.ceil(value / unit) * unit
 
 
 def apportion(shares: Sequence[float], total: int, lower: Sequence[int], upper: Sequence[int]) -> list[int]:

@@ -1,14 +1,13 @@
 """An exponential moving average of a network's weights that knows of masks."""
 
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_ddst.sparsity.checks import check_choice
-from lightning_ddst.sparsity.maskable import MaskableWeight, maskable_weights
+from lightning_ddst.sparsity.spectral import spectral_norms
 
 BufferHandling = Literal["average", "copy"]
 
@@ -17,9 +16,10 @@ class WeightAverage:
     """Averages a network's parameters over training.
 
     A parameter's average is the plain mean of its values until that spans ``1 / (1 - decay)``
-    updates, and exponential from then on. Each maskable weight has its own age: one that is exactly
-    0 is inactive or grew just now, so its average is 0 and starts anew with its next value. So an
-    inactive weight is 0 in the average, and a grown one is not dragged down by its past zeros.
+    updates, and exponential from then on. In parameters of two or more dimensions every entry has
+    its own age: one that is exactly 0 is inactive or grew just now, so its average is 0 and starts
+    anew with its next value. So an inactive weight is 0 in the average, and a grown one is not
+    dragged down by its past zeros.
 
     Args:
         network: Its parameters are read, and only `swap` writes them.
@@ -40,16 +40,15 @@ class WeightAverage:
         self._live: dict[str, Tensor] = dict(network.named_parameters())
         if buffers == "average":
             self._live |= {name: b for name, b in network.named_buffers() if b.is_floating_point()}
-        weights: list[MaskableWeight] = []
-        with suppress(ValueError):  # a network without maskable weights is averaged all the same
-            weights = maskable_weights(network)
         # Spectral norm's vectors are not averaged: an average of unit vectors is shorter than 1.
-        self._normalized = [weight for weight in weights if weight.spectral is not None]
-        vectors = {id(vector) for weight in self._normalized if weight.spectral for vector in weight.spectral.vectors()}
+        self._spectral = list(spectral_norms(network))
+        vectors = {id(vector) for spectral in self._spectral for vector in spectral.vectors()}
         self._vectors = {name: buffer for name, buffer in network.named_buffers() if id(buffer) in vectors}
         self._live |= self._vectors
         self._averages = {name: value.detach().clone() for name, value in self._live.items()}
-        self._ages = {w.name: torch.zeros_like(w.parameter, dtype=torch.float32) for w in weights}
+        self._ages = {
+            name: torch.zeros_like(p, dtype=torch.float32) for name, p in network.named_parameters() if p.dim() > 1
+        }
         self._swapped = False
 
     @torch.no_grad()
@@ -80,9 +79,8 @@ class WeightAverage:
             average.copy_(kept)
         self._swapped = not self._swapped
         if self._swapped:
-            for weight in self._normalized:
-                if weight.spectral is not None:
-                    weight.spectral.refresh(weight.parameter.detach())
+            for spectral in self._spectral:
+                spectral.refresh()
 
     @property
     def swapped(self) -> bool:
@@ -104,9 +102,12 @@ class WeightAverage:
         Raises:
             ValueError: If names or shapes differ.
         """
-        for saved, own in ((state["averages"], self._averages), (state["ages"], self._ages)):
+        pairs = ((state["averages"], self._averages), (state["ages"], self._ages))
+        for saved, own in pairs:
             for name in sorted(saved.keys() | own.keys()):
                 if name not in saved or name not in own or saved[name].shape != own[name].shape:
                     raise ValueError(f"the saved average is of another network: {name!r} is missing or not alike.")
-                own[name].copy_(saved[name])
+        for saved, own in pairs:
+            for name, value in saved.items():
+                own[name].copy_(value)
         self.updates = state["updates"]

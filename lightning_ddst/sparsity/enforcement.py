@@ -45,12 +45,14 @@ class Enforcement:
             parameter.requires_grad_(trains)
         for optimizer in self._owned:
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
-        network.on_change(self._mask_states)
+        network.listeners.append(self._pruned)
 
     def remove(self) -> None:
         """Takes every hook away."""
         for handle in self._handles:
             handle.remove()
+        if self._handles:
+            self._network.listeners.remove(self._pruned)
         self._handles.clear()
 
     def _updated_by(self, optimizer: Optimizer) -> list[str]:
@@ -66,9 +68,13 @@ class Enforcement:
         self._mask_state(optimizer)
         self.gradients.stepped(self._owned[optimizer])
 
-    def _mask_states(self) -> None:
+    def _pruned(self) -> None:
         for optimizer in self._owned:
             self._mask_state(optimizer)
+        for parameter, name in self._names.items():
+            if parameter.grad is not None:
+                # Past autograd's version counter, which would say that the gradient was cleared.
+                zero_where_inactive(parameter.grad.data, self._network.masks[name])
 
     def _mask_state(self, optimizer: Optimizer) -> None:
         for name in self._owned[optimizer]:
@@ -119,9 +125,11 @@ class DenseGradients:
         self.armed = False
         self._kind = network.growth.gradient
         self._weights = network.weights
-        self._arriving: dict[str, Tensor] = {}
-        self._versions: dict[str, int] = {}
-        self._kept: dict[str, Tensor] = {}
+        self._incoming: dict[str, Tensor] = {}  # seen by the hook, maybe only looked at
+        self._arrived: dict[str, Tensor] = {}  # added to parameter.grad since that was cleared
+        self._landed: dict[str, tuple[Tensor, int]] = {}  # parameter.grad as it was then, and its version
+        self._kept: dict[str, Tensor] = {}  # of the last update, or the average
+        self._finite: dict[str, Tensor] = {}  # whether the last update's were
 
     @property
     def wanted(self) -> bool:
@@ -129,25 +137,35 @@ class DenseGradients:
         return self._kind == "average" or (self._kind == "latest" and self.armed)
 
     def arrived(self, name: str, gradient: Tensor) -> None:
-        """Sees a dense gradient on its way to ``parameter.grad``."""
+        """Sees a dense gradient, which may be on its way to ``parameter.grad``."""
         if self.wanted:
-            grad = self._weights[name].parameter.grad
-            continued = name in self._arriving and grad is not None and grad._version == self._versions.get(name)
             gradient = gradient.detach()
-            self._arriving[name] = self._arriving[name] + gradient if continued else gradient.clone()
+            grad = self._weights[name].parameter.grad
+            held, version = self._landed.get(name, (None, -1))
+            if grad is not None and grad is held and grad._version == version:
+                gradient = self._arrived[name] + gradient
+            else:
+                gradient = gradient.clone()
+            self._incoming[name] = gradient
 
     def landed(self, name: str, parameter: Tensor) -> None:
-        """Sees ``parameter.grad`` after a gradient was added; a later change of it is a new start."""
-        if name in self._arriving and parameter.grad is not None:
-            self._versions[name] = parameter.grad._version
+        """Sees ``parameter.grad`` after a gradient was added; any other change of it is a new start."""
+        if name in self._incoming and parameter.grad is not None:
+            self._arrived[name] = self._incoming.pop(name)
+            self._landed[name] = (parameter.grad, parameter.grad._version)
 
     def stepped(self, names: Iterable[str]) -> None:
         """Keeps what arrived for the weights that an optimizer updated just now."""
         for name in names:
-            if (gradient := self._arriving.pop(name, None)) is None:
+            self._landed.pop(name, None)
+            if (gradient := self._arrived.pop(name, None)) is None:
                 continue
-            if self._kind == "average" and name in self._kept:
-                self._kept[name].lerp_(gradient, 1 - _AVERAGE_DECAY)
+            self._finite[name] = gradient.isfinite().all()
+            if self._kind == "average":
+                # What is not finite does not count, or the average would never be finite again.
+                kept = self._kept.get(name, torch.zeros_like(gradient))
+                weight = 1 - _AVERAGE_DECAY if name in self._kept else 1.0
+                self._kept[name] = kept.lerp(torch.where(gradient.isfinite(), gradient, kept), weight)
             else:
                 self._kept[name] = gradient
 
@@ -161,17 +179,18 @@ class DenseGradients:
             self._kept.clear()
         if self._kind == "none":
             return {}
-        if taken.keys() != self._weights.keys() or not all(gradient.isfinite().all() for gradient in taken.values()):
+        if taken.keys() != self._weights.keys() or not all(self._finite[name] for name in taken):
             return None
         return taken
 
     def state_dict(self) -> dict[str, Any]:
         """What was kept; loads with ``weights_only=True``."""
-        return {"armed": self.armed, "kept": {name: gradient.clone() for name, gradient in self._kept.items()}}
+        kept = {name: gradient.clone() for name, gradient in self._kept.items()}
+        return {"armed": self.armed, "kept": kept, "finite": dict(self._finite)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave."""
         self.armed = state["armed"]
-        self._kept = {
-            name: gradient.to(self._weights[name].parameter, copy=True) for name, gradient in state["kept"].items()
-        }
+        for name, gradient in state["kept"].items():
+            self._kept[name] = gradient.to(self._weights[name].parameter, copy=True)
+        self._finite = dict(state["finite"])

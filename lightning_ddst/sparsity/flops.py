@@ -14,8 +14,6 @@ from lightning_ddst.sparsity.network import SparseNetwork
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-Uses = Mapping[str, int]
-
 
 class Workload:
     """How often each maskable weight of a network is multiplied in a piece of training.
@@ -42,24 +40,31 @@ class Workload:
     @contextmanager
     def counted(self) -> Iterator[None]:
         """Adds what the layers do inside the context."""
-        handles = [weight.layer.register_forward_hook(partial(self._forward, weight)) for weight in self._weights]
+        handles = [
+            layer.register_forward_hook(partial(self._forward, weight), with_kwargs=True)
+            for weight in self._weights
+            for layer in weight.layers
+        ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _forward(self, weight: MaskableWeight, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def _forward(
+        self, weight: MaskableWeight, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        images: Tensor = args[0] if args else kwargs["input"]
         # A weight is used once per output position; in a transposed convolution, per input position.
         if isinstance(layer, _TRANSPOSED):
-            positions = args[0].numel() // layer.in_channels
+            positions = images.numel() // layer.in_channels
         elif isinstance(layer, nn.Linear):
             positions = output.numel() // layer.out_features
         else:
             positions = output.numel() // cast(int, layer.out_channels)
         self.uses[weight.name] += positions
         if output.requires_grad and torch.is_grad_enabled():
-            trains, input_trains = weight.parameter.requires_grad, args[0].requires_grad
+            trains, input_trains = weight.parameter.requires_grad, images.requires_grad
             output.register_hook(lambda _: self._backward(weight.name, positions, trains, input_trains))
 
     def _backward(self, name: str, positions: int, trains: bool, input_trains: bool) -> None:
@@ -81,8 +86,8 @@ class Workload:
             self.uses[name] -= number
 
 
-def flops(uses: Uses, counts: Mapping[str, int]) -> int:
-    """Floating-point operations if each weight has that many active entries."""
+def flops(uses: Mapping[str, int], counts: Mapping[str, int]) -> int:
+    """Floating-point operations if each weight has that many active entries (or that many in a sum over updates)."""
     return sum(2 * counts[name] * number for name, number in uses.items())
 
 
@@ -94,23 +99,23 @@ class TrainingFlops:
 
     Args:
         networks: The networks.
-
-    Attributes:
-        total: Operations so far: of active weights, and of dense gradients and probes where there were any.
-        dense: Operations of the same training, dense and without probes.
     """
 
     def __init__(self, networks: Iterable[SparseNetwork]) -> None:
-        self.total = 0
-        self.dense = 0
-        self._networks = list(networks)
-        self._steps = [Workload(network.weights.values()) for network in self._networks]
-        self._probes = [Workload(network.weights.values()) for network in self._networks]
+        self._tallies = [_Tally(network) for network in networks]
+        self._updates = 0
         self._measured = self._probe_measured = False
-        # Updates that were not added yet, those of them with a probe, and with dense gradients, by network.
-        self._waiting = self._probes_waiting = 0
-        self._gradients_waiting = [0 for _ in self._networks]
         self._measuring: ExitStack | None = None
+
+    @property
+    def total(self) -> int:
+        """Operations so far: of active weights, and of dense gradients and probes where there were any."""
+        return sum(tally.total() for tally in self._tallies) if self._measured else 0
+
+    @property
+    def dense(self) -> int:
+        """Operations so far of the same training, dense and without probes."""
+        return self._updates * sum(tally.dense_step() for tally in self._tallies) if self._measured else 0
 
     @property
     def ratio(self) -> float | None:
@@ -122,8 +127,8 @@ class TrainingFlops:
         """Around whatever belongs to a measurement of the balance ratio."""
         with ExitStack() as stack:
             if not self._probe_measured:
-                for workload in self._probes:
-                    stack.enter_context(workload.counted())
+                for tally in self._tallies:
+                    stack.enter_context(tally.probe.counted())
             yield
 
     def updated(self, *, probed: bool, dense_gradients: Iterable[bool]) -> None:
@@ -133,24 +138,20 @@ class TrainingFlops:
             probed: Whether the balance ratio was measured.
             dense_gradients: For each network, whether growth needed the gradients of inactive weights.
         """
+        self._updates += 1
         self._probe_measured |= probed
-        self._waiting += 1
-        self._probes_waiting += probed
-        self._gradients_waiting = [
-            n + needed for n, needed in zip(self._gradients_waiting, dense_gradients, strict=True)
-        ]
-        if not self._measured:
-            if self._measuring is None:
-                self._measuring = ExitStack()
-                for workload in self._steps:
-                    self._measuring.enter_context(workload.counted())
-                return
+        for tally, needed in zip(self._tallies, dense_gradients, strict=True):
+            tally.add(probed, needed)
+        if self._measuring is not None:
             self.stop()
-            if probed:  # its calls were counted with the step's
-                for step, probe in zip(self._steps, self._probes, strict=True):
-                    step.subtract(probe)
             self._measured = True
-        self._add_waiting()
+            if probed:  # its calls were counted with the step's
+                for tally in self._tallies:
+                    tally.step.subtract(tally.probe)
+        elif not self._measured:
+            self._measuring = ExitStack()
+            for tally in self._tallies:
+                self._measuring.enter_context(tally.step.counted())
 
     def stop(self) -> None:
         """Leaves no hook behind."""
@@ -160,29 +161,49 @@ class TrainingFlops:
 
     def state_dict(self) -> dict[str, Any]:
         """Sums and workloads; loads with ``weights_only=True``."""
-        sums = {name: getattr(self, name) for name in self._SUMS}
-        return {**sums, "workloads": [workload.state_dict() for workload in self._steps + self._probes]}
+        return {
+            "updates": self._updates,
+            "measured": [self._measured, self._probe_measured],
+            "tallies": [tally.state_dict(self._measured) for tally in self._tallies],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` gave."""
-        for name in self._SUMS:
-            setattr(self, name, state[name])
-        if self._measured:
-            for workload, saved in zip(self._steps + self._probes, state["workloads"], strict=True):
-                workload.load_state_dict(saved)
+        self._updates = state["updates"]
+        self._measured, self._probe_measured = state["measured"]
+        for tally, saved in zip(self._tallies, state["tallies"], strict=True):
+            tally.load_state_dict(saved)
 
-    _SUMS = ("total", "dense", "_measured", "_probe_measured", "_waiting", "_probes_waiting", "_gradients_waiting")
 
-    def _add_waiting(self) -> None:
-        for network, step, probe, gradients in zip(
-            self._networks, self._steps, self._probes, self._gradients_waiting, strict=True
-        ):
-            active = network.layer_counts
-            every = {name: mask.numel() for name, mask in network.masks.items()}
-            inactive = {name: every[name] - active[name] for name in every}
-            self.dense += self._waiting * flops(step.uses, every)
-            self.total += self._waiting * flops(step.uses, active)
-            self.total += self._probes_waiting * flops(probe.uses, active)
-            self.total += gradients * flops(step.gradient_uses, inactive)
-        self._waiting = self._probes_waiting = 0
-        self._gradients_waiting = [0 for _ in self._networks]
+class _Tally:
+    """One network's sums over updates, in weights: how many were used in steps, in probes and in dense gradients."""
+
+    def __init__(self, network: SparseNetwork) -> None:
+        self.step = Workload(network.weights.values())
+        self.probe = Workload(network.weights.values())
+        self._network = network
+        self._sums = {kind: dict.fromkeys(network.weights, 0) for kind in ("step", "probe", "gradient")}
+
+    def add(self, probed: bool, dense_gradients: bool) -> None:
+        for name, active in self._network.layer_counts.items():
+            self._sums["step"][name] += active
+            self._sums["probe"][name] += active * probed
+            self._sums["gradient"][name] += (self._network.masks[name].numel() - active) * dense_gradients
+
+    def total(self) -> int:
+        work = {"step": self.step.uses, "probe": self.probe.uses, "gradient": self.step.gradient_uses}
+        return sum(flops(uses, self._sums[kind]) for kind, uses in work.items())
+
+    def dense_step(self) -> int:
+        return flops(self.step.uses, {name: mask.numel() for name, mask in self._network.masks.items()})
+
+    def state_dict(self, measured: bool) -> dict[str, Any]:
+        step = self.step.state_dict() if measured else None
+        sums = {kind: dict(values) for kind, values in self._sums.items()}
+        return {"step": step, "probe": self.probe.state_dict(), "sums": sums}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["step"] is not None:
+            self.step.load_state_dict(state["step"])
+        self.probe.load_state_dict(state["probe"])
+        self._sums = {kind: dict(values) for kind, values in state["sums"].items()}

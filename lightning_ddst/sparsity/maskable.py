@@ -1,6 +1,5 @@
 """Which weights of a network can be masked, and where they are stored."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -9,7 +8,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm as _SpectralNormHook
 
-from lightning_ddst.sparsity.spectral import SpectralVectors
+from lightning_ddst.sparsity.spectral import SpectralVectors, spectral_norms
 
 MASKABLE_LAYERS = (
     nn.Linear,
@@ -31,14 +30,14 @@ class MaskableWeight:
         name: Its name as in ``network.named_parameters()``.
         parameter: The parameter an optimizer updates. Under spectral norm this is the weight before
             normalisation, so that masking comes first.
-        layer: The layer it belongs to.
-        spectral: The singular vectors that spectral norm keeps for it, or None.
+        layers: The layers it belongs to; several where it is shared.
+        spectral: The singular vectors that spectral norm keeps for it, one pair a layer.
     """
 
     name: str
     parameter: nn.Parameter
-    layer: nn.Module
-    spectral: SpectralVectors | None
+    layers: tuple[nn.Module, ...]
+    spectral: tuple[SpectralVectors, ...]
 
 
 def maskable_weights(network: nn.Module) -> list[MaskableWeight]:
@@ -57,46 +56,42 @@ def maskable_weights(network: nn.Module) -> list[MaskableWeight]:
         ValueError: If a layer is lazy and has no shape yet, if its weight is computed by something
             other than spectral norm, or if nothing can be masked.
     """
-    unmaskable = {
-        id(parameter)
-        for module in network.modules()
-        if not isinstance(module, MASKABLE_LAYERS) and not isinstance(module, parametrize.ParametrizationList)
-        for parameter in module.parameters(recurse=False)
-    }
-    sources = {id(weight.parameter): weight for weight in _stored_weights(network)}
-    found = [sources[id(p)] for _, p in network.named_parameters() if id(p) in sources and id(p) not in unmaskable]
+    layers: dict[int, list[nn.Module]] = {}
+    unmaskable: set[int] = set()
+    for layer_name, module in network.named_modules():
+        if isinstance(module, MASKABLE_LAYERS):
+            layers.setdefault(id(_stored_weight(module, layer_name)), []).append(module)
+        elif not isinstance(module, parametrize.ParametrizationList):
+            unmaskable |= {id(parameter) for parameter in module.parameters(recurse=False)}
+    spectral = list(spectral_norms(network))
+    found = [
+        MaskableWeight(name, p, tuple(layers[id(p)]), tuple(norm for norm in spectral if norm.parameter is p))
+        for name, p in network.named_parameters()
+        if id(p) in layers and id(p) not in unmaskable
+    ]
     if not found:
         kinds = ", ".join(kind.__name__ for kind in MASKABLE_LAYERS)
         raise ValueError(f"{type(network).__name__} has nothing to mask: it has no weight in a {kinds} layer.")
     return found
 
 
-def _stored_weights(network: nn.Module) -> Iterator[MaskableWeight]:
-    for layer_name, layer in network.named_modules():
-        if not isinstance(layer, MASKABLE_LAYERS):
-            continue
-        local_name, spectral = _storage(layer, layer_name)
-        parameter = layer.get_parameter(local_name)
-        if is_lazy(parameter):
-            raise ValueError(f"Layer {layer_name!r} is lazy and has no shape yet: run the network once before masking.")
-        yield MaskableWeight(f"{layer_name}.{local_name}" if layer_name else local_name, parameter, layer, spectral)
-
-
-def _storage(layer: nn.Module, layer_name: str) -> tuple[str, SpectralVectors | None]:
-    """Where a layer's trainable weight is stored: its name in the layer, and spectral norm's vectors."""
+def _stored_weight(layer: nn.Module, layer_name: str) -> nn.Parameter:
+    """The parameter in which a layer's weight is stored."""
+    parameter: nn.Parameter | None = None
     if parametrize.is_parametrized(layer, "weight"):
         chain = layer.parametrizations["weight"]  # type: ignore[index]
-        if len(chain) == 1 and isinstance(norm := chain[0], _SpectralNorm):
-            spectral = SpectralVectors(norm, "_u", "_v", dim=norm.dim, eps=norm.eps)
-            return "parametrizations.weight.original", spectral
+        if len(chain) == 1 and isinstance(chain[0], _SpectralNorm):
+            parameter = chain.original  # type: ignore[union-attr]
     elif "weight" in layer._parameters:
-        return "weight", None
-    else:
-        for hook in layer._forward_pre_hooks.values():
-            if isinstance(hook, _SpectralNormHook) and hook.name == "weight":
-                return "weight_orig", SpectralVectors(layer, "weight_u", "weight_v", dim=hook.dim, eps=hook.eps)
-    raise ValueError(
-        f"The weight of layer {layer_name!r} is computed from other parameters in a way that cannot be masked. "
-        "Allowed are plain weights and torch's two spectral norms; remove weight norm (a row without active weights "
-        "has norm 0), torch.nn.utils.prune and other parametrizations."
-    )
+        parameter = layer._parameters["weight"]
+    elif any(isinstance(h, _SpectralNormHook) and h.name == "weight" for h in layer._forward_pre_hooks.values()):
+        parameter = layer.get_parameter("weight_orig")
+    if parameter is None:
+        raise ValueError(
+            f"The weight of layer {layer_name!r} is computed from other parameters in a way that cannot be masked. "
+            "Allowed are plain weights and torch's two spectral norms; remove weight norm (a row without active "
+            "weights has norm 0), torch.nn.utils.prune and other parametrizations."
+        )
+    if is_lazy(parameter):
+        raise ValueError(f"Layer {layer_name!r} is lazy and has no shape yet: run the network once before masking.")
+    return parameter

@@ -1,5 +1,6 @@
 """The masks of one network and the ways they change: drawn, resized, explored."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -43,6 +44,7 @@ class SparseNetwork:
         weights: The maskable weights by name.
         masks: A bool mask by name, true where active, one byte a weight.
         growth: The growth rule.
+        listeners: Called whenever weights were pruned, before others grow.
         target: The density last asked for; `density` is what there is, a whole number of weights.
 
     Raises:
@@ -73,13 +75,17 @@ class SparseNetwork:
         self._distribution = distribution
         self._scope = scope
         self._layer_floor = layer_floor
-        self._generator = torch.Generator().manual_seed(seed)
-        self._change_listeners: list[Callable[[], None]] = []
+        # Not the seed itself: weights may have been drawn from it, and masks must not follow them.
+        digest = hashlib.sha256(f"masks {seed}".encode()).digest()
+        self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") // 2)
+        self.listeners: list[Callable[[], None]] = []
         self.masks: dict[str, Tensor]
         if state is None:
             self.masks = self._drawn(density)
             self._counts = {name: count_true(mask) for name, mask in self.masks.items()}
-            self._changed(spectral=density < 1)
+            self._zero_inactive()
+            if density < 1:
+                self._refresh_spectral()
         else:
             self._restore(state)
 
@@ -119,10 +125,6 @@ class SparseNetwork:
         """Moves the masks to where their weights are."""
         self.masks = {name: mask.to(self.weights[name].parameter.device) for name, mask in self.masks.items()}
 
-    def on_change(self, listener: Callable[[], None]) -> None:
-        """Calls `listener` after every change of the masks, once the weights are zero where inactive."""
-        self._change_listeners.append(listener)
-
     # ---- the changes ---------------------------------------------------------------------------
 
     def resize(self, density: float, gradients: Gradients | None = None) -> None:
@@ -137,7 +139,8 @@ class SparseNetwork:
         """
         check_density("density", density)
         change = round(density * self.total) - self.active
-        self.target = density
+        if change > 0:
+            self._check_gradients(gradients)
         if self._scope == "layer":
             targets = self._monotone_allocation(density)
             per_layer = [abs(target - count) for target, count in zip(targets, self._counts.values(), strict=True)]
@@ -147,14 +150,15 @@ class SparseNetwork:
             self._grow(change, gradients, per_layer)
         elif change < 0:
             self._prune(-change, density, per_layer)
+        self.target = density
         if change:
-            self._changed()
+            self._refresh_spectral()
 
     def explore(self, rate: float, gradients: Gradients | None = None) -> int:
         """Prunes a share of the active weights and grows as many; the density stays.
 
-        As in RigL, what was pruned just now may grow again. No more is pruned than there is
-        inactive, so a dense network stays as it is.
+        As in RigL, what was pruned just now may grow again, though here from 0. No more is pruned
+        than there is inactive, so a dense network stays as it is.
 
         Args:
             rate: The share of active weights, in [0, 1].
@@ -169,7 +173,8 @@ class SparseNetwork:
         check_rate("rate", rate)
         if self._scope == "layer":
             per_layer = [
-                min(int(rate * count), self.masks[name].numel() - count) for name, count in self._counts.items()
+                min(int(rate * count + 1e-9), self.masks[name].numel() - count, count - 1)
+                for name, count in self._counts.items()
             ]
             number = sum(per_layer)
         else:
@@ -177,11 +182,12 @@ class SparseNetwork:
             prunable = sum(
                 count - floor for count, floor in zip(self._counts.values(), self._floors(self.density), strict=True)
             )
-            number = min(int(rate * self.active), self.total - self.active, prunable)
+            number = min(int(rate * self.active + 1e-9), self.total - self.active, prunable)
         if number:
+            self._check_gradients(gradients)
             self._prune(number, self.density, per_layer)
             self._grow(number, gradients, per_layer)
-            self._changed()
+            self._refresh_spectral()
         return number
 
     def allocation(self, density: float) -> dict[str, int]:
@@ -193,6 +199,13 @@ class SparseNetwork:
         shapes = [weight.parameter.shape for weight in self.weights.values()]
         return dict(zip(self.weights, allocate(shapes, density, self._distribution), strict=True))
 
+    def _check_gradients(self, gradients: Gradients | None) -> None:
+        if self.growth.gradient != "none":
+            for name in self.weights:
+                if gradients is None or name not in gradients:
+                    raise ValueError(f"gradients must hold the dense gradient of {name!r} for this growth rule.")
+                _check_finite(f"the dense gradient of {name!r}", gradients[name])
+
     # ---- how they are made ---------------------------------------------------------------------
 
     def _prune(self, number: int, density: float, per_layer: list[int] | None) -> None:
@@ -200,21 +213,24 @@ class SparseNetwork:
         limits = per_layer or [
             count - floor for count, floor in zip(self._counts.values(), self._floors(density), strict=True)
         ]
-        scores = [weight.parameter.detach().abs().neg_() for weight in self.weights.values()]
+        scores = [parameter.detach().abs().neg_() for parameter in self.parameters.values()]
+        for name, score in zip(self.weights, scores, strict=True):
+            _check_finite(f"the weights of {name!r}", score)
         chosen = select(scores, list(self.masks.values()), number, limits)
         for name, marks in zip(self.masks, chosen, strict=True):
             self._flip(name, marks, grow=False)
+        for listener in self.listeners:
+            listener()
 
     def _grow(self, number: int, gradients: Gradients | None, per_layer: list[int] | None) -> None:
         """Activates the inactive weights that the growth rule scores highest."""
         limits = per_layer or [self.masks[name].numel() - count for name, count in self._counts.items()]
         scores = []
         for name, weight in self.weights.items():
-            if self.growth.gradient != "none" and (gradients is None or name not in gradients):
-                raise ValueError(f"gradients must hold the dense gradient of {name!r} for this growth rule.")
             gradient = gradients[name] if gradients and name in gradients else torch.empty(0)
             layer = Layer(weight.parameter.detach(), self.masks[name], gradient, self._generator)
             scores.append(self.growth.score(layer))
+            _check_finite(f"the growth rule's scores of {name!r}", scores[-1])
         inactive = [mask.logical_not() for mask in self.masks.values()]
         chosen = select(scores, inactive, number, limits)
         for name, marks in zip(self.masks, chosen, strict=True):
@@ -225,17 +241,18 @@ class SparseNetwork:
         self.masks[name].logical_xor_(marks)
         number = count_true(marks)
         self._counts[name] += number if grow else -number
+        # Past autograd's version counter: a discriminator's loss from before a change that comes with a
+        # generator update may still have to be differentiated.
+        self.weights[name].parameter.data.masked_fill_(marks, 0)
 
-    @torch.no_grad()
-    def _changed(self, *, spectral: bool = True) -> None:
+    def _refresh_spectral(self) -> None:
+        for weight in self.weights.values():
+            for spectral in weight.spectral:
+                spectral.refresh()
+
+    def _zero_inactive(self) -> None:
         for name, weight in self.weights.items():
-            # Past autograd's version counter: a discriminator's loss from before a change that comes with a
-            # generator update may still have to be differentiated.
-            zero_where_inactive(weight.parameter.data, self.masks[name])
-            if weight.spectral is not None and spectral:
-                weight.spectral.refresh(weight.parameter.detach())
-        for listener in self._change_listeners:
-            listener()
+            zero_where_inactive(weight.parameter, self.masks[name])
 
     def _drawn(self, density: float) -> dict[str, Tensor]:
         masks = {}
@@ -279,8 +296,12 @@ class SparseNetwork:
         self._counts = {name: count_true(mask) for name, mask in self.masks.items()}
         self.target = state["target"]
         self._generator.set_state(state["rng"].cpu())
-        # Spectral norm's vectors were saved with the weights and fit these masks already.
-        self._changed(spectral=False)
+        self._zero_inactive()  # spectral norm's vectors were saved with the weights and fit these masks
+
+
+def _check_finite(what: str, values: Tensor) -> None:
+    if not all(extreme.isfinite() for extreme in values.aminmax()):
+        raise ValueError(f"{what} must be finite to compare, and some are not.")
 
 
 @torch.no_grad()

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 
+from lightning_ddst.sparsity.checks import check_choice
+
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "linear": lambda progress: 1 - progress,
@@ -24,5 +26,9 @@ def exploration_rate(initial: float, schedule: str, progress: float) -> float:
 
     Returns:
         A rate in [0, initial].
+
+    Raises:
+        ValueError: If the schedule is unknown.
     """
+    check_choice("schedule", schedule, SCHEDULES)
     return initial * SCHEDULES[schedule](min(max(progress, 0.0), 1.0))

@@ -33,16 +33,17 @@ def _largest(scores: Sequence[Tensor], k: int) -> list[Tensor]:
         raise ValueError(f"k={k} must be between 0 and the number of scores, {total}.")
     if k == 0:
         return [torch.zeros_like(score, dtype=torch.bool) for score in scores]
-    threshold = _kth_largest([score.flatten() for score in scores], k)
-    chosen = [score >= threshold for score in scores]
+    flats = [score.flatten() for score in scores]
+    threshold = _kth_largest(flats, k)
+    chosen = [flat >= threshold for flat in flats]
     surplus = sum(count_true(marks) for marks in chosen) - k
-    for marks, score in zip(reversed(chosen), reversed(scores), strict=True):
+    for marks, flat in zip(reversed(chosen), reversed(flats), strict=True):
         if surplus:
-            ties = (score == threshold).flatten().nonzero().squeeze(1)
+            ties = (flat == threshold).nonzero().squeeze(1)
             dropped = ties[max(0, len(ties) - surplus) :]
-            marks.view(-1)[dropped] = False
+            marks[dropped] = False
             surplus -= len(dropped)
-    return chosen
+    return [marks.view(score.shape) for marks, score in zip(chosen, scores, strict=True)]
 
 
 def _kth_largest(flats: list[Tensor], k: int) -> Tensor:

@@ -1,53 +1,64 @@
-"""Spectral norm after a mask change."""
+"""Spectral norm, before and after a mask change."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-
-_POWER_ITERATIONS = 30
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm as _SpectralNormHook
 
 
 @dataclass(frozen=True)
 class SpectralVectors:
-    """The buffers in which spectral norm keeps a weight's leading singular vectors.
+    """The leading singular vectors that one of torch's two spectral norms keeps for a weight.
 
     Attributes:
-        owner: The module that holds the buffers.
+        parameter: The weight before normalisation.
+        owner: The module that holds the vectors as buffers.
         u: Name of the left vector's buffer, shape ``(rows,)``.
         v: Name of the right vector's buffer, shape ``(columns,)``.
         dim: Dimension of the weight that becomes the rows.
-        eps: Smallest norm that is divided by.
     """
 
+    parameter: nn.Parameter
     owner: nn.Module
     u: str
     v: str
     dim: int
-    eps: float
 
     def vectors(self) -> tuple[Tensor, Tensor]:
         """The left and the right vector, shapes ``(rows,)`` and ``(columns,)``."""
         return self.owner.get_buffer(self.u), self.owner.get_buffer(self.v)
 
     @torch.no_grad()
-    def refresh(self, weight: Tensor) -> None:
-        """Recomputes the vectors, in place, for a weight that changed by much more than one step.
+    def refresh(self) -> None:
+        """Recomputes the vectors, in place, after the weight changed by much more than one step.
 
         Spectral norm follows its weight by one power iteration a step, so after a mask change the
         normalised weight would have a spectral norm other than 1 for many steps.
-
-        Args:
-            weight: The masked weight before normalisation.
         """
-        old_u, old_v = self.vectors()
-        matrix = weight.movedim(self.dim, 0).flatten(1).float()
-        # A little noise: pruning may leave the old vector orthogonal to every row that is left.
-        noise = torch.randn(len(old_u), generator=torch.Generator().manual_seed(0)).to(matrix)
-        u = F.normalize(old_u.float() + 0.1 * F.normalize(noise, dim=0), dim=0, eps=self.eps)
-        for _ in range(_POWER_ITERATIONS):
-            v = F.normalize(matrix.t() @ u, dim=0, eps=self.eps)
-            u = F.normalize(matrix @ v, dim=0, eps=self.eps)
-        old_u.data.copy_(u)  # past autograd's version counter, as the masks' changes are
-        old_v.data.copy_(v)
+        matrix = self.parameter.detach().movedim(self.dim, 0).flatten(1).float()
+        if not matrix.isfinite().all():
+            return  # training has diverged, and no vectors would help
+        wide = matrix.shape[0] <= matrix.shape[1]
+        gram = matrix @ matrix.t() if wide else matrix.t() @ matrix
+        leading = torch.linalg.eigh(gram).eigenvectors[:, -1]  # eigenvalues ascend
+        other = nn.functional.normalize((matrix.t() if wide else matrix) @ leading, dim=0)
+        for buffer, vector in zip(self.vectors(), (leading, other) if wide else (other, leading), strict=True):
+            buffer.data.copy_(vector)  # past autograd's version counter, as the masks' changes are
+
+
+def spectral_norms(network: nn.Module) -> Iterator[SpectralVectors]:
+    """Finds every weight of a network that is under spectral norm, of whatever kind its layer is."""
+    for module in network.modules():
+        if parametrize.is_parametrized(module):
+            for chain in module.parametrizations.values():  # type: ignore[operator]
+                for norm in chain:
+                    if isinstance(norm, _SpectralNorm) and len(chain) == 1:
+                        yield SpectralVectors(chain.original, norm, "_u", "_v", norm.dim)
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, _SpectralNormHook):
+                parameter = module.get_parameter(f"{hook.name}_orig")
+                yield SpectralVectors(parameter, module, f"{hook.name}_u", f"{hook.name}_v", hook.dim)

@@ -1,0 +1,300 @@
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from lightning_ddst.sparsity import SparseNetwork, TrainingFlops, maskable_weights
+from lightning_ddst.sparsity.flops import Workload
+
+
+def count(network, run):
+    """The operations of what `run` does, if the network is dense, and those that were spent on gradients of weights."""
+    workload = Workload(maskable_weights(network))
+    with workload.counted():
+        run()
+    sizes = {weight.name: weight.parameter.numel() for weight in maskable_weights(network)}
+    return tuple(
+        sum(2 * uses * sizes[name] for name, uses in counts.items())
+        for counts in (workload.uses, workload.gradient_uses)
+    )
+
+
+# Layer, input, and the multiplications of one forward pass:
+CASES = {
+    # 5 rows, 3 * 2 weights
+    "linear": (nn.Linear(3, 2), (5, 3), 5 * 6),
+    # 5 * 7 rows
+    "linear on sequences": (nn.Linear(3, 2), (5, 7, 3), 5 * 7 * 6),
+    # 6 * 4 * 3 * 3 weights at 2 images' (8+2-3)//2+1 = 4 by 4 outputs
+    "conv": (nn.Conv2d(4, 6, 3, stride=2, padding=1), (2, 4, 8, 8), 2 * 16 * 216),
+    # half as many weights
+    "grouped conv": (nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), (2, 4, 8, 8), 2 * 16 * 108),
+    "depthwise conv": (nn.Conv2d(4, 4, 3, groups=4), (2, 4, 8, 8), 2 * 36 * 36),
+    "image without batch": (nn.Conv2d(4, 6, 3), (4, 8, 8), 36 * 216),
+    # 4 * 6 * 4 * 4 weights, each used at each of the 5 * 5 inputs
+    "transposed conv": (nn.ConvTranspose2d(4, 6, 4, stride=2, padding=1), (2, 4, 5, 5), 2 * 25 * 384),
+    "grouped transposed conv": (nn.ConvTranspose2d(4, 6, 4, stride=2, groups=2), (2, 4, 5, 5), 2 * 25 * 192),
+    # 6 * 4 * 3 weights at 10-3+1 outputs; 4 * 6 * 3 weights at 10 inputs; 6 * 4 * 27 weights at 2 * 2 * 2 outputs
+    "conv 1d": (nn.Conv1d(4, 6, 3), (2, 4, 10), 2 * 8 * 72),
+    "transposed conv 1d": (nn.ConvTranspose1d(4, 6, 3), (2, 4, 10), 2 * 10 * 72),
+    "conv 3d": (nn.Conv3d(4, 6, 3), (2, 4, 4, 4, 4), 2 * 8 * 648),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_counts_two_operations_a_multiplication(name):
+    layer, shape, multiplications = CASES[name]
+    assert count(layer, lambda: layer(torch.zeros(shape))) == (2 * multiplications, 0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_without_gradients_forward_counts_the_same(name):
+    layer, shape, multiplications = CASES[name]
+    with torch.no_grad():
+        assert count(layer, lambda: layer(torch.zeros(shape))) == (2 * multiplications, 0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_backward_counts_as_much_again_for_the_weights_and_again_for_the_inputs(name):
+    layer, shape, multiplications = CASES[name]
+
+    def run(input_trains):
+        layer(torch.zeros(shape, requires_grad=input_trains)).sum().backward()
+
+    assert count(layer, lambda: run(False)) == (4 * multiplications, 2 * multiplications)
+    assert count(layer, lambda: run(True)) == (6 * multiplications, 2 * multiplications)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_backward_through_frozen_weights_counts_the_inputs_only(name):
+    layer, shape, multiplications = CASES[name]
+    layer.requires_grad_(False)
+    try:
+        result = count(layer, lambda: layer(torch.zeros(shape, requires_grad=True)).sum().backward())
+    finally:
+        layer.requires_grad_(True)
+    assert result == (4 * multiplications, 0)
+
+
+def test_a_pass_whose_result_is_detached_counts_forward_only():
+    layer = nn.Linear(3, 2)
+    head = nn.Linear(2, 1)
+    network = nn.ModuleList([layer, head])
+    # Forward 5 * 6 and 5 * 2; backward stops at the detached tensor: 5 * 2 for the head's weight.
+    assert count(network, lambda: head(layer(torch.zeros(5, 3)).detach()).sum().backward()) == (2 * 50, 2 * 10)
+
+
+def test_a_whole_network_with_activations_in_place_norms_and_spectral_norm():
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),  # 108 weights at 36 outputs
+        nn.LeakyReLU(0.2, inplace=True),
+        parametrizations.spectral_norm(nn.Conv2d(4, 2, 3)),  # 72 weights at 16 outputs
+        nn.BatchNorm2d(2),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.utils.spectral_norm(nn.Linear(32, 1)),  # 32 weights
+    )
+    first, second, third = 2 * 36 * 108, 2 * 16 * 72, 2 * 32  # a batch of 2
+    # The images need no gradient: the first layer is passed twice, the others three times.
+    expected = 2 * (2 * first + 3 * second + 3 * third), 2 * (first + second + third)
+    assert count(network, lambda: network(torch.randn(2, 3, 6, 6)).sum().backward()) == expected
+
+
+def test_a_layer_called_twice_counts_twice():
+    layer = nn.Linear(3, 3)
+    # The second call's input needs a gradient: 2 + 3 times 5 * 9 multiplications.
+    assert count(layer, lambda: layer(layer(torch.zeros(5, 3))).sum().backward()) == (2 * 5 * 45, 2 * 2 * 45)
+
+
+def test_a_weight_shared_by_two_layers_counts_in_both():
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    network[1].weight = network[0].weight
+    assert count(network, lambda: network(torch.zeros(5, 3))) == (2 * 2 * 45, 0)
+
+
+def test_an_input_given_by_name_counts_like_any_other():
+    layer = nn.Linear(3, 2)
+    assert count(layer, lambda: layer(input=torch.zeros(5, 3)).sum().backward()) == (4 * 30, 2 * 30)
+    transposed = nn.ConvTranspose2d(4, 6, 4)
+    assert count(transposed, lambda: transposed(input=torch.zeros(2, 4, 5, 5))) == (2 * 2 * 25 * 384, 0)
+
+
+def test_only_what_happens_inside_counts_and_no_hook_is_left():
+    layer = nn.Linear(3, 2)
+    workload = Workload(maskable_weights(layer))
+    layer(torch.zeros(5, 3))
+    with workload.counted():
+        layer(torch.zeros(5, 3))
+    layer(torch.zeros(5, 3))
+    with pytest.raises(RuntimeError), workload.counted():
+        layer(torch.zeros(5, 4))
+    assert workload.uses == {"weight": 5}
+    assert not layer._forward_hooks
+
+
+# ---- a whole training --------------------------------------------------------------------------------
+
+BATCH = 10
+
+
+class Training:
+    """Updates of two layers, by hand.
+
+    The generator has 8 weights, 4 of them active; the discriminator 4, 2 of them active. In one update
+
+    - the generator runs forward twice and backward once (its noise needs no gradient): 3 * 10 uses;
+    - the discriminator runs forward on real and fake images for its own update, and backward for its weight; then
+      forward and backward for its weight and its input, for the generator's: 3 * 10 + 2 * 10 + 2 * 10 uses, 30 of
+      them for gradients of the weight.
+
+    A measurement runs the generator forward twice and the discriminator three times.
+    """
+
+    GENERATOR_USES = 30
+    DISCRIMINATOR_USES = 70
+    UPDATE = 2 * (4 * GENERATOR_USES + 2 * DISCRIMINATOR_USES)  # 520
+    DENSE = 2 * (8 * GENERATOR_USES + 4 * DISCRIMINATOR_USES)  # 1040
+    PROBE = 2 * (4 * 20 + 2 * 30)  # 280
+    DISCRIMINATOR_GRADIENTS = 2 * 2 * 30  # of its 2 inactive weights: 120
+    GENERATOR_GRADIENTS = 2 * 4 * 10  # of its 4 inactive weights: 80
+
+    def __init__(self):
+        self.generator, self.discriminator = nn.Linear(2, 4), nn.Linear(4, 1)
+        self.networks = [SparseNetwork(net, 0.5, growth="random") for net in (self.generator, self.discriminator)]
+        self.flops = TrainingFlops(self.networks)
+
+    def update(self, *, probed=False, needed=(False, False)):
+        noise, real = torch.randn(BATCH, 2), torch.randn(BATCH, 4)
+        fake = self.generator(noise).detach()
+        (self.discriminator(real).mean() - self.discriminator(fake).mean()).backward()
+        loss = self.discriminator(self.generator(noise)).mean()
+        loss.backward()
+        if probed:
+            with self.flops.probing(), torch.no_grad():
+                self.discriminator(real)
+                self.discriminator(self.generator(noise))
+            with self.flops.probing(), torch.no_grad():
+                self.discriminator(self.generator(noise))
+        self.flops.updated(probed=probed, dense_gradients=needed)
+
+    def hooks(self):
+        return len(self.generator._forward_hooks) + len(self.discriminator._forward_hooks)
+
+
+def test_the_ratio_is_unknown_before_the_second_update_and_then_that_of_active_weights():
+    training = Training()
+    assert training.flops.ratio is None
+    training.update()
+    assert training.flops.ratio is None
+    training.update()
+    assert (training.flops.total, training.flops.dense) == (2 * 520, 2 * 1040)
+    assert training.flops.ratio == 0.5
+    for _ in range(3):
+        training.update()
+    assert (training.flops.total, training.flops.dense) == (5 * 520, 5 * 1040)
+    assert training.hooks() == 0
+
+
+@pytest.mark.parametrize("probed", [(), (1,), (2,), (3,), (1, 2), (2, 4), (3, 5), (1, 2, 3, 4, 5)])
+def test_measurements_are_added_to_the_sparse_training_only(probed):
+    training = Training()
+    for update in range(1, 6):
+        training.update(probed=update in probed)
+    assert training.flops.total == 5 * 520 + len(probed) * 280
+    assert training.flops.dense == 5 * 1040
+    assert training.flops.ratio == (2600 + 280 * len(probed)) / 5200
+    assert training.hooks() == 0
+
+
+@pytest.mark.parametrize("when", [(2,), (3, 5), (4,), (1,), (1, 2, 3, 4, 5)])
+def test_dense_gradients_add_those_of_inactive_weights(when):
+    training = Training()
+    for update in range(1, 6):
+        training.update(needed=(False, update in when))
+    assert training.flops.total == 5 * 520 + len(when) * 120
+    assert training.flops.dense == 5 * 1040
+
+
+def test_dense_gradients_of_each_network_count_for_themselves():
+    training = Training()
+    for update in range(1, 6):
+        training.update(needed=(update == 3, update == 4))
+    assert training.flops.total == 5 * 520 + 80 + 120
+
+
+def test_updates_count_with_the_masks_that_they_had():
+    training = Training()
+    for _ in range(3):
+        training.update()
+    training.networks[1].resize(1.0)
+    for _ in range(2):
+        training.update(probed=True)
+    # With 4 active weights in the discriminator an update takes 2 * (4 * 30 + 4 * 70) = 800, a measurement 400.
+    assert training.flops.total == 3 * 520 + 2 * 800 + 2 * 400
+    assert training.flops.dense == 5 * 1040
+
+
+def test_the_first_update_counts_with_its_own_masks_too():
+    training = Training()
+    training.update()
+    training.networks[1].resize(1.0)
+    training.update()
+    assert training.flops.total == 520 + 800
+    assert training.flops.dense == 2 * 1040
+
+
+def test_dense_training_has_ratio_one():
+    training = Training()
+    for network in training.networks:
+        network.resize(1.0)
+    for _ in range(3):
+        training.update(needed=(True, True))
+    assert training.flops.total == training.flops.dense == 3 * 1040
+    assert training.flops.ratio == 1.0
+
+
+def test_stopping_leaves_no_hook():
+    training = Training()
+    training.update()
+    assert training.hooks() == 2
+    training.flops.stop()
+    assert training.hooks() == 0
+    training.flops.stop()
+
+
+def test_a_measurement_that_failed_leaves_no_hook():
+    training = Training()
+    with pytest.raises(ZeroDivisionError), training.flops.probing():
+        raise ZeroDivisionError
+    assert training.hooks() == 0
+
+
+@pytest.mark.parametrize("saved_after", [0, 1, 2, 3])
+@pytest.mark.parametrize("probed", [(), (1,), (2, 4), (1, 2, 3, 4, 5)])
+def test_a_resumed_training_counts_like_one_that_was_not_interrupted(saved_after, probed):
+    training = Training()
+    for update in range(1, saved_after + 1):
+        training.update(probed=update in probed, needed=(False, update == 2))
+    file = io.BytesIO()
+    torch.save(training.flops.state_dict(), file)
+    file.seek(0)
+    resumed = Training()
+    resumed.flops.load_state_dict(torch.load(file, weights_only=True))
+    for update in range(saved_after + 1, 6):
+        resumed.update(probed=update in probed, needed=(False, update == 4))
+    added = (saved_after >= 2) + 1  # dense gradients
+    assert resumed.flops.total == 5 * 520 + len(probed) * 280 + added * 120
+    assert resumed.flops.dense == 5 * 1040
+
+
+def test_reading_the_saved_counts_back_gives_the_same_state():
+    training = Training()
+    for _ in range(3):
+        training.update(probed=True)
+    state = training.flops.state_dict()
+    resumed = Training()
+    resumed.flops.load_state_dict(state)
+    assert resumed.flops.state_dict() == state
+    assert resumed.flops.ratio == training.flops.ratio

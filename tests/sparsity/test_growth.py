@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from lightning_ddst.sparsity import GROWTH_RULES, Layer, growth_rule
+
+
+def layer(gradient=(), seed=0, shape=(2, 3)):
+    return Layer(
+        weight=torch.full(shape, 100.0),
+        mask=torch.ones(shape, dtype=torch.bool),
+        gradient=torch.tensor(gradient),
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+@pytest.fixture
+def registered():
+    """A place to register rules; they are taken away again."""
+    before = dict(GROWTH_RULES)
+    yield GROWTH_RULES
+    GROWTH_RULES.clear()
+    GROWTH_RULES.update(before)
+
+
+@pytest.mark.parametrize(("rule", "gradient"), [("random", "none"), ("gradient", "latest"), ("momentum", "average")])
+def test_rules_and_the_gradients_they_need(rule, gradient):
+    assert GROWTH_RULES[rule].gradient == gradient
+
+
+@pytest.mark.parametrize("rule", ["gradient", "momentum"])
+def test_scores_by_gradient_are_its_magnitude_whatever_the_weight(rule):
+    scores = GROWTH_RULES[rule].score(layer([[1.0, -3.0, 0.0], [-0.5, 2.0, -0.0]]))
+    assert scores.tolist() == [[1.0, 3.0, 0.0], [0.5, 2.0, 0.0]]
+
+
+def test_random_scores_are_drawn_from_the_layers_generator_only():
+    state = torch.get_rng_state()
+    one = layer(seed=3, shape=(20, 50))
+    first, second = GROWTH_RULES["random"].score(one), GROWTH_RULES["random"].score(one)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(GROWTH_RULES["random"].score(layer(seed=3, shape=(20, 50))), first)
+    assert not torch.equal(second, first)
+    assert not torch.equal(GROWTH_RULES["random"].score(layer(seed=4, shape=(20, 50))), first)
+    assert first.shape == (20, 50)
+    assert first.min() >= 0
+    assert first.max() <= 1
+    assert first.mean() == pytest.approx(0.5, abs=0.03)  # 3 standard errors: 0.289 / sqrt(1000) = 0.009
+
+
+def test_a_function_is_registered_under_its_name_and_stays_what_it_is(registered):
+    def by_place(layer):
+        return torch.arange(6.0).view(2, 3)
+
+    assert growth_rule("place", gradient="average")(by_place) is by_place
+    assert registered["place"].score is by_place
+    assert registered["place"].gradient == "average"
+
+
+def test_a_rule_needs_no_gradient_unless_it_says_so(registered):
+    growth_rule("place")(lambda layer: layer.weight)
+    assert registered["place"].gradient == "none"
