@@ -20,6 +20,17 @@ class SparseGANCLI(LightningCLI):
         """Makes the callback part of every configuration."""
         parser.add_lightning_class_args(DynamicSparsityCallback, "sparsity")
 
+    def instantiate_classes(self) -> None:
+        """Makes everything; a value that is refused ends the process with its reason, without a traceback."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            reason: BaseException = error
+            while (cause := reason.__cause__ or reason.__context__) is not None:
+                reason = cause
+            print(f"lightning-ddst: error: {reason}", file=sys.stderr)
+            sys.exit(2)
+
 
 def main() -> None:
     """Runs the command with the arguments of the process."""

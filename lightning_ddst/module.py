@@ -67,11 +67,14 @@ class GANModule(LightningModule):
         if gradient_penalty is None:
             gradient_penalty = 10.0 if loss == "wasserstein" else 0.0
         for name, value in (("gradient_penalty", gradient_penalty), ("r1", r1)):
-            if value < 0:
+            if not value >= 0:  # NaN, too
                 raise ValueError(f"{name}={value} must not be negative.")
         latent_dim = getattr(generator, "latent_dim", None) if latent_dim is None else latent_dim
         if latent_dim is None:
             raise ValueError(f"latent_dim=None: {type(generator).__name__} has no latent_dim, so it must be given.")
+        check_count("latent_dim", latent_dim)
+        if num_classes is not None:
+            check_count("num_classes", num_classes)
         self.automatic_optimization = False
         self.generator = generator
         self.discriminator = discriminator
@@ -117,15 +120,18 @@ class GANModule(LightningModule):
         Returns:
             Images on the module's device.
         """
-        training = self.generator.training
+        modes = [(module, module.training) for module in self.generator.modules()]
         self.generator.eval()
         try:
             z = torch.randn(n, self.latent_dim, generator=rng)
             labels = self._draw_labels(n, rng) if labels is None else labels
-            images: Tensor = self(z.to(self.device), None if labels is None else labels.to(self.device))
+            images: Tensor = self(
+                z.to(next(self.generator.parameters())), None if labels is None else labels.to(self.device)
+            )
             return images
         finally:
-            self.generator.train(training)
+            for module, training in modes:
+                module.training = training
 
     def _draw_labels(self, n: int, rng: torch.Generator | None = None) -> Tensor | None:
         return None if self.num_classes is None else torch.randint(self.num_classes, (n,), generator=rng)

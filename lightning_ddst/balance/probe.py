@@ -1,5 +1,6 @@
 """Measures the balance ratio's three scores during one generator update, and leaves no trace."""
 
+import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -38,7 +39,7 @@ class BalanceProbe:
     real images and the old generator, `after_update` the new generator on the same input.
 
     The repeated calls run in the mode (training or evaluation, autocast) of the training step,
-    without gradients; buffers and random number generators are put back after each of them. So
+    without gradients; buffers and the random states of torch and Python are put back after each of them. So
     training is the same, bit for bit, and all three scores come from the same discriminator.
 
     Args:
@@ -80,7 +81,7 @@ class BalanceProbe:
         self._generated: tuple[_Call, Tensor] | None = None  # the generator's last call, and what it returned
         self._scored: deque[_Call] = deque(maxlen=_CALLS)  # the discriminator's last calls
         self._before: Tensor | None = None
-        self._random_state: list[Tensor] = []
+        self._random_states: tuple[Any, list[Tensor]] = (None, [])  # Python's, and torch's by device
 
     def _generator_called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         # Without gradients it is a call for the discriminator's sake, or for somebody to look at.
@@ -114,7 +115,8 @@ class BalanceProbe:
         if self._generated is None:
             return
         real = _real_images(batch, self._generated[1])
-        self._random_state = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._devices())]
+        of_torch = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._devices())]
+        self._random_states = (random.getstate(), of_torch)
         with self._traceless():
             real_score = self._discriminate(self._call_on_real(real, batch))
         self._before = torch.stack([real_score, self._score_generated()])
@@ -196,7 +198,7 @@ class BalanceProbe:
         ]
         # The originals stay as they are, so a backward pass that is still to come finds what it saved.
         copies = {id(buffer): buffer.clone() for _, _, buffer in kept}
-        caching = torch.is_autocast_cache_enabled()
+        caching, of_python_now = torch.is_autocast_cache_enabled(), random.getstate()
         self._probing = True
         try:
             for module, name, buffer in kept:
@@ -204,13 +206,15 @@ class BalanceProbe:
             with torch.random.fork_rng(devices=self._devices()), torch.no_grad(), self._autocast():
                 # Inside a training step's autocast, half-precision copies from before the update may be cached.
                 torch.set_autocast_cache_enabled(False)
-                state, *device_states = self._random_state
+                of_python, (state, *device_states) = self._random_states
+                random.setstate(of_python)
                 torch.set_rng_state(state)
                 for device, device_state in zip(self._devices(), device_states, strict=True):
                     torch.cuda.set_rng_state(device_state, device)
                 yield
         finally:
             torch.set_autocast_cache_enabled(caching)
+            random.setstate(of_python_now)
             for module, name, buffer in kept:
                 module._buffers[name] = buffer
             self._probing = False

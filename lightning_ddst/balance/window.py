@@ -60,7 +60,7 @@ class BalanceWindow:
         count = min(self._added, len(self._samples))
         ordered = self._samples[:count].roll(-(self._added % len(self._samples)) if self._added > count else 0, 0)
         kept = ordered[-size:]
-        self._samples = torch.full((size, 3), float("nan"), device=kept.device)
+        self._samples = kept.new_full((size, 3), float("nan"))
         self._samples[: len(kept)] = kept
         self._added = len(kept)
 

@@ -217,7 +217,9 @@ class DynamicSparsityCallback(Callback):
     @property
     def generator_updates(self) -> int:
         """Generator updates so far."""
-        return 0 if self._training is None else self._training.updates
+        if self._training is None:
+            return 0 if self._saved is None else int(self._saved["training"]["updates"])
+        return self._training.updates
 
     @property
     def measurements(self) -> int:
@@ -383,6 +385,16 @@ class DynamicSparsityCallback(Callback):
                     "nothing but time limits this run (max_epochs, max_steps), so its length in generator updates is "
                     "unknown: the exploration rate stays what it is at the start."
                 )
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps evaluation out of what is counted as training."""
+        if self._training is not None:
+            self._training.flops.pause()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Goes on counting."""
+        if self._training is not None:
+            self._training.flops.resume()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes every hook away."""

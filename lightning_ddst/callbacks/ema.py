@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -33,6 +34,7 @@ class GeneratorEMA(Callback):
         self._decay = decay
         self._buffers: BufferHandling = buffers
         self._name = generator
+        self._generator: nn.Module | None = None
         self._average: WeightAverage | None = None
         self._saved: Mapping[str, Any] | None = None
         self._handles: list[RemovableHandle] = []
@@ -44,12 +46,9 @@ class GeneratorEMA(Callback):
 
     # ---- training --------------------------------------------------------------------------------------
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins the average with the initial weights, or goes on with the saved one."""
-        self._prepare(pl_module)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hooks into the generator's optimizers, after those that change masks."""
+        """Begins the average, or goes on with it, and hooks into the generator's optimizers after what masks."""
+        self._prepare(pl_module)
         generator = find_network(pl_module, "generator", self._name)
         trained = {name: p for name, p in generator.named_parameters() if p.requires_grad}
         for optimizer in updating(trained, trainer.optimizers):
@@ -60,8 +59,12 @@ class GeneratorEMA(Callback):
         self._average.update()
 
     def _prepare(self, pl_module: LightningModule) -> None:
-        if self._average is None or self._saved is not None:
-            generator = find_network(pl_module, "generator", self._name)
+        generator = find_network(pl_module, "generator", self._name)
+        begun = self._average is not None and self._average.updates > 0 and self._generator is generator
+        if self._saved is None and begun:
+            return
+        with torch.inference_mode(False):  # evaluation may come before training
+            self._generator = generator
             self._average = WeightAverage(generator, self._decay, self._buffers)
             if self._saved is not None:
                 self._average.load_state_dict(self._saved)
@@ -106,6 +109,14 @@ class GeneratorEMA(Callback):
         if self._saved is not None:
             return dict(self._saved)
         return {} if self._average is None else self._average.state_dict()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Saves training's own weights even in the middle of an evaluation."""
+        if self._average is not None and self._average.swapped:
+            self._average.swap()
+            state = trainer.strategy.lightning_module_state_dict()
+            checkpoint["state_dict"] = {name: value.clone() for name, value in state.items()}
+            self._average.swap()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave, once the generator is there."""

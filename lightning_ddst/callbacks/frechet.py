@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -49,9 +50,9 @@ class FrechetDistance(Callback):
         self._samples = samples
         self._batch_size = batch_size
         self._seed = seed
-        features.requires_grad_(False).eval()
-        self._metric = FrechetInceptionDistance(feature=features, reset_real_features=False)
-        self._halves = FrechetInceptionDistance(feature=features)
+        self._features = features.requires_grad_(False).eval()
+        self._dtype = next((p.dtype for p in features.parameters()), torch.float32)
+        self._reals: dict[bool, _Reals] = {}  # of testing, and of validation
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that the module can be sampled from."""
@@ -62,8 +63,9 @@ class FrechetDistance(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepares for a pass over the real images."""
-        self._metric.to(pl_module.device)
-        self._halves.to(pl_module.device)
+        reals = self._reals.setdefault(trainer.testing, _Reals(self._features))
+        reals.metric.to(pl_module.device)
+        reals.halves.to(pl_module.device)
 
     def on_validation_batch_end(
         self,
@@ -75,38 +77,73 @@ class FrechetDistance(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Adds real images, the first time they are seen."""
-        if self.real_halves is None and not _partial(trainer):
+        reals = self._reals[trainer.testing]
+        if not reals.complete and not _partial(trainer):
             images = batch if isinstance(batch, Tensor) else batch[0]
-            self._metric.update(images, real=True)
-            self._halves.update(images[::2], real=True)
-            self._halves.update(images[1::2], real=False)
+            reals.add(images.to(self._dtype))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures and logs the distance."""
         if _partial(trainer):
             return
-        if self.real_halves is None:
-            self.real_halves = float(self._halves.compute())
+        reals = self._reals[trainer.testing]
+        if not reals.complete:
+            self.real_halves = float(reals.halves.compute())
+            reals.complete = True
         updates = generator_updates(trainer)
-        distance = self._measure(pl_module)
+        distance = self._measure(pl_module, reals.metric)
         self.history.append((updates, distance))
-        log_scalars(trainer, {f"frechet_distance/{self.name}": distance}, updates)
+        name = f"frechet_distance/{self.name}"
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            log_scalars(trainer, {name: distance}, updates)
         if not trainer.sanity_checking:
-            pl_module.log(f"frechet_distance/{self.name}", distance, prog_bar=True, logger=False)
+            pl_module.log(name, distance, prog_bar=fitting, logger=not fitting)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
 
-    def _measure(self, pl_module: LightningModule) -> float:
+    def _measure(self, pl_module: LightningModule, metric: FrechetInceptionDistance) -> float:
         rng = torch.Generator().manual_seed(self._seed)
-        total = self._samples or int(self._metric.real_features_num_samples)
+        total = self._samples or int(metric.real_features_num_samples)
         for done in range(0, total, self._batch_size):
             n = min(self._batch_size, total - done)
-            self._metric.update(pl_module.sample(n, rng=rng), real=False)  # type: ignore[operator]
-        distance = float(self._metric.compute())
-        self._metric.reset()
+            metric.update(pl_module.sample(n, rng=rng).to(self._dtype), real=False)  # type: ignore[operator]
+        distance = float(metric.compute())
+        metric.reset()
         return distance
+
+    @property
+    def state_key(self) -> str:
+        """A key of its own for distances on other features beside this one."""
+        return self._generate_state_key(name=self.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured."""
+        return {"history": list(self.history)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what was measured before."""
+        self.history = [(updates, distance) for updates, distance in state_dict["history"]]
+
+
+class _Reals:
+    """The statistics of a loader's real images, and of two halves of them: every other one."""
+
+    def __init__(self, features: nn.Module) -> None:
+        self.metric = FrechetInceptionDistance(feature=features, reset_real_features=False)
+        self.halves = FrechetInceptionDistance(feature=features)
+        self.complete = False
+        self._seen = 0
+
+    def add(self, images: Tensor) -> None:
+        self.metric.update(images, real=True)
+        for image_parity in (0, 1):
+            half = images[(image_parity + self._seen) % 2 :: 2]
+            if len(half):
+                self.halves.update(half, real=image_parity == 0)
+        self._seen += len(images)
 
 
 def _partial(trainer: Trainer) -> bool:

@@ -1,5 +1,6 @@
 """How many generator updates a run will make."""
 
+import math
 from dataclasses import dataclass
 
 from lightning.pytorch import Trainer
@@ -43,8 +44,9 @@ def _extrapolated(trainer: Trainer, first: _Progress, now: _Progress) -> int | N
     made = now.updates - first.updates
     lengths = []
     if trainer.max_steps > 0 and now.steps > first.steps:
-        lengths.append(now.updates + (trainer.max_steps - now.steps) * made / (now.steps - first.steps))
+        # The batch in which the last step falls is finished.
+        lengths.append(now.updates + math.ceil((trainer.max_steps - now.steps) * made / (now.steps - first.steps)))
     if (trainer.max_epochs or -1) > 0 and trainer.num_training_batches != float("inf"):
-        batches = (trainer.max_epochs or 0) * trainer.num_training_batches
-        lengths.append(now.updates + (batches - now.batches) * made / (now.batches - first.batches))
-    return round(min(lengths)) if lengths else None
+        batches = int((trainer.max_epochs or 0) * trainer.num_training_batches)
+        lengths.append(now.updates + (batches - now.batches) * made // (now.batches - first.batches))
+    return min(lengths) if lengths else None

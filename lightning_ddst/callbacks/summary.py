@@ -5,6 +5,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_ddst.callbacks.dynamic_sparsity import DynamicSparsityCallback
 from lightning_ddst.callbacks.frechet import FrechetDistance
+from lightning_ddst.callbacks.logs import tensorboards
 
 
 class RunSummary(Callback):
@@ -22,23 +23,23 @@ class RunSummary(Callback):
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the table."""
-        rows: list[tuple[str, str]] = []
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, DynamicSparsityCallback):
-                rows += _sparsity(callback)
-            elif isinstance(callback, FrechetDistance):
-                rows += self._distances(callback)
-        if trainer.log_dir is not None:
-            rows += [("logs", trainer.log_dir), ("to look at them", f"tensorboard --logdir {trainer.log_dir}")]
-        width = max((len(name) for name, _ in rows), default=0)
-        print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        rows = [row for c in callbacks if isinstance(c, DynamicSparsityCallback) for row in _sparsity(c)]
+        rows += [row for c in callbacks if isinstance(c, FrechetDistance) for row in self._distances(c)]
+        if trainer.logger is not None and trainer.log_dir is not None:
+            rows.append(("logs", trainer.log_dir))
+            if tensorboards(trainer):
+                rows.append(("to look at them", f"tensorboard --logdir {trainer.log_dir}"))
+        if rows:
+            width = max(len(name) for name, _ in rows)
+            print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
 
     def _distances(self, callback: FrechetDistance) -> list[tuple[str, str]]:
         if not callback.history:
             return []
         rows = [(f"Frechet distance ({callback.name})", "")]
-        first, last = callback.history[0], callback.history[-1]
-        rows += [(f"  after {updates:,} generator updates", f"{value:.4g}") for updates, value in (first, last)]
+        ends = dict.fromkeys((callback.history[0], callback.history[-1]))
+        rows += [(f"  after {updates:,} generator updates", f"{value:.4g}") for updates, value in ends]
         if self._reference is not None:
             rows.append((f"  {self._reference_name}", f"{self._reference:.4g}"))
         rows.append(("  between two halves of the real images", f"{callback.real_halves:.4g}"))

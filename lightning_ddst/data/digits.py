@@ -33,7 +33,7 @@ class DigitsDataModule(LightningDataModule):
             default one pass.
 
     Raises:
-        ValueError: If an argument is not a positive integer.
+        ValueError: If an argument is not a positive integer, or an epoch would have no batch.
     """
 
     def __init__(self, batch_size: int = 64, batches_per_epoch: int | None = None) -> None:
@@ -41,6 +41,8 @@ class DigitsDataModule(LightningDataModule):
         check_count("batch_size", batch_size)
         if batches_per_epoch is not None:
             check_count("batches_per_epoch", batches_per_epoch)
+        elif batch_size > len(digits()):
+            raise ValueError(f"batch_size={batch_size} must not be above the number of images, {len(digits())}.")
         self.batch_size = batch_size
         self.batches_per_epoch = batches_per_epoch
 

@@ -36,28 +36,34 @@ class WeightAverage:
             raise ValueError(f"decay={decay} must be in [0, 1).")
         check_choice("buffers", buffers, ("average", "copy"))
         self.updates = 0
+        self._network = network
         self._decay = decay
-        self._live: dict[str, Tensor] = dict(network.named_parameters())
-        if buffers == "average":
-            self._live |= {name: b for name, b in network.named_buffers() if b.is_floating_point()}
-        # Spectral norm's vectors are not averaged: an average of unit vectors is shorter than 1.
         self._spectral = list(spectral_norms(network))
+        parameters = dict(network.named_parameters())
+        buffers_by_name = dict(network.named_buffers())
+        # Spectral norm's vectors are not averaged: an average of unit vectors is shorter than 1.
         vectors = {id(vector) for spectral in self._spectral for vector in spectral.vectors()}
-        self._vectors = {name: buffer for name, buffer in network.named_buffers() if id(buffer) in vectors}
-        self._live |= self._vectors
-        self._averages = {name: value.detach().clone() for name, value in self._live.items()}
-        self._ages = {
-            name: torch.zeros_like(p, dtype=torch.float32) for name, p in network.named_parameters() if p.dim() > 1
-        }
+        self._vectors = {name for name, buffer in buffers_by_name.items() if id(buffer) in vectors}
+        averaged = {n for n, b in buffers_by_name.items() if buffers == "average" and b.is_floating_point()}
+        names = [*parameters, *(name for name in buffers_by_name if name in averaged | self._vectors)]
+        values = parameters | buffers_by_name
+        self._averages = {name: values[name].detach().clone() for name in names}
+        self._ages = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items() if p.dim() > 1}
         self._swapped = False
+
+    def _live(self) -> dict[str, Tensor]:
+        # Looked up every time: moving a module replaces its buffers.
+        values = dict(self._network.named_parameters()) | dict(self._network.named_buffers())
+        return {name: values[name].detach() for name in self._averages}
 
     @torch.no_grad()
     def update(self) -> None:
         """Takes in the present values."""
         decay = min(self._decay, self.updates / (self.updates + 1))
         self.updates += 1
+        live = self._live()
         for name, average in self._averages.items():
-            value = self._live[name].detach()
+            value = live[name]
             if name in self._vectors:
                 average.copy_(value)
             elif (age := self._ages.get(name)) is not None:
@@ -72,10 +78,10 @@ class WeightAverage:
     @torch.no_grad()
     def swap(self) -> None:
         """Exchanges the network's values and the averages; a second call puts them back."""
+        live = self._live()
         for name, average in self._averages.items():
-            live = self._live[name].detach()
-            kept = live.clone()
-            live.copy_(average)
+            kept = live[name].clone()
+            live[name].copy_(average)
             average.copy_(kept)
         self._swapped = not self._swapped
         if self._swapped:
@@ -89,7 +95,8 @@ class WeightAverage:
 
     def values(self) -> dict[str, Tensor]:
         """The averages, by the names they have in the network."""
-        return {name: average.clone() for name, average in self._averages.items()}
+        averages = self._live() if self._swapped else self._averages
+        return {name: average.clone() for name, average in averages.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Averages and ages; loads with ``weights_only=True``."""

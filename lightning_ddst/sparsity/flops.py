@@ -104,7 +104,7 @@ class TrainingFlops:
     def __init__(self, networks: Iterable[SparseNetwork]) -> None:
         self._tallies = [_Tally(network) for network in networks]
         self._updates = 0
-        self._measured = self._probe_measured = False
+        self._measured = self._probe_measured = self._paused = False
         self._measuring: ExitStack | None = None
 
     @property
@@ -149,9 +149,23 @@ class TrainingFlops:
                 for tally in self._tallies:
                     tally.step.subtract(tally.probe)
         elif not self._measured:
-            self._measuring = ExitStack()
-            for tally in self._tallies:
-                self._measuring.enter_context(tally.step.counted())
+            self._count()
+
+    def _count(self) -> None:
+        self._measuring = ExitStack()
+        for tally in self._tallies:
+            self._measuring.enter_context(tally.step.counted())
+
+    def pause(self) -> None:
+        """Stops counting for something that is no training."""
+        self._paused = self._measuring is not None
+        self.stop()
+
+    def resume(self) -> None:
+        """Goes on counting after a pause."""
+        if self._paused:
+            self._paused = False
+            self._count()
 
     def stop(self) -> None:
         """Leaves no hook behind."""

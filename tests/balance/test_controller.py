@@ -1,0 +1,239 @@
+"""From the balance ratio to the discriminator's density, along paths worked out by hand."""
+
+import math
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_ddst.balance import Balance, Decision, DensityController
+
+UNDECIDED = Balance(None, -0.1, 0.2, 0.0, 0.1, 8, "alpha = -0.1 +- 0.3")
+
+
+def balanced_at(ratio):
+    """What a window says; None for a ratio that is undecided."""
+    return UNDECIDED if ratio is None else Balance(ratio, 1.0, ratio, 1.0, 0.0, 100, "")
+
+
+def path(controller, density, ratios):
+    """(action, density) of one decision after the other, each from the density of the one before."""
+    steps = []
+    for ratio in ratios:
+        decision = controller.decide(balanced_at(ratio), density)
+        density = decision.density
+        steps.append((decision.action, density))
+    return steps
+
+
+# ---- paths ------------------------------------------------------------------------------------------
+
+
+def test_the_defaults_are_the_papers_relaxed_setting():
+    controller = DensityController()
+    assert controller.bounds == (0.45, 0.55)
+    assert (controller.delta, controller.min_density, controller.max_density) == (0.05, 0.05, 1.0)
+
+
+def test_up_down_hold_and_undecided():
+    ratios = [0.8, 0.56, 0.5, 0.2, None, 0.44, 0.449, 0.551, -0.3]
+    assert path(DensityController(), 0.3, ratios) == [
+        ("grow", 0.35),
+        ("grow", 0.4),
+        ("hold", 0.4),
+        ("prune", 0.35),
+        ("undecided", 0.35),
+        ("prune", 0.3),
+        ("prune", 0.25),
+        ("grow", 0.3),
+        ("prune", 0.25),  # a generator that got worse: beta < 0
+    ]
+
+
+def test_a_ratio_at_a_bound_is_held():
+    assert path(DensityController(), 0.3, [0.45, 0.55]) == [("hold", 0.3)] * 2
+
+
+def test_the_smallest_excess_over_a_bound_counts():
+    just_above, just_below = math.nextafter(0.55, 1), math.nextafter(0.45, 0)
+    assert path(DensityController(), 0.3, [just_above, just_below]) == [("grow", 0.35), ("prune", 0.3)]
+
+
+def test_a_lower_bound_of_zero_prunes_only_where_the_generator_got_worse():
+    controller = DensityController(bounds=(0, 0.5))
+    assert path(controller, 0.3, [0.0, -0.01]) == [("hold", 0.3), ("prune", 0.25)]
+
+
+def test_the_last_step_to_a_limit_is_shorter_than_delta():
+    controller = DensityController(delta=0.25, min_density=0.1, max_density=0.9)
+    up = path(controller, 0.3, [0.9] * 3)
+    assert up == [("grow", 0.55), ("grow", 0.8), ("grow", 0.9)]
+    down = path(controller, 0.8, [0.1] * 3)
+    assert down == [("prune", 0.55), ("prune", 0.3), ("prune", 0.1)]
+
+
+def test_relaxed_holds_when_dense():
+    assert path(DensityController(delta=0.3), 0.5, [0.9] * 4) == [
+        ("grow", 0.8),
+        ("grow", 1.0),
+        ("hold", 1.0),
+        ("hold", 1.0),
+    ]
+    reason = DensityController().decide(balanced_at(0.9), 1.0).reason
+    assert "BR 0.900 > 0.55" in reason
+    assert "dense" in reason
+
+
+def test_strict_explores_at_its_largest_density():
+    controller = DensityController(max_density=0.5)
+    ratios = [0.9, 0.9, 0.9, 0.5, 0.9, None, 0.4, 0.6, 0.6]
+    assert path(controller, 0.42, ratios) == [
+        ("grow", 0.47),
+        ("grow", 0.5),
+        ("explore", 0.5),
+        ("hold", 0.5),
+        ("explore", 0.5),
+        ("undecided", 0.5),
+        ("prune", 0.45),
+        ("grow", 0.5),
+        ("explore", 0.5),
+    ]
+    reason = controller.decide(balanced_at(0.9), 0.5).reason
+    assert "BR 0.900 > 0.55" in reason
+    assert "0.5" in reason.split("0.55", 1)[1]  # the density, after the bound
+
+
+def test_the_smallest_density_is_held():
+    controller = DensityController(min_density=0.2)
+    assert path(controller, 0.27, [0.1] * 4) == [("prune", 0.22), ("prune", 0.2), ("hold", 0.2), ("hold", 0.2)]
+    reason = controller.decide(balanced_at(0.1), 0.2).reason
+    assert "BR 0.100 < 0.45" in reason
+    assert "smallest density 0.2" in reason
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.5])
+def test_only_too_weak_a_discriminator_explores(ratio):
+    controller = DensityController(min_density=0.5, max_density=0.5)
+    assert path(controller, 0.5, [ratio]) == [("hold", 0.5)]
+
+
+def test_densities_do_not_drift_on_the_way_up_and_down():
+    up = [0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0]
+    controller = DensityController()
+    assert path(controller, 0.05, [0.9] * 20) == [("grow", density) for density in up] + [("hold", 1.0)]
+    down = [*up[-2::-1], 0.05]
+    assert path(controller, 1.0, [0.1] * 20) == [("prune", density) for density in down] + [("hold", 0.05)]
+
+
+def test_limits_with_many_digits_are_reached_exactly():
+    # 2/3 rounds up and 1/3 rounds down, so rounding them would leave the limits.
+    controller = DensityController(delta=0.25, min_density=1 / 3, max_density=2 / 3)
+    assert path(controller, 0.5, [0.9, 0.9]) == [("grow", 2 / 3), ("explore", 2 / 3)]
+    assert path(controller, 0.5, [0.1, 0.1]) == [("prune", 1 / 3), ("hold", 1 / 3)]
+
+
+# ---- reasons ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ratio", "density", "action", "numbers"),
+    [
+        (0.613, 0.3, "grow", ["0.613", "0.55"]),
+        (0.613, 0.8, "explore", ["0.613", "0.55", "0.8"]),
+        (0.321, 0.3, "prune", ["0.321", "0.45"]),
+        (0.321, 0.1, "hold", ["0.321", "0.45", "0.1"]),
+        (0.512, 0.3, "hold", ["0.512", "0.45", "0.55"]),
+        (None, 0.3, "undecided", ["-0.1", "0.3"]),
+    ],
+)
+def test_every_reason_holds_the_numbers_compared(ratio, density, action, numbers):
+    decision = DensityController(min_density=0.1, max_density=0.8).decide(balanced_at(ratio), density)
+    assert decision.action == action
+    found = re.findall(r"-?\d+(?:\.\d+)?", decision.reason)
+    assert set(numbers) <= set(found)
+
+
+def test_undecided_passes_on_the_windows_reason():
+    assert DensityController().decide(UNDECIDED, 0.3) == Decision("undecided", 0.3, UNDECIDED.reason)
+
+
+# ---- arguments --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bounds", [(0.5, 0.5), (0.6, 0.5), (-0.1, 0.5), (math.nan, 0.5), (0.5,), (0.1, 0.2, 0.3)])
+def test_bounds_that_are_no_bounds_are_refused(bounds):
+    with pytest.raises(ValueError, match=r"bounds=.*lower < upper") as error:
+        DensityController(bounds=bounds)
+    assert str(bounds) in str(error.value)
+
+
+@pytest.mark.parametrize("delta", [0, -0.05, 1.01, math.nan])
+def test_delta_outside_its_range_is_refused(delta):
+    with pytest.raises(ValueError, match=rf"delta={delta} .*\(0, 1\]"):
+        DensityController(delta=delta)
+
+
+@pytest.mark.parametrize("density", [0, -0.5, 1.01, math.nan])
+def test_a_largest_density_outside_its_range_is_refused(density):
+    with pytest.raises(ValueError, match=rf"max_(discriminator_)?density={density} .*\(0, 1\]"):
+        DensityController(max_density=density)
+
+
+@pytest.mark.parametrize("density", [0, -0.1, 0.31, 1.5, math.nan])
+def test_a_smallest_density_outside_its_range_is_refused(density):
+    with pytest.raises(ValueError, match=rf"min_(discriminator_)?density={density} .*\(0, .*0\.3\]"):
+        DensityController(min_density=density, max_density=0.3)
+
+
+@pytest.mark.parametrize(
+    "allowed",
+    [
+        {"bounds": (0, 1e-9)},
+        {"bounds": (2, 3)},
+        {"delta": 1},
+        {"max_density": 0.05},
+        {"min_density": 1.0, "max_density": 1.0},
+    ],
+)
+def test_the_ends_of_the_ranges_are_allowed(allowed):
+    assert DensityController(**allowed)
+
+
+# ---- what holds for every path ------------------------------------------------------------------------
+
+thousandths = st.integers(1, 1000).map(lambda number: number / 1000)
+
+
+@st.composite
+def runs(draw):
+    low, start, high = sorted(draw(st.lists(thousandths, min_size=3, max_size=3)))
+    lower, upper = sorted(draw(st.lists(st.integers(0, 100), min_size=2, max_size=2, unique=True)))
+    controller = DensityController((lower / 100, upper / 100), draw(thousandths), low, high)
+    ratio = st.none() | st.floats(-2, 3) | st.sampled_from(controller.bounds)
+    return controller, start, draw(st.lists(ratio, max_size=30))
+
+
+@given(runs())
+def test_every_path_keeps_to_the_limits_and_to_delta(run):
+    controller, before, ratios = run
+    for ratio in ratios:
+        decision = controller.decide(balanced_at(ratio), before)
+        after = decision.density
+        assert controller.min_density <= after <= controller.max_density
+        assert abs(after - before) <= controller.delta + 1e-12
+        lower, upper = controller.bounds
+        if ratio is None:
+            assert decision.action == "undecided"
+        elif lower <= ratio <= upper:
+            assert decision.action == "hold"
+        assert {"grow": after > before, "prune": after < before}.get(decision.action, after == before)
+        if decision.action == "grow":
+            assert ratio > upper
+        if decision.action == "prune":
+            assert ratio < lower
+        if decision.action == "explore":
+            assert ratio > upper
+            assert after == controller.max_density < 1
+        assert decision.reason
+        before = after

@@ -1,0 +1,956 @@
+"""The measurement of the balance ratio's three scores, against arithmetic by hand and unmeasured training.
+
+Where scores are compared for equality, every number is a small multiple of a power of 2 (learning rates,
+batch sizes and weights are), so that neither float32 nor float64 rounds anything.
+"""
+
+import copy
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_ddst.balance import BalanceProbe
+
+NOISE, PIXELS, BATCH, CLASSES = 3, 2, 2, 3
+LEARNING_RATE = 0.5
+
+
+def drawn(*shape, step=0.5, seed=0):
+    """Random multiples of `step` from -2 to 2 steps."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-2, 3, shape, generator=generator).double() * step
+
+
+class LinearGenerator(nn.Module):
+    """G(z) = z A' + a, and with labels + E[label]."""
+
+    def __init__(self, conditional=False):
+        super().__init__()
+        self.linear = nn.Linear(NOISE, PIXELS).double()
+        self.classes = nn.Embedding(CLASSES, PIXELS).double() if conditional else None
+        with torch.no_grad():
+            for seed, parameter in enumerate(self.parameters()):
+                parameter.copy_(drawn(*parameter.shape, seed=10 + seed))
+
+    def forward(self, z, labels=None):
+        images = self.linear(z)
+        return images if self.classes is None else images + self.classes(labels)
+
+    def by_hand(self, z, labels=None):
+        """The same, past every hook, from the weights as they are now."""
+        with torch.no_grad():
+            images = z @ self.linear.weight.T + self.linear.bias
+            return images if self.classes is None else images + self.classes.weight[labels]
+
+
+class LinearDiscriminator(nn.Module):
+    """D(x) = x w' + b, and with labels + e[label]."""
+
+    def __init__(self, conditional=False):
+        super().__init__()
+        self.linear = nn.Linear(PIXELS, 1).double()
+        self.classes = nn.Embedding(CLASSES, 1).double() if conditional else None
+        with torch.no_grad():
+            for seed, parameter in enumerate(self.parameters()):
+                parameter.copy_(drawn(*parameter.shape, seed=20 + seed))
+            if conditional:
+                self.classes.weight.copy_(torch.tensor([[0.0], [8.0], [-4.0]]))  # mixed up labels are seen
+
+    def forward(self, x, labels=None):
+        scores = self.linear(x)
+        return scores if self.classes is None else scores + self.classes(labels)
+
+    def by_hand(self, x, labels=None):
+        """The mean score, past every hook, from the weights as they are now."""
+        with torch.no_grad():
+            scores = x @ self.linear.weight.T + self.linear.bias
+            return (scores if self.classes is None else scores + self.classes.weight[labels]).mean()
+
+
+class Measured:
+    """A linear GAN in training; each generator update is measured, and worked out by hand beside it."""
+
+    def __init__(self, generator=None, discriminator=None):
+        self.generator = generator or LinearGenerator()
+        self.discriminator = discriminator or LinearDiscriminator()
+        self.of_generator = torch.optim.SGD(self.generator.parameters(), LEARNING_RATE)
+        self.of_discriminator = torch.optim.SGD(self.discriminator.parameters(), LEARNING_RATE)
+        self.probe = BalanceProbe(self.generator, self.discriminator)
+        self.probe.watching = True
+        self.measured, self.expected = [], []
+
+    def step_discriminator(self, loss):
+        self.of_discriminator.zero_grad()
+        loss.backward()
+        self.of_discriminator.step()
+
+    def step_generator(self, loss, batch, real, z, real_labels=None, labels=None):
+        self.of_generator.zero_grad()
+        loss.backward()
+        score = partial(self.discriminator.by_hand, labels=labels)
+        expected = [self.discriminator.by_hand(real, real_labels), score(self.generator.by_hand(z, labels))]
+        self.probe.before_update(batch)
+        self.of_generator.step()
+        self.measured.append(self.probe.after_update())
+        expected.append(score(self.generator.by_hand(z, labels)))
+        self.expected.append(torch.stack(expected))
+
+    def check(self, updates=2, **tolerance):
+        assert len(self.measured) == updates
+        for measured, expected in zip(self.measured, self.expected, strict=True):
+            assert len(expected.unique()) == 3, "three different scores, or the comparison says little"
+            torch.testing.assert_close(measured.double(), expected, **{"rtol": 0, "atol": 0, **tolerance})
+
+
+# ---- the order of training steps ------------------------------------------------------------------------
+
+
+def discriminator_first_shared_fake(gan, real, noise):
+    fake = gan.generator(noise(0))
+    gan.step_discriminator(gan.discriminator(fake.detach()).mean() - gan.discriminator(real).mean())
+    gan.step_generator(-gan.discriminator(fake).mean(), real, real, noise(0))
+
+
+def generator_first(gan, real, noise):
+    gan.step_generator(-gan.discriminator(gan.generator(noise(0))).mean(), real, real, noise(0))
+    fake = gan.generator(noise(1)).detach()
+    gan.step_discriminator(gan.discriminator(fake).mean() - gan.discriminator(real).mean())
+
+
+def fresh_fakes_without_gradients(gan, real, noise):
+    with torch.no_grad():
+        fake = gan.generator(noise(0))
+    gan.step_discriminator(gan.discriminator(fake).mean() - gan.discriminator(real).mean())
+    gan.step_generator(-gan.discriminator(gan.generator(noise(1))).mean(), real, real, noise(1))
+
+
+def several_discriminator_steps(gan, real, noise):
+    for i in range(2):
+        fake = gan.generator(noise(i)).detach()
+        gan.step_discriminator(gan.discriminator(fake).mean() - gan.discriminator(real).mean())
+    gan.step_generator(-gan.discriminator(gan.generator(noise(2))).mean(), real, real, noise(2))
+
+
+def noise_of_another_batch_size(gan, real, noise):
+    gan.step_discriminator(-gan.discriminator(real).mean())
+    z = torch.cat([noise(0), noise(1)])
+    gan.step_generator(-gan.discriminator(gan.generator(z)).mean(), real, real, z)
+
+
+def real_images_in_parts(gan, real, noise):
+    fake = gan.generator(noise(0))
+    for part in real.split(1):
+        gan.step_discriminator(gan.discriminator(fake.detach()).mean() - gan.discriminator(part).mean())
+    gan.step_generator(-gan.discriminator(fake).mean(), real, real, noise(0))
+
+
+def frozen_discriminator(gan, real, noise):
+    gan.step_discriminator(gan.discriminator(gan.generator(noise(0)).detach()).mean() - gan.discriminator(real).mean())
+    gan.discriminator.requires_grad_(False)
+    gan.step_generator(-gan.discriminator(gan.generator(noise(1))).mean(), real, real, noise(1))
+    gan.discriminator.requires_grad_(True)
+
+
+def real_and_fake_joined(gan, real, noise):
+    fake = gan.generator(noise(0))
+    scores = gan.discriminator(torch.cat([real, fake.detach()]))
+    gan.step_discriminator(scores[BATCH:].mean() - scores[:BATCH].mean())
+    scores = gan.discriminator(torch.cat([real, fake]))
+    gan.step_generator(-scores[BATCH:].mean(), real, real, noise(0))
+
+
+def augmented_fake(gan, real, noise):
+    gan.step_discriminator(-gan.discriminator(real * 2).mean())
+    gan.step_generator(-gan.discriminator(gan.generator(noise(0)) * 2).mean(), real, real, noise(0))
+
+
+def relativistic(gan, real, noise):
+    fake = gan.generator(noise(0))
+    gan.step_discriminator((gan.discriminator(fake.detach()) - gan.discriminator(real)).mean())
+    gan.step_generator((gan.discriminator(real) - gan.discriminator(fake)).mean(), real, real, noise(0))
+
+
+def real_images_last(gan, real, noise):
+    fake = gan.generator(noise(0))
+    gan.step_discriminator((gan.discriminator(fake.detach()) - gan.discriminator(real)).mean())
+    scores = gan.discriminator(fake), gan.discriminator(real)
+    gan.step_generator((scores[1] - scores[0]).mean(), real, real, noise(0))
+
+
+def fakes_to_look_at_before_the_update(gan, real, noise):
+    gan.step_discriminator(-gan.discriminator(real).mean())
+    loss = -gan.discriminator(gan.generator(noise(0))).mean()
+    with torch.no_grad():
+        gan.discriminator(gan.generator(noise(1)))
+    gan.step_generator(loss, real, real, noise(0))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        discriminator_first_shared_fake,
+        generator_first,
+        fresh_fakes_without_gradients,
+        several_discriminator_steps,
+        noise_of_another_batch_size,
+        real_images_in_parts,
+        frozen_discriminator,
+        real_and_fake_joined,
+        augmented_fake,
+        relativistic,
+        real_images_last,
+        fakes_to_look_at_before_the_update,
+    ],
+)
+def test_scores_are_those_worked_out_by_hand(step: Callable):
+    gan = Measured()
+    for update in range(2):
+        real = drawn(BATCH, PIXELS, seed=200 + update) + 1
+        step(gan, real, lambda number, update=update: drawn(BATCH, NOISE, step=1, seed=10 * update + number))
+    gan.check()
+
+
+def test_scores_of_one_update_in_numbers():
+    # G(z) = a z with a = 2, D(x) = x w with w = (1, 1): z = (1), batch of one, real (3, 5).
+    generator, discriminator = nn.Linear(1, 2, bias=False), nn.Linear(2, 1, bias=False)
+    nn.init.constant_(generator.weight, 2)
+    nn.init.constant_(discriminator.weight, 1)
+    optimizer = torch.optim.SGD(generator.parameters(), 0.5)
+    probe = BalanceProbe(generator, discriminator)
+    probe.watching = True
+    (-discriminator(generator(torch.ones(1, 1)))).mean().backward()
+    probe.before_update(torch.tensor([[3.0, 5.0]]))
+    optimizer.step()  # d(-D(G(z)))/da = -w z = -1 each: a = 2 + 0.5
+    assert probe.after_update().tolist() == [8.0, 4.0, 5.0]
+
+
+def test_double_precision_is_kept():
+    torch.manual_seed(0)
+    gan = Measured()
+    for network in (gan.generator, gan.discriminator):
+        for parameter in network.parameters():
+            nn.init.normal_(parameter)
+    for _ in range(2):
+        real, z = torch.randn(2, BATCH, NOISE).double()
+        discriminator_first_shared_fake(gan, real[:, :PIXELS], lambda _, z=z: z)
+    gan.check(rtol=0, atol=1e-12)
+
+
+# ---- labels ------------------------------------------------------------------------------------------------
+
+REAL_LABELS, FAKE_LABELS = torch.tensor([1, 1]), torch.tensor([0, 2])
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+@pytest.mark.parametrize("batch_of", [lambda x, y: (x, y), lambda x, y: {"label": y, "image": x}])
+@pytest.mark.parametrize("order", ["fake first", "real first"])
+def test_real_images_are_scored_with_their_own_labels(keyword, batch_of, order):
+    gan = Measured(LinearGenerator(conditional=True), LinearDiscriminator(conditional=True))
+
+    def called(network, first, labels):
+        return network(first, labels=labels) if keyword else network(first, labels)
+
+    for update in range(2):
+        real, z = drawn(BATCH, PIXELS, seed=100 + update) + 1, drawn(BATCH, NOISE, step=1, seed=update)
+        fake = called(gan.generator, z, FAKE_LABELS)
+        losses = [
+            called(gan.discriminator, fake.detach(), FAKE_LABELS).mean(),
+            -called(gan.discriminator, real, REAL_LABELS).mean(),
+        ]
+        gan.step_discriminator(sum(losses if order == "fake first" else losses[::-1]))
+        loss = -called(gan.discriminator, fake, FAKE_LABELS).mean()
+        gan.step_generator(loss, batch_of(real, REAL_LABELS), real, z, REAL_LABELS, FAKE_LABELS)
+    gan.check()
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+@pytest.mark.parametrize("real_batch", [1, 4])
+def test_labels_follow_the_batch_size_of_the_real_images(real_batch, keyword):
+    gan = Measured(LinearGenerator(conditional=True), LinearDiscriminator(conditional=True))
+    real, z = drawn(real_batch, PIXELS, seed=1) + 1, drawn(BATCH, NOISE, step=1)
+    labels = torch.ones(real_batch, dtype=torch.long)
+    fake = gan.generator(z, FAKE_LABELS)
+    scores = gan.discriminator(fake, labels=FAKE_LABELS) if keyword else gan.discriminator(fake, FAKE_LABELS)
+    batch = [torch.zeros(real_batch), real, labels]  # the zeros are of the labels' shape, but not of their type
+    gan.step_generator(-scores.mean(), batch, real, z, labels, FAKE_LABELS)
+    gan.check(1)
+
+
+def test_fakes_keep_their_labels_where_real_images_are_scored_after_them():
+    gan = Measured(LinearGenerator(conditional=True), LinearDiscriminator(conditional=True))
+    real, z = drawn(BATCH, PIXELS, seed=1) + 1, drawn(BATCH, NOISE, step=1)
+    fake_score = gan.discriminator(gan.generator(z, FAKE_LABELS), FAKE_LABELS)
+    loss = (gan.discriminator(real, REAL_LABELS) - fake_score).mean()
+    gan.step_generator(loss, (real, REAL_LABELS), real, z, REAL_LABELS, FAKE_LABELS)
+    gan.check(1)
+
+
+def test_fakes_have_the_labels_of_the_last_call_also_where_they_are_augmented():
+    gan = Measured(LinearGenerator(conditional=True), LinearDiscriminator(conditional=True))
+    real, z = drawn(BATCH, PIXELS, seed=1) + 1, drawn(BATCH, NOISE, step=1)
+    other = gan.generator(drawn(BATCH, NOISE, step=1, seed=7), REAL_LABELS).detach()
+    gan.step_discriminator(gan.discriminator(other, REAL_LABELS).mean())
+    loss = -gan.discriminator(gan.generator(z, FAKE_LABELS) * 2, FAKE_LABELS).mean()
+    gan.step_generator(loss, (real, REAL_LABELS), real, z, REAL_LABELS, FAKE_LABELS)
+    gan.check(1)
+
+
+def test_fakes_have_the_labels_of_the_generators_step():
+    gan = Measured(LinearGenerator(conditional=True), LinearDiscriminator(conditional=True))
+    real, z = drawn(BATCH, PIXELS, seed=1) + 1, drawn(BATCH, NOISE, step=1)
+    fake = gan.generator(z, FAKE_LABELS)
+    gan.step_discriminator(gan.discriminator(fake.detach(), REAL_LABELS).mean())  # others in the discriminator's
+    loss = -gan.discriminator(fake, FAKE_LABELS).mean()
+    gan.step_generator(loss, (real, REAL_LABELS), real, z, REAL_LABELS, FAKE_LABELS)
+    gan.check(1)
+
+
+def one_hot(labels):
+    return F.one_hot(labels, CLASSES).double()
+
+
+class OneHotDiscriminator(LinearDiscriminator):
+    """A conditional discriminator that is given one-hot labels."""
+
+    def __init__(self):
+        super().__init__(conditional=True)
+
+    def forward(self, x, one_hot_labels):
+        return self.linear(x) + one_hot_labels @ self.classes.weight
+
+
+def test_labels_that_the_training_step_encoded_are_those_of_the_real_images():
+    # The batch holds class numbers and the discriminator takes one-hot vectors, which the batch does not hold.
+    gan = Measured(LinearGenerator(conditional=True), OneHotDiscriminator())
+    real, z = drawn(BATCH, PIXELS, seed=1) + 1, drawn(BATCH, NOISE, step=1)
+    fake = gan.generator(z, FAKE_LABELS)
+    gan.step_discriminator(
+        gan.discriminator(fake.detach(), one_hot(FAKE_LABELS)).mean()
+        - gan.discriminator(real, one_hot(REAL_LABELS)).mean()
+    )
+    loss = -gan.discriminator(fake, one_hot(FAKE_LABELS)).mean()
+    gan.step_generator(loss, (real, REAL_LABELS), real, z, REAL_LABELS, FAKE_LABELS)
+    gan.check(1)
+
+
+def test_labels_are_not_confused_with_other_integers_of_the_batch():
+    gan = Measured(LinearGenerator(conditional=True), LinearDiscriminator(conditional=True))
+    real, z = drawn(BATCH, PIXELS, seed=1) + 1, drawn(BATCH, NOISE, step=1)
+    batch = {"index": torch.arange(BATCH), "image": real, "label": REAL_LABELS}
+    fake = gan.generator(z, FAKE_LABELS)
+    gan.step_discriminator(
+        gan.discriminator(fake.detach(), FAKE_LABELS).mean() - gan.discriminator(batch["image"], batch["label"]).mean()
+    )
+    gan.step_generator(-gan.discriminator(fake, FAKE_LABELS).mean(), batch, real, z, REAL_LABELS, FAKE_LABELS)
+    gan.check(1)
+
+
+# ---- what networks return, and what batches are ------------------------------------------------------------
+
+
+class Wrapped(LinearDiscriminator):
+    """Returns its scores in some other shape or container."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, x):
+        return self.wrap(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "first"),
+    [
+        (lambda score: (score, score * 7 + 100), lambda output: output[0]),
+        (lambda score: [[score], "features"], lambda output: output[0][0]),
+        (lambda score: {"score": score, "features": score + 100}, lambda output: output["score"]),
+        (lambda score: score.squeeze(1), lambda output: output),
+        (lambda score: score.view(-1, 1, 1, 1).expand(-1, 1, 4, 4), lambda output: output),
+    ],
+    ids=["tuple", "nested list", "dict", "flat", "patches"],
+)
+def test_the_score_is_the_mean_of_the_first_tensor(wrap, first):
+    gan = Measured(discriminator=Wrapped(wrap))
+    real, z = drawn(BATCH, PIXELS, seed=1) + 1, drawn(BATCH, NOISE, step=1)
+    gan.step_generator(-first(gan.discriminator(gan.generator(z))).mean(), real, real, z)
+    gan.check(1)
+
+
+def test_a_generator_may_return_more_than_images():
+    class Named(LinearGenerator):
+        def forward(self, z):
+            return {"images": super().forward(z), "styles": z}
+
+    gan = Measured(Named())
+    real, z = drawn(BATCH, PIXELS, seed=1) + 1, drawn(BATCH, NOISE, step=1)
+    gan.step_generator(-gan.discriminator(gan.generator(z)["images"]).mean(), real, real, z)
+    gan.check(1)
+
+
+@pytest.mark.parametrize(
+    "batch_of",
+    [
+        lambda real: real,
+        lambda real: (real, torch.arange(BATCH)),
+        lambda real: [torch.arange(BATCH), real],
+        lambda real: {"image": real, "index": torch.arange(BATCH), "path": ["a", "b"]},
+        lambda real: {"data": ({"x": real}, None), "mask": torch.ones(BATCH, PIXELS, dtype=torch.bool)},
+        lambda real: (real, torch.ones(BATCH, PIXELS, dtype=torch.long), torch.ones(BATCH, PIXELS + 1)),
+    ],
+    ids=["tensor", "tuple", "list", "dict", "nested", "other tensors"],
+)
+def test_real_images_are_found_in_any_batch(batch_of):
+    gan = Measured()
+    real, z = drawn(BATCH, PIXELS, seed=1) + 1, drawn(BATCH, NOISE, step=1)
+    gan.step_generator(-gan.discriminator(gan.generator(z)).mean(), batch_of(real), real, z)
+    gan.check(1)
+
+
+# ---- no trace ------------------------------------------------------------------------------------------------
+
+
+def plain(layer):
+    return layer
+
+
+def discriminator_with(normalised=plain, norm=None, dropout=0.0):
+    layers = [normalised(nn.Linear(4, 8)), nn.LeakyReLU(0.2), nn.Dropout(dropout), normalised(nn.Linear(8, 1))]
+    return nn.Sequential(*layers[:1], norm, *layers[1:]) if norm else nn.Sequential(*layers)
+
+
+class NoisyGenerator(nn.Module):
+    """BatchNorm, dropout and noise of its own in every forward call."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(NOISE, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.25), nn.Linear(8, 4)
+        )
+
+    def forward(self, z):
+        images = self.layers(z)
+        return images + 0.1 * torch.randn_like(images)
+
+
+DISCRIMINATORS = {
+    "plain": discriminator_with,
+    "batchnorm": lambda: discriminator_with(norm=nn.BatchNorm1d(8)),
+    "dropout": lambda: discriminator_with(dropout=0.5),
+    "old spectral norm": lambda: discriminator_with(nn.utils.spectral_norm),
+    "new spectral norm": lambda: discriminator_with(nn.utils.parametrizations.spectral_norm),
+    "all of them": lambda: discriminator_with(
+        nn.utils.parametrizations.spectral_norm, norm=nn.BatchNorm1d(8), dropout=0.5
+    ),
+}
+
+
+def discriminator_loss(discriminator, real, fake):
+    return F.relu(1 - discriminator(real)).mean() + F.relu(1 + discriminator(fake)).mean()
+
+
+class Training:
+    """20 steps of a small GAN from a fixed seed, with the probe on every generator update or without it."""
+
+    def __init__(self, make_discriminator, probed, mode=True, make_generator=NoisyGenerator):
+        torch.manual_seed(0)
+        self.generator, self.discriminator = make_generator().train(mode), make_discriminator().train(mode)
+        self.optimizers = [
+            torch.optim.Adam(network.parameters(), 0.01, betas=(0.0, 0.9))
+            for network in (self.generator, self.discriminator)
+        ]
+        self.probe = BalanceProbe(self.generator, self.discriminator) if probed else None
+        if self.probe is not None:
+            self.probe.watching = True
+        self.scores = []
+
+    def run(self, order, steps=20):
+        for _ in range(steps):
+            order(self, torch.randn(8, 4) + 1)
+        return self
+
+    def step_generator(self, loss, real):
+        self.optimizers[0].zero_grad()
+        loss.backward()
+        if self.probe is not None:
+            self.probe.before_update(real)
+        self.optimizers[0].step()
+        if self.probe is not None:
+            self.scores.append(self.probe.after_update())
+
+    def step_discriminator(self, loss):
+        self.optimizers[1].zero_grad()
+        loss.backward()
+        self.optimizers[1].step()
+
+    def everything(self):
+        """Every tensor that training has changed, by name."""
+        found = {"random state": torch.get_rng_state()}
+        for role, network, optimizer in zip("GD", (self.generator, self.discriminator), self.optimizers, strict=True):
+            found |= {f"{role}.{name}": value for name, value in network.named_parameters()}
+            found |= {f"{role}.{name}": value for name, value in network.named_buffers()}
+            found |= {f"{role}.{name}.grad": value.grad for name, value in network.named_parameters()}
+            for index, state in optimizer.state_dict()["state"].items():
+                found |= {f"{role}.optimizer.{index}.{name}": value for name, value in state.items()}
+        return found
+
+
+def losses_one_after_the_other(gan, real):
+    fake = gan.generator(torch.randn(8, NOISE))
+    gan.step_discriminator(discriminator_loss(gan.discriminator, real, fake.detach()))
+    gan.step_generator(-gan.discriminator(fake).mean(), real)
+
+
+def generator_before_discriminator(gan, real):
+    gan.step_generator(-gan.discriminator(gan.generator(torch.randn(8, NOISE))).mean(), real)
+    with torch.no_grad():
+        fake = gan.generator(torch.randn(8, NOISE))
+    gan.step_discriminator(discriminator_loss(gan.discriminator, real, fake))
+
+
+def both_losses_before_both_updates(gan, real):
+    fake = gan.generator(torch.randn(8, NOISE))
+    loss = discriminator_loss(gan.discriminator, real, fake.detach())
+    gan.step_generator(-gan.discriminator(fake).mean(), real)
+    gan.step_discriminator(loss)
+
+
+def assert_no_trace(order, make_discriminator, mode=True, make_generator=NoisyGenerator):
+    probed = Training(make_discriminator, True, mode, make_generator).run(order)
+    state = probed.everything()
+    expected = Training(make_discriminator, False, mode, make_generator).run(order).everything()
+    assert state.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(state[name], expected[name])]
+    assert different == []
+    assert len(probed.scores) == 20
+    assert torch.stack(probed.scores).isfinite().all()
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("order", [losses_one_after_the_other, generator_before_discriminator])
+@pytest.mark.parametrize("kind", DISCRIMINATORS)
+def test_training_is_the_same_bit_for_bit(kind, order, mode):
+    assert_no_trace(order, DISCRIMINATORS[kind], mode)
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("kind", DISCRIMINATORS)
+def test_a_backward_pass_may_be_pending_while_measuring(kind, mode):
+    # The discriminator's loss is computed before the generator's update and differentiated after it.
+    assert_no_trace(both_losses_before_both_updates, DISCRIMINATORS[kind], mode)
+
+
+class Scaled(nn.Module):
+    """A buffer that the backward pass needs, like the blur kernels and noise images of StyleGAN."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = discriminator_with()
+        self.register_buffer("scale", torch.tensor([0.5]))
+
+    def forward(self, x):
+        return self.layers(x) * self.scale
+
+
+def test_a_pending_backward_pass_may_need_a_buffer():
+    assert_no_trace(both_losses_before_both_updates, Scaled)
+
+
+class Averaging(nn.Module):
+    """Replaces its buffer by a new tensor in every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = discriminator_with()
+        self.register_buffer("center", torch.zeros(4))
+
+    def forward(self, x):
+        if self.training:
+            self.center = 0.9 * self.center + 0.1 * x.detach().mean(0)
+        return self.layers(x - self.center)
+
+
+def test_buffers_that_a_call_replaces_are_put_back():
+    assert_no_trace(losses_one_after_the_other, Averaging)
+
+
+def test_measuring_leaves_gradients_alone_and_needs_none():
+    gan = Training(DISCRIMINATORS["all of them"], probed=True)
+    real, fake = torch.randn(8, 4), gan.generator(torch.randn(8, NOISE))
+    (-gan.discriminator(fake).mean()).backward()
+    gradients = {name: value.clone() for name, value in gan.everything().items() if name.endswith("grad")}
+    gan.probe.before_update(real)
+    gan.optimizers[0].step()
+    scores = gan.probe.after_update()
+    assert not scores.requires_grad
+    assert all(torch.equal(gan.everything()[name], value) for name, value in gradients.items())
+
+
+def test_a_measurement_that_fails_leaves_no_trace():
+    class Particular(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = DISCRIMINATORS["all of them"]()
+
+        def forward(self, x):
+            scores = self.layers(x)
+            if len(x) != 8:
+                raise ValueError("not a batch of 8")
+            return scores
+
+    gan = Training(Particular, probed=True)
+    fake = gan.generator(torch.randn(8, NOISE))
+    (-gan.discriminator(fake).mean()).backward()
+    state = {name: value.clone() for name, value in gan.everything().items() if value is not None}
+    with pytest.raises(ValueError, match="not a batch of 8"):
+        gan.probe.before_update(torch.randn(5, 4, generator=torch.Generator()))
+    assert all(torch.equal(gan.everything()[name], value) for name, value in state.items())
+    gan.probe.before_update(torch.randn(8, 4, generator=torch.Generator()))
+    gan.probe.after_update()
+
+
+def test_nothing_is_kept_of_a_measured_step():
+    gan = Training(DISCRIMINATORS["plain"], probed=True)
+    real, z = torch.randn(8, 4), torch.randn(8, NOISE)
+    gan.step_generator(-gan.discriminator(gan.generator(z)).mean(), real)
+    noise, images = weakref.ref(z.untyped_storage()), weakref.ref(real)
+    del z, real
+    assert noise() is None
+    assert images() is None
+
+
+def test_many_discriminator_steps_before_an_update_do_not_pile_up():
+    # As where the discriminator is trained alone for a while.
+    gan = Training(DISCRIMINATORS["plain"], probed=True)
+    alive = []
+    for _ in range(100):
+        real = torch.randn(8, 4)
+        gan.discriminator(real)
+        alive.append(weakref.ref(real.untyped_storage()))
+    del real
+    assert sum(storage() is not None for storage in alive) < 50
+
+
+# ---- in which mode, and by which discriminator, scores are made ------------------------------------------------
+
+
+def one_measurement(generator, discriminator, z, real, optimizer=None, **options):
+    """Measures one update (without one, of learning rate 0)."""
+    optimizer = optimizer or torch.optim.SGD(generator.parameters(), 0.0)
+    probe = BalanceProbe(generator, discriminator, **options)
+    probe.watching = True
+    discriminator(generator(z)).mean().backward()
+    probe.before_update(real)
+    optimizer.step()
+    return probe.after_update()
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
+def test_batchnorm_scores_in_the_mode_of_the_networks(mode):
+    torch.manual_seed(0)
+    generator = nn.Sequential(nn.Linear(NOISE, 4), nn.BatchNorm1d(4)).train(mode)
+    generator[1].running_mean.fill_(5.0)
+    generator[1].running_var.fill_(9.0)
+    discriminator = nn.Sequential(nn.Linear(4, 1), nn.ReLU())
+    z, real = torch.randn(16, NOISE), torch.randn(16, 4)
+    before = [buffer.clone() for buffer in generator.buffers()]  # measured after one forward call of training
+    scores = one_measurement(generator, discriminator, z, real)
+    with torch.no_grad():
+        hidden = z @ generator[0].weight.T + generator[0].bias
+        if mode:  # the batch's own statistics
+            mean, variance = hidden.mean(0), hidden.var(0, unbiased=False)
+        else:
+            mean, variance = before[0], before[1]
+        fake = (hidden - mean) / (variance + 1e-5).sqrt()  # at the start BatchNorm scales by 1 and shifts by 0
+        expected = F.relu(fake @ discriminator[0].weight.T + discriminator[0].bias).mean()
+    assert scores[1].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert scores[2].item() == scores[1].item()
+
+
+def test_dropout_is_off_where_the_networks_are_in_evaluation_mode():
+    torch.manual_seed(0)
+    generator, discriminator = nn.Linear(NOISE, 4), discriminator_with(dropout=0.5).eval()
+    z, real = torch.randn(16, NOISE), torch.randn(16, 4)
+    scores = one_measurement(generator, discriminator, z, real)
+    with torch.no_grad():
+        assert scores[0] == discriminator(real).mean()
+        assert scores[1] == discriminator(generator(z)).mean()
+
+
+def test_dropout_and_noise_are_the_same_before_and_after_the_update():
+    torch.manual_seed(0)
+    generator, discriminator = NoisyGenerator(), discriminator_with(dropout=0.5)
+    scores = one_measurement(generator, discriminator, torch.randn(16, NOISE), torch.randn(16, 4))
+    assert scores[2] == scores[1]  # the learning rate is 0, so only what is drawn could differ
+    again = one_measurement(generator, discriminator, torch.randn(16, NOISE), torch.randn(16, 4))
+    assert again[1] != scores[1]
+
+
+def test_dropout_and_noise_are_the_same_where_the_update_itself_draws():
+    class Langevin(torch.optim.SGD):
+        """Draws noise (of size 0 here) in every step."""
+
+        def step(self, closure=None):
+            super().step(closure)
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data.add_(torch.randn_like(parameter), alpha=0.0)
+
+    torch.manual_seed(0)
+    generator, discriminator = NoisyGenerator(), discriminator_with(dropout=0.5)
+    optimizer = Langevin(generator.parameters(), 0.0)
+    scores = one_measurement(generator, discriminator, torch.randn(16, NOISE), torch.randn(16, 4), optimizer)
+    assert scores[2] == scores[1]
+
+
+@pytest.mark.parametrize("kind", ["old spectral norm", "new spectral norm"])
+def test_every_score_starts_from_the_same_spectral_norm(kind):
+    torch.manual_seed(0)
+    generator, discriminator = nn.Linear(NOISE, 4), DISCRIMINATORS[kind]()
+    # New weights, so that u and v are far from converged and every iteration gives another norm.
+    for parameter in discriminator.parameters():
+        nn.init.normal_(parameter)
+    z, real = torch.randn(16, NOISE), torch.randn(16, 4) + 1
+    scores = one_measurement(generator, discriminator, z, real)
+    state = {name: value.clone() for name, value in discriminator.state_dict().items()}
+
+    def alone(images):
+        with torch.no_grad():
+            score = discriminator(images).mean()
+        discriminator.load_state_dict(state)
+        return score
+
+    with torch.no_grad():
+        assert scores[0] == alone(real)
+        assert scores[1] == scores[2] == alone(generator(z))
+        discriminator(real)
+        assert scores[1] != alone(generator(z)), "one iteration further the score is another"
+
+
+half_precision = partial(torch.autocast, "cpu", torch.bfloat16)
+
+
+def test_scores_are_made_in_the_precision_of_training():
+    torch.manual_seed(0)
+    generator, discriminator = nn.Linear(NOISE, 4), discriminator_with()
+    z, real = torch.randn(16, NOISE), torch.randn(16, 4)
+    scores = one_measurement(generator, discriminator, z, real, autocast=half_precision)
+    with torch.no_grad(), half_precision():
+        expected = [discriminator(real).float().mean(), discriminator(generator(z)).float().mean()]
+        assert discriminator(real).dtype == torch.bfloat16
+    assert scores[:2].tolist() == [value.item() for value in expected]
+    assert scores[:2].tolist() != one_measurement(generator, discriminator, z, real)[:2].tolist()
+
+
+@pytest.mark.parametrize("autocast", [half_precision, nullcontext])
+def test_the_new_score_is_not_made_from_weights_cached_before_the_update(autocast):
+    # Inside autocast torch keeps the half precision copies of weights until the outermost context ends.
+    generator, discriminator = nn.Linear(1, 2, bias=False), nn.Linear(2, 1, bias=False)
+    nn.init.constant_(generator.weight, 2)
+    nn.init.constant_(discriminator.weight, 1)
+    optimizer = torch.optim.SGD(generator.parameters(), 0.5)
+    probe = BalanceProbe(generator, discriminator, autocast=autocast)
+    probe.watching = True
+    with half_precision():  # the whole training step in it
+        (-discriminator(generator(torch.ones(1, 1)))).float().mean().backward()
+        probe.before_update(torch.tensor([[3.0, 5.0]]))
+        optimizer.step()
+        assert probe.after_update().tolist() == [8.0, 4.0, 5.0]
+        assert torch.is_autocast_cache_enabled()
+
+
+# ---- updates that do not happen, calls that are not seen ---------------------------------------------------------
+
+
+def watched():
+    generator, discriminator = LinearGenerator(), LinearDiscriminator()
+    probe = BalanceProbe(generator, discriminator)
+    probe.watching = True
+    return generator, discriminator, probe
+
+
+def test_an_update_that_was_skipped_is_not_measured():
+    # As when a gradient scaler finds an overflow: before_update comes, the update does not.
+    generator, discriminator, probe = watched()
+    discriminator(generator(drawn(BATCH, NOISE, seed=1)))
+    probe.before_update(drawn(BATCH, PIXELS, seed=2))
+    z, real = drawn(BATCH, NOISE, seed=3), drawn(BATCH, PIXELS, seed=4)
+    discriminator(generator(z))
+    probe.before_update(real)
+    expected = [discriminator.by_hand(real), discriminator.by_hand(generator.by_hand(z))]
+    with torch.no_grad():
+        generator.linear.bias += 1
+    expected.append(discriminator.by_hand(generator.by_hand(z)))
+    assert probe.after_update().tolist() == [value.item() for value in expected]
+
+
+def test_measuring_says_whether_the_old_scores_are_there():
+    generator, discriminator, probe = watched()
+    assert not probe.measuring
+    discriminator(generator(drawn(BATCH, NOISE)))
+    assert not probe.measuring
+    probe.before_update(drawn(BATCH, PIXELS))
+    assert probe.measuring
+    probe.after_update()
+    assert not probe.measuring
+
+
+def unseen_by_forward(generator, discriminator):
+    discriminator(generator.forward(drawn(BATCH, NOISE)))
+
+
+def unseen_without_gradients(generator, discriminator):
+    with torch.no_grad():
+        discriminator(generator(drawn(BATCH, NOISE)))
+
+
+@pytest.mark.parametrize("step", [unseen_by_forward, unseen_without_gradients, lambda *_: None])
+def test_a_generator_that_was_not_called_is_named(step):
+    generator, discriminator, probe = watched()
+    step(generator, discriminator)
+    probe.before_update(drawn(BATCH, PIXELS))  # a closure may still call the generator
+    assert not probe.measuring
+    with pytest.raises(RuntimeError, match=r"no forward call of the generator \(LinearGenerator\)"):
+        probe.after_update()
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda generator, discriminator: generator(drawn(BATCH, NOISE)),
+        lambda generator, discriminator: discriminator.forward(generator(drawn(BATCH, NOISE))),
+        lambda generator, discriminator: discriminator.linear(generator(drawn(BATCH, NOISE))),
+    ],
+    ids=["not called", "forward", "other module"],
+)
+def test_a_discriminator_that_scored_no_image_is_named(step):
+    generator, discriminator, probe = watched()
+    step(generator, discriminator)
+    with pytest.raises(RuntimeError, match=r"discriminator \(LinearDiscriminator\).*\(2, 2\)"):
+        probe.before_update(drawn(BATCH, PIXELS))
+
+
+def test_a_discriminator_that_was_called_on_something_else_is_named():
+    class OnFeatures(nn.Linear):
+        pass
+
+    generator, discriminator = LinearGenerator(), OnFeatures(PIXELS + 3, 1).double()
+    probe = BalanceProbe(generator, discriminator)
+    probe.watching = True
+    discriminator(F.pad(generator(drawn(BATCH, NOISE)), (0, 3)))
+    with pytest.raises(RuntimeError, match=r"discriminator \(OnFeatures\) was not called on anything shaped like"):
+        probe.before_update(drawn(BATCH, PIXELS))
+
+
+@pytest.mark.parametrize(
+    ("batch", "seen"),
+    [
+        (None, "no tensor"),
+        ([], "no tensor"),
+        (torch.arange(2), "(2,) torch.int64"),
+        ({"image": torch.zeros(2, 3, dtype=torch.uint8)}, "(2, 3) torch.uint8"),
+        ((torch.zeros(4, 5), torch.zeros(4)), "(4, 5) torch.float32, (4,) torch.float32"),
+        ((torch.zeros(2, 2), {"b": torch.ones(6, 2).double()}), "(2, 2) torch.float32, (6, 2) torch.float64"),
+    ],
+    ids=["no batch", "empty", "labels only", "integers", "other shapes", "two candidates"],
+)
+def test_a_batch_without_one_tensor_of_real_images_is_described(batch, seen):
+    generator, discriminator, probe = watched()
+    discriminator(generator(drawn(BATCH, NOISE)))
+    with pytest.raises(RuntimeError, match=r"exactly one floating-point tensor of shape \(batch, 2\)") as error:
+        probe.before_update(batch)
+    assert f"holds {seen}." in str(error.value)
+    assert not probe.measuring
+
+
+def test_what_returns_no_tensor_is_named():
+    class Silent(nn.Linear):
+        def forward(self, x):
+            return "nothing"
+
+    discriminator = Silent(PIXELS, 1)
+    generator = LinearGenerator()
+    probe = BalanceProbe(generator, discriminator)
+    probe.watching = True
+    discriminator(generator(drawn(BATCH, NOISE)))
+    with pytest.raises(TypeError, match="no tensor in what a network returned: str"):
+        probe.before_update(drawn(BATCH, PIXELS))
+
+
+def test_a_copy_of_the_generator_is_not_the_generator():
+    # An average of the generator, or a copy to evaluate, made while it is measured.
+    generator, discriminator, probe = watched()
+    z, real = drawn(BATCH, NOISE, seed=1), drawn(BATCH, PIXELS, seed=2)
+    discriminator(generator(z))
+    copy.deepcopy(generator)(drawn(BATCH, NOISE, seed=5))
+    probe.before_update(real)
+    fake = discriminator.by_hand(generator.by_hand(z)).item()
+    assert probe.after_update().tolist() == [discriminator.by_hand(real).item(), fake, fake]
+
+
+# ---- watching, and leaving ----------------------------------------------------------------------------------------
+
+
+def test_nothing_is_recorded_while_not_watching():
+    generator, discriminator = LinearGenerator(), LinearDiscriminator()
+    probe = BalanceProbe(generator, discriminator)
+    assert not probe.watching
+    z, real = drawn(BATCH, NOISE), drawn(BATCH, PIXELS)
+    noise, images = weakref.ref(z.untyped_storage()), weakref.ref(real.untyped_storage())
+    discriminator(generator(z))
+    discriminator(real)
+    del z, real
+    assert noise() is None
+    assert images() is None
+    probe.watching = True
+    probe.before_update(drawn(BATCH, PIXELS))
+    assert not probe.measuring
+
+
+def test_only_calls_while_watching_are_measured():
+    generator, discriminator, probe = watched()
+    z, real = drawn(BATCH, NOISE, seed=1), drawn(BATCH, PIXELS, seed=2)
+    discriminator(generator(z))
+    probe.watching = False
+    discriminator(generator(drawn(BATCH, NOISE, seed=5)))
+    probe.watching = True
+    probe.before_update(real)
+    fake = discriminator.by_hand(generator.by_hand(z)).item()
+    assert probe.after_update().tolist() == [discriminator.by_hand(real).item(), fake, fake]
+
+
+def hooks(module):
+    return [
+        (name, part)
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if name.endswith(("_hooks", "_with_kwargs"))
+        if isinstance(value, dict) and value
+    ]
+
+
+def test_removing_leaves_no_hooks():
+    generator, discriminator, probe = watched()
+    assert hooks(generator)
+    assert hooks(discriminator)
+    probe.remove()
+    assert hooks(generator) == hooks(discriminator) == []
+    discriminator(generator(drawn(BATCH, NOISE)))
+    probe.before_update(drawn(BATCH, PIXELS))
+    assert not probe.measuring
+    probe.remove()
+
+
+def test_the_networks_own_hooks_stay():
+    generator, _, probe = watched()
+    seen = []
+    generator.register_forward_hook(lambda *_: seen.append("called"))
+    probe.remove()
+    generator(drawn(BATCH, NOISE))
+    assert seen == ["called"]

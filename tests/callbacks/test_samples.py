@@ -1,0 +1,141 @@
+import io
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.utils.data import DataLoader
+from torchvision.transforms.functional import pil_to_tensor
+from toys import ToyGAN, toy_trainer
+
+from lightning_ddst import GANModule, SampleGrid
+
+ONE = DataLoader(torch.zeros(1, 1, 8, 8))
+
+
+class Painter(nn.Module):
+    """Paints an image in one gray for all its pixels, the first number of the noise."""
+
+    latent_dim = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.tanh(self.gain * z[:, :1, None, None]).expand(-1, 1, 4, 4)
+
+
+class Judge(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.weight * images.flatten(1).mean(1)
+
+
+def painting(lr: float = 0.0, **arguments) -> GANModule:
+    def optimizer(parameters) -> SGD:
+        return SGD(parameters, lr=lr)
+
+    return GANModule(Painter(), Judge(), generator_optimizer=optimizer, discriminator_optimizer=optimizer, **arguments)
+
+
+def grids(folder, *callbacks, gan: GANModule | None = None, epochs: int = 1, **settings) -> list[tuple[int, Tensor]]:
+    """The images logged, with their places on the x-axis."""
+    seed_everything(0, verbose=False)
+    trainer = toy_trainer(*callbacks, folder=folder, epochs=epochs, **settings)
+    trainer.fit(gan or painting(), DataLoader(torch.zeros(4, 1, 4, 4)), ONE)
+    events = EventAccumulator(str(folder / "lightning_logs" / "version_0"), size_guidance={"images": 0})
+    events.Reload()
+    assert events.Tags()["images"] in ([], ["samples"])
+    if not events.Tags()["images"]:
+        return []
+    return [
+        (event.step, pil_to_tensor(Image.open(io.BytesIO(event.encoded_image_string))))
+        for event in events.Images("samples")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "height", "width"),
+    [
+        # Images of 4x4 with 2 pixels between and around.
+        ({}, 8 * 6 + 2, 8 * 6 + 2),
+        ({"samples": 6, "columns": 3}, 2 * 6 + 2, 3 * 6 + 2),
+        ({"samples": 7, "columns": 3}, 3 * 6 + 2, 3 * 6 + 2),
+        ({"samples": 2, "columns": 3}, 6 + 2, 2 * 6 + 2),
+        ({"samples": 6, "columns": 3, "scale": 5}, 5 * (2 * 6 + 2), 5 * (3 * 6 + 2)),
+    ],
+)
+def test_the_grid_has_rows_and_columns(arguments: dict, height: int, width: int, tmp_path) -> None:
+    (_, image), *_ = grids(tmp_path, SampleGrid(**arguments))
+    assert image.shape == (3, height, width)
+
+
+def test_the_grid_shows_the_samples_in_their_range(tmp_path) -> None:
+    _, (_, image) = grids(tmp_path, SampleGrid(samples=6, columns=3, scale=2, seed=5))
+    z = torch.randn(6, 2, generator=torch.Generator().manual_seed(5))
+    expected = (torch.tanh(z[:, 0]) + 1) / 2 * 255
+    assert expected.max() - expected.min() > 50
+    for i in range(6):
+        row, column = 2 * (2 + 6 * (i // 3)), 2 * (2 + 6 * (i % 3))
+        square = image[:, row : row + 8, column : column + 8].float()
+        assert square.min() == square.max()
+        assert square.mean().item() == pytest.approx(expected[i].item(), abs=1)
+
+
+def test_the_grid_is_drawn_at_every_validation_from_the_same_noise(tmp_path) -> None:
+    shown = grids(tmp_path, SampleGrid(), epochs=3, gan=painting(discriminator_steps=2))
+    # Before training, and after epochs of 4 batches with 2 generator updates.
+    assert [step for step, _ in shown] == [0, 2, 4, 6]
+    assert all(torch.equal(image, shown[0][1]) for _, image in shown)
+    other = grids(tmp_path / "other", SampleGrid(seed=1))
+    assert not torch.equal(other[0][1], shown[0][1])
+
+
+def test_the_grid_follows_the_generator(tmp_path) -> None:
+    (_, before), (_, after) = grids(tmp_path, SampleGrid(), gan=painting(lr=10.0))
+    assert not torch.equal(before, after)
+
+
+def test_drawing_leaves_training_as_it_is(tmp_path) -> None:
+    drawn, plain = painting(lr=1.0), painting(lr=1.0)
+    grids(tmp_path / "drawn", SampleGrid(), gan=drawn)
+    assert grids(tmp_path / "plain", gan=plain) == []
+    expected = plain.state_dict()
+    assert expected["generator.gain"].item() != 1
+    assert all(torch.equal(value, expected[name]) for name, value in drawn.state_dict().items())
+
+
+@pytest.mark.parametrize("logger", ["none", "csv"])
+def test_without_tensorboard_nothing_is_drawn(logger: str, tmp_path) -> None:
+    class Counting(GANModule):
+        drawn = 0
+
+        def sample(self, *args, **kwargs) -> Tensor:
+            self.drawn += 1
+            return super().sample(*args, **kwargs)
+
+    gan = Counting(Painter(), Judge())
+    trainer = toy_trainer(SampleGrid(), logger=CSVLogger(tmp_path) if logger == "csv" else False)
+    trainer.fit(gan, DataLoader(torch.zeros(4, 1, 4, 4)), ONE)
+    assert gan.drawn == 0
+
+
+def test_a_module_that_cannot_be_sampled_from_is_refused() -> None:
+    gan: LightningModule = ToyGAN()
+    with pytest.raises(TypeError, match=r"SampleGrid needs ToyGAN.sample\(n, rng=...\), as GANModule has it"):
+        toy_trainer(SampleGrid()).fit(gan, ONE)
+
+
+@pytest.mark.parametrize("name", ["samples", "columns", "scale"])
+@pytest.mark.parametrize("value", [0, -3, 1.5])
+def test_bad_arguments_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name}={value} must be an integer, at least 1"):
+        SampleGrid(**{name: value})

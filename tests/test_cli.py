@@ -1,0 +1,325 @@
+import io
+import json
+import re
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from lightning_ddst import DynamicSparsityCallback, FrechetDistance, GANModule, GeneratorEMA
+from lightning_ddst.cli import DEFAULT_CONFIG, SparseGANCLI, make_cli
+from lightning_ddst.data import DigitsDataModule
+from lightning_ddst.models import DigitsCNN, SmallDiscriminator, SmallGenerator, trained_digits_cnn
+
+# Callbacks like the default ones; the features are not trained.
+CALLBACKS = [
+    {
+        "class_path": "lightning_ddst.FrechetDistance",
+        "init_args": {
+            "features": {"class_path": "lightning_ddst.models.trained_digits_cnn", "init_args": {"epochs": 0}},
+            "name": "random_cnn",
+            "samples": 100,
+        },
+    },
+    {"class_path": "lightning_ddst.RunSummary"},
+]
+
+
+def tiny(folder: Path, callbacks: list | None = None, epochs: int = 1) -> list[str]:
+    """Arguments that make the default experiment one of seconds: 12 generator updates an epoch."""
+    return [
+        f"--trainer.default_root_dir={folder}",
+        f"--trainer.max_epochs={epochs}",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        f"--trainer.callbacks={json.dumps(callbacks or [])}",
+        "--model.init_args.generator.init_args.width=4",
+        "--model.init_args.discriminator.init_args.width=4",
+        "--data.init_args.batches_per_epoch=12",
+        "--sparsity.interval=6",
+        "--sparsity.probe_interval=1",
+        "--sparsity.explore_interval=4",
+    ]
+
+
+def sparsity_of(cli: SparseGANCLI) -> DynamicSparsityCallback:
+    (callback,) = (each for each in cli.trainer.callbacks if isinstance(each, DynamicSparsityCallback))
+    return callback
+
+
+def weights(cli: SparseGANCLI) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in cli.model.state_dict().items()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+# ---- what is made --------------------------------------------------------------------------------------
+
+
+DEFAULT = yaml.safe_load(DEFAULT_CONFIG.read_text())
+
+
+def test_without_arguments_the_digits_experiment_is_made(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trained_digits_cnn, "__defaults__", (0, 0))  # no epochs: only what is made counts here
+    cli = make_cli([], run=False)
+    assert isinstance(cli.model, GANModule)
+    assert isinstance(cli.model.generator, SmallGenerator)
+    assert isinstance(cli.model.discriminator, SmallDiscriminator)
+    assert cli.model.sample(1).shape == (1, 1, 8, 8)
+    optimizers, _ = cli.model.configure_optimizers()
+    for optimizer, role in zip(optimizers, ("generator", "discriminator"), strict=True):
+        assert isinstance(optimizer, torch.optim.Adam)
+        expected = DEFAULT["model"]["init_args"][f"{role}_optimizer"]["init_args"]
+        assert optimizer.param_groups[0]["lr"] == expected["lr"]
+        assert list(optimizer.param_groups[0]["betas"]) == expected["betas"]
+    assert isinstance(cli.datamodule, DigitsDataModule)
+    expected = DEFAULT["data"]["init_args"]
+    assert (cli.datamodule.batch_size, cli.datamodule.batches_per_epoch) == tuple(expected.values())
+    sparsity = sparsity_of(cli)
+    assert (sparsity.method, sparsity.generator_density) == ("ddst", 0.1)
+    assert cli.trainer.max_epochs == DEFAULT["trainer"]["max_epochs"]
+    assert cli.trainer.num_sanity_val_steps == float("inf")
+    assert torch.initial_seed() == 0
+    kinds = [type(callback).__name__ for callback in cli.trainer.callbacks]
+    named = [callback["class_path"].split(".")[-1] for callback in DEFAULT["trainer"]["callbacks"]]
+    assert [kind for kind in kinds if kind in named] == named
+    assert {"FrechetDistance", "SampleGrid", "RunSummary"} <= set(named)
+    (frechet,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, FrechetDistance))
+    assert frechet.name == "digits_cnn"
+    assert isinstance(frechet._features, DigitsCNN)
+
+
+def test_options_override_the_default(tmp_path) -> None:
+    options = [
+        "--sparsity.generator_density=0.3",
+        "--sparsity.discriminator_density=0.7",
+        "--sparsity.method=sdst",
+        "--sparsity.bounds=[0.3,0.4]",
+        "--model.init_args.loss=wasserstein",
+        "--model.init_args.discriminator_steps=5",
+        "--data.init_args.batch_size=16",
+        "--seed_everything=7",
+    ]
+    cli = make_cli([*tiny(tmp_path), *options], run=False)
+    sparsity = sparsity_of(cli)
+    assert (sparsity.method, sparsity.generator_density, sparsity.discriminator_density) == ("sdst", 0.3, 0.7)
+    assert tuple(cli.config["sparsity"]["bounds"]) == (0.3, 0.4)
+    assert cli.datamodule.batch_size == 16
+    assert cli.datamodule.batches_per_epoch == 12
+    assert torch.initial_seed() == 7
+    score = torch.tensor([2.0])
+    assert cli.model._loss.discriminator(score, -score).item() == -4
+    assert cli.model._discriminator_steps == 5
+    # What was not named stays.
+    assert cli.model.latent_dim == 64
+
+
+@pytest.mark.parametrize("form", [["--config", "FILE"], ["-c", "FILE"]])
+def test_with_a_configuration_of_ones_own_the_default_is_not_read(form: list[str], tmp_path) -> None:
+    own = {
+        "model": {
+            "class_path": "lightning_ddst.GANModule",
+            "init_args": {
+                "generator": {"class_path": "lightning_ddst.models.SmallGenerator", "init_args": {"width": 4}},
+                "discriminator": {"class_path": "lightning_ddst.models.SmallDiscriminator", "init_args": {"width": 4}},
+            },
+        },
+        "data": {"class_path": "lightning_ddst.data.DigitsDataModule"},
+        "sparsity": {"generator_density": 0.4},
+        "trainer": {"accelerator": "cpu", "default_root_dir": str(tmp_path)},
+    }
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(own))
+    cli = make_cli([arg.replace("FILE", str(file)) for arg in form], run=False)
+    assert sparsity_of(cli).generator_density == 0.4
+    assert cli.datamodule.batches_per_epoch is None
+    assert cli.datamodule.batch_size == 64
+    assert cli.trainer.max_epochs != DEFAULT["trainer"]["max_epochs"]
+    assert not any(isinstance(callback, FrechetDistance) for callback in cli.trainer.callbacks)
+    (group,) = cli.model.configure_optimizers()[0][0].param_groups
+    assert group["lr"] == 2e-4  # GANModule's own
+
+
+# ---- what is run ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A finished run of the command."""
+
+    cli: SparseGANCLI
+    folder: Path
+    printed: str
+
+    @property
+    def checkpoint(self) -> Path:
+        (path,) = self.folder.rglob("*.ckpt")
+        return path
+
+    @property
+    def config(self) -> Path:
+        (path,) = self.folder.rglob("config.yaml")
+        return path
+
+    @property
+    def distance(self) -> FrechetDistance:
+        (callback,) = (each for each in self.cli.trainer.callbacks if isinstance(each, FrechetDistance))
+        return callback
+
+
+def ran(folder: Path, *args: str) -> Run:
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        cli = make_cli(args)
+    return Run(cli, folder, printed.getvalue())
+
+
+@pytest.fixture(scope="module")
+def fit(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("fit")
+    return ran(folder, "fit", *tiny(folder, CALLBACKS))
+
+
+def test_fit_trains_and_prints_the_table(fit: Run) -> None:
+    sparsity = sparsity_of(fit.cli)
+    assert sparsity.generator_updates == fit.cli.model.generator_updates == 12
+    assert [update for update, _ in sparsity.decisions] == [6, 12]
+    # 64*64 + 16*8*16 + 8*4*16 + 4*9 = 6692 weights of the generator.
+    assert sparsity.generator_density == 669 / 6692
+    rows = [line.strip() for line in fit.printed.splitlines()]
+    assert any(row.startswith("method ") and row.endswith("ddst, 12 generator updates") for row in rows)
+    assert any("density 0.1000 (669 of 6,692 weights active)" in row for row in rows)
+    (_, first), (_, last) = fit.distance.history
+    for updates, value in ((0, first), (12, last)):
+        assert any(re.fullmatch(rf"after {updates} generator updates +{value:.4g}", row) for row in rows)
+    assert rows[-1].endswith(f"tensorboard --logdir {fit.folder / 'lightning_logs' / 'version_0'}")
+
+
+def test_fit_saves_a_configuration_that_reproduces_the_run(fit: Run, tmp_path) -> None:
+    again = ran(tmp_path, "fit", f"--config={fit.config}", f"--trainer.default_root_dir={tmp_path}")
+    assert same(weights(again.cli), weights(fit.cli))
+    assert again.distance.history == fit.distance.history
+
+
+def test_a_run_can_be_resumed(fit: Run, tmp_path) -> None:
+    resumed = ran(tmp_path, "fit", *tiny(tmp_path, CALLBACKS, epochs=2), f"--ckpt_path={fit.checkpoint}")
+    sparsity = sparsity_of(resumed.cli)
+    assert sparsity.generator_updates == resumed.cli.model.generator_updates == 24
+    assert [update for update, _ in sparsity.decisions] == [6, 12, 18, 24]
+    assert sparsity.decisions[:2] == sparsity_of(fit.cli).decisions
+    assert resumed.distance.history[-1][0] == 24
+    assert "ddst, 24 generator updates" in resumed.printed
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test"])
+def test_a_checkpoint_can_be_evaluated(subcommand: str, fit: Run, tmp_path) -> None:
+    # With the run's options, or with the configuration it saved.
+    options = tiny(tmp_path, CALLBACKS) if subcommand == "validate" else [f"--config={fit.config}"]
+    place = [f"--trainer.default_root_dir={tmp_path}", f"--ckpt_path={fit.checkpoint}"]
+    evaluated = ran(tmp_path, subcommand, *options, *place)
+    assert same(weights(evaluated.cli), weights(fit.cli))
+    updates, distance = evaluated.distance.history[-1]
+    assert distance == pytest.approx(fit.distance.history[-1][1])
+    assert updates == 12
+    assert "frechet_distance/random_cnn" in evaluated.printed
+
+
+def test_a_checkpoint_predicts_images(fit: Run, tmp_path) -> None:
+    predicted = ran(tmp_path, "predict", *tiny(tmp_path), f"--ckpt_path={fit.checkpoint}")
+    images = torch.cat(predicted.cli.trainer.predict_loop.predictions)
+    assert images.shape == (1797, 1, 8, 8)
+    assert images.std() > 0.01
+    assert same(weights(predicted.cli), weights(fit.cli))
+
+
+def test_the_checkpoint_of_a_run_loads_without_the_command(fit: Run) -> None:
+    state = torch.load(fit.checkpoint, weights_only=True)["state_dict"]
+    gan = GANModule(SmallGenerator(width=4), SmallDiscriminator(width=4))
+    gan.load_state_dict(state)
+    assert gan.generator.layers[0].weight.count_nonzero() < gan.generator.layers[0].weight.numel() / 2
+
+
+def test_the_dense_pair_is_one_option_away(tmp_path) -> None:
+    run = ran(tmp_path, "fit", *tiny(tmp_path, CALLBACKS[1:]), "--sparsity.method=dense")
+    assert "dense, 12 generator updates" in run.printed
+    assert "density 1.0000 (6,692 of 6,692 weights active)" in run.printed
+
+
+def test_an_average_can_be_added(tmp_path) -> None:
+    run = ran(tmp_path, "fit", *tiny(tmp_path, [{"class_path": "lightning_ddst.GeneratorEMA"}]))
+    (ema,) = (callback for callback in run.cli.trainer.callbacks if isinstance(callback, GeneratorEMA))
+    assert ema.averages()
+    assert "GeneratorEMA" in torch.load(run.checkpoint, weights_only=True)["callbacks"]
+
+
+# ---- what is refused, and help -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        # Of a wrong kind.
+        ("--sparsity.generator_density=much", "generator_density"),
+        ("--sparsity.method=rigl", "method"),
+        ("--sparsity.no_such_option=1", "no_such_option"),
+        ("--model.init_args.loss=best", "loss"),
+        # Out of range.
+        ("--sparsity.generator_density=2", "generator_density=2.0 must be in (0, 1]"),
+        ("--sparsity.growth=best", "growth='best' is unknown; allowed are random, gradient, momentum"),
+        ("--model.init_args.generator.init_args.image_size=12", "image_size=12 must be a power of 2, at least 8"),
+        ("--data.init_args.batch_size=0", "batch_size=0 must be an integer, at least 1"),
+    ],
+)
+def test_bad_values_end_with_a_message(option: str, message: str, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        make_cli(["fit", *tiny(tmp_path), option])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("args", [[], ["no_such_subcommand"]])
+def test_without_a_subcommand_the_usage_is_shown(args: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        make_cli(args)
+    assert end.value.code == 2
+    assert "{fit,validate,test,predict}" in capsys.readouterr().err
+
+
+def test_the_help_of_a_subcommand_explains_the_sparsity(capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        make_cli(["fit", "--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert "--sparsity.generator_density" in out
+    # The callback's own documentation.
+    assert "active over maskable weights" in " ".join(out.split())
+
+
+def test_the_configuration_can_be_printed(capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        make_cli(["fit", "--sparsity.delta=0.02", "--print_config"])
+    assert end.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["sparsity"]["delta"] == 0.02
+    assert config["sparsity"]["generator_density"] == 0.1
+    assert config["data"] == DEFAULT["data"]
+
+
+def test_the_command_is_installed_and_shows_its_help() -> None:
+    command = Path(sys.executable).with_name("lightning-ddst")
+    done = subprocess.run([command, "--help"], capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.startswith("usage: lightning-ddst")
+    assert all(subcommand in done.stdout for subcommand in ("fit", "validate", "test", "predict"))
