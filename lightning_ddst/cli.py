@@ -25,10 +25,7 @@ class SparseGANCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            reason: BaseException = error
-            while (cause := reason.__cause__ or reason.__context__) is not None:
-                reason = cause
-            print(f"lightning-ddst: error: {reason}", file=sys.stderr)
+            print(f"lightning-ddst: error: {_first_reason(error)}", file=sys.stderr)
             sys.exit(2)
 
 
@@ -59,9 +56,19 @@ def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
     )
 
 
+def _first_reason(error: ValueError) -> ValueError:
+    """What was raised first in a chain of errors: the parser wraps those of constructors."""
+    reason, cause = error, error.__cause__ or error.__context__
+    while cause is not None:
+        if isinstance(cause, ValueError):
+            reason = cause
+        cause = cause.__cause__ or cause.__context__
+    return reason
+
+
 def _with_default_config(args: Sequence[str], run: bool) -> list[str]:
     """Names the default configuration first, so that everything after it can change it."""
-    if any(arg in ("-c", "--config") or arg.startswith("--config=") for arg in args):
+    if any(arg == "--config" or arg.startswith(("--config=", "-c")) for arg in args):
         return list(args)
     if not run:
         return ["--config", str(DEFAULT_CONFIG), *args]

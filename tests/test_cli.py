@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_ddst import DynamicSparsityCallback, FrechetDistance, GANModule, GeneratorEMA
 from lightning_ddst.cli import DEFAULT_CONFIG, SparseGANCLI, make_cli
 from lightning_ddst.data import DigitsDataModule
-from lightning_ddst.models import DigitsCNN, SmallDiscriminator, SmallGenerator, trained_digits_cnn
+from lightning_ddst.models import SmallDiscriminator, SmallGenerator, trained_digits_cnn
 
 # Callbacks like the default ones; the features are not trained.
 CALLBACKS = [
@@ -96,7 +96,8 @@ def test_without_arguments_the_digits_experiment_is_made(tmp_path, monkeypatch) 
     assert {"FrechetDistance", "SampleGrid", "RunSummary"} <= set(named)
     (frechet,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, FrechetDistance))
     assert frechet.name == "digits_cnn"
-    assert isinstance(frechet._features, DigitsCNN)
+    (features,) = (c["init_args"]["features"] for c in DEFAULT["trainer"]["callbacks"] if "Frechet" in c["class_path"])
+    assert features == {"class_path": "lightning_ddst.models.trained_digits_cnn"}
 
 
 def test_options_override_the_default(tmp_path) -> None:
@@ -117,9 +118,8 @@ def test_options_override_the_default(tmp_path) -> None:
     assert cli.datamodule.batch_size == 16
     assert cli.datamodule.batches_per_epoch == 12
     assert torch.initial_seed() == 7
-    score = torch.tensor([2.0])
-    assert cli.model._loss.discriminator(score, -score).item() == -4
-    assert cli.model._discriminator_steps == 5
+    init_args = cli.config["model"]["init_args"]
+    assert (init_args["loss"], init_args["discriminator_steps"]) == ("wasserstein", 5)
     # What was not named stays.
     assert cli.model.latent_dim == 64
 

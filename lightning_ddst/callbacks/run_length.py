@@ -1,6 +1,5 @@
 """How many generator updates a run will make."""
 
-import math
 from dataclasses import dataclass
 
 from lightning.pytorch import Trainer
@@ -44,8 +43,9 @@ def _extrapolated(trainer: Trainer, first: _Progress, now: _Progress) -> int | N
     made = now.updates - first.updates
     lengths = []
     if trainer.max_steps > 0 and now.steps > first.steps:
-        # The batch in which the last step falls is finished.
-        lengths.append(now.updates + math.ceil((trainer.max_steps - now.steps) * made / (now.steps - first.steps)))
+        # Whole periods of what was seen, and the generator's update if the rest reaches it.
+        periods, rest = divmod(trainer.max_steps - now.steps, now.steps - first.steps)
+        lengths.append(now.updates + made * (periods + (rest >= now.batches - first.batches)))
     if (trainer.max_epochs or -1) > 0 and trainer.num_training_batches != float("inf"):
         batches = int((trainer.max_epochs or 0) * trainer.num_training_batches)
         lengths.append(now.updates + (batches - now.batches) * made // (now.batches - first.batches))
