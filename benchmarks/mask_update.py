@@ -54,11 +54,13 @@ def main() -> None:
 
     for density, scope in product((0.1, 0.5), ("global", "layer")):
         sparse = SparseNetwork(perceptron(), density, scope=scope)
-        gradients = {name: torch.randn_like(parameter) for name, parameter in sparse.parameters.items()}
+        values, gradients = (
+            {name: torch.randn_like(parameter) for name, parameter in sparse.parameters.items()} for _ in range(2)
+        )
         steps, updates = [], []
         for turn in range(TURNS + 1):
             elapsed = seconds(step)
-            as_if_trained(sparse, gradients)
+            as_if_trained(sparse, values)
             update = seconds(lambda: sparse.explore(0.5, gradients))  # noqa: B023
             if turn:  # the first turn warms up
                 steps.append(elapsed)
