@@ -160,7 +160,7 @@ class DenseGradients:
             self._landed.pop(name, None)
             if (gradient := self._arrived.pop(name, None)) is None:
                 continue
-            self._finite[name] = gradient.isfinite().all()
+            self._finite[name] = torch.stack(gradient.aminmax()).isfinite().all()
             if self._kind == "average":
                 # What is not finite does not count, or the average would never be finite again.
                 kept = self._kept.get(name, torch.zeros_like(gradient))

@@ -56,7 +56,10 @@ def select(scores: Sequence[Tensor], eligible: Sequence[Tensor], k: int, limits:
         open_layers = [i for i in range(len(scores)) if i not in full]
         left = k - sum(limits[i] for i in full)
         marks = _largest([scores[i] for i in open_layers], [eligible[i] for i in open_layers], left)
-        over = {i for i, layer in zip(open_layers, marks, strict=True) if count_true(layer) > limits[i]}
+        # Counting is not free: where every layer has room for all, none can be over its limit.
+        over = {
+            i for i, layer in zip(open_layers, marks, strict=True) if limits[i] < left and count_true(layer) > limits[i]
+        }
         if not over:
             chosen |= zip(open_layers, marks, strict=True)
             return [chosen[i] for i in range(len(scores))]
