@@ -213,8 +213,9 @@ class SparseNetwork:
         limits = per_layer or [
             count - floor for count, floor in zip(self._counts.values(), self._floors(density), strict=True)
         ]
-        minus = torch.tensor(-1.0)  # scores are -|w|, made in one pass
-        scores = [torch.copysign(parameter.detach(), minus) for parameter in self.parameters.values()]
+        scores = [
+            torch.copysign(parameter.detach(), -1.0) for parameter in self.parameters.values()
+        ]  # -|w| in one pass
         for name, score in zip(self.weights, scores, strict=True):
             _check_finite(f"the weights of {name!r}", score)
         chosen = select(scores, list(self.masks.values()), number, limits)
