@@ -1,4 +1,4 @@
-"""The README's main job, and what must hold of it. Takes minutes: ``OMP_NUM_THREADS=1 pytest -m long tests/test_main_job.py``."""
+"""The README's main job, and what must hold of it: ``OMP_NUM_THREADS=1 pytest -m long tests/test_main_job.py``, minutes."""
 
 import time
 
