@@ -1,4 +1,4 @@
-"""The README's main job, and what must hold of it: ``OMP_NUM_THREADS=1 pytest -m long tests/test_main_job.py``, minutes."""
+"""The README's main job, and what must hold of it: ``pytest -m long tests/test_main_job.py``, on one thread."""
 
 import time
 
