@@ -194,8 +194,8 @@ class DynamicSparsityCallback(Callback):
         """
         check_choice("network", network, self._densities)
         if network in self._networks:
-            sparse = self._networks[network]
-            return {self._full_names[id(w.parameter)]: sparse.masks[name] for name, w in sparse.weights.items()}
+            masks = self._networks[network].masks
+            return {full: masks[name] for name, full in self._names_in_module(network).items()}
         if self._saved is not None:
             saved = self._saved["networks"][network]
             return {saved["names"][name]: mask for name, mask in saved["masks"].items()}
@@ -245,11 +245,14 @@ class DynamicSparsityCallback(Callback):
         """Both sparse networks; empty before fitting, unless `attach` was called."""
         return dict(self._networks)
 
+    def _names_in_module(self, role: Role) -> dict[str, str]:
+        """From the names of maskable weights in their network to those in ``pl_module.named_parameters()``."""
+        return {name: self._full_names[id(p)] for name, p in self._networks[role].parameters.items()}
+
     def _density(self, role: Role) -> float:
-        masks = self.masks(role)
         if role in self._networks:
             return self._networks[role].density
-        if masks:
+        if masks := self.masks(role):
             return sum(count_true(mask) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
         return self._densities[role]
 
@@ -422,9 +425,8 @@ class DynamicSparsityCallback(Callback):
         for role, network in self._networks.items():
             values[f"density/{role}"] = network.density
             values[f"density/{role}_target"] = network.target
-            for name, weight in network.weights.items():
-                density = network.layer_densities[name]
-                values[f"layer_density/{self._full_names[id(weight.parameter)]}"] = density
+            densities = network.layer_densities
+            values |= {f"layer_density/{full}": densities[name] for name, full in self._names_in_module(role).items()}
         if self.method in _RESIZING:
             actions = [decision.action for _, decision in self._training.decisions]
             values |= {f"decision/{action}": float(actions.count(action)) for action in ACTIONS}
@@ -441,8 +443,7 @@ class DynamicSparsityCallback(Callback):
         if self._training is None:
             return {}
         networks = {
-            role: network.state_dict()
-            | {"names": {name: self._full_names[id(w.parameter)] for name, w in network.weights.items()}}
+            role: network.state_dict() | {"names": self._names_in_module(role)}
             for role, network in self._networks.items()
         }
         return {

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from lightning_ddst.callbacks.logs import generator_updates, log_scalars
+from lightning_ddst.callbacks.networks import check_sample
 from lightning_ddst.sparsity.checks import check_count
 
 
@@ -56,14 +57,13 @@ class FrechetDistance(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that the module can be sampled from."""
-        if not callable(getattr(pl_module, "sample", None)):
-            raise TypeError(
-                f"FrechetDistance needs {type(pl_module).__name__}.sample(n, rng=...), as GANModule has it."
-            )
+        check_sample(self, pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepares for a pass over the real images."""
-        reals = self._reals.setdefault(trainer.testing, _Reals(self._features))
+        if trainer.testing not in self._reals:
+            self._reals[trainer.testing] = _Reals(self._features)
+        reals = self._reals[trainer.testing]
         reals.metric.to(pl_module.device)
         reals.halves.to(pl_module.device)
 

@@ -1,4 +1,4 @@
-"""Finds the generator and the discriminator in a module."""
+"""Finds the generator and the discriminator in a module, and whether it can be sampled from."""
 
 from torch import nn
 
@@ -34,6 +34,14 @@ def find_network(module: nn.Module, role: str, name: str | None) -> nn.Module:
         f"no {role} was found in {type(module).__name__} under the usual names {', '.join(USUAL_NAMES[role])}: "
         f'pass its dotted name, {role}="...". It has {_submodules(module)}.'
     )
+
+
+def check_sample(callback: object, module: nn.Module) -> None:
+    """Raises a TypeError that names the callback, unless the module can be sampled from."""
+    if not callable(getattr(module, "sample", None)):
+        raise TypeError(
+            f"{type(callback).__name__} needs {type(module).__name__}.sample(n, rng=...), as GANModule has it."
+        )
 
 
 def _submodules(module: nn.Module) -> str:

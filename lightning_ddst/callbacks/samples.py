@@ -5,6 +5,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torchvision.utils import make_grid
 
 from lightning_ddst.callbacks.logs import generator_updates, tensorboards
+from lightning_ddst.callbacks.networks import check_sample
 from lightning_ddst.sparsity.checks import check_count
 
 
@@ -33,8 +34,7 @@ class SampleGrid(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that the module can be sampled from."""
-        if not callable(getattr(pl_module, "sample", None)):
-            raise TypeError(f"SampleGrid needs {type(pl_module).__name__}.sample(n, rng=...), as GANModule has it.")
+        check_sample(self, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws and logs the grid."""

@@ -13,15 +13,6 @@ def layer(gradient=(), seed=0, shape=(2, 3)):
     )
 
 
-@pytest.fixture
-def registered():
-    """A place to register rules; they are taken away again."""
-    before = dict(GROWTH_RULES)
-    yield GROWTH_RULES
-    GROWTH_RULES.clear()
-    GROWTH_RULES.update(before)
-
-
 @pytest.mark.parametrize(("rule", "gradient"), [("random", "none"), ("gradient", "latest"), ("momentum", "average")])
 def test_rules_and_the_gradients_they_need(rule, gradient):
     assert GROWTH_RULES[rule].gradient == gradient

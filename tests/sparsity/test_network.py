@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_ddst.sparsity import DISTRIBUTIONS, GROWTH_RULES, SparseNetwork, allocate, growth_rule
+from lightning_ddst.sparsity import DISTRIBUTIONS, SparseNetwork, allocate, growth_rule
 
 FIRST, SECOND = "0.weight", "1.weight"
 FIRST_WEIGHT = [[1.0, -2.0, 3.0, -4.0], [0.5, 6.0, -7.0, 8.0]]
@@ -67,15 +67,6 @@ def assert_consistent(sparse):
         assert sparse.layer_counts[name] >= 1
         assert sparse.layer_densities[name] == sparse.layer_counts[name] / weight.parameter.numel()
         assert not weight.parameter[~sparse.masks[name]].any()
-
-
-@pytest.fixture
-def registered():
-    """A place to register rules; they are taken away again."""
-    before = dict(GROWTH_RULES)
-    yield GROWTH_RULES
-    GROWTH_RULES.clear()
-    GROWTH_RULES.update(before)
 
 
 # ---- masks at the start --------------------------------------------------------------------------------
