@@ -68,7 +68,8 @@ def main() -> None:
         ratio = statistics.median(updates) / statistics.median(steps)
         low, _, high = statistics.quantiles([u / s for u, s in zip(updates, steps, strict=True)], n=4)
         print(
-            f"density {density}, {scope:<6}  mask update / dense step {ratio:.2f} (quartiles {low:.2f} to {high:.2f})"
+            f"density {density}, {scope:<6}  mask update / dense step {ratio:.2f} (quartiles {low:.2f} to {high:.2f}), "
+            f"dense step {1e3 * statistics.median(steps):.0f} ms"
         )
     held = sum(mask.numel() * mask.element_size() for mask in sparse.masks.values())
     print(f"masks: {held / sparse.total:.2f} bytes a weight ({sparse.total:,} weights)")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ddst.sparsity.network import SparseNetwork, zero_where_inactive
+from lightning_ddst.sparsity.network import SparseNetwork, zero_where_inactive, zeroed_where_inactive
 
 _AVERAGE_DECAY = 0.9
 """Of the averaged dense gradient, over the network's updates."""
@@ -60,7 +60,7 @@ class Enforcement:
 
     def _mask_gradient(self, name: str, gradient: Tensor) -> Tensor:
         self.gradients.arrived(name, gradient)
-        return torch.where(self._network.masks[name], gradient, 0)
+        return zeroed_where_inactive(gradient, self._network.masks[name])
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for name in self._owned[optimizer]:

@@ -41,10 +41,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class GrowthRule:
-    """A scoring function and the gradient it needs."""
+    """A scoring function, the gradient it needs, and whether its scores count by magnitude."""
 
     score: Callable[[Layer], Tensor]
     gradient: GradientKind
+    magnitude: bool
 
 
 GROWTH_RULES: dict[str, GrowthRule] = {}
@@ -52,7 +53,7 @@ GROWTH_RULES: dict[str, GrowthRule] = {}
 
 
 def growth_rule(
-    name: str, gradient: GradientKind = "none"
+    name: str, gradient: GradientKind = "none", *, magnitude: bool = False
 ) -> Callable[[Callable[[Layer], Tensor]], Callable[[Layer], Tensor]]:
     """Registers a function as a growth rule.
 
@@ -60,13 +61,15 @@ def growth_rule(
         name: What the rule is called in Python, YAML and on the command line.
         gradient: "none", "latest" (the dense gradient of the last update) or "average" (its
             exponential moving average, which costs a clone of the weights and their gradient a step).
+        magnitude: Whether the scores of largest magnitude grow, rather than the largest; spares a
+            copy of the gradient.
 
     Returns:
         A decorator for a function from a `Layer` to finite scores of the weight's shape.
     """
 
     def register(score: Callable[[Layer], Tensor]) -> Callable[[Layer], Tensor]:
-        GROWTH_RULES[name] = GrowthRule(score, gradient)
+        GROWTH_RULES[name] = GrowthRule(score, gradient, magnitude)
         return score
 
     return register
@@ -78,13 +81,13 @@ def by_chance(layer: Layer) -> Tensor:
     return torch.rand(layer.weight.shape, generator=layer.generator).to(layer.weight.device)
 
 
-@growth_rule("gradient", gradient="latest")
+@growth_rule("gradient", gradient="latest", magnitude=True)
 def by_gradient(layer: Layer) -> Tensor:
     """Largest dense gradient (RigL, Evci et al. 2020)."""
-    return layer.gradient.abs()
+    return layer.gradient
 
 
-@growth_rule("momentum", gradient="average")
+@growth_rule("momentum", gradient="average", magnitude=True)
 def by_momentum(layer: Layer) -> Tensor:
     """Largest averaged dense gradient (sparse momentum, Dettmers and Zettlemoyer 2019)."""
-    return layer.gradient.abs()
+    return layer.gradient

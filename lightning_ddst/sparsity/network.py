@@ -17,6 +17,9 @@ Scope = Literal["global", "layer"]
 SCOPES = ("global", "layer")
 Gradients = Mapping[str, Tensor]
 
+_PIECE = 2**20
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 class SparseNetwork:
     """A network whose maskable weights are partly inactive.
@@ -139,15 +142,15 @@ class SparseNetwork:
         """
         check_density("density", density)
         change = round(density * self.total) - self.active
-        if change > 0:
-            self._check_gradients(gradients)
+        scores = self._growth_scores(gradients) if change > 0 else []
         if self._scope == "layer":
             targets = self._monotone_allocation(density)
             per_layer = [abs(target - count) for target, count in zip(targets, self._counts.values(), strict=True)]
         else:
             per_layer = None
         if change > 0:
-            self._grow(change, gradients, per_layer)
+            self._zero_inactive()  # in case something else wrote there
+            self._grow(change, scores, per_layer)
         elif change < 0:
             self._prune(-change, density, per_layer)
         self.target = density
@@ -184,9 +187,9 @@ class SparseNetwork:
             )
             number = min(int(rate * self.active + 1e-9), self.total - self.active, prunable)
         if number:
-            self._check_gradients(gradients)
+            scores = self._growth_scores(gradients)
             self._prune(number, self.density, per_layer)
-            self._grow(number, gradients, per_layer)
+            self._grow(number, scores, per_layer)
             self._refresh_spectral()
         return number
 
@@ -199,13 +202,6 @@ class SparseNetwork:
         shapes = [weight.parameter.shape for weight in self.weights.values()]
         return dict(zip(self.weights, allocate(shapes, density, self._distribution), strict=True))
 
-    def _check_gradients(self, gradients: Gradients | None) -> None:
-        if self.growth.gradient != "none":
-            for name in self.weights:
-                if gradients is None or name not in gradients:
-                    raise ValueError(f"gradients must hold the dense gradient of {name!r} for this growth rule.")
-                _check_finite(f"the dense gradient of {name!r}", gradients[name])
-
     # ---- how they are made ---------------------------------------------------------------------
 
     def _prune(self, number: int, density: float, per_layer: list[int] | None) -> None:
@@ -213,39 +209,40 @@ class SparseNetwork:
         limits = per_layer or [
             count - floor for count, floor in zip(self._counts.values(), self._floors(density), strict=True)
         ]
-        scores = [
-            torch.copysign(parameter.detach(), -1.0) for parameter in self.parameters.values()
-        ]  # -|w| in one pass
-        for name, score in zip(self.weights, scores, strict=True):
-            _check_finite(f"the weights of {name!r}", score)
-        chosen = select(scores, list(self.masks.values()), number, limits)
-        for name, marks in zip(self.masks, chosen, strict=True):
-            self._flip(name, marks, grow=False)
+        for name, parameter in self.parameters.items():
+            _check_finite(f"the weights of {name!r}", parameter.detach())
+        weights = [parameter.detach() for parameter in self.parameters.values()]
+        self._flip(*select(weights, list(self.masks.values()), number, limits, _smallness), sign=-1)
+        self._zero_inactive()
         for listener in self.listeners:
             listener()
 
-    def _grow(self, number: int, gradients: Gradients | None, per_layer: list[int] | None) -> None:
-        """Activates the inactive weights that the growth rule scores highest."""
-        limits = per_layer or [self.masks[name].numel() - count for name, count in self._counts.items()]
+    def _growth_scores(self, gradients: Gradients | None) -> list[Tensor]:
+        """The growth rule's, taken before anything changes, so that an error leaves all as it was."""
         scores = []
         for name, weight in self.weights.items():
-            gradient = gradients[name] if gradients and name in gradients else torch.empty(0)
-            layer = Layer(weight.parameter.detach(), self.masks[name], gradient, self._generator)
-            scores.append(self.growth.score(layer))
+            gradient = torch.empty(0)
+            if self.growth.gradient != "none":
+                if gradients is None or name not in gradients:
+                    raise ValueError(f"gradients must hold the dense gradient of {name!r} for this growth rule.")
+                gradient = gradients[name]
+            scores.append(
+                self.growth.score(Layer(weight.parameter.detach(), self.masks[name], gradient, self._generator))
+            )
             _check_finite(f"the growth rule's scores of {name!r}", scores[-1])
-        inactive = [mask.logical_not() for mask in self.masks.values()]
-        chosen = select(scores, inactive, number, limits)
-        for name, marks in zip(self.masks, chosen, strict=True):
-            self._flip(name, marks, grow=True)
+        return scores
 
-    def _flip(self, name: str, marks: Tensor, *, grow: bool) -> None:
-        # In place: compiled code and hooks that hold the mask go on with the new one.
-        self.masks[name].logical_xor_(marks)
-        number = count_true(marks)
-        self._counts[name] += number if grow else -number
-        # Past autograd's version counter: a discriminator's loss from before a change that comes with a
-        # generator update may still have to be differentiated.
-        self.weights[name].parameter.data.masked_fill_(marks, 0)
+    def _grow(self, number: int, scores: list[Tensor], per_layer: list[int] | None) -> None:
+        """Activates the inactive weights of highest score."""
+        limits = per_layer or [self.masks[name].numel() - count for name, count in self._counts.items()]
+        inactive = [mask.logical_not() for mask in self.masks.values()]
+        key = torch.abs if self.growth.magnitude else torch.detach
+        self._flip(*select(scores, inactive, number, limits, key), sign=1)
+
+    def _flip(self, chosen: list[Tensor], counts: list[int], *, sign: Literal[-1, 1]) -> None:
+        for name, marks, count in zip(self.masks, chosen, counts, strict=True):
+            self.masks[name].logical_xor_(marks)  # in place: what holds the mask goes on with the new one
+            self._counts[name] += sign * count
 
     def _refresh_spectral(self) -> None:
         for weight in self.weights.values():
@@ -254,7 +251,9 @@ class SparseNetwork:
 
     def _zero_inactive(self) -> None:
         for name, weight in self.weights.items():
-            zero_where_inactive(weight.parameter, self.masks[name])
+            # Past autograd's version counter: a discriminator's loss from before a change that comes with a
+            # generator update may still have to be differentiated.
+            zero_where_inactive(weight.parameter.data, self.masks[name])
 
     def _drawn(self, density: float) -> dict[str, Tensor]:
         masks = {}
@@ -301,6 +300,10 @@ class SparseNetwork:
         self._zero_inactive()  # spectral norm's vectors were saved with the weights and fit these masks
 
 
+def _smallness(weights: Tensor) -> Tensor:
+    return weights.abs().neg_()
+
+
 def _check_finite(what: str, values: Tensor) -> None:
     if not all(extreme.isfinite() for extreme in values.aminmax()):
         raise ValueError(f"{what} must be finite to compare, and some are not.")
@@ -309,4 +312,19 @@ def _check_finite(what: str, values: Tensor) -> None:
 @torch.no_grad()
 def zero_where_inactive(tensor: Tensor, mask: Tensor) -> None:
     """Sets a tensor to 0 in place where the mask is false, whatever was there (NaN, too)."""
-    tensor.masked_fill_(mask.logical_not(), 0)
+    # Bits times 0 or 1: several times faster than masked_fill_, which branches. In pieces, for what
+    # mul_ makes of the mask to stay in a processor's cache.
+    rows = max(1, _PIECE * len(tensor) // tensor.numel())
+    for bits, piece in zip(_bits(tensor).split(rows), mask.split(rows), strict=True):
+        bits.mul_(piece)
+
+
+def zeroed_where_inactive(tensor: Tensor, mask: Tensor) -> Tensor:
+    """A copy that is 0 where the mask is false, whatever was there (NaN, too); differentiable."""
+    if tensor.requires_grad:
+        return torch.where(mask, tensor, 0)
+    return _bits(tensor).mul(mask).view(tensor.dtype)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(_INTEGERS[tensor.element_size()])

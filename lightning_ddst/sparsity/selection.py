@@ -1,14 +1,18 @@
 """Exact choice of the k best weights: always k of them, ties by position."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+Key = Callable[[Tensor], Tensor]
+
 _NARROW_ABOVE = 2**18
-_SAMPLE = 2**16
-_DEVIATIONS = 5
+_SAMPLE = 2**15
+_DEVIATIONS = 3
 """Standard deviations of a sample's quantile within which the threshold is looked for."""
+_WORD = 8
+"""Bool entries that are looked at together where few are true."""
 
 
 def largest(scores: Tensor, k: int) -> Tensor:
@@ -27,10 +31,12 @@ def largest(scores: Tensor, k: int) -> Tensor:
     """
     if not 0 <= k <= scores.numel():
         raise ValueError(f"k={k} must be between 0 and the number of scores, {scores.numel()}.")
-    return _largest([scores], [torch.ones_like(scores, dtype=torch.bool)], k)[0]
+    return _largest([scores], [torch.ones_like(scores, dtype=torch.bool)], k, torch.detach)[0][0]
 
 
-def select(scores: Sequence[Tensor], eligible: Sequence[Tensor], k: int, limits: Sequence[int]) -> list[Tensor]:
+def select(
+    scores: Sequence[Tensor], eligible: Sequence[Tensor], k: int, limits: Sequence[int], key: Key = torch.detach
+) -> tuple[list[Tensor], list[int]]:
     """Marks the k best eligible weights over all layers together.
 
     Args:
@@ -38,31 +44,32 @@ def select(scores: Sequence[Tensor], eligible: Sequence[Tensor], k: int, limits:
         eligible: A bool tensor a layer, of the scores' shape.
         k: How many to choose.
         limits: The most that may be chosen in each layer, at most its number of eligible weights.
+        key: What is compared instead of the scores, elementwise; spares a copy of all of them.
 
     Returns:
         A bool tensor a layer, k true entries in all; ties go to the first layer, then the lowest flat index.
+        And the number of true entries a layer.
 
     Raises:
         ValueError: If k is negative or more than the limits allow.
     """
     if not 0 <= k <= sum(limits):
         raise ValueError(f"cannot choose k={k} weights: between 0 and {sum(limits)} are available.")
-    full: set[int] = set(range(len(scores))) if k == sum(limits) else set()
     chosen: dict[int, Tensor] = {}
+    counts = dict.fromkeys(range(len(scores)), 0)
+    full: set[int] = set(range(len(scores))) if k == sum(limits) else set()
     while True:
         # A layer over its limit gives what the limit allows; the others are chosen from again.
         for i in full - chosen.keys():
-            (chosen[i],) = _largest([scores[i]], [eligible[i]], limits[i])
-        open_layers = [i for i in range(len(scores)) if i not in full]
+            (chosen[i],), (counts[i],) = _largest([scores[i]], [eligible[i]], limits[i], key)
+        rest = [i for i in range(len(scores)) if i not in full]
         left = k - sum(limits[i] for i in full)
-        marks = _largest([scores[i] for i in open_layers], [eligible[i] for i in open_layers], left)
-        # Counting is not free: where every layer has room for all, none can be over its limit.
-        over = {
-            i for i, layer in zip(open_layers, marks, strict=True) if limits[i] < left and count_true(layer) > limits[i]
-        }
+        marks, numbers = _largest([scores[i] for i in rest], [eligible[i] for i in rest], left, key)
+        over = {i for i, number in zip(rest, numbers, strict=True) if number > limits[i]}
         if not over:
-            chosen |= zip(open_layers, marks, strict=True)
-            return [chosen[i] for i in range(len(scores))]
+            chosen |= zip(rest, marks, strict=True)
+            counts |= zip(rest, numbers, strict=True)
+            return [chosen[i] for i in range(len(scores))], list(counts.values())
         full |= over
 
 
@@ -71,42 +78,56 @@ def count_true(marks: Tensor) -> int:
     return int(marks.count_nonzero())
 
 
-def _largest(scores: Sequence[Tensor], eligible: Sequence[Tensor], k: int) -> list[Tensor]:
-    """Marks the k largest eligible scores of several tensors together; ties go to the first tensor."""
+def _largest(scores: Sequence[Tensor], eligible: Sequence[Tensor], k: int, key: Key) -> tuple[list[Tensor], list[int]]:
+    """Marks the k largest eligible scores of several tensors together, ties to the first; counts a tensor."""
     if k == 0:
-        return [torch.zeros_like(score, dtype=torch.bool) for score in scores]
+        return [torch.zeros_like(score, dtype=torch.bool) for score in scores], [0] * len(scores)
     flats = [score.flatten() for score in scores]
     allowed = [mask.flatten() for mask in eligible]
     # Scores above `high` are among the largest for sure, those below `low` are not; between them it is sorted out.
-    low, high = _bounds(flats, allowed, k)
-    reaching = [(f >= low).logical_and_(a) for f, a in zip(flats, allowed, strict=True)]
-    chosen = [(f > high).logical_and_(r) for f, r in zip(flats, reaching, strict=True)]
-    missing = k - sum(count_true(marks) for marks in chosen)
-    places = [r.logical_xor_(marks).nonzero().squeeze(1) for r, marks in zip(reaching, chosen, strict=True)]
-    near = torch.cat([flat[place] for flat, place in zip(flats, places, strict=True)])
-    if not 0 <= missing <= near.numel():  # the sample misled
+    low, high = _bounds(flats, allowed, k, key)
+    chosen, counts, places = [], [], []
+    for flat, mask in zip(flats, allowed, strict=True):
+        score = key(flat)
+        reaching = (score >= low).logical_and_(mask)
+        chosen.append((score > high).logical_and_(reaching))
+        counts.append(count_true(chosen[-1]))
+        places.append(_positions(reaching.logical_xor_(chosen[-1])))
+    if not 0 <= k - sum(counts) <= sum(map(len, places)):  # the sample misled
         chosen = [torch.zeros_like(mask) for mask in allowed]
-        missing, places = k, [mask.nonzero().squeeze(1) for mask in allowed]
-        near = torch.cat([flat[place] for flat, place in zip(flats, places, strict=True)])
-    if missing:
+        counts = [0] * len(chosen)
+        places = [_positions(mask.clone()) for mask in allowed]  # a view may not be aligned to words
+    if missing := k - sum(counts):
+        near = key(torch.cat([flat.index_select(0, place) for flat, place in zip(flats, places, strict=True)]))
         threshold = near.topk(missing, sorted=False).values.min()
         taken = near >= threshold
         if surplus := count_true(taken) - missing:
-            taken[(near == threshold).nonzero().squeeze(1)[-surplus:]] = False
-        for marks, place, take in zip(chosen, places, taken.split([len(p) for p in places]), strict=True):
-            marks[place[take]] = True
-    return [marks.view(score.shape) for marks, score in zip(chosen, scores, strict=True)]
+            taken[_positions(near == threshold)[-surplus:]] = False
+        for i, take in enumerate(taken.split([len(place) for place in places])):
+            added = places[i].masked_select(take)
+            chosen[i].index_fill_(0, added, True)
+            counts[i] += len(added)
+    return [marks.view(score.shape) for marks, score in zip(chosen, scores, strict=True)], counts
 
 
-def _bounds(flats: list[Tensor], allowed: list[Tensor], k: int) -> tuple[Tensor | float, Tensor | float]:
+def _bounds(flats: list[Tensor], allowed: list[Tensor], k: int, key: Key) -> tuple[Tensor | float, Tensor | float]:
     """Where the k-th largest allowed value very likely lies, by a sample of many; anywhere, of few."""
     total = sum(flat.numel() for flat in flats)
     if total > _NARROW_ABOVE:
-        stride = total // _SAMPLE
-        sample = torch.cat([f[::stride][a[::stride]] for f, a in zip(flats, allowed, strict=True)])
+        stride = -(-total // _SAMPLE)
+        sample = key(torch.cat([f[::stride][a[::stride]] for f, a in zip(flats, allowed, strict=True)]))
         rank = k / stride
-        slack = _DEVIATIONS * (rank**0.5 + 1)
+        slack = _DEVIATIONS * (rank * max(0.0, 1 - rank / max(1, sample.numel()))) ** 0.5 + _DEVIATIONS
         if slack < rank < sample.numel() - slack:
-            ranked = sample.sort(descending=True).values
-            return ranked[int(rank + slack)], ranked[int(rank - slack)]
+            low, high = (sample.kthvalue(sample.numel() - int(place)).values for place in (rank + slack, rank - slack))
+            return low, high
     return float("-inf"), float("inf")
+
+
+def _positions(marks: Tensor) -> Tensor:
+    """Flat indices of the true entries of one dimension; fast where they are few."""
+    whole = marks.numel() // _WORD * _WORD
+    words = marks[:whole].view(torch.int64).nonzero()
+    found = marks[:whole].view(-1, _WORD)[words.squeeze(1)].nonzero()
+    positions = words[found[:, 0], 0] * _WORD + found[:, 1]
+    return torch.cat([positions, marks[whole:].nonzero().squeeze(1) + whole])

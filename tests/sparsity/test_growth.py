@@ -19,9 +19,11 @@ def test_rules_and_the_gradients_they_need(rule, gradient):
 
 
 @pytest.mark.parametrize("rule", ["gradient", "momentum"])
-def test_scores_by_gradient_are_its_magnitude_whatever_the_weight(rule):
+def test_scores_by_gradient_count_by_magnitude_whatever_the_weight(rule):
     scores = GROWTH_RULES[rule].score(layer([[1.0, -3.0, 0.0], [-0.5, 2.0, -0.0]]))
-    assert scores.tolist() == [[1.0, 3.0, 0.0], [0.5, 2.0, 0.0]]
+    assert scores.tolist() == [[1.0, -3.0, 0.0], [-0.5, 2.0, 0.0]]
+    assert GROWTH_RULES[rule].magnitude
+    assert not GROWTH_RULES["random"].magnitude
 
 
 def test_random_scores_are_drawn_from_the_layers_generator_only():

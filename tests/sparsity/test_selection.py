@@ -139,7 +139,9 @@ def test_choice_over_large_layers_equals_a_stable_sort(name, limit):
     for k in (5, 1000, SIZE // 10):
         if k > sum(limits):
             continue
-        marks = torch.cat(select(scores, eligible, k, limits))
+        chosen, counts = select(scores, eligible, k, limits)
+        assert counts == [int(marks.sum()) for marks in chosen]
+        marks = torch.cat(chosen)
         expected = first_by_stable_sort(torch.cat(layers), k)
         if expected[:1000].sum() > limit:
             first = first_by_stable_sort(layers[0], limit)
@@ -154,7 +156,9 @@ def tensors(*rows, dtype=torch.float32):
     return [torch.tensor(row, dtype=dtype) for row in rows]
 
 
-def lists(marks):
+def lists(selection):
+    marks, counts = selection
+    assert counts == [int(layer.sum()) for layer in marks]
     return [layer.int().tolist() for layer in marks]
 
 
@@ -186,6 +190,24 @@ def test_marking_none_and_every_eligible_weight():
     eligible = tensors([1, 0, 1], [0, 1], dtype=torch.bool)
     assert lists(select(scores, eligible, 0, [2, 1])) == [[0, 0, 0], [0, 0]]
     assert lists(select(scores, eligible, 3, [2, 1])) == [[1, 0, 1], [0, 1]]
+
+
+def test_a_key_is_compared_instead_of_the_scores():
+    scores = tensors([-5.0, 1.0, 2.0], [3.0, -4.0])
+    eligible = tensors([1, 1, 1], [1, 1], dtype=torch.bool)
+    assert lists(select(scores, eligible, 2, [3, 2])) == [[0, 0, 1], [1, 0]]
+    assert lists(select(scores, eligible, 2, [3, 2], torch.abs)) == [[1, 0, 0], [0, 1]]
+
+
+@pytest.mark.parametrize("limit", [2 * SIZE, 1000])
+@pytest.mark.parametrize("start", [0, 3])
+def test_a_key_is_compared_in_large_layers_and_views_too(start, limit):
+    values, allowed = torch.randn(2 * SIZE), torch.rand(2 * SIZE) < 0.3
+    scores, eligible = [values[start:]], [allowed[start:]]
+    (marks,), (count,) = select(scores, eligible, limit // 20, [limit], torch.abs)
+    magnitudes = torch.where(eligible[0], scores[0].abs(), -INF)
+    assert torch.equal(marks, first_by_stable_sort(magnitudes, limit // 20))
+    assert count == limit // 20
 
 
 @pytest.mark.parametrize("k", [-1, 3])
