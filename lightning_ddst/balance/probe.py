@@ -1,22 +1,45 @@
-"""Measures the balance ratio's three scores during one generator update, and leaves no trace."""
+"""Measures the balance ratio's three scores at one generator update, and leaves no trace."""
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from lightning_ddst.balance.entries import Place, entry, first_tensor, tensors_in
+
 _CALLS = 16
-"""How many of the discriminator's calls are remembered: more than lie between a scored batch and the update."""
+"""How many calls of each network are remembered: more than lie between a scored batch and the update."""
+_SAME = 1e-2
+"""Relative deviation up to which images are the batch's, or are the batch's shifted and scaled."""
+
+
+@runtime_checkable
+class ScoresItself(Protocol):
+    """A module that tells the probe what watching its networks cannot."""
+
+    def balance_scores(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """The discriminator's scores for a batch.
+
+        It is called around a generator update, without gradients, and every time with the same
+        random state, so that the same noise is drawn.
+
+        Args:
+            batch: As the training step gets it.
+
+        Returns:
+            Scores of real images and of generated ones, of any shapes; their means are taken.
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class _Call:
-    """The arguments of a forward call; tensors are detached."""
+    """The arguments of a forward call."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -26,48 +49,96 @@ class _Call:
         items: list[tuple[int | str, Any]] = [*enumerate(self.args), *self.kwargs.items()]
         return [(place, value) for place, value in items if isinstance(value, Tensor)]
 
+    def detached(self) -> "_Call":
+        return self.replaced({place: value.detach() for place, value in self.tensors()})
+
     def replaced(self, values: dict[int | str, Any]) -> "_Call":
         args = tuple(values.get(i, value) for i, value in enumerate(self.args))
         return _Call(args, {name: values.get(name, value) for name, value in self.kwargs.items()})
 
 
+@dataclass(frozen=True)
+class _Generated:
+    """A call of the generator, and what it returned."""
+
+    call: _Call
+    fake: Tensor
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A call of the discriminator, which arguments gradients flow to, and the generator's last call before it."""
+
+    call: _Call
+    trained: frozenset[int | str]
+    latest: _Generated | None
+
+
+@dataclass(frozen=True)
+class _Adversarial:
+    """The generator's call, the discriminator's call on what came out, and which argument that was."""
+
+    made: _Generated
+    scored: _Call
+    place: int | str
+
+
 class BalanceProbe:
-    """Watches a GAN's own forward calls, and repeats them around a generator update.
+    """Watches a GAN's own forward calls, and repeats them after a generator update.
 
     What the generator was fed and which argument of the discriminator its output became is seen by
-    forward hooks, so nothing of the user's training step has to change. `before_update` scores the
-    real images and the old generator, `after_update` the new generator on the same input.
+    forward hooks, so nothing of the user's training step has to change. `before_update` keeps the
+    weights that the update is about to change; `after_update` scores the real images, the generator
+    with the old weights, and with the new ones on the same input.
 
     The repeated calls run in the mode (training or evaluation, autocast) of the training step,
-    without gradients; buffers and the random states of torch and Python are put back after each of them. So
-    training is the same, bit for bit, and all three scores come from the same discriminator.
+    without gradients, and with the discriminator's weights from before the update; weights, buffers
+    and the random states of torch and Python are put back after each of them. So training is the
+    same, bit for bit, and all three scores come from the same discriminator.
 
     Args:
         generator: Its input is repeated.
-        discriminator: Gives the scores: any shape, the mean is taken; of a tuple or list, its
-            first tensor.
+        discriminator: Gives the scores: any shape, the mean is taken.
+        real: Where the real images are in the batch; by default they are its one floating-point
+            tensor of the fakes' shape but for the batch size.
+        discriminator_output: Where the scores are in what the discriminator returns; by default
+            they are its first tensor.
+        module: What holds both networks and gives the scores by itself, a `ScoresItself`, where
+            watching the networks cannot.
         autocast: Makes the precision context of the training step.
 
     Attributes:
         watching: Whether calls are recorded; switched on for updates that will be measured.
+        checked: Whether a whole training step was compared with what the probe makes of it.
     """
 
     def __init__(
         self,
         generator: nn.Module,
         discriminator: nn.Module,
+        *,
+        real: Place | None = None,
+        discriminator_output: Place | None = None,
+        module: nn.Module | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.watching = False
+        self.checked = module is not None
         self._generator = generator
         self._discriminator = discriminator
+        self._real = real
+        self._output = discriminator_output
+        self._module = module
         self._autocast = autocast
         self._probing = False
+        self._shape: torch.Size | None = None  # of one image
         self._forget()
-        self._handles = [
-            generator.register_forward_hook(self._generator_called, with_kwargs=True),
-            discriminator.register_forward_hook(self._discriminator_called, with_kwargs=True),
-        ]
+        self._handles = []
+        if module is None:
+            self._handles = [
+                generator.register_forward_hook(self._generator_called, with_kwargs=True),
+                discriminator.register_forward_hook(self._discriminator_called, with_kwargs=True),
+            ]
 
     def remove(self) -> None:
         """Takes the hooks away."""
@@ -75,130 +146,244 @@ class BalanceProbe:
             handle.remove()
         self._handles.clear()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "BalanceProbe":
+        """A copied network's hooks see nothing, and drag no copy of the other network along."""
+        blind = object.__new__(BalanceProbe)
+        blind.watching = False
+        return blind
+
     # ---- what training does ----------------------------------------------------------------------
 
     def _forget(self) -> None:
-        self._generated: tuple[_Call, Tensor] | None = None  # the generator's last call, and what it returned
-        self._scored: deque[_Call] = deque(maxlen=_CALLS)  # the discriminator's last calls
-        self._before: Tensor | None = None
-        self._random_states: tuple[Any, list[Tensor]] = (None, [])  # Python's, and torch's by device
+        self._generated: deque[_Generated] = deque(maxlen=_CALLS)
+        self._scored: deque[_Scored] = deque(maxlen=_CALLS)
+        self._before: dict[nn.Parameter, Tensor] = {}  # the weights before the update
 
     def _generator_called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         # Without gradients it is a call for the discriminator's sake, or for somebody to look at.
         if self.watching and not self._probing and torch.is_grad_enabled():
-            self._generated = (_detached(args, kwargs), first_tensor(output).detach())
+            self._generated.append(_Generated(_Call(args, kwargs).detached(), first_tensor(output).detach()))
 
     def _discriminator_called(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         if self.watching and not self._probing:
-            self._scored.append(_detached(args, kwargs))
+            call = _Call(args, kwargs)
+            trained = frozenset(place for place, value in call.tensors() if value.requires_grad)
+            self._scored.append(_Scored(call.detached(), trained, self._generated[-1] if self._generated else None))
 
     # ---- the measurement -------------------------------------------------------------------------
 
-    @property
-    def measuring(self) -> bool:
-        """Whether `before_update` has scored what comes before the update."""
-        return self._before is not None
-
-    def before_update(self, batch: Any) -> None:
-        """Scores the real images and the old generator; does nothing before the generator was called.
+    def before_update(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Keeps the present weights.
 
         Args:
-            batch: The training step's batch, any nesting of dicts, lists and tuples. The real
-                images are its floating-point tensor of the fakes' shape but for the batch size.
-
-        Raises:
-            RuntimeError: If the discriminator was not seen to score an image, or the real images
-                are not found.
+            parameters: Those that the update may change.
         """
-        if self._generated is None:
-            return
-        real = _real_images(batch, self._generated[1])
-        of_torch = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._devices())]
-        self._random_states = (random.getstate(), of_torch)
-        with self._traceless():
-            real_score = self._discriminate(self._call_on_real(real, batch))
-        self._before = torch.stack([real_score, self._score_generated()])
+        self._before = {parameter: parameter.detach().clone() for parameter in parameters}
 
-    def after_update(self) -> Tensor:
-        """Scores the new generator, and forgets what was recorded.
+    def after_update(self, batch: Any) -> Tensor:
+        """Measures the update, and forgets what was recorded.
+
+        Args:
+            batch: The training step's batch, any nesting of mappings, sequences and dataclasses.
 
         Returns:
             ``(3,)``: the mean scores of real images, of the old generator's and the new one's.
 
         Raises:
-            RuntimeError: If `before_update` had nothing to score.
+            RuntimeError: If a call of the generator, of the discriminator on what it made, or the
+                real images are missing; the message says which, and what to do.
         """
-        if self._before is None:
-            raise RuntimeError(
-                f"the balance ratio cannot be measured: no forward call of the generator "
-                f"({type(self._generator).__name__}) with gradients was seen before its update. The training step must "
-                "call the module itself, `generator(z)`; other methods, and `generator.forward(z)`, are not seen."
-            )
-        scores = torch.cat([self._before, self._score_generated()[None]])
-        self._forget()
-        return scores
+        try:
+            scores = self._scores_of_calls(batch) if self._module is None else self._scores_of_module(batch)
+            return torch.stack([_mean(score) for score in scores])
+        finally:
+            self._forget()
 
-    def _score_generated(self) -> Tensor:
-        assert self._generated is not None
-        call, fake = self._generated
-        scored, place = self._call_on_fake(fake)
+    def _scores_of_calls(self, batch: Any) -> list[Tensor]:
+        step = self._generator_step()
+        self._shape = step.made.fake.shape[1:]
+        self._check_real(batch)
+        real = self._call_on_real(self._real_images(batch), batch, step)
+        with self._weights_before(self._before):
+            scores = [self._discriminate(real), self._score_generated(step)]
+        with self._weights_before(self._discriminator.parameters()):
+            return [*scores, self._score_generated(step)]
+
+    def _scores_of_module(self, batch: Any) -> list[Tensor]:
+        assert isinstance(self._module, ScoresItself)
+        with self._weights_before(self._before), self._traceless():
+            real, fake = self._module.balance_scores(batch)
+        with self._weights_before(self._discriminator.parameters()), self._traceless():
+            return [real, fake, self._module.balance_scores(batch)[1]]
+
+    def _score_generated(self, step: _Adversarial) -> Tensor:
         with self._traceless():
+            call = step.made.call
             images = first_tensor(self._generator(*call.args, **call.kwargs))
-            return self._discriminate(scored.replaced({place: images}))
+            return self._output_of(step.scored.replaced({step.place: images}))
 
     def _discriminate(self, call: _Call) -> Tensor:
-        scores = first_tensor(self._discriminator(*call.args, **call.kwargs))
-        return scores.to(torch.promote_types(scores.dtype, torch.float32)).mean()
+        with self._traceless():
+            return self._output_of(call)
 
-    def _call_on_fake(self, fake: Tensor) -> tuple[_Call, int | str]:
-        """The discriminator's last call on a generated image, and which argument that was."""
-        for call in reversed(self._scored):
-            for place, value in call.tensors():
-                if value.untyped_storage().data_ptr() == fake.untyped_storage().data_ptr():
-                    return call, place
-        for call in reversed(self._scored):  # augmented, or joined with real images
-            for place, value in call.tensors():
-                if value.shape[1:] == fake.shape[1:]:
-                    return call, place
-        raise RuntimeError(
-            f"the balance ratio cannot be measured: the discriminator ({type(self._discriminator).__name__}) was not "
-            f"called on anything shaped like the generator's output, {tuple(fake.shape)}."
+    def _output_of(self, call: _Call) -> Tensor:
+        output = self._discriminator(*call.args, **call.kwargs)
+        if self._output is None:
+            return first_tensor(output)
+        try:
+            return first_tensor(entry(output, self._output))
+        except (KeyError, TypeError):
+            raise self._cannot(
+                f"discriminator_output={self._output!r} is no tensor in what the discriminator returns; "
+                f"it returns {_described(output)}"
+            ) from None
+
+    # ---- what is scored --------------------------------------------------------------------------
+
+    def _generator_step(self) -> _Adversarial:
+        """The calls by which the generator was trained: gradients flow through the discriminator's argument."""
+        for scored in reversed(self._scored):
+            trained = [(place, value) for place, value in scored.call.tensors() if place in scored.trained]
+            for place, value in trained:
+                for made in reversed(self._generated):
+                    if value.untyped_storage().data_ptr() == made.fake.untyped_storage().data_ptr():
+                        return _Adversarial(made, scored.call, place)
+            for place, value in trained:  # augmented, or joined with real images
+                if scored.latest is not None and value.shape[1:] == scored.latest.fake.shape[1:]:
+                    return _Adversarial(scored.latest, scored.call, place)
+        if not self._generated:
+            raise self._cannot(
+                f"no call of the generator ({type(self._generator).__name__}) with gradients was seen before its "
+                "update. The training step must call the module itself, `generator(z)`: other methods, "
+                "`generator.forward(z)` among them, are not seen"
+            )
+        seen = {str(tuple(value.shape)) for scored in self._scored for _, value in scored.call.tensors()}
+        raise self._cannot(
+            f"the discriminator ({type(self._discriminator).__name__}) was not called, with gradients flowing back, on "
+            f"anything shaped like the generator's output, {tuple(self._generated[-1].fake.shape)}; it was called on "
+            f"{', '.join(sorted(seen)) or 'nothing'}"
         )
 
-    def _call_on_real(self, real: Tensor, batch: Any) -> _Call:
+    def _real_images(self, batch: Any) -> Tensor:
+        if self._real is not None:
+            try:
+                return first_tensor(entry(batch, self._real)).detach()
+            except (KeyError, TypeError):
+                raise self._cannot(
+                    f"real={self._real!r} is no tensor in the batch; it holds {_described(batch)}"
+                ) from None
+        found = {
+            place: value
+            for place, value in tensors_in(batch)
+            if value.is_floating_point() and value.shape[1:] == self._shape
+        }
+        if len(found) == 1:
+            return next(iter(found.values())).detach()
+        shape = f"(batch, {', '.join(map(str, self._shape or ()))})"
+        if not found:
+            raise self._cannot(
+                f"the batch holds no floating-point tensor of shape {shape}, like the generator's output, that could "
+                f"be the real images; it holds {_described(batch)}"
+            )
+        choices = " or ".join(f'real="{place}"' for place in found)
+        raise self._cannot(
+            f"{len(found)} tensors of the batch have the shape {shape} of the generator's output, and any could be "
+            f"the real images: {', '.join(found)}. Say which, `DynamicSparsityCallback(..., real=...)` with {choices}"
+        )
+
+    def _call_on_real(self, real: Tensor, batch: Any, step: _Adversarial) -> _Call:
         """The discriminator's call on the real images: as seen, or with what the batch holds beside them."""
-        for call in reversed(self._scored):
-            for _, value in call.tensors():
-                if value.data_ptr() == real.data_ptr() and value.shape == real.shape:
-                    return call
-        assert self._generated is not None
-        call, place = self._call_on_fake(self._generated[1])
-        values: dict[int | str, Any] = {place: real}
-        # Conditions (labels) of the fakes make way for those of the real images.
-        for other, value in call.tensors():
-            for own in tensors_in(batch):
-                if other != place and own.dtype == value.dtype and own.shape[1:] == value.shape[1:]:
-                    values.setdefault(other, own)
-        return call.replaced(values)
+        for scored in reversed(self._scored):
+            shown = dict(scored.call.tensors()).get(step.place)
+            if shown is not None and shown.data_ptr() == real.data_ptr() and shown.shape == real.shape:
+                return scored.call
+        values: dict[int | str, Any] = {step.place: real}
+        beside = [(place, own) for place, own in tensors_in(batch) if own.data_ptr() != real.data_ptr()]
+        held = {own.untyped_storage().data_ptr() for _, own in beside}
+        for other, value in step.scored.tensors():
+            if other == step.place or value.untyped_storage().data_ptr() in held:
+                continue  # a condition out of the batch is the real images' as well
+            # Conditions (labels) of the fakes make way for those of the real images.
+            own = {p: own for p, own in beside if own.dtype == value.dtype and own.shape[1:] == value.shape[1:]}
+            if len(own) > 1:
+                raise self._cannot(
+                    f"which of the batch's {', '.join(own)} the discriminator takes as argument {other!r} beside real "
+                    "images was not seen before the update"
+                )
+            if own:
+                values[other] = next(iter(own.values()))
+        return step.scored.replaced(values)
+
+    def check(self, batch: Any) -> None:
+        """Ends the comparison of a whole training step with what the probe makes of it.
+
+        Args:
+            batch: The training step's batch.
+
+        Raises:
+            RuntimeError: If the discriminator is shown the batch's images shifted and scaled (as
+                ``2 * x - 1``): the probe would score them as they are in the batch.
+        """
+        if not self.checked and self._shape is not None:
+            self._check_real(batch)
+            self.checked = True
+            self._forget()
+
+    def _check_real(self, batch: Any) -> None:
+        if self.checked:
+            return
+        real = self._real_images(batch)
+        fakes = {made.fake.untyped_storage().data_ptr() for made in self._generated}
+        shown = [value for scored in self._scored for _, value in scored.call.tensors() if value.shape == real.shape]
+        if any(value.data_ptr() == real.data_ptr() for value in shown):
+            self.checked = True
+        elif any(_rescaled(value, real) for value in shown if value.untyped_storage().data_ptr() not in fakes):
+            raise self._cannot(
+                "the training step shifts and scales the batch's images before the discriminator sees them, and the "
+                "probe would score them as they are in the batch. Do that where the data is made"
+            )
+
+    def _cannot(self, reason: str) -> RuntimeError:
+        return RuntimeError(
+            f"the balance ratio cannot be measured: {reason}. What cannot be seen can be told: give the module a "
+            "method `balance_scores(self, batch)` that returns the discriminator's scores of real and of generated "
+            "images (docs/attach.md)."
+        )
+
+    # ---- no trace --------------------------------------------------------------------------------
 
     def _devices(self) -> list[int]:
         return sorted({p.device.index for p in self._discriminator.parameters() if p.device.type == "cuda"})
 
     @contextmanager
+    def _weights_before(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Those of the parameters that were kept have the values of before the update."""
+        changed = {parameter: self._before[parameter] for parameter in parameters if parameter in self._before}
+        now = {parameter: parameter.detach().clone() for parameter in changed}
+        try:
+            for parameter, value in changed.items():
+                parameter.data.copy_(value)  # past autograd's version counter: a backward pass may still come
+            yield
+        finally:
+            for parameter, value in now.items():
+                parameter.data.copy_(value)
+
+    @contextmanager
     def _traceless(self) -> Iterator[None]:
         """For calls that training must not notice: they work on copies of the buffers, and of the random state."""
+        networks = (self._generator, self._discriminator) if self._module is None else (self._module,)
         kept = [
             (module, name, buffer)
-            for network in (self._generator, self._discriminator)
+            for network in networks
             for module in network.modules()
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
         # The originals stay as they are, so a backward pass that is still to come finds what it saved.
         copies = {id(buffer): buffer.clone() for _, _, buffer in kept}
-        caching, of_python_now = torch.is_autocast_cache_enabled(), random.getstate()
+        caching, of_python = torch.is_autocast_cache_enabled(), random.getstate()
         self._probing = True
         try:
             for module, name, buffer in kept:
@@ -206,54 +391,28 @@ class BalanceProbe:
             with torch.random.fork_rng(devices=self._devices()), torch.no_grad(), self._autocast():
                 # Inside a training step's autocast, half-precision copies from before the update may be cached.
                 torch.set_autocast_cache_enabled(False)
-                of_python, (state, *device_states) = self._random_states
-                random.setstate(of_python)
-                torch.set_rng_state(state)
-                for device, device_state in zip(self._devices(), device_states, strict=True):
-                    torch.cuda.set_rng_state(device_state, device)
                 yield
         finally:
             torch.set_autocast_cache_enabled(caching)
-            random.setstate(of_python_now)
+            random.setstate(of_python)
             for module, name, buffer in kept:
                 module._buffers[name] = buffer
             self._probing = False
 
 
-def _real_images(batch: Any, fake: Tensor) -> Tensor:
-    shape = fake.shape[1:]
-    found = [value for value in tensors_in(batch) if value.is_floating_point() and value.shape[1:] == shape]
-    if len(found) != 1:
-        seen = ", ".join(f"{tuple(value.shape)} {value.dtype}" for value in tensors_in(batch)) or "no tensor"
-        raise RuntimeError(
-            "the balance ratio cannot be measured: the batch must hold exactly one floating-point tensor of "
-            f"shape (batch, {', '.join(map(str, shape))}), like the generator's output, as the real images; "
-            f"it holds {seen}."
-        )
-    return found[0].detach()
+def _mean(scores: Tensor) -> Tensor:
+    return scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).mean()
 
 
-def _detached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-    def detach(value: Any) -> Any:
-        return value.detach() if isinstance(value, Tensor) else value
-
-    return _Call(tuple(map(detach, args)), {name: detach(value) for name, value in kwargs.items()})
-
-
-def first_tensor(output: Any) -> Tensor:
-    """The first tensor in any nesting of dicts, lists and tuples."""
-    for tensor in tensors_in(output):
-        return tensor
-    raise TypeError(f"no tensor in what a network returned: {type(output).__name__}.")
+def _rescaled(value: Tensor, real: Tensor) -> bool:
+    """Whether values are ``a * real + b`` with a and b that are not 1 and 0."""
+    x, y = (tensor.flatten().double() for tensor in (real, value))
+    x, y, offset = x - x.mean(), y - y.mean(), y.mean() - x.mean()
+    slope = float((x * y).mean() / x.square().mean())
+    spread, rest = float(y.std(correction=0)), float((y - slope * x).std(correction=0))
+    return rest < _SAME * spread and (abs(slope - 1) > _SAME or float(offset.abs()) > _SAME * spread)
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in any nesting of dicts, lists and tuples, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
+def _described(value: Any) -> str:
+    described = [f"{place} {tuple(tensor.shape)} {tensor.dtype}".strip() for place, tensor in tensors_in(value)]
+    return ", ".join(described) or "no tensor"

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from lightning_ddst.balance.controller import Decision, DensityController
 from lightning_ddst.balance.probe import BalanceProbe
 from lightning_ddst.balance.window import BalanceWindow, Estimator
-from lightning_ddst.sparsity import Enforcement, SparseNetwork, TrainingFlops, exploration_rate, updating
+from lightning_ddst.sparsity import Enforcement, SparseNetwork, TrainingFlops, exploration_rate, has_gradient, updating
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class SparseTraining:
     """Masks two networks while they are trained, and changes the masks as the method says.
 
     In the paper's words: the generator explores (SDST), and the discriminator's density follows
-    the balance ratio (DDA); DDST is both. Call `before_update` and `after_update` around every
-    update of the generator, and `detach` at the end.
+    the balance ratio (DDA); DDST is both. Call `before_step` and `after_step` around every step of
+    the generator's optimizers, `after_batch` at the end of a training step, and `detach` at the end.
 
     Args:
         generator: The sparse generator.
@@ -133,21 +133,25 @@ class SparseTraining:
 
     # ---- around a generator update -----------------------------------------------------------------
 
-    def before_update(self, batch: Any, *, again: bool = True) -> None:
-        """Scores the real images and the old generator, if this update is measured.
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Keeps what a measurement will compare with; call it before a step of an optimizer of the generator's."""
+        if self._probe is not None and self._probe.watching:
+            self._probe.before_update(parameter for group in optimizer.param_groups for parameter in group["params"])
+
+    def after_step(self, optimizer: Optimizer, batch: Any) -> bool:
+        """Goes on from a generator update: measures, decides, changes masks.
 
         Args:
+            optimizer: One of the generator's, which made a step just now.
             batch: The training step's batch.
-            again: Whether to score anew what was scored for an update that then did not happen.
-        """
-        if self._probe is not None and self._probe.watching and (again or not self._probe.measuring):
-            with self.flops.probing():
-                self._probe.before_update(batch)
 
-    def after_update(self) -> None:
-        """Goes on from a generator update: measures, decides, changes masks."""
+        Returns:
+            Whether this was a generator update: an optimizer of both networks makes steps without.
+        """
+        if not has_gradient(self.generator.parameters, optimizer):
+            return False
         self.updates += 1
-        probed = self._measure()
+        probed = self._measure(batch)
         needed = [self._needs_gradients(network) for network in (self.generator, self.discriminator)]
         self.flops.updated(probed=probed, dense_gradients=needed)
         self._decision_due |= self._controller is not None and self._is_due(self.plan.interval)
@@ -157,13 +161,22 @@ class SparseTraining:
         if self._explore_due:
             self._explore_generator()
         self._expect_next()
+        return True
 
-    def _measure(self) -> bool:
+    def after_batch(self, batch: Any) -> None:
+        """Has the first measured training step looked at as a whole."""
+        if self._probe is not None and not self._probe.checked:
+            self._probe.check(batch)
+            self._expect_next()
+
+    def _measure(self, batch: Any) -> bool:
         if self._probe is None or not self._probe.watching:
             return False
         with self.flops.probing():
-            self.window.add(self._probe.after_update())
-        self.measurements += 1
+            scores = self._probe.after_update(batch)
+        if self._is_due(self.plan.probe_interval):
+            self.window.add(scores)
+            self.measurements += 1
         return True
 
     def _decide(self) -> None:
@@ -201,7 +214,8 @@ class SparseTraining:
     def _expect_next(self) -> None:
         """Has what the next update will need observed from now on."""
         if self._probe is not None:
-            self._probe.watching = self._is_due(self.plan.probe_interval, ahead=1)
+            # The first update in any case, to say at once where it cannot be measured.
+            self._probe.watching = not self._probe.checked or self._is_due(self.plan.probe_interval, ahead=1)
         if self._explores:
             self._holds[self.generator].gradients.armed = self._explore_due or self._is_due(
                 self.plan.explore_interval, ahead=1
@@ -221,6 +235,7 @@ class SparseTraining:
         return {
             "updates": self.updates,
             "measurements": self.measurements,
+            "checked": self._probe is not None and self._probe.checked,
             "decisions": [(update, asdict(decision)) for update, decision in self.decisions],
             "due": [self._explore_due, self._decision_due],
             "plan": asdict(self.plan),
@@ -232,6 +247,8 @@ class SparseTraining:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` gave."""
         self.updates, self.measurements = state["updates"], state["measurements"]
+        if self._probe is not None:
+            self._probe.checked = state["checked"]
         self.decisions = [(update, Decision(**decision)) for update, decision in state["decisions"]]
         self._explore_due, self._decision_due = state["due"]
         self.plan = Plan(**state["plan"])

@@ -17,9 +17,11 @@ from lightning_ddst.balance import (
     DensityController,
     Exploration,
     Plan,
+    ScoresItself,
     SparseTraining,
 )
 from lightning_ddst.balance.controller import ACTIONS
+from lightning_ddst.balance.entries import Place
 from lightning_ddst.balance.window import ESTIMATORS, Estimator
 from lightning_ddst.callbacks.logs import log_scalars, logs_at, tensorboards
 from lightning_ddst.callbacks.networks import find_network
@@ -74,6 +76,11 @@ class DynamicSparsityCallback(Callback):
             at least 1; None measures nothing.
         generator: Dotted name of the generator in the module; by default the usual names are tried.
         discriminator: The same for the discriminator.
+        real: Where the real images are in the batch: a key, an index, or a path of them as
+            "images.target". By default they are its one floating-point tensor shaped like the
+            generator's output.
+        discriminator_output: Where the scores are in what the discriminator returns; by default they
+            are its first tensor.
         growth: Which inactive weights grow: "gradient" (RigL), "random" (SET), "momentum", or a rule
             registered with `growth_rule`.
         distribution: How active weights are spread over layers at first: "erk", "er" or "uniform".
@@ -108,6 +115,8 @@ class DynamicSparsityCallback(Callback):
         probe_interval: int | Literal["auto"] | None = "auto",
         generator: str | None = None,
         discriminator: str | None = None,
+        real: Place | None = None,
+        discriminator_output: Place | None = None,
         growth: str = "gradient",
         distribution: str = "erk",
         scope: Scope = "global",
@@ -161,6 +170,8 @@ class DynamicSparsityCallback(Callback):
         self._estimator = estimator
         self._intervals = (interval, explore_interval, probe_interval)
         self._seed = seed
+        self._real = real
+        self._discriminator_output = discriminator_output
         self._length = RunLength()
         self._networks: dict[Role, SparseNetwork] = {}
         self._full_names: dict[int, str] = {}
@@ -308,7 +319,12 @@ class DynamicSparsityCallback(Callback):
         probe = None
         if self._intervals[2] is not None:
             probe = BalanceProbe(
-                generator.network, discriminator.network, autocast=trainer.precision_plugin.forward_context
+                generator.network,
+                discriminator.network,
+                real=self._real,
+                discriminator_output=self._discriminator_output,
+                module=pl_module if isinstance(pl_module, ScoresItself) else None,
+                autocast=trainer.precision_plugin.forward_context,
             )
         self._training = SparseTraining(
             generator,
@@ -329,8 +345,8 @@ class DynamicSparsityCallback(Callback):
             self._length = RunLength()
         for optimizer in self._training.generator_optimizers:
             self._handles += [
-                optimizer.register_step_pre_hook(lambda *_: self._before_update()),
-                optimizer.register_step_post_hook(lambda *_: self._after_update(trainer)),
+                optimizer.register_step_pre_hook(lambda stepping, *_: self._before_step(stepping)),
+                optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(trainer, stepped)),
             ]
 
     def _planned(self) -> Plan:
@@ -353,19 +369,15 @@ class DynamicSparsityCallback(Callback):
         """Remembers the batch, for the real images in it."""
         self._batch = batch
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Comes after the forward pass also where the step is given a closure, unlike torch's hook before steps."""
-        if self._training is not None and optimizer in self._training.generator_optimizers:
-            self._before_update(again=False)
-
-    def _before_update(self, *, again: bool = True) -> None:
+    def _before_step(self, optimizer: Optimizer) -> None:
         assert self._training is not None
-        self._training.before_update(self._batch, again=again)
+        self._training.before_step(optimizer)
 
-    def _after_update(self, trainer: Trainer) -> None:
+    def _after_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         assert self._training is not None
         decided = len(self._training.decisions)
-        self._training.after_update()
+        if not self._training.after_step(optimizer, self._batch):
+            return
         new = self._training.decisions[decided:]
         if new or logs_at(trainer, self._training.updates):
             log_scalars(trainer, self._scalars(), self._training.updates)
@@ -378,7 +390,10 @@ class DynamicSparsityCallback(Callback):
     ) -> None:
         """Works out the run's length in generator updates, once."""
         self._batch = None
-        if self._length.known or self._training is None:
+        if self._training is None:
+            return
+        self._training.after_batch(batch)
+        if self._length.known:
             return
         self._length.observe(trainer, self._training.updates)
         if self._length.known:

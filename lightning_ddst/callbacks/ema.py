@@ -1,15 +1,17 @@
 """The generator's exponential moving average, used for evaluation."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_ddst.callbacks.networks import find_network
-from lightning_ddst.sparsity import updating
+from lightning_ddst.sparsity import has_gradient, updating
 from lightning_ddst.sparsity.averaging import BufferHandling, WeightAverage
 
 
@@ -52,11 +54,12 @@ class GeneratorEMA(Callback):
         generator = find_network(pl_module, "generator", self._name)
         trained = {name: p for name, p in generator.named_parameters() if p.requires_grad}
         for optimizer in updating(trained, trainer.optimizers):
-            self._handles.append(optimizer.register_step_post_hook(lambda *_: self._update()))
+            self._handles.append(optimizer.register_step_post_hook(partial(self._update, trained)))
 
-    def _update(self) -> None:
+    def _update(self, trained: Mapping[str, Tensor], optimizer: Optimizer, *_: Any) -> None:
         assert self._average is not None
-        self._average.update()
+        if has_gradient(trained, optimizer):  # an optimizer of both networks makes steps without
+            self._average.update()
 
     def _prepare(self, pl_module: LightningModule) -> None:
         generator = find_network(pl_module, "generator", self._name)

@@ -103,6 +103,12 @@ def updating(parameters: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) 
     return found
 
 
+def has_gradient(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> bool:
+    """Whether one of the parameters has a gradient, so that a step of this optimizer updates it."""
+    own = {id(parameter) for parameter in parameters.values()}
+    return any(p.grad is not None for p in _parameters(optimizer) if id(p) in own)
+
+
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 

@@ -19,6 +19,7 @@ from lightning_ddst.balance import BalanceProbe
 
 NOISE, PIXELS, BATCH, CLASSES = 3, 2, 2, 3
 LEARNING_RATE = 0.5
+COLORS = torch.tensor([2.0, 1.0]).double()
 
 
 def drawn(*shape, step=0.5, seed=0):
@@ -95,9 +96,9 @@ class Measured:
         loss.backward()
         score = partial(self.discriminator.by_hand, labels=labels)
         expected = [self.discriminator.by_hand(real, real_labels), score(self.generator.by_hand(z, labels))]
-        self.probe.before_update(batch)
+        self.probe.before_update(self.generator.parameters())
         self.of_generator.step()
-        self.measured.append(self.probe.after_update())
+        self.measured.append(self.probe.after_update(batch))
         expected.append(score(self.generator.by_hand(z, labels)))
         self.expected.append(torch.stack(expected))
 
@@ -166,8 +167,8 @@ def real_and_fake_joined(gan, real, noise):
 
 
 def augmented_fake(gan, real, noise):
-    gan.step_discriminator(-gan.discriminator(real * 2).mean())
-    gan.step_generator(-gan.discriminator(gan.generator(noise(0)) * 2).mean(), real, real, noise(0))
+    gan.step_discriminator(-gan.discriminator(real * COLORS).mean())
+    gan.step_generator(-gan.discriminator(gan.generator(noise(0)) * COLORS).mean(), real, real, noise(0))
 
 
 def relativistic(gan, real, noise):
@@ -191,6 +192,20 @@ def fakes_to_look_at_before_the_update(gan, real, noise):
     gan.step_generator(loss, real, real, noise(0))
 
 
+def cycles_after_the_adversarial_part(gan, real, noise):
+    gan.step_discriminator(-gan.discriminator(real).mean())
+    loss = -gan.discriminator(gan.generator(noise(0))).mean()
+    loss = loss + (gan.generator(noise(1)) - real).square().mean() * 0  # scored by nobody
+    gan.step_generator(loss, real, real, noise(0))
+
+
+def penalties_that_need_gradients(gan, real, noise):
+    gan.step_generator(-gan.discriminator(gan.generator(noise(0))).mean(), real, real, noise(0))
+    points = real.clone().requires_grad_()  # as R1 and the gradient penalty do
+    (slope,) = torch.autograd.grad(gan.discriminator(points).sum(), points, create_graph=True)
+    gan.step_discriminator(slope.square().mean() - gan.discriminator(real).mean())
+
+
 @pytest.mark.parametrize(
     "step",
     [
@@ -206,6 +221,8 @@ def fakes_to_look_at_before_the_update(gan, real, noise):
         relativistic,
         real_images_last,
         fakes_to_look_at_before_the_update,
+        cycles_after_the_adversarial_part,
+        penalties_that_need_gradients,
     ],
 )
 def test_scores_are_those_worked_out_by_hand(step: Callable):
@@ -225,9 +242,9 @@ def test_scores_of_one_update_in_numbers():
     probe = BalanceProbe(generator, discriminator)
     probe.watching = True
     (-discriminator(generator(torch.ones(1, 1)))).mean().backward()
-    probe.before_update(torch.tensor([[3.0, 5.0]]))
+    probe.before_update(generator.parameters())
     optimizer.step()  # d(-D(G(z)))/da = -w z = -1 each: a = 2 + 0.5
-    assert probe.after_update().tolist() == [8.0, 4.0, 5.0]
+    assert probe.after_update(torch.tensor([[3.0, 5.0]])).tolist() == [8.0, 4.0, 5.0]
 
 
 def test_double_precision_is_kept():
@@ -479,10 +496,10 @@ class Training:
         self.optimizers[0].zero_grad()
         loss.backward()
         if self.probe is not None:
-            self.probe.before_update(real)
+            self.probe.before_update(self.generator.parameters())
         self.optimizers[0].step()
         if self.probe is not None:
-            self.scores.append(self.probe.after_update())
+            self.scores.append(self.probe.after_update(real))
 
     def step_discriminator(self, loss):
         self.optimizers[1].zero_grad()
@@ -585,9 +602,9 @@ def test_measuring_leaves_gradients_alone_and_needs_none():
     real, fake = torch.randn(8, 4), gan.generator(torch.randn(8, NOISE))
     (-gan.discriminator(fake).mean()).backward()
     gradients = {name: value.clone() for name, value in gan.everything().items() if name.endswith("grad")}
-    gan.probe.before_update(real)
+    gan.probe.before_update(gan.generator.parameters())
     gan.optimizers[0].step()
-    scores = gan.probe.after_update()
+    scores = gan.probe.after_update(real)
     assert not scores.requires_grad
     assert all(torch.equal(gan.everything()[name], value) for name, value in gradients.items())
 
@@ -607,12 +624,15 @@ def test_a_measurement_that_fails_leaves_no_trace():
     gan = Training(Particular, probed=True)
     fake = gan.generator(torch.randn(8, NOISE))
     (-gan.discriminator(fake).mean()).backward()
+    gan.probe.before_update(gan.generator.parameters())
+    with torch.no_grad():
+        for parameter in gan.generator.parameters():
+            parameter.add_(1)  # the update
     state = {name: value.clone() for name, value in gan.everything().items() if value is not None}
     with pytest.raises(ValueError, match="not a batch of 8"):
-        gan.probe.before_update(torch.randn(5, 4, generator=torch.Generator()))
+        gan.probe.after_update(torch.randn(5, 4, generator=torch.Generator()))
     assert all(torch.equal(gan.everything()[name], value) for name, value in state.items())
-    gan.probe.before_update(torch.randn(8, 4, generator=torch.Generator()))
-    gan.probe.after_update()
+    assert len(gan.discriminator.layers(torch.randn(5, 4))) == 5
 
 
 def test_nothing_is_kept_of_a_measured_step():
@@ -646,9 +666,9 @@ def one_measurement(generator, discriminator, z, real, optimizer=None, **options
     probe = BalanceProbe(generator, discriminator, **options)
     probe.watching = True
     discriminator(generator(z)).mean().backward()
-    probe.before_update(real)
+    probe.before_update(generator.parameters())
     optimizer.step()
-    return probe.after_update()
+    return probe.after_update(real)
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
@@ -759,9 +779,9 @@ def test_the_new_score_is_not_made_from_weights_cached_before_the_update(autocas
     probe.watching = True
     with half_precision():  # the whole training step in it
         (-discriminator(generator(torch.ones(1, 1)))).float().mean().backward()
-        probe.before_update(torch.tensor([[3.0, 5.0]]))
+        probe.before_update(generator.parameters())
         optimizer.step()
-        assert probe.after_update().tolist() == [8.0, 4.0, 5.0]
+        assert probe.after_update(torch.tensor([[3.0, 5.0]])).tolist() == [8.0, 4.0, 5.0]
         assert torch.is_autocast_cache_enabled()
 
 
@@ -776,29 +796,35 @@ def watched():
 
 
 def test_an_update_that_was_skipped_is_not_measured():
-    # As when a gradient scaler finds an overflow: before_update comes, the update does not.
+    # As when a gradient scaler finds an overflow: the step begins, the update does not come.
     generator, discriminator, probe = watched()
     discriminator(generator(drawn(BATCH, NOISE, seed=1)))
-    probe.before_update(drawn(BATCH, PIXELS, seed=2))
+    probe.before_update(generator.parameters())
     z, real = drawn(BATCH, NOISE, seed=3), drawn(BATCH, PIXELS, seed=4)
     discriminator(generator(z))
-    probe.before_update(real)
+    probe.before_update(generator.parameters())
     expected = [discriminator.by_hand(real), discriminator.by_hand(generator.by_hand(z))]
     with torch.no_grad():
         generator.linear.bias += 1
     expected.append(discriminator.by_hand(generator.by_hand(z)))
-    assert probe.after_update().tolist() == [value.item() for value in expected]
+    assert probe.after_update(real).tolist() == [value.item() for value in expected]
 
 
-def test_measuring_says_whether_the_old_scores_are_there():
+@pytest.mark.parametrize("both", [True, False])
+def test_the_discriminator_that_scores_is_the_one_before_the_update(both):
     generator, discriminator, probe = watched()
-    assert not probe.measuring
-    discriminator(generator(drawn(BATCH, NOISE)))
-    assert not probe.measuring
-    probe.before_update(drawn(BATCH, PIXELS))
-    assert probe.measuring
-    probe.after_update()
-    assert not probe.measuring
+    z, real = drawn(BATCH, NOISE, seed=3), drawn(BATCH, PIXELS, seed=4)
+    discriminator(generator(z))
+    probe.before_update([*generator.parameters(), *discriminator.parameters()])
+    expected = [discriminator.by_hand(real), discriminator.by_hand(generator.by_hand(z))]
+    with torch.no_grad():
+        generator.linear.bias += 1
+        expected.append(discriminator.by_hand(generator.by_hand(z)))
+        discriminator.linear.weight.mul_(4 if both else 1)  # one step of one optimizer updates both
+    updated = [value.clone() for value in (*generator.parameters(), *discriminator.parameters())]
+    assert probe.after_update(real).tolist() == [value.item() for value in expected]
+    now = [*generator.parameters(), *discriminator.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(now, updated, strict=True))
 
 
 def unseen_by_forward(generator, discriminator):
@@ -814,10 +840,9 @@ def unseen_without_gradients(generator, discriminator):
 def test_a_generator_that_was_not_called_is_named(step):
     generator, discriminator, probe = watched()
     step(generator, discriminator)
-    probe.before_update(drawn(BATCH, PIXELS))  # a closure may still call the generator
-    assert not probe.measuring
-    with pytest.raises(RuntimeError, match=r"no forward call of the generator \(LinearGenerator\)"):
-        probe.after_update()
+    probe.before_update(generator.parameters())
+    with pytest.raises(RuntimeError, match=r"no call of the generator \(LinearGenerator\).*balance_scores"):
+        probe.after_update(drawn(BATCH, PIXELS))
 
 
 @pytest.mark.parametrize(
@@ -832,8 +857,8 @@ def test_a_generator_that_was_not_called_is_named(step):
 def test_a_discriminator_that_scored_no_image_is_named(step):
     generator, discriminator, probe = watched()
     step(generator, discriminator)
-    with pytest.raises(RuntimeError, match=r"discriminator \(LinearDiscriminator\).*\(2, 2\)"):
-        probe.before_update(drawn(BATCH, PIXELS))
+    with pytest.raises(RuntimeError, match=r"discriminator \(LinearDiscriminator\).*\(2, 2\); .* on nothing"):
+        probe.after_update(drawn(BATCH, PIXELS))
 
 
 def test_a_discriminator_that_was_called_on_something_else_is_named():
@@ -844,8 +869,9 @@ def test_a_discriminator_that_was_called_on_something_else_is_named():
     probe = BalanceProbe(generator, discriminator)
     probe.watching = True
     discriminator(F.pad(generator(drawn(BATCH, NOISE)), (0, 3)))
-    with pytest.raises(RuntimeError, match=r"discriminator \(OnFeatures\) was not called on anything shaped like"):
-        probe.before_update(drawn(BATCH, PIXELS))
+    named = r"discriminator \(OnFeatures\) was not called, .* on anything shaped like .* \(2, 2\); .* on \(2, 5\)"
+    with pytest.raises(RuntimeError, match=named):
+        probe.after_update(drawn(BATCH, PIXELS))
 
 
 @pytest.mark.parametrize(
@@ -854,19 +880,105 @@ def test_a_discriminator_that_was_called_on_something_else_is_named():
         (None, "no tensor"),
         ([], "no tensor"),
         (torch.arange(2), "(2,) torch.int64"),
-        ({"image": torch.zeros(2, 3, dtype=torch.uint8)}, "(2, 3) torch.uint8"),
-        ((torch.zeros(4, 5), torch.zeros(4)), "(4, 5) torch.float32, (4,) torch.float32"),
-        ((torch.zeros(2, 2), {"b": torch.ones(6, 2).double()}), "(2, 2) torch.float32, (6, 2) torch.float64"),
+        ({"image": torch.zeros(2, 3, dtype=torch.uint8)}, "image (2, 3) torch.uint8"),
+        ((torch.zeros(4, 5), [torch.zeros(4)]), "0 (4, 5) torch.float32, 1.0 (4,) torch.float32"),
     ],
-    ids=["no batch", "empty", "labels only", "integers", "other shapes", "two candidates"],
+    ids=["no batch", "empty", "labels only", "integers", "other shapes"],
 )
-def test_a_batch_without_one_tensor_of_real_images_is_described(batch, seen):
+def test_a_batch_without_real_images_is_described(batch, seen):
     generator, discriminator, probe = watched()
     discriminator(generator(drawn(BATCH, NOISE)))
-    with pytest.raises(RuntimeError, match=r"exactly one floating-point tensor of shape \(batch, 2\)") as error:
-        probe.before_update(batch)
+    with pytest.raises(RuntimeError, match=r"no floating-point tensor of shape \(batch, 2\)") as error:
+        probe.after_update(batch)
     assert f"holds {seen}." in str(error.value)
-    assert not probe.measuring
+
+
+RESTORED = {"input": torch.zeros(2, 2).double(), "more": [torch.arange(2), {"target": torch.ones(6, 2).double()}]}
+
+
+def test_of_several_tensors_shaped_like_images_all_are_named():
+    generator, discriminator, probe = watched()
+    discriminator(generator(drawn(BATCH, NOISE)))
+    named = r'2 tensors .* \(batch, 2\).*: input, more.1.target\..* with real="input" or real="more.1.target"'
+    with pytest.raises(RuntimeError, match=named):
+        probe.after_update(RESTORED)
+
+
+@pytest.mark.parametrize(("real", "value"), [("input", 0.0), ("more.1.target", 1.0)])
+def test_the_real_images_are_those_named(real, value):
+    generator, discriminator = LinearGenerator(), LinearDiscriminator()
+    probe = BalanceProbe(generator, discriminator, real=real)
+    probe.watching = True
+    discriminator(generator(drawn(BATCH, NOISE)))
+    expected = discriminator.by_hand(torch.full((2, PIXELS), value).double())
+    assert probe.after_update(RESTORED)[0] == expected
+
+
+@pytest.mark.parametrize("real", [3, "target", "more.0.target", "more.2", "more.1.target.5"])
+def test_real_images_that_are_not_there_are_named(real):
+    generator, discriminator = LinearGenerator(), LinearDiscriminator()
+    probe = BalanceProbe(generator, discriminator, real=real)
+    probe.watching = True
+    discriminator(generator(drawn(BATCH, NOISE)))
+    with pytest.raises(RuntimeError, match=rf"real={real!r} is no tensor in the batch; it holds input \(2, 2\)"):
+        probe.after_update(RESTORED)
+
+
+def test_an_index_names_an_entry_of_a_list():
+    generator, discriminator = LinearGenerator(), LinearDiscriminator()
+    probe = BalanceProbe(generator, discriminator, real=1)
+    probe.watching = True
+    discriminator(generator(drawn(BATCH, NOISE)))
+    blurred, sharp = drawn(BATCH, PIXELS, seed=1), drawn(BATCH, PIXELS, seed=2)
+    assert probe.after_update((blurred, sharp))[0] == discriminator.by_hand(sharp)
+
+
+@pytest.mark.parametrize(("a", "b"), [(2, -1), (-1, 0), (1, 0.5), (127.5, 127.5)])
+@pytest.mark.parametrize("order", ["discriminator first", "generator first"])
+def test_images_that_the_training_step_rescales_are_not_scored_as_they_come(order, a, b):
+    generator, discriminator, probe = watched()
+    real = torch.rand(8, PIXELS).double()
+    if order == "discriminator first":
+        discriminator(a * real + b)
+        discriminator(generator(drawn(BATCH, NOISE)))
+        with pytest.raises(RuntimeError, match="shifts and scales the batch's images"):
+            probe.after_update(real)
+    else:
+        discriminator(generator(drawn(BATCH, NOISE)))
+        probe.after_update(real)
+        assert not probe.checked
+        discriminator(a * real + b)
+        with pytest.raises(RuntimeError, match="shifts and scales the batch's images"):
+            probe.check(real)
+
+
+@pytest.mark.parametrize(
+    "shown", [lambda x: x, torch.clone, lambda x: x.flip(0), lambda x: x + 0.05 * torch.randn(8, 2)]
+)
+def test_images_shown_as_they_are_or_augmented_are_no_mistake(shown):
+    generator, discriminator, probe = watched()
+    real = torch.rand(8, PIXELS).double()
+    discriminator(shown(real))
+    fake = generator(drawn(8, NOISE))
+    discriminator(fake)
+    probe.after_update(real)
+    probe.check(real)
+    assert probe.checked
+
+
+def test_a_generator_that_hardly_changes_its_input_is_no_mistake():
+    class Residual(LinearGenerator):
+        def forward(self, x):
+            return 1.01 * x + 0.001 * torch.ones(1).double() * self.linear.bias
+
+    generator, discriminator = Residual(), LinearDiscriminator()
+    probe = BalanceProbe(generator, discriminator, real="target")
+    probe.watching = True
+    batch = {"input": torch.rand(8, PIXELS).double(), "target": torch.rand(8, PIXELS).double()}
+    batch["target"] = batch["input"].clone()
+    discriminator(generator(batch["input"]))
+    probe.after_update(batch)
+    probe.check(batch)
 
 
 def test_what_returns_no_tensor_is_named():
@@ -880,7 +992,7 @@ def test_what_returns_no_tensor_is_named():
     probe.watching = True
     discriminator(generator(drawn(BATCH, NOISE)))
     with pytest.raises(TypeError, match="no tensor in what a network returned: str"):
-        probe.before_update(drawn(BATCH, PIXELS))
+        probe.after_update(drawn(BATCH, PIXELS))
 
 
 def test_a_copy_of_the_generator_is_not_the_generator():
@@ -889,9 +1001,8 @@ def test_a_copy_of_the_generator_is_not_the_generator():
     z, real = drawn(BATCH, NOISE, seed=1), drawn(BATCH, PIXELS, seed=2)
     discriminator(generator(z))
     copy.deepcopy(generator)(drawn(BATCH, NOISE, seed=5))
-    probe.before_update(real)
     fake = discriminator.by_hand(generator.by_hand(z)).item()
-    assert probe.after_update().tolist() == [discriminator.by_hand(real).item(), fake, fake]
+    assert probe.after_update(real).tolist() == [discriminator.by_hand(real).item(), fake, fake]
 
 
 # ---- watching, and leaving ----------------------------------------------------------------------------------------
@@ -909,8 +1020,8 @@ def test_nothing_is_recorded_while_not_watching():
     assert noise() is None
     assert images() is None
     probe.watching = True
-    probe.before_update(drawn(BATCH, PIXELS))
-    assert not probe.measuring
+    with pytest.raises(RuntimeError, match="no call of the generator"):
+        probe.after_update(drawn(BATCH, PIXELS))
 
 
 def test_only_calls_while_watching_are_measured():
@@ -920,9 +1031,8 @@ def test_only_calls_while_watching_are_measured():
     probe.watching = False
     discriminator(generator(drawn(BATCH, NOISE, seed=5)))
     probe.watching = True
-    probe.before_update(real)
     fake = discriminator.by_hand(generator.by_hand(z)).item()
-    assert probe.after_update().tolist() == [discriminator.by_hand(real).item(), fake, fake]
+    assert probe.after_update(real).tolist() == [discriminator.by_hand(real).item(), fake, fake]
 
 
 def hooks(module):
@@ -942,8 +1052,8 @@ def test_removing_leaves_no_hooks():
     probe.remove()
     assert hooks(generator) == hooks(discriminator) == []
     discriminator(generator(drawn(BATCH, NOISE)))
-    probe.before_update(drawn(BATCH, PIXELS))
-    assert not probe.measuring
+    with pytest.raises(RuntimeError, match="no call of the generator"):
+        probe.after_update(drawn(BATCH, PIXELS))
     probe.remove()
 
 

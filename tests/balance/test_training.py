@@ -3,6 +3,7 @@
 import io
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -116,9 +117,9 @@ class Gan:
     def step_generator(self, loss, real):
         self.optimizers[0].zero_grad()
         loss.backward()
-        self.training.before_update(real)
+        self.training.before_step(self.optimizers[0])
         self.optimizers[0].step()
-        self.training.after_update()
+        self.training.after_step(self.optimizers[0], real)
 
     def batch(self):
         return 0.5 * torch.randn(16, PIXELS) + 1, torch.randn(16, NOISE)
@@ -254,10 +255,10 @@ def test_the_window_holds_what_was_measured_between_decisions():
         scores = [score(real), score(generated(z))]
         gan.optimizers[0].zero_grad()
         loss.backward()
-        gan.training.before_update(real)
+        gan.training.before_step(gan.optimizers[0])
         gan.optimizers[0].step()
         scores.append(score(generated(z)))  # the sixth update's decision comes after this
-        gan.training.after_update()
+        gan.training.after_step(gan.optimizers[0], real)
         if update % 2 == 0:
             expected.append(scores)
     balance = gan.training.window.read()
@@ -665,7 +666,12 @@ class NotFinite(Gan):
 
     def step_generator(self, loss, real):
         loss, bad = self._loss(loss, 0)
-        self._optimize(0, loss, bad, lambda: self.training.before_update(real), self.training.after_update)
+        optimizer = self.optimizers[0]
+        before, after = (
+            partial(self.training.before_step, optimizer),
+            partial(self.training.after_step, optimizer, real),
+        )
+        self._optimize(0, loss, bad, before, after)
 
     def _optimize(self, network, loss, bad, before=None, after=None):
         self.optimizers[network].zero_grad()
