@@ -1,6 +1,6 @@
 """The callback that trains a GAN sparsely."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -24,11 +24,12 @@ from lightning_ddst.balance.controller import ACTIONS
 from lightning_ddst.balance.entries import Place
 from lightning_ddst.balance.window import ESTIMATORS, Estimator
 from lightning_ddst.callbacks.logs import log_scalars, logs_at, tensorboards
-from lightning_ddst.callbacks.networks import find_network
+from lightning_ddst.callbacks.networks import find_network, name_in, refuse_other_averages
 from lightning_ddst.callbacks.run_length import RunLength
-from lightning_ddst.sparsity import DISTRIBUTIONS, GROWTH_RULES, SCHEDULES, SparseNetwork
+from lightning_ddst.sparsity import DISTRIBUTIONS, GROWTH_RULES, SCHEDULES, SparseNetwork, maskable_weights
 from lightning_ddst.sparsity.checks import check_choice, check_count, check_density, check_rate
-from lightning_ddst.sparsity.network import SCOPES, Scope
+from lightning_ddst.sparsity.network import INITIAL, SCOPES, Initial, Scope
+from lightning_ddst.sparsity.patterns import matches
 from lightning_ddst.sparsity.selection import count_true
 
 Method = Literal["dense", "static", "sdst", "dda", "ddst"]
@@ -81,6 +82,13 @@ class DynamicSparsityCallback(Callback):
             generator's output.
         discriminator_output: Where the scores are in what the discriminator returns; by default they
             are its first tensor.
+        dense_layers: Layers of either network that are left dense, and out of its density: patterns of
+            their names in the module (``"generator.to_rgb"``, ``"*.attention.*"``), or names of
+            classes (``"Linear"``).
+        layer_densities: Densities of single layers, in (0, 1], by such patterns; the first that
+            matches counts. Those layers keep them, and their network's others share what is left.
+        initial_masks: "random", or "magnitude" to prune the weights as they are when fitting starts: for
+            a GAN that was trained dense and loaded.
         growth: Which inactive weights grow: "gradient" (RigL), "random" (SET), "momentum", or a rule
             registered with `growth_rule`.
         distribution: How active weights are spread over layers at first: "erk", "er" or "uniform".
@@ -117,6 +125,9 @@ class DynamicSparsityCallback(Callback):
         discriminator: str | None = None,
         real: Place | None = None,
         discriminator_output: Place | None = None,
+        dense_layers: Sequence[str] = (),
+        layer_densities: Mapping[str, float] | None = None,
+        initial_masks: Initial = "random",
         growth: str = "gradient",
         distribution: str = "erk",
         scope: Scope = "global",
@@ -134,6 +145,11 @@ class DynamicSparsityCallback(Callback):
         check_rate("exploration_rate", exploration_rate)
         check_choice("schedule", schedule, SCHEDULES)
         check_choice("estimator", estimator, ESTIMATORS)
+        if isinstance(dense_layers, str):
+            raise ValueError(f"dense_layers={dense_layers!r} must be a list of patterns.")
+        for pattern, density in (layer_densities or {}).items():
+            check_density(f"layer_densities[{pattern!r}]", density)
+        check_choice("initial_masks", initial_masks, INITIAL)
         check_choice("growth", growth, GROWTH_RULES)
         check_choice("distribution", distribution, DISTRIBUTIONS)
         check_choice("scope", scope, SCOPES)
@@ -160,6 +176,9 @@ class DynamicSparsityCallback(Callback):
         }
         self._names: dict[Role, str | None] = {"generator": generator, "discriminator": discriminator}
         self._masking: dict[str, Any] = {
+            "initial": initial_masks,
+            "dense_layers": tuple(dense_layers),
+            "layer_densities": dict(layer_densities or {}),
             "growth": growth,
             "distribution": distribution,
             "scope": scope,
@@ -285,12 +304,14 @@ class DynamicSparsityCallback(Callback):
         found = {role: find_network(module, role, name) for role, name in self._names.items()}
         if found["generator"] is found["discriminator"]:
             raise ValueError(f"generator and discriminator are the same module, {self._names['discriminator']!r}.")
+        self._check_patterns(module, found)
         for offset, (role, network) in enumerate(found.items()):
             try:
                 self._networks[role] = SparseNetwork(
                     network,
                     self._densities[role],
                     **self._masking,
+                    name=name_in(module, network),
                     seed=seed % 2**62 + offset,
                     state=None if self._saved is None else self._saved["networks"][role],
                 )
@@ -301,6 +322,21 @@ class DynamicSparsityCallback(Callback):
                 self._networks["discriminator"].allocation(self._controller.min_density)
             except ValueError as error:
                 raise ValueError(f"min_discriminator_density={self._controller.min_density}: {error}") from error
+
+    def _check_patterns(self, module: nn.Module, found: Mapping[Role, nn.Module]) -> None:
+        layers = {
+            f"{name_in(module, network)}.{name}".strip("."): layer
+            for network in found.values()
+            for weight in maskable_weights(network)
+            for name, layer in weight.layers.items()
+        }
+        for argument in ("dense_layers", "layer_densities"):
+            for pattern in self._masking[argument]:
+                if not any(matches(pattern, name, layer) for name, layer in layers.items()):
+                    raise ValueError(
+                        f"{argument}: {pattern!r} matches no layer; there are {', '.join(layers)}, and classes "
+                        f"{', '.join(sorted({type(layer).__name__ for layer in layers.values()}))}."
+                    )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Masks the networks, and hooks into them and their optimizers."""
@@ -314,6 +350,8 @@ class DynamicSparsityCallback(Callback):
         if self._saved is not None or not self._networks or self._module is not pl_module:
             self.attach(pl_module)
         generator, discriminator = self._networks["generator"], self._networks["discriminator"]
+        if self.method in _EXPLORING and generator.density < 1:
+            refuse_other_averages(trainer, pl_module, generator.network)
         for network in self._networks.values():
             network.to_weights()
         probe = None
@@ -380,10 +418,16 @@ class DynamicSparsityCallback(Callback):
             return
         new = self._training.decisions[decided:]
         if new or logs_at(trainer, self._training.updates):
-            log_scalars(trainer, self._scalars(), self._training.updates)
+            values = {self._tag(trainer, name): value for name, value in self._scalars().items()}
+            log_scalars(trainer, values, self._training.updates)
         for update, decision in new:
             for writer in tensorboards(trainer):
-                writer.add_text("decision/reason", f"{decision.action}: {decision.reason}", update)
+                writer.add_text(self._tag(trainer, "decision/reason"), f"{decision.action}: {decision.reason}", update)
+
+    def _tag(self, trainer: Trainer, name: str) -> str:
+        """Under the generator's name where several pairs are trained sparsely."""
+        pairs = [c for c in trainer.callbacks if isinstance(c, DynamicSparsityCallback)]  # type: ignore[attr-defined]
+        return f"{self._names['generator']}/{name}" if len(pairs) > 1 else name
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -450,6 +494,12 @@ class DynamicSparsityCallback(Callback):
         return values
 
     # ---- saving ----------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """Of its own for every pair of networks that is named."""
+        named = {role: name for role, name in self._names.items() if name is not None}
+        return self._generate_state_key(**named) if named else super().state_key
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, counters, the balance window and every random state; loads with ``weights_only=True``."""

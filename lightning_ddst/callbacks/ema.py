@@ -42,6 +42,11 @@ class GeneratorEMA(Callback):
         self._handles: list[RemovableHandle] = []
         WeightAverage(nn.Identity(), decay, buffers)  # checks the arguments now
 
+    @property
+    def state_key(self) -> str:
+        """Of its own for every generator that is named."""
+        return super().state_key if self._name is None else self._generate_state_key(generator=self._name)
+
     def averages(self) -> dict[str, Tensor]:
         """The averaged weights and buffers, by the names they have in the generator; empty before they are known."""
         return {} if self._average is None else self._average.values()

@@ -1,7 +1,7 @@
 """How many weights each layer gets: uniform, ER and ERK allocation in exact integer counts."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from lightning_ddst.sparsity.checks import check_choice, check_density
 
@@ -29,7 +29,13 @@ DISTRIBUTIONS: dict[str, Callable[[Shape], float]] = {"uniform": _uniform, "er":
 """
 
 
-def allocate(shapes: Sequence[Shape], density: float, distribution: str = "erk", floor: int = 1) -> list[int]:
+def allocate(
+    shapes: Sequence[Shape],
+    density: float,
+    distribution: str = "erk",
+    floor: int = 1,
+    given: Mapping[int, int] | None = None,
+) -> list[int]:
     """Distributes a network's active weights over its layers.
 
     Layers whose share would exceed their size are dense, and the others take up the difference.
@@ -39,6 +45,7 @@ def allocate(shapes: Sequence[Shape], density: float, distribution: str = "erk",
         density: Active weights over all weights, in (0, 1].
         distribution: A key of `DISTRIBUTIONS`.
         floor: Smallest count a layer may get (a smaller layer is dense), at least 1.
+        given: Counts that are decided already, by index of the layer; the others share what is left.
 
     Returns:
         Active weights of each layer; their sum is exactly ``round(density * number of weights)``.
@@ -49,21 +56,34 @@ def allocate(shapes: Sequence[Shape], density: float, distribution: str = "erk",
     check_density("density", density)
     check_choice("distribution", distribution, DISTRIBUTIONS)
     sizes = [math.prod(shape) for shape in shapes]
-    lower = [min(floor, size) for size in sizes]
+    given = given or {}
+    lower = [given.get(i, min(floor, size)) for i, size in enumerate(sizes)]
+    upper = [given.get(i, size) for i, size in enumerate(sizes)]
     total = round(density * sum(sizes))
     if total < sum(lower):
         raise ValueError(
-            f"density={density} leaves {total} active weights for {len(sizes)} layers, less than {floor} a layer; "
+            f"density={density} leaves {total} active weights for {len(sizes)} layers, less than {floor} a layer"
+            f"{f' beside the {sum(given.values())} of given densities' if given else ''}; "
             f"it must be at least {_rounded_up(sum(lower) / sum(sizes)):.3g} here."
         )
+    if total > sum(upper):
+        raise ValueError(
+            f"density={density} needs {total} active weights, more than layers of given densities allow; "
+            f"it must be at most {_rounded_down(sum(upper) / sum(sizes)):.3g} here."
+        )
     shares = [DISTRIBUTIONS[distribution](shape) * size for shape, size in zip(shapes, sizes, strict=True)]
-    return apportion(shares, total, lower, sizes)
+    return apportion(shares, total, lower, upper)
 
 
 def _rounded_up(value: float) -> float:
     """To three significant digits, so that the number printed is enough."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 2)
     return math.ceil(value / unit) * unit
+
+
+def _rounded_down(value: float) -> float:
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return math.floor(value / unit) * unit
 
 
 def apportion(shares: Sequence[float], total: int, lower: Sequence[int], upper: Sequence[int]) -> list[int]:

@@ -1,6 +1,6 @@
 """Keeps inactive weights at exactly zero while optimizers train the others."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,9 @@ class Enforcement:
     - A hook on each weight masks its gradient as it arrives, before anything can clip it,
       accumulate it or step with it. The dense gradient is seen there, and kept when growth needs it.
     - A hook on each optimizer masks weights and weight-shaped state after every step, whatever the
-      optimizer did: momentum, weight decay, noise. So a grown weight starts with fresh state.
+      optimizer did: momentum, weight decay, noise. So a grown weight starts with fresh state. Most
+      optimizers keep state at 0 where weight and gradient are 0; whether one does is looked at in the
+      first step after every change of the masks, and its state is not masked again where it does.
 
     Args:
         network: The sparse network.
@@ -36,6 +38,7 @@ class Enforcement:
         self._network = network
         self._names: dict[Tensor, str] = {weight.parameter: name for name, weight in network.weights.items()}
         self._owned = {optimizer: self._updated_by(optimizer) for optimizer in updating(network.parameters, optimizers)}
+        self._leaves_zero: dict[Optimizer, bool] = {}  # whether its state does, where it was looked at
         self._handles: list[RemovableHandle] = []
         for parameter, name in self._names.items():
             trains = parameter.requires_grad
@@ -65,10 +68,14 @@ class Enforcement:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for name in self._owned[optimizer]:
             zero_where_inactive(self._network.weights[name].parameter, self._network.masks[name])
-        self._mask_state(optimizer)
+        if optimizer not in self._leaves_zero:
+            self._leaves_zero[optimizer] = self._has_state(optimizer)
+        if self._leaves_zero[optimizer]:
+            self._mask_state(optimizer)
         self.gradients.stepped(self._owned[optimizer])
 
     def _pruned(self) -> None:
+        self._leaves_zero.clear()
         for optimizer in self._owned:
             self._mask_state(optimizer)
         for parameter, name in self._names.items():
@@ -77,11 +84,20 @@ class Enforcement:
                 zero_where_inactive(parameter.grad.data, self._network.masks[name])
 
     def _mask_state(self, optimizer: Optimizer) -> None:
+        for value, mask in self._state(optimizer):
+            zero_where_inactive(value, mask)
+
+    def _has_state(self, optimizer: Optimizer) -> bool:
+        """Whether there is state where weights are inactive; waits for the device."""
+        return any(bool(value[~mask].any()) for value, mask in self._state(optimizer))
+
+    def _state(self, optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
+        """Weight-shaped state, with its mask."""
         for name in self._owned[optimizer]:
             parameter = self._network.weights[name].parameter
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    zero_where_inactive(value, self._network.masks[name])
+                    yield value, self._network.masks[name]
 
 
 def updating(parameters: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> list[Optimizer]:

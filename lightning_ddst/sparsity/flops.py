@@ -43,7 +43,7 @@ class Workload:
         handles = [
             layer.register_forward_hook(partial(self._forward, weight), with_kwargs=True)
             for weight in self._weights
-            for layer in weight.layers
+            for layer in weight.layers.values()
         ]
         try:
             yield

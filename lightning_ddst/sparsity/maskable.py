@@ -30,13 +30,13 @@ class MaskableWeight:
         name: Its name as in ``network.named_parameters()``.
         parameter: The parameter an optimizer updates. Under spectral norm this is the weight before
             normalisation, so that masking comes first.
-        layers: The layers it belongs to; several where it is shared.
+        layers: The layers it belongs to, by name; several where it is shared.
         spectral: The singular vectors that spectral norm keeps for it, one pair a layer.
     """
 
     name: str
     parameter: nn.Parameter
-    layers: tuple[nn.Module, ...]
+    layers: dict[str, nn.Module]
     spectral: tuple[SpectralVectors, ...]
 
 
@@ -56,16 +56,16 @@ def maskable_weights(network: nn.Module) -> list[MaskableWeight]:
         ValueError: If a layer is lazy and has no shape yet, if its weight is computed by something
             other than spectral norm, or if nothing can be masked.
     """
-    layers: dict[int, list[nn.Module]] = {}
+    layers: dict[int, dict[str, nn.Module]] = {}
     unmaskable: set[int] = set()
     for layer_name, module in network.named_modules():
         if isinstance(module, MASKABLE_LAYERS):
-            layers.setdefault(id(_stored_weight(module, layer_name)), []).append(module)
+            layers.setdefault(id(_stored_weight(module, layer_name)), {})[layer_name] = module
         elif not isinstance(module, parametrize.ParametrizationList):
             unmaskable |= {id(parameter) for parameter in module.parameters(recurse=False)}
     spectral = list(spectral_norms(network))
     found = [
-        MaskableWeight(name, p, tuple(layers[id(p)]), tuple(norm for norm in spectral if norm.parameter is p))
+        MaskableWeight(name, p, layers[id(p)], tuple(norm for norm in spectral if norm.parameter is p))
         for name, p in network.named_parameters()
         if id(p) in layers and id(p) not in unmaskable
     ]

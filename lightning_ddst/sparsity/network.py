@@ -1,7 +1,7 @@
 """The masks of one network and the ways they change: drawn, resized, explored."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,11 +11,16 @@ from lightning_ddst.sparsity.allocation import DISTRIBUTIONS, allocate, apportio
 from lightning_ddst.sparsity.checks import check_choice, check_density, check_rate
 from lightning_ddst.sparsity.growth import GROWTH_RULES, GrowthRule, Layer
 from lightning_ddst.sparsity.maskable import MaskableWeight, maskable_weights
+from lightning_ddst.sparsity.patterns import matches
 from lightning_ddst.sparsity.selection import count_true, largest, select
 
 Scope = Literal["global", "layer"]
 SCOPES = ("global", "layer")
+Initial = Literal["random", "magnitude"]
+INITIAL = ("random", "magnitude")
 Gradients = Mapping[str, Tensor]
+Moves = list[tuple[list[str], int]]
+"""Numbers of weights to prune or to grow in pools of layers."""
 
 _PIECE = 2**20
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -30,12 +35,17 @@ class SparseNetwork:
 
     Args:
         network: The module to sparsify.
-        density: Active over maskable weights at the start, in (0, 1]. Which weights are active is
-            drawn at random.
+        density: Active over maskable weights at the start, in (0, 1].
+        initial: "random" draws the first masks; "magnitude" prunes the weights as they are (of a
+            network that was trained dense), by the same rules as later.
         distribution: How the active weights are spread over layers, a key of `DISTRIBUTIONS`.
         scope: Where weights compete to stay or to grow: "global", over all layers together (as the
             paper does), or "layer", with the layers' counts given by the distribution.
         growth: A key of `GROWTH_RULES`.
+        dense_layers: Layers that are left dense, and out of every density: patterns as in `matches`.
+        layer_densities: Densities of single layers, in (0, 1], by pattern; the first that matches
+            counts. They keep them, explore by themselves, and the other layers share what is left.
+        name: The network's name, in front of its layers' where patterns are compared.
         layer_floor: The share of what the distribution gives a layer that global pruning must leave
             it, in (0, 1]; at least one weight. Without it a layer of small weights would be emptied.
         seed: Of everything that is drawn here.
@@ -59,20 +69,30 @@ class SparseNetwork:
         network: nn.Module,
         density: float,
         *,
+        initial: Initial = "random",
         distribution: str = "erk",
         scope: Scope = "global",
         growth: str = "gradient",
+        dense_layers: Sequence[str] = (),
+        layer_densities: Mapping[str, float] | None = None,
+        name: str = "",
         layer_floor: float = 0.25,
         seed: int = 0,
         state: Mapping[str, Any] | None = None,
     ) -> None:
         check_density("density", density)
         check_density("layer_floor", layer_floor)
+        check_choice("initial", initial, INITIAL)
         check_choice("distribution", distribution, DISTRIBUTIONS)
         check_choice("scope", scope, SCOPES)
         check_choice("growth", growth, GROWTH_RULES)
         self.network = network
-        self.weights: dict[str, MaskableWeight] = {weight.name: weight for weight in maskable_weights(network)}
+        self.weights: dict[str, MaskableWeight] = {
+            weight.name: weight for weight in maskable_weights(network) if not _first(dense_layers, weight, name)
+        }
+        if not self.weights:
+            raise ValueError(f"dense_layers={list(dense_layers)} leaves nothing to mask.")
+        self._given = _given_counts(self.weights, layer_densities or {}, name)
         self.target = density
         self.growth: GrowthRule = GROWTH_RULES[growth]
         self._distribution = distribution
@@ -84,11 +104,7 @@ class SparseNetwork:
         self.listeners: list[Callable[[], None]] = []
         self.masks: dict[str, Tensor]
         if state is None:
-            self.masks = self._drawn(density)
-            self._counts = {name: count_true(mask) for name, mask in self.masks.items()}
-            self._zero_inactive()
-            if density < 1:
-                self._refresh_spectral()
+            self._begin(density, initial)
         else:
             self._restore(state)
 
@@ -134,27 +150,25 @@ class SparseNetwork:
         """Grows or prunes, only one of them, to a new density.
 
         Args:
-            density: The new density, in (0, 1]; the count is exactly ``round(density * total)``.
+            density: The new density, in (0, 1]; the count is exactly ``round(density * total)``, or
+                as near to it as layers of given densities allow.
             gradients: Dense gradients by name, for growth rules that use them.
 
         Raises:
             ValueError: If the density is outside (0, 1] or below what the layers' floors allow.
         """
         check_density("density", density)
-        change = round(density * self.total) - self.active
-        scores = self._growth_scores(gradients) if change > 0 else []
-        if self._scope == "layer":
-            targets = self._monotone_allocation(density)
-            per_layer = [abs(target - count) for target, count in zip(targets, self._counts.values(), strict=True)]
-        else:
-            per_layer = None
-        if change > 0:
+        total = self._reachable(round(density * self.total))
+        grows = total > self.active
+        moves = self._moves(self._monotone_allocation(density, total), total - self.active)
+        if grows:
+            scores = self._growth_scores(gradients)
             self._zero_inactive()  # in case something else wrote there
-            self._grow(change, scores, per_layer)
-        elif change < 0:
-            self._prune(-change, density, per_layer)
+            self._grow(moves, scores)
+        elif moves:
+            self._prune(moves, density)
         self.target = density
-        if change:
+        if moves:
             self._refresh_spectral()
 
     def explore(self, rate: float, gradients: Gradients | None = None) -> int:
@@ -174,24 +188,20 @@ class SparseNetwork:
             ValueError: If the rate is outside [0, 1].
         """
         check_rate("rate", rate)
-        if self._scope == "layer":
-            per_layer = [
-                min(int(rate * count + 1e-9), self.masks[name].numel() - count, count - 1)
-                for name, count in self._counts.items()
-            ]
-            number = sum(per_layer)
-        else:
-            per_layer = None
-            prunable = sum(
-                count - floor for count, floor in zip(self._counts.values(), self._floors(self.density), strict=True)
-            )
-            number = min(int(rate * self.active + 1e-9), self.total - self.active, prunable)
-        if number:
+        floors = self._floors(self.density)
+        moves = []
+        for pool in self._pools():
+            active = sum(self._counts[name] for name in pool)
+            size = sum(self.masks[name].numel() for name in pool)
+            prunable = sum(self._counts[name] - (floors[name] if len(pool) > 1 else 1) for name in pool)
+            if number := min(int(rate * active + 1e-9), size - active, prunable):
+                moves.append((pool, number))
+        if moves:
             scores = self._growth_scores(gradients)
-            self._prune(number, self.density, per_layer)
-            self._grow(number, scores, per_layer)
+            self._prune(moves, self.density)
+            self._grow(moves, scores)
             self._refresh_spectral()
-        return number
+        return sum(number for _, number in moves)
 
     def allocation(self, density: float) -> dict[str, int]:
         """What the distribution gives each weight at a density.
@@ -200,47 +210,66 @@ class SparseNetwork:
             ValueError: If the density is outside (0, 1] or leaves less than one weight a layer.
         """
         shapes = [weight.parameter.shape for weight in self.weights.values()]
-        return dict(zip(self.weights, allocate(shapes, density, self._distribution), strict=True))
+        given = {i: self._given[name] for i, name in enumerate(self.weights) if name in self._given}
+        return dict(zip(self.weights, allocate(shapes, density, self._distribution, given=given), strict=True))
 
     # ---- how they are made ---------------------------------------------------------------------
 
-    def _prune(self, number: int, density: float, per_layer: list[int] | None) -> None:
+    def _pools(self) -> list[list[str]]:
+        """Which layers' weights compete with each other to stay and to grow."""
+        if self._scope == "layer":
+            return [[name] for name in self.weights]
+        free = [name for name in self.weights if name not in self._given]
+        return [*([free] if free else []), *([name] for name in self._given)]
+
+    def _moves(self, counts: Mapping[str, int], change: int) -> Moves:
+        """How many weights each pool gives or takes up on the way to new counts; `change` in all."""
+        moves = []
+        for pool in self._pools():
+            number = abs(sum(counts[name] - self._counts[name] for name in pool))
+            if number:
+                moves.append((pool, number))
+        assert sum(number for _, number in moves) == abs(change)
+        return moves
+
+    def _prune(self, moves: Moves, density: float) -> None:
         """Deactivates the active weights of smallest magnitude."""
-        limits = per_layer or [
-            count - floor for count, floor in zip(self._counts.values(), self._floors(density), strict=True)
-        ]
         for name, parameter in self.parameters.items():
             _check_finite(f"the weights of {name!r}", parameter.detach())
-        weights = [parameter.detach() for parameter in self.parameters.values()]
-        self._flip(*select(weights, list(self.masks.values()), number, limits, _smallness), sign=-1)
+        floors = self._floors(density)
+        for pool, number in moves:
+            weights = [self.weights[name].parameter.detach() for name in pool]
+            masks = [self.masks[name] for name in pool]
+            limits = [self._counts[name] - (floors[name] if len(pool) > 1 else 1) for name in pool]
+            self._flip(pool, *select(weights, masks, number, limits, _smallness), sign=-1)
         self._zero_inactive()
         for listener in self.listeners:
             listener()
 
-    def _growth_scores(self, gradients: Gradients | None) -> list[Tensor]:
+    def _growth_scores(self, gradients: Gradients | None) -> dict[str, Tensor]:
         """The growth rule's, taken before anything changes, so that an error leaves all as it was."""
-        scores = []
+        scores = {}
         for name, weight in self.weights.items():
             gradient = torch.empty(0)
             if self.growth.gradient != "none":
                 if gradients is None or name not in gradients:
                     raise ValueError(f"gradients must hold the dense gradient of {name!r} for this growth rule.")
                 gradient = gradients[name]
-            scores.append(
-                self.growth.score(Layer(weight.parameter.detach(), self.masks[name], gradient, self._generator))
-            )
-            _check_finite(f"the growth rule's scores of {name!r}", scores[-1])
+            layer = Layer(weight.parameter.detach(), self.masks[name], gradient, self._generator)
+            scores[name] = self.growth.score(layer)
+            _check_finite(f"the growth rule's scores of {name!r}", scores[name])
         return scores
 
-    def _grow(self, number: int, scores: list[Tensor], per_layer: list[int] | None) -> None:
+    def _grow(self, moves: Moves, scores: Mapping[str, Tensor]) -> None:
         """Activates the inactive weights of highest score."""
-        limits = per_layer or [self.masks[name].numel() - count for name, count in self._counts.items()]
-        inactive = [mask.logical_not() for mask in self.masks.values()]
         key = torch.abs if self.growth.magnitude else torch.detach
-        self._flip(*select(scores, inactive, number, limits, key), sign=1)
+        for pool, number in moves:
+            inactive = [self.masks[name].logical_not() for name in pool]
+            limits = [self.masks[name].numel() - self._counts[name] for name in pool]
+            self._flip(pool, *select([scores[name] for name in pool], inactive, number, limits, key), sign=1)
 
-    def _flip(self, chosen: list[Tensor], counts: list[int], *, sign: Literal[-1, 1]) -> None:
-        for name, marks, count in zip(self.masks, chosen, counts, strict=True):
+    def _flip(self, pool: list[str], chosen: list[Tensor], counts: list[int], *, sign: Literal[-1, 1]) -> None:
+        for name, marks, count in zip(pool, chosen, counts, strict=True):
             self.masks[name].logical_xor_(marks)  # in place: what holds the mask goes on with the new one
             self._counts[name] += sign * count
 
@@ -255,31 +284,48 @@ class SparseNetwork:
             # generator update may still have to be differentiated.
             zero_where_inactive(weight.parameter.data, self.masks[name])
 
-    def _drawn(self, density: float) -> dict[str, Tensor]:
-        masks = {}
-        for name, number in self.allocation(density).items():
-            parameter = self.weights[name].parameter
-            if number < parameter.numel():
-                masks[name] = largest(torch.rand(parameter.shape, generator=self._generator), number)
-                masks[name] = masks[name].to(parameter.device)
-            else:
-                masks[name] = torch.ones_like(parameter, dtype=torch.bool)
-        return masks
+    def _begin(self, density: float, initial: Initial) -> None:
+        counts = self.allocation(density)
+        if initial == "random":
+            self.masks = {name: self._drawn(name, number) for name, number in counts.items()}
+            self._counts = counts
+            self._zero_inactive()
+        else:
+            self.masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in self.parameters.items()}
+            self._counts = {name: mask.numel() for name, mask in self.masks.items()}
+            self._prune(self._moves(counts, self.total - sum(counts.values())), density)
+        if self.active < self.total:
+            self._refresh_spectral()
 
-    def _floors(self, density: float) -> list[int]:
-        """The least that pruning to a density leaves each layer."""
-        floors = [max(1, int(self._layer_floor * count)) for count in self.allocation(density).values()]
-        return [min(floor, count) for floor, count in zip(floors, self._counts.values(), strict=True)]
+    def _drawn(self, name: str, number: int) -> Tensor:
+        parameter = self.weights[name].parameter
+        if number == parameter.numel():
+            return torch.ones_like(parameter, dtype=torch.bool)
+        return largest(torch.rand(parameter.shape, generator=self._generator), number).to(parameter.device)
 
-    def _monotone_allocation(self, density: float) -> list[int]:
-        """The distribution at a new density, with every layer moving the same way or not at all."""
-        counts = list(self._counts.values())
-        sizes = [mask.numel() for mask in self.masks.values()]
-        total = round(density * self.total)
+    def _floors(self, density: float) -> dict[str, int]:
+        """The least that pruning to a density leaves each layer among others."""
+        floors = {name: max(1, int(self._layer_floor * count)) for name, count in self.allocation(density).items()}
+        return {name: min(floor, self._counts[name]) for name, floor in floors.items()}
+
+    def _reachable(self, total: int) -> int:
+        """The count nearest to this one that layers of given densities allow."""
+        given = sum(self._given.values())
+        free = [mask.numel() for name, mask in self.masks.items() if name not in self._given]
+        return min(max(total, given + len(free)), given + sum(free)) if self._given else total
+
+    def _monotone_allocation(self, density: float, total: int) -> dict[str, int]:
+        """The distribution at a new count, with every layer moving the same way or not at all."""
         grows = total >= self.active
-        lower, upper = (counts, sizes) if grows else ([1] * len(counts), counts)
+        lower = [count if grows or name in self._given else 1 for name, count in self._counts.items()]
+        upper = [
+            self.masks[name].numel() if grows and name not in self._given else count
+            for name, count in self._counts.items()
+        ]
+        if self._given:
+            density = total / self.total
         shares = [float(count) for count in self.allocation(density).values()]
-        return apportion(shares, total, lower, upper)
+        return dict(zip(self._counts, apportion(shares, total, lower, upper), strict=True))
 
     # ---- saving --------------------------------------------------------------------------------
 
@@ -298,6 +344,28 @@ class SparseNetwork:
         self.target = state["target"]
         self._generator.set_state(state["rng"].cpu())
         self._zero_inactive()  # spectral norm's vectors were saved with the weights and fit these masks
+
+
+def _first(patterns: Iterable[str], weight: MaskableWeight, network: str) -> str | None:
+    """The first pattern that matches a layer of this weight."""
+    for pattern in patterns:
+        for name, layer in weight.layers.items():
+            if matches(pattern, f"{network}.{name}".strip("."), layer):
+                return pattern
+    return None
+
+
+def _given_counts(
+    weights: Mapping[str, MaskableWeight], densities: Mapping[str, float], network: str
+) -> dict[str, int]:
+    for pattern, density in densities.items():
+        check_density(f"layer_densities[{pattern!r}]", density)
+    found = {name: _first(densities, weight, network) for name, weight in weights.items()}
+    return {
+        name: max(1, round(densities[pattern] * weights[name].parameter.numel()))
+        for name, pattern in found.items()
+        if pattern is not None
+    }
 
 
 def _smallness(weights: Tensor) -> Tensor:

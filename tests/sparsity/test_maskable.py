@@ -28,7 +28,7 @@ def test_each_kind_of_layer_is_found_but_for_its_bias(layer):
     (found,) = maskable_weights(network)
     assert found.name == "1.weight"
     assert found.parameter is layer.weight
-    assert found.layers == (layer,)
+    assert tuple(found.layers.values()) == (layer,)
     assert found.spectral == ()
 
 
@@ -96,7 +96,7 @@ def test_under_the_old_spectral_norm_the_weight_before_normalisation_is_found(la
     (found,) = maskable_weights(network)
     assert found.name == "0.weight_orig"
     assert found.parameter is layer.weight_orig
-    assert found.layers == (layer,)
+    assert tuple(found.layers.values()) == (layer,)
     (spectral,) = found.spectral
     assert spectral.parameter is layer.weight_orig
     u, v = spectral.vectors()
@@ -111,7 +111,7 @@ def test_under_the_new_spectral_norm_the_weight_before_normalisation_is_found(la
     (found,) = maskable_weights(network)
     assert found.name == "0.parametrizations.weight.original"
     assert found.parameter is layer.parametrizations.weight.original
-    assert found.layers == (layer,)
+    assert tuple(found.layers.values()) == (layer,)
     (spectral,) = found.spectral
     assert spectral.parameter is layer.parametrizations.weight.original
     u, v = spectral.vectors()
@@ -135,7 +135,7 @@ def test_a_weight_shared_by_two_layers_is_found_once_under_its_parameters_name()
     assert [name for name, _ in network.named_parameters()] == ["0.weight", "0.bias", "2.bias"]
     (found,) = maskable_weights(network)
     assert found.name == "0.weight"
-    assert found.layers == (network[0], network[2])
+    assert tuple(found.layers.values()) == (network[0], network[2])
 
 
 @pytest.mark.parametrize("norm", [old_spectral_norm, parametrizations.spectral_norm], ids=["old", "new"])
