@@ -1,16 +1,18 @@
 """Measures the balance ratio's three scores at one generator update, and leaves no trace."""
 
-import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 
 from lightning_ddst.balance.entries import Place, entry, first_tensor, tensors_in
+from lightning_ddst.balance.replay import CallState, replayed, weights
 
 _CALLS = 16
 """How many calls of each network are remembered: more than lie between a scored batch and the update."""
@@ -59,28 +61,51 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Generated:
-    """A call of the generator, and what it returned."""
+    """A call of the generator: what it began from, and what it returned."""
 
     call: _Call
+    state: CallState
+    version: int
     fake: Tensor
 
 
 @dataclass(frozen=True)
 class _Scored:
-    """A call of the discriminator, which arguments gradients flow to, and the generator's last call before it."""
+    """A call of the discriminator.
+
+    Attributes:
+        call: Its arguments.
+        version: Of the discriminator's weights.
+        trained: The arguments that gradients flow to.
+        state: What it began from, if gradients flow to any.
+        score: The mean score, if gradients flow to any.
+        latest: The generator's last call before it.
+    """
 
     call: _Call
+    version: int
     trained: frozenset[int | str]
+    state: CallState | None
+    score: Tensor | None
     latest: _Generated | None
 
 
 @dataclass(frozen=True)
 class _Adversarial:
-    """The generator's call, the discriminator's call on what came out, and which argument that was."""
+    """The generator's call, the discriminator's call on what came out, and which argument that was.
+
+    Attributes:
+        as_it_is: Whether the argument is what the generator returned, neither augmented nor joined with others.
+    """
 
     made: _Generated
-    scored: _Call
+    scored: _Scored
     place: int | str
+    as_it_is: bool
+
+    @property
+    def argument(self) -> Tensor:
+        return dict(self.scored.call.tensors())[self.place]
 
 
 class BalanceProbe:
@@ -91,10 +116,12 @@ class BalanceProbe:
     weights that the update is about to change; `after_update` scores the real images, the generator
     with the old weights, and with the new ones on the same input.
 
-    The repeated calls run in the mode (training or evaluation, autocast) of the training step,
-    without gradients, and with the discriminator's weights from before the update; weights, buffers
-    and the random states of torch and Python are put back after each of them. So training is the
-    same, bit for bit, and all three scores come from the same discriminator.
+    The repeated calls run in the mode (training or evaluation) of the training step,
+    without gradients, from the buffers, autocast and random states (of torch and Python) that the
+    generator's training began from, and with the discriminator's weights from before the update; everything is
+    put back after each of them. So training is the same, bit for bit, and all three scores come from
+    the same discriminator. The old generator's score is taken from training, where that computed it
+    from these weights.
 
     Args:
         generator: Its input is repeated.
@@ -105,7 +132,6 @@ class BalanceProbe:
             they are its first tensor.
         module: What holds both networks and gives the scores by itself, a `ScoresItself`, where
             watching the networks cannot.
-        autocast: Makes the precision context of the training step.
 
     Attributes:
         watching: Whether calls are recorded; switched on for updates that will be measured.
@@ -120,7 +146,6 @@ class BalanceProbe:
         real: Place | None = None,
         discriminator_output: Place | None = None,
         module: nn.Module | None = None,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.watching = False
         self.checked = module is not None
@@ -129,14 +154,15 @@ class BalanceProbe:
         self._real = real
         self._output = discriminator_output
         self._module = module
-        self._autocast = autocast
         self._probing = False
         self._shape: torch.Size | None = None  # of one image
         self._forget()
         self._handles = []
         if module is None:
             self._handles = [
+                generator.register_forward_pre_hook(self._calling_generator, with_kwargs=True),
                 generator.register_forward_hook(self._generator_called, with_kwargs=True),
+                discriminator.register_forward_pre_hook(self._calling_discriminator, with_kwargs=True),
                 discriminator.register_forward_hook(self._discriminator_called, with_kwargs=True),
             ]
 
@@ -157,20 +183,38 @@ class BalanceProbe:
     def _forget(self) -> None:
         self._generated: deque[_Generated] = deque(maxlen=_CALLS)
         self._scored: deque[_Scored] = deque(maxlen=_CALLS)
+        self._state: CallState | None = None  # of the call that is under way
         self._before: dict[nn.Parameter, Tensor] = {}  # the weights before the update
+        self._versions = (-1, -1)  # of both networks' weights then
+
+    def _calling_generator(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._generator_trains():
+            self._state = CallState.now(self._generator)
 
     def _generator_called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._generator_trains():
+            assert self._state is not None
+            call, fake = _Call(args, kwargs).detached(), first_tensor(output).detach()
+            self._generated.append(_Generated(call, self._state, _version(self._generator), fake))
+
+    def _generator_trains(self) -> bool:
         # Without gradients it is a call for the discriminator's sake, or for somebody to look at.
-        if self.watching and not self._probing and torch.is_grad_enabled():
-            self._generated.append(_Generated(_Call(args, kwargs).detached(), first_tensor(output).detach()))
+        return self.watching and not self._probing and torch.is_grad_enabled()
+
+    def _calling_discriminator(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.watching and not self._probing:
+            self._state = CallState.now(self._discriminator) if _trained(_Call(args, kwargs)) else None
 
     def _discriminator_called(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         if self.watching and not self._probing:
             call = _Call(args, kwargs)
-            trained = frozenset(place for place, value in call.tensors() if value.requires_grad)
-            self._scored.append(_Scored(call.detached(), trained, self._generated[-1] if self._generated else None))
+            score = _mean(self._scores_in(output)) if self._state is not None else None
+            latest = self._generated[-1] if self._generated else None
+            self._scored.append(
+                _Scored(call.detached(), _version(self._discriminator), _trained(call), self._state, score, latest)
+            )
 
     # ---- the measurement -------------------------------------------------------------------------
 
@@ -181,6 +225,7 @@ class BalanceProbe:
             parameters: Those that the update may change.
         """
         self._before = {parameter: parameter.detach().clone() for parameter in parameters}
+        self._versions = (_version(self._generator), _version(self._discriminator))
 
     def after_update(self, batch: Any) -> Tensor:
         """Measures the update, and forgets what was recorded.
@@ -206,30 +251,38 @@ class BalanceProbe:
         self._shape = step.made.fake.shape[1:]
         self._check_real(batch)
         real = self._call_on_real(self._real_images(batch), batch, step)
-        with self._weights_before(self._before):
-            scores = [self._discriminate(real), self._score_generated(step)]
-        with self._weights_before(self._discriminator.parameters()):
+        with weights(self._before, of=self._before):
+            scores = [self._discriminate(real, step), self._score_before(step)]
+        with weights(self._before, of=self._discriminator.parameters()):
             return [*scores, self._score_generated(step)]
 
     def _scores_of_module(self, batch: Any) -> list[Tensor]:
         assert isinstance(self._module, ScoresItself)
-        with self._weights_before(self._before), self._traceless():
+        state = CallState.now(self._module)
+        with weights(self._before, of=self._before), self._quietly(self._module, state):
             real, fake = self._module.balance_scores(batch)
-        with self._weights_before(self._discriminator.parameters()), self._traceless():
+        with weights(self._before, of=self._discriminator.parameters()), self._quietly(self._module, state):
             return [real, fake, self._module.balance_scores(batch)[1]]
 
+    def _score_before(self, step: _Adversarial) -> Tensor:
+        """That of training, if nothing was changed on the way to or from it."""
+        unchanged = (step.made.version, step.scored.version) == self._versions
+        if unchanged and step.as_it_is and step.scored.score is not None and not self._compiled:
+            return step.scored.score
+        return self._score_generated(step)
+
     def _score_generated(self, step: _Adversarial) -> Tensor:
-        with self._traceless():
-            call = step.made.call
+        call = step.made.call
+        with self._quietly(self._generator, step.made.state):
             images = first_tensor(self._generator(*call.args, **call.kwargs))
-            return self._output_of(step.scored.replaced({step.place: images}))
+        return self._discriminate(step.scored.call.replaced({step.place: images.to(step.argument.dtype)}), step)
 
-    def _discriminate(self, call: _Call) -> Tensor:
-        with self._traceless():
-            return self._output_of(call)
+    def _discriminate(self, call: _Call, step: _Adversarial) -> Tensor:
+        assert step.scored.state is not None
+        with self._quietly(self._discriminator, step.scored.state):
+            return self._scores_in(self._discriminator(*call.args, **call.kwargs))
 
-    def _output_of(self, call: _Call) -> Tensor:
-        output = self._discriminator(*call.args, **call.kwargs)
+    def _scores_in(self, output: Any) -> Tensor:
         if self._output is None:
             return first_tensor(output)
         try:
@@ -249,10 +302,11 @@ class BalanceProbe:
             for place, value in trained:
                 for made in reversed(self._generated):
                     if value.untyped_storage().data_ptr() == made.fake.untyped_storage().data_ptr():
-                        return _Adversarial(made, scored.call, place)
+                        as_it_is = value.data_ptr() == made.fake.data_ptr() and value.shape == made.fake.shape
+                        return _Adversarial(made, scored, place, as_it_is)
             for place, value in trained:  # augmented, or joined with real images
                 if scored.latest is not None and value.shape[1:] == scored.latest.fake.shape[1:]:
-                    return _Adversarial(scored.latest, scored.call, place)
+                    return _Adversarial(scored.latest, scored, place, as_it_is=False)
         if not self._generated:
             raise self._cannot(
                 f"no call of the generator ({type(self._generator).__name__}) with gradients was seen before its "
@@ -299,10 +353,10 @@ class BalanceProbe:
             shown = dict(scored.call.tensors()).get(step.place)
             if shown is not None and shown.data_ptr() == real.data_ptr() and shown.shape == real.shape:
                 return scored.call
-        values: dict[int | str, Any] = {step.place: real}
+        values: dict[int | str, Any] = {step.place: real.to(step.argument.dtype)}
         beside = [(place, own) for place, own in tensors_in(batch) if own.data_ptr() != real.data_ptr()]
         held = {own.untyped_storage().data_ptr() for _, own in beside}
-        for other, value in step.scored.tensors():
+        for other, value in step.scored.call.tensors():
             if other == step.place or value.untyped_storage().data_ptr() in held:
                 continue  # a condition out of the batch is the real images' as well
             # Conditions (labels) of the fakes make way for those of the real images.
@@ -314,7 +368,7 @@ class BalanceProbe:
                 )
             if own:
                 values[other] = next(iter(own.values()))
-        return step.scored.replaced(values)
+        return step.scored.call.replaced(values)
 
     def check(self, batch: Any) -> None:
         """Ends the comparison of a whole training step with what the probe makes of it.
@@ -354,50 +408,31 @@ class BalanceProbe:
 
     # ---- no trace --------------------------------------------------------------------------------
 
-    def _devices(self) -> list[int]:
-        return sorted({p.device.index for p in self._discriminator.parameters() if p.device.type == "cuda"})
-
     @contextmanager
-    def _weights_before(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-        """Those of the parameters that were kept have the values of before the update."""
-        changed = {parameter: self._before[parameter] for parameter in parameters if parameter in self._before}
-        now = {parameter: parameter.detach().clone() for parameter in changed}
-        try:
-            for parameter, value in changed.items():
-                parameter.data.copy_(value)  # past autograd's version counter: a backward pass may still come
-            yield
-        finally:
-            for parameter, value in now.items():
-                parameter.data.copy_(value)
-
-    @contextmanager
-    def _traceless(self) -> Iterator[None]:
-        """For calls that training must not notice: they work on copies of the buffers, and of the random state."""
-        networks = (self._generator, self._discriminator) if self._module is None else (self._module,)
-        kept = [
-            (module, name, buffer)
-            for network in networks
-            for module in network.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-        # The originals stay as they are, so a backward pass that is still to come finds what it saved.
-        copies = {id(buffer): buffer.clone() for _, _, buffer in kept}
-        caching, of_python = torch.is_autocast_cache_enabled(), random.getstate()
+    def _quietly(self, network: nn.Module, state: CallState) -> Iterator[None]:
+        """For calls that training must not notice."""
         self._probing = True
         try:
-            for module, name, buffer in kept:
-                module._buffers[name] = copies[id(buffer)]
-            with torch.random.fork_rng(devices=self._devices()), torch.no_grad(), self._autocast():
-                # Inside a training step's autocast, half-precision copies from before the update may be cached.
-                torch.set_autocast_cache_enabled(False)
+            with replayed(network, state):
                 yield
         finally:
-            torch.set_autocast_cache_enabled(caching)
-            random.setstate(of_python)
-            for module, name, buffer in kept:
-                module._buffers[name] = buffer
             self._probing = False
+
+    @property
+    def _compiled(self) -> bool:
+        """Whether calls with and without gradients may be compiled to different arithmetic."""
+        modules = chain(self._generator.modules(), self._discriminator.modules())
+        return any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in modules)
+
+
+def _trained(call: _Call) -> frozenset[int | str]:
+    """The arguments that gradients flow to."""
+    return frozenset(place for place, value in call.tensors() if value.requires_grad)
+
+
+def _version(network: nn.Module) -> int:
+    """Grows with every change of the network's weights."""
+    return sum(parameter._version for parameter in network.parameters())
 
 
 def _mean(scores: Tensor) -> Tensor:

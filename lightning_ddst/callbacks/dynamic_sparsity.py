@@ -362,7 +362,6 @@ class DynamicSparsityCallback(Callback):
                 real=self._real,
                 discriminator_output=self._discriminator_output,
                 module=pl_module if isinstance(pl_module, ScoresItself) else None,
-                autocast=trainer.precision_plugin.forward_context,
             )
         self._training = SparseTraining(
             generator,

@@ -7,7 +7,6 @@ batch sizes and weights are), so that neither float32 nor float64 rounds anythin
 import copy
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -730,27 +729,54 @@ def test_dropout_and_noise_are_the_same_where_the_update_itself_draws():
 
 
 @pytest.mark.parametrize("kind", ["old spectral norm", "new spectral norm"])
-def test_every_score_starts_from_the_same_spectral_norm(kind):
+def test_every_score_starts_from_the_spectral_norm_that_training_started_from(kind):
     torch.manual_seed(0)
     generator, discriminator = nn.Linear(NOISE, 4), DISCRIMINATORS[kind]()
     # New weights, so that u and v are far from converged and every iteration gives another norm.
     for parameter in discriminator.parameters():
         nn.init.normal_(parameter)
     z, real = torch.randn(16, NOISE), torch.randn(16, 4) + 1
-    scores = one_measurement(generator, discriminator, z, real)
     state = {name: value.clone() for name, value in discriminator.state_dict().items()}
+    scores = one_measurement(generator, discriminator, z, real)
 
     def alone(images):
-        with torch.no_grad():
-            score = discriminator(images).mean()
         discriminator.load_state_dict(state)
-        return score
+        with torch.no_grad():
+            return discriminator(images).mean()
 
     with torch.no_grad():
         assert scores[0] == alone(real)
         assert scores[1] == scores[2] == alone(generator(z))
-        discriminator(real)
-        assert scores[1] != alone(generator(z)), "one iteration further the score is another"
+        assert scores[1] != discriminator(generator(z)).mean(), "one iteration further the score is another"
+
+
+def test_the_old_score_is_trainings_own_unless_something_changed_since():
+    def calls(change=lambda generator, discriminator: None, of=lambda fake: fake):
+        generator, discriminator, probe = watched()
+        z, real = drawn(BATCH, NOISE, seed=3), drawn(BATCH, PIXELS, seed=4)
+        discriminator(of(generator(z)))
+        change(generator, discriminator)
+        counted = []
+        discriminator.register_forward_hook(lambda *_: counted.append("D"))
+        generator.register_forward_hook(lambda *_: counted.append("G"))
+        probe.before_update(generator.parameters())
+        expected = [discriminator.by_hand(real), discriminator.by_hand(generator.by_hand(z))]
+        with torch.no_grad():
+            generator.linear.bias += 1
+        expected.append(discriminator.by_hand(generator.by_hand(z)))
+        assert probe.after_update(real).tolist() == [value.item() for value in expected]
+        return "".join(counted)
+
+    def change(parameter):
+        with torch.no_grad():
+            parameter.mul_(2)
+
+    assert calls() == "DGD"  # real images, and the new generator's
+    assert calls(lambda generator, discriminator: change(generator.linear.weight)) == "DGDGD"
+    assert calls(lambda generator, discriminator: change(discriminator.linear.weight)) == "DGDGD"
+    assert calls(of=lambda fake: fake * COLORS) == "DGDGD"
+    assert calls(of=lambda fake: torch.cat([fake, fake])) == "DGDGD"
+    assert calls(of=lambda fake: fake[:1]) == "DGDGD"
 
 
 half_precision = partial(torch.autocast, "cpu", torch.bfloat16)
@@ -760,22 +786,39 @@ def test_scores_are_made_in_the_precision_of_training():
     torch.manual_seed(0)
     generator, discriminator = nn.Linear(NOISE, 4), discriminator_with()
     z, real = torch.randn(16, NOISE), torch.randn(16, 4)
-    scores = one_measurement(generator, discriminator, z, real, autocast=half_precision)
+    with half_precision():
+        scores = one_measurement(generator, discriminator, z, real)
     with torch.no_grad(), half_precision():
         expected = [discriminator(real).float().mean(), discriminator(generator(z)).float().mean()]
         assert discriminator(real).dtype == torch.bfloat16
-    assert scores[:2].tolist() == [value.item() for value in expected]
+    assert scores.tolist() == [value.item() for value in (*expected, expected[1])]
     assert scores[:2].tolist() != one_measurement(generator, discriminator, z, real)[:2].tolist()
 
 
-@pytest.mark.parametrize("autocast", [half_precision, nullcontext])
-def test_the_new_score_is_not_made_from_weights_cached_before_the_update(autocast):
+def test_scores_are_made_in_the_precision_of_each_network_alone():
+    torch.manual_seed(0)
+    generator, discriminator = nn.Linear(NOISE, 4), nn.Linear(4, 1)
+    probe = BalanceProbe(generator, discriminator)
+    probe.watching = True
+    z, real = torch.randn(16, NOISE), torch.randn(16, 4)
+    with half_precision():
+        fake = generator(z)
+        with torch.autocast("cpu", enabled=False):
+            discriminator(fake.float())
+        probe.before_update([])
+        scores = probe.after_update(real)
+    with torch.no_grad():
+        assert scores[0] == discriminator(real).mean()
+        assert scores[1] == scores[2] == discriminator(fake.float()).mean()
+
+
+def test_the_new_score_is_not_made_from_weights_cached_before_the_update():
     # Inside autocast torch keeps the half precision copies of weights until the outermost context ends.
     generator, discriminator = nn.Linear(1, 2, bias=False), nn.Linear(2, 1, bias=False)
     nn.init.constant_(generator.weight, 2)
     nn.init.constant_(discriminator.weight, 1)
     optimizer = torch.optim.SGD(generator.parameters(), 0.5)
-    probe = BalanceProbe(generator, discriminator, autocast=autocast)
+    probe = BalanceProbe(generator, discriminator)
     probe.watching = True
     with half_precision():  # the whole training step in it
         (-discriminator(generator(torch.ones(1, 1)))).float().mean().backward()
@@ -990,9 +1033,8 @@ def test_what_returns_no_tensor_is_named():
     generator = LinearGenerator()
     probe = BalanceProbe(generator, discriminator)
     probe.watching = True
-    discriminator(generator(drawn(BATCH, NOISE)))
     with pytest.raises(TypeError, match="no tensor in what a network returned: str"):
-        probe.after_update(drawn(BATCH, PIXELS))
+        discriminator(generator(drawn(BATCH, NOISE)))
 
 
 def test_a_copy_of_the_generator_is_not_the_generator():

@@ -1,0 +1,759 @@
+"""GANs as people write them, each measured at every generator update, and worked out by hand in its training step.
+
+The networks keep no state, so a score by hand is `forward` without gradients; hooks do not see it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD, Adam
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_ddst import DynamicSparsityCallback
+from tests.toys import toy_trainer
+
+BATCH, LATENT, CLASSES = 4, 6, 3
+BATCHES = 6
+IMAGE = (1, 4, 4)
+DENSITY = 0.3
+
+
+# ---- networks --------------------------------------------------------------------------------------------
+
+
+class Generator(nn.Module):
+    """From noise, and labels if there are classes, to anything of a shape."""
+
+    def __init__(self, shape: tuple[int, ...] = IMAGE, classes: int = 0) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(classes, LATENT) if classes else None
+        self.layers = nn.Sequential(
+            nn.Linear(LATENT, 24), nn.ReLU(), nn.Linear(24, torch.Size(shape).numel()), nn.Unflatten(1, shape)
+        )
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.layers(z if self.embedding is None else z + self.embedding(labels))
+
+
+class Translator(nn.Module):
+    """From image to image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Discriminator(nn.Module):
+    def __init__(self, shape: tuple[int, ...] = IMAGE, classes: int = 0) -> None:
+        super().__init__()
+        size = torch.Size(shape).numel()
+        self.features = nn.Sequential(nn.Flatten(), nn.Linear(size, 24), nn.LeakyReLU(0.2))
+        self.score = nn.Linear(24, 1)
+        self.embedding = nn.Embedding(classes, 24) if classes else None
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        features = self.features(x)
+        score = self.score(features)
+        return score if self.embedding is None else score + (self.embedding(labels) * features).sum(1, keepdim=True)
+
+
+# ---- what every GAN here does -----------------------------------------------------------------------------
+
+
+class GAN(LightningModule):
+    """Knows nothing of the package; works BR's scores out beside every update of its generator."""
+
+    arguments: ClassVar[dict[str, Any]] = {}
+    """What the callback has to be told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.by_hand: list[list[float]] = []
+        self.make_networks()
+
+    def make_networks(self) -> None:
+        self.generator, self.discriminator = Generator(), Discriminator()
+
+    def configure_optimizers(self) -> Any:
+        return [adam(self.generator), adam(self.discriminator)]
+
+    @contextmanager
+    def worked_out(self, real: Callable[[], Tensor], fake: Callable[[], Tensor]) -> Iterator[None]:
+        """Around an update of the generator: `real` and `fake` give scores, past every hook."""
+        with torch.no_grad():
+            scores = [real().mean().item(), fake().mean().item()]
+        yield
+        with torch.no_grad():
+            self.by_hand.append([*scores, fake().mean().item()])
+
+    def step(self, optimizer: Any, loss: Tensor) -> None:
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+    def noise(self, x: Tensor) -> Tensor:
+        return torch.randn(len(x), LATENT)
+
+    def unconditional(self, x: Tensor, z: Tensor) -> Any:
+        """The scores of a GAN without conditions."""
+        score = self.discriminator.forward
+        return self.worked_out(lambda: score(x), lambda: score(self.generator.forward(z)))
+
+    def discriminator_loss(self, x: Tensor, fake: Tensor) -> Tensor:
+        return F.softplus(-self.discriminator(x)).mean() + F.softplus(self.discriminator(fake)).mean()
+
+    def generator_loss(self, fake: Tensor) -> Tensor:
+        return F.softplus(-self.discriminator(fake)).mean()
+
+
+def adam(network: nn.Module) -> Adam:
+    return Adam(network.parameters(), 0.01, betas=(0.5, 0.9))
+
+
+class Images(Dataset[Any]):
+    def __init__(self, item: Callable[[Tensor, Tensor], Any], shape: tuple[int, ...]) -> None:
+        rng = torch.Generator().manual_seed(0)
+        self.images = torch.randn(BATCH * BATCHES, *shape, generator=rng) + 1
+        self.item = item
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.item(self.images[i], torch.tensor(i % CLASSES))
+
+
+# ---- the patterns -----------------------------------------------------------------------------------------
+
+
+class LightningsExample(GAN):
+    """The generator first, each optimizer toggled, as in Lightning's own example."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, _), (g, d) = batch, self.optimizers()
+        z = self.noise(x)
+        self.toggle_optimizer(g)
+        loss = self.generator_loss(self(z))
+        self.manual_backward(loss)
+        with self.unconditional(x, z):
+            g.step()
+        g.zero_grad()
+        self.untoggle_optimizer(g)
+        self.toggle_optimizer(d)
+        loss = self.discriminator_loss(x, self(z).detach())
+        self.manual_backward(loss)
+        d.step()
+        d.zero_grad()
+        self.untoggle_optimizer(d)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.generator(z)
+
+
+class SharedFake(GAN):
+    """The discriminator first, and both losses of one fake."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, _), (g, d) = batch, self.optimizers()
+        z = self.noise(x)
+        fake = self.generator(z)
+        self.step(d, self.discriminator_loss(x, fake.detach()))
+        with self.unconditional(x, z):
+            self.step(g, self.generator_loss(fake))
+
+
+class ToggledOptimizer(GAN):
+    """Lightning's context manager."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, _), (g, d) = batch, self.optimizers()
+        z = self.noise(x)
+        with d.toggle_model():
+            self.step(d, self.discriminator_loss(x, self.generator(z).detach()))
+        with g.toggle_model():
+            loss = self.generator_loss(self.generator(z))
+            with self.unconditional(x, z):
+                self.step(g, loss)
+
+
+class Closures(GAN):
+    raw = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, _), (g, d) = batch, self.optimizers(use_pl_optimizer=not self.raw)
+        z = self.noise(x)
+
+        def discriminator_closure() -> Tensor:
+            loss = self.discriminator_loss(x, self.generator(z).detach())
+            d.zero_grad()
+            self.manual_backward(loss)
+            return loss
+
+        def generator_closure() -> Tensor:
+            loss = self.generator_loss(self.generator(z))
+            g.zero_grad()
+            self.manual_backward(loss)
+            return loss
+
+        d.step(closure=discriminator_closure)
+        with self.unconditional(x, z):
+            g.step(closure=generator_closure)
+
+
+class RawClosures(Closures):
+    """Torch's own optimizers: no hook runs between the closure and the update."""
+
+    raw = True
+
+
+class RawOptimizers(GAN):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, _), (g, d) = batch, self.optimizers(use_pl_optimizer=False)
+        z = self.noise(x)
+        self.step(d, self.discriminator_loss(x, self.generator(z).detach()))
+        with self.unconditional(x, z):
+            self.step(g, self.generator_loss(self.generator(z)))
+
+
+class CriticStepsInside(GAN):
+    """A Wasserstein critic with gradient penalty and several steps a batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, _), (g, d) = batch, self.optimizers()
+        for _ in range(3):
+            fake = self.generator(self.noise(x)).detach()
+            mixed = (x + torch.rand(len(x), 1, 1, 1) * (fake - x)).requires_grad_()
+            (slope,) = torch.autograd.grad(self.discriminator(mixed).sum(), mixed, create_graph=True)
+            penalty = (slope.flatten(1).norm(dim=1) - 1).square().mean()
+            self.step(d, self.discriminator(fake).mean() - self.discriminator(x).mean() + 10 * penalty)
+        z = self.noise(x)
+        with self.unconditional(x, z):
+            self.step(g, -self.discriminator(self.generator(z)).mean())
+
+
+class CriticStepsAcross(GAN):
+    every = 3
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, _), (g, d) = batch, self.optimizers()
+        self.step(d, self.discriminator_loss(x, self.generator(self.noise(x)).detach()))
+        if batch_idx % self.every == self.every - 1:
+            z = self.noise(x)
+            with self.unconditional(x, z):
+                self.step(g, self.generator_loss(self.generator(z)))
+
+
+class GeneratorEverySecondBatch(GAN):
+    """One network a batch, the generator first."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, _), (g, d) = batch, self.optimizers()
+        z = self.noise(x)
+        if batch_idx % 2 == 0:
+            with self.unconditional(x, z):
+                self.step(g, self.generator_loss(self.generator(z)))
+        else:
+            self.step(d, self.discriminator_loss(x, self.generator(z).detach()))
+
+
+class Accumulation(GAN):
+    """Gradients of two batches, by hand; what is measured is the second."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, _), (g, d) = batch, self.optimizers()
+        z = self.noise(x)
+        self.manual_backward(self.discriminator_loss(x, self.generator(z).detach()) / 2)
+        if batch_idx % 2:
+            d.step()
+            d.zero_grad()
+        self.discriminator.requires_grad_(False)
+        self.manual_backward(self.generator_loss(self.generator(z)) / 2)
+        self.discriminator.requires_grad_(True)
+        if batch_idx % 2:
+            with self.unconditional(x, z):
+                g.step()
+            g.zero_grad()
+
+
+class Conditional(GAN):
+    """``G(z, labels)`` and ``D(x, labels)``, with other labels for fakes."""
+
+    def make_networks(self) -> None:
+        self.generator, self.discriminator = Generator(classes=CLASSES), Discriminator(classes=CLASSES)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, labels), (g, d) = batch, self.optimizers()
+        z, drawn = self.noise(x), torch.randint(CLASSES, (len(x),))
+        fake = self.generator(z, drawn)
+        real_loss = F.softplus(-self.discriminator(x, labels)).mean()
+        self.step(d, real_loss + F.softplus(self.discriminator(fake.detach(), drawn)).mean())
+        with self.worked_out(
+            lambda: self.discriminator.forward(x, labels),
+            lambda: self.discriminator.forward(self.generator.forward(z, drawn), drawn),
+        ):
+            self.step(g, F.softplus(-self.discriminator(fake, labels=drawn)).mean())
+
+
+class ConditionalGeneratorFirst(Conditional):
+    """Real images were not scored yet when the generator steps."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, labels), (g, d) = batch, self.optimizers()
+        z, drawn = self.noise(x), torch.randint(CLASSES, (len(x),))
+        with self.worked_out(
+            lambda: self.discriminator.forward(x, labels),
+            lambda: self.discriminator.forward(self.generator.forward(z, drawn), drawn),
+        ):
+            self.step(g, F.softplus(-self.discriminator(self.generator(z, drawn), drawn)).mean())
+        fake = self.generator(z, drawn).detach()
+        real_loss = F.softplus(-self.discriminator(x, labels)).mean()
+        self.step(d, real_loss + F.softplus(self.discriminator(fake, drawn)).mean())
+
+
+class Joined(GAN):
+    """``D(cat(real, fake))`` in both steps."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, _), (g, d) = batch, self.optimizers()
+        z = self.noise(x)
+        real, fake = self.discriminator(torch.cat([x, self.generator(z).detach()])).chunk(2)
+        self.step(d, F.softplus(-real).mean() + F.softplus(fake).mean())
+        _, fake = self.discriminator(torch.cat([x, self.generator(z)])).chunk(2)
+        with self.unconditional(x, z):
+            self.step(g, F.softplus(-fake).mean())
+
+
+class Augmented(GAN):
+    """The discriminator sees nothing as it is; scored are images as they are."""
+
+    @staticmethod
+    def augment(x: Tensor) -> Tensor:
+        return x.roll(1, dims=3) + 0.1 * torch.randn(len(x), 1, 1, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, _), (g, d) = batch, self.optimizers()
+        z = self.noise(x)
+        self.step(d, self.discriminator_loss(self.augment(x), self.augment(self.generator(z).detach())))
+        with self.unconditional(x, z):
+            self.step(g, self.generator_loss(self.augment(self.generator(z))))
+
+
+class Restoration(GAN):
+    """From a degraded image to a clean one, by an L1 and an adversarial part; both are in the batch."""
+
+    arguments: ClassVar = {"real": "clean"}
+
+    def make_networks(self) -> None:
+        self.generator, self.discriminator = Translator(), Discriminator()
+
+    @staticmethod
+    def item(x: Tensor, label: Tensor) -> Any:
+        return {"degraded": x * (torch.arange(4) % 2), "clean": x, "label": label}
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (g, d), degraded, clean = self.optimizers(), batch["degraded"], batch["clean"]
+        fake = self.generator(degraded)
+        self.step(d, self.discriminator_loss(clean, fake.detach()))
+        with self.unconditional(clean, degraded):
+            self.step(g, 0.1 * self.generator_loss(fake) + F.l1_loss(fake, clean))
+
+
+class RestorationOfAPair(Restoration):
+    arguments: ClassVar = {"real": 1}
+
+    @staticmethod
+    def item(x: Tensor, label: Tensor) -> Any:
+        return (x * (torch.arange(4) % 2), x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        super().training_step({"degraded": batch[0], "clean": batch[1]}, batch_idx)
+
+
+class ConditionedOnTheInput(Restoration):
+    """``D(image, degraded)``: the condition of a fake is that of its real image."""
+
+    def make_networks(self) -> None:
+        class OfPairs(Discriminator):
+            def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+                return super().forward(torch.cat([x, condition], 1))
+
+        self.generator, self.discriminator = Translator(), OfPairs((2, 4, 4))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (g, _), degraded, clean = self.optimizers(), batch["degraded"], batch["clean"]
+        score = self.discriminator.forward
+        with self.worked_out(lambda: score(clean, degraded), lambda: score(self.generator.forward(degraded), degraded)):
+            self.step(g, F.softplus(-self.discriminator(self.generator(degraded), degraded)).mean())
+
+
+class Autoencoder(GAN):
+    """Reached through ``self(batch)``; the batch is a tensor, and the fakes are fakes of it."""
+
+    def make_networks(self) -> None:
+        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(16, LATENT))
+        self.generator, self.discriminator = Generator(), Discriminator()
+
+    @staticmethod
+    def item(x: Tensor, label: Tensor) -> Any:
+        return x
+
+    def configure_optimizers(self) -> Any:
+        return [Adam(chain(self.encoder.parameters(), self.generator.parameters()), 0.01), adam(self.discriminator)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.generator(self.encoder(x))
+
+    def training_step(self, x: Tensor, batch_idx: int) -> None:
+        g, d = self.optimizers()
+        self.step(d, self.discriminator_loss(x, self(x).detach()))
+        fake = self(x)
+        loss = self.generator_loss(fake) + F.mse_loss(fake, x)
+        with torch.no_grad():
+            z = self.encoder.forward(x)  # BR is the decoder's: it keeps the code that it was given
+        with self.unconditional(x, z):
+            self.step(g, loss)
+
+
+class EncoderApart(Autoencoder):
+    """The encoder has an optimizer of its own, which comes first."""
+
+    def configure_optimizers(self) -> Any:
+        return [adam(self.encoder), adam(self.generator), adam(self.discriminator)]
+
+    def training_step(self, x: Tensor, batch_idx: int) -> None:
+        e, g, d = self.optimizers()
+        self.step(d, self.discriminator_loss(x, self(x).detach()))
+        z = self.encoder(x)
+        fake = self.generator(z)
+        loss = self.generator_loss(fake) + F.mse_loss(fake, x)
+        e.zero_grad()
+        g.zero_grad()
+        self.manual_backward(loss)
+        e.step()
+        with self.unconditional(x, z.detach()):
+            g.step()
+
+
+class ReturnsATuple(GAN):
+    """The first tensor is the score."""
+
+    def make_networks(self) -> None:
+        class WithFeatures(Discriminator):
+            def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+                features = self.features(x)
+                return self.returned(self.score(features), features)
+
+            @staticmethod
+            def returned(score: Tensor, features: Tensor) -> Any:
+                return self.returned(score, features)
+
+        self.generator, self.discriminator = Generator(), WithFeatures()
+
+    @staticmethod
+    def returned(score: Tensor, features: Tensor) -> Any:
+        return score, features
+
+    @staticmethod
+    def score_in(returned: Any) -> Tensor:
+        return returned[0]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, _), (g, d) = batch, self.optimizers()
+        z = self.noise(x)
+
+        def score(x: Tensor) -> Tensor:
+            return self.score_in(self.discriminator(x))
+
+        self.step(d, F.softplus(-score(x)).mean() + F.softplus(score(self.generator(z).detach())).mean())
+        with self.worked_out(
+            lambda: self.score_in(self.discriminator.forward(x)),
+            lambda: self.score_in(self.discriminator.forward(self.generator.forward(z))),
+        ):
+            self.step(g, F.softplus(-score(self.generator(z))).mean())
+
+
+class ReturnsAList(ReturnsATuple):
+    """Features first."""
+
+    arguments: ClassVar = {"discriminator_output": 1}
+
+    @staticmethod
+    def returned(score: Tensor, features: Tensor) -> Any:
+        return [[features, features], score]
+
+    @staticmethod
+    def score_in(returned: Any) -> Tensor:
+        return returned[1]
+
+
+class ReturnsADict(ReturnsATuple):
+    arguments: ClassVar = {"discriminator_output": "score.adversarial"}
+
+    @staticmethod
+    def returned(score: Tensor, features: Tensor) -> Any:
+        return {"features": features, "score": {"auxiliary": features, "adversarial": score}}
+
+    @staticmethod
+    def score_in(returned: Any) -> Tensor:
+        return returned["score"]["adversarial"]
+
+
+class SeveralDiscriminatorOptimizers(GAN):
+    def configure_optimizers(self) -> Any:
+        d = self.discriminator
+        return [adam(d.features), adam(self.generator), SGD(d.score.parameters(), 0.01)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, _), (features, g, score) = batch, self.optimizers()
+        z = self.noise(x)
+        score.zero_grad()
+        self.step(features, self.discriminator_loss(x, self.generator(z).detach()))
+        score.step()
+        with self.unconditional(x, z):
+            self.step(g, self.generator_loss(self.generator(z)))
+
+
+class OneOptimizer(GAN):
+    """A parameter group a network; a step moves what has gradients."""
+
+    def configure_optimizers(self) -> Any:
+        return Adam([{"params": n.parameters(), "lr": 0.01} for n in (self.discriminator, self.generator)])
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, _), optimizer = batch, self.optimizers()
+        z = self.noise(x)
+        self.step(optimizer, self.discriminator_loss(x, self.generator(z).detach()))
+        self.discriminator.requires_grad_(False)
+        with self.unconditional(x, z):
+            self.step(optimizer, self.generator_loss(self.generator(z)))
+        self.discriminator.requires_grad_(True)
+
+
+class OneStepForBoth(OneOptimizer):
+    """Both networks move in one step; BR's scores are those of the discriminator before it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, _), optimizer = batch, self.optimizers()
+        z = self.noise(x)
+        fake = self.generator(z)
+        optimizer.zero_grad()
+        self.manual_backward(self.discriminator_loss(x, fake.detach()))
+        kept = {name: p.grad.clone() for name, p in self.discriminator.named_parameters()}
+        self.manual_backward(self.generator_loss(fake))
+        for name, p in self.discriminator.named_parameters():
+            p.grad = kept[name]
+        before = {name: p.detach().clone() for name, p in self.discriminator.named_parameters()}
+
+        def score(image: Tensor) -> Tensor:  # past hooks, too
+            hidden = F.linear(image.flatten(1), before["features.1.weight"], before["features.1.bias"])
+            return F.linear(F.leaky_relu(hidden, 0.2), before["score.weight"], before["score.bias"])
+
+        with self.worked_out(lambda: score(x), lambda: score(self.generator.forward(z))):
+            optimizer.step()
+
+
+class Shaped(SharedFake):
+    shape: tuple[int, ...] = IMAGE
+
+    def make_networks(self) -> None:
+        self.generator, self.discriminator = Generator(self.shape), Discriminator(self.shape)
+
+
+class Signals(Shaped):
+    shape = (2, 10)
+
+
+class Volumes(Shaped):
+    shape = (1, 3, 3, 3)
+
+
+class Vectors(Shaped):
+    shape = (7,)
+
+
+class Nested(GAN):
+    """The networks are a part of the module, and are called something else."""
+
+    arguments: ClassVar = {"generator": "model.painter", "discriminator": "model.judges.0"}
+
+    def make_networks(self) -> None:
+        self.model = nn.ModuleDict({"painter": Generator(), "judges": nn.ModuleList([Discriminator()])})
+        self.perceptual = nn.Sequential(nn.Flatten(), nn.Linear(16, 8)).requires_grad_(False)
+        self.encoder = nn.Linear(LATENT, LATENT)
+
+    def configure_optimizers(self) -> Any:
+        painter, judge = self.model["painter"], self.model["judges"][0]
+        return [adam(judge), Adam(chain(self.encoder.parameters(), painter.parameters()), 0.01)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, _), (d, g), painter, judge = batch, self.optimizers(), self.model["painter"], self.model["judges"][0]
+        z = self.noise(x)
+        real_loss = F.softplus(-judge(x)).mean()
+        self.step(d, real_loss + F.softplus(judge(painter(self.encoder(z)).detach())).mean())
+        code = self.encoder(z)
+        fake = painter(code)
+        loss = F.softplus(-judge(fake)).mean() + F.mse_loss(self.perceptual(fake), self.perceptual(x))
+        code = code.detach()
+        with self.worked_out(lambda: judge.forward(x), lambda: judge.forward(painter.forward(code))):
+            self.step(g, loss)
+
+
+class StyleBased(GAN):
+    """The generator is never called itself, so the module gives the scores."""
+
+    def make_networks(self) -> None:
+        self.G = nn.ModuleDict({"mapping": nn.Linear(LATENT, LATENT), "synthesis": Generator()})
+        self.D = Discriminator()
+        self.scored: list[Tensor] = []
+
+    def configure_optimizers(self) -> Any:
+        return [adam(self.G), adam(self.D)]
+
+    def generate(self, z: Tensor) -> Tensor:
+        return self.G["synthesis"](self.G["mapping"](z))
+
+    def balance_scores(self, batch: Any) -> tuple[Tensor, Tensor]:
+        self.scored.append(self.noise(batch[0]))
+        return self.D(batch[0]), self.D(self.generate(self.scored[-1]))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, _), (g, d) = batch, self.optimizers()
+        fake = self.generate(self.noise(x))
+        self.step(d, F.softplus(-self.D(x)).mean() + F.softplus(self.D(fake.detach())).mean())
+        loss = F.softplus(-self.D(self.generate(self.noise(x)))).mean()
+        state = torch.get_rng_state()
+        z = self.noise(x)  # what will be drawn for the scores
+        torch.set_rng_state(state)
+        with self.worked_out(
+            lambda: self.D.forward(x),
+            lambda: self.D.forward(self.G["synthesis"].forward(self.G["mapping"].forward(z))),
+        ):
+            self.step(g, loss)
+        if self.scored:
+            assert all(torch.equal(z, drawn) for drawn in self.scored), "each time the same noise"
+            self.scored.clear()
+
+
+PATTERNS: list[type[GAN]] = [
+    LightningsExample,
+    SharedFake,
+    ToggledOptimizer,
+    Closures,
+    RawClosures,
+    RawOptimizers,
+    CriticStepsInside,
+    CriticStepsAcross,
+    GeneratorEverySecondBatch,
+    Accumulation,
+    Conditional,
+    ConditionalGeneratorFirst,
+    Joined,
+    Augmented,
+    Restoration,
+    RestorationOfAPair,
+    ConditionedOnTheInput,
+    Autoencoder,
+    EncoderApart,
+    ReturnsATuple,
+    ReturnsAList,
+    ReturnsADict,
+    SeveralDiscriminatorOptimizers,
+    OneOptimizer,
+    OneStepForBoth,
+    Signals,
+    Volumes,
+    Vectors,
+    Nested,
+    StyleBased,
+]
+UPDATES = {CriticStepsAcross: 2, GeneratorEverySecondBatch: 3, Accumulation: 3}
+
+
+def fitted(pattern: type[GAN], callback: DynamicSparsityCallback | None, seed: int = 0) -> GAN:
+    seed_everything(seed, verbose=False)
+    gan = pattern()
+    data = Images(getattr(pattern, "item", lambda x, label: (x, label)), getattr(pattern, "shape", IMAGE))
+    callbacks = [] if callback is None else [callback, Exact(callback)]
+    toy_trainer(*callbacks).fit(gan, DataLoader(data, batch_size=BATCH))
+    return gan
+
+
+class Exact(Callback):
+    """Looks after every step of every optimizer whether as many weights are active as should be, and the others 0."""
+
+    def __init__(self, sparsity: DynamicSparsityCallback) -> None:
+        self.sparsity = sparsity
+        self.steps = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_post_hook(lambda *_: self.look(pl_module))
+
+    def look(self, module: LightningModule) -> None:
+        self.steps += 1
+        parameters = dict(module.named_parameters())
+        for role, density in (("generator", DENSITY), ("discriminator", DENSITY)):
+            masks = self.sparsity.masks(role)
+            total = sum(mask.numel() for mask in masks.values())
+            assert sum(int(mask.sum()) for mask in masks.values()) == round(density * total)
+            assert not any(parameters[name][~mask].any() for name, mask in masks.items())
+
+
+def static(pattern: type[GAN], **arguments: Any) -> DynamicSparsityCallback:
+    settings = {"method": "static", "probe_interval": 1, "interval": 1000} | pattern.arguments | arguments
+    return DynamicSparsityCallback(DENSITY, **settings)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_update_is_measured_as_worked_out_by_hand(pattern: type[GAN]) -> None:
+    callback = static(pattern)
+    gan = fitted(pattern, callback)
+    updates = UPDATES.get(pattern, BATCHES)
+    assert callback.generator_updates == callback.measurements == len(gan.by_hand) == updates
+    real, old, new = torch.tensor(gan.by_hand).double().mean(0).tolist()
+    balance = callback.balance
+    assert balance.samples == updates
+    assert balance.real == pytest.approx(real, abs=1e-6)
+    assert balance.fake == pytest.approx(old, abs=1e-6)
+    assert abs(new - old) > 1e-4, "an update that moves nothing would hide mistakes"
+    assert balance.beta == pytest.approx(new - old, abs=1e-6)
+    assert balance.alpha == pytest.approx(real - old, abs=2e-6)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_weights_are_those_of_a_run_that_is_not_measured(pattern: type[GAN]) -> None:
+    measured = fitted(pattern, static(pattern)).state_dict()
+    plain = fitted(pattern, static(pattern, probe_interval=None)).state_dict()
+    assert measured.keys() == plain.keys() == pattern().state_dict().keys()
+    assert all(torch.equal(measured[name], value) for name, value in plain.items())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_ddst_runs_and_a_checkpoint_of_it_loads_without_the_package(pattern: type[GAN], tmp_path: Path) -> None:
+    arguments: ClassVar = {"interval": 2, "explore_interval": 1, "probe_interval": 1} | pattern.arguments
+    callback = DynamicSparsityCallback(DENSITY, DENSITY, "ddst", **arguments)
+    seed_everything(0, verbose=False)
+    gan = pattern()
+    data = Images(getattr(pattern, "item", lambda x, label: (x, label)), getattr(pattern, "shape", IMAGE))
+    trainer = toy_trainer(callback, epochs=2, folder=tmp_path)
+    trainer.fit(gan, DataLoader(data, batch_size=BATCH))
+    assert len(callback.decisions) == callback.generator_updates // 2
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    plain = pattern()
+    plain.load_state_dict(state)
+    masks = callback.masks("generator")
+    assert sum(int(mask.sum()) for mask in masks.values()) == round(DENSITY * sum(m.numel() for m in masks.values()))
+    assert not any(plain.get_parameter(name)[~mask].any() for name, mask in masks.items())
