@@ -34,9 +34,9 @@ class Synthesis(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.start = nn.Parameter(torch.randn(1, 64, 4, 4))
-        self.coarse = StyledConv(64, 64)
-        self.fine = StyledConv(64, 16)
+        self.start = nn.Parameter(torch.randn(1, 32, 4, 4))
+        self.coarse = StyledConv(32, 32)
+        self.fine = StyledConv(32, 16)
         self.to_gray = nn.Conv2d(16, 1, 3, padding=1)
 
     def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:
@@ -96,13 +96,16 @@ class StyleGAN(LightningModule):
         generator_optimizer.step()
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        return [torch.optim.Adam(network.parameters(), lr=2e-3, betas=(0.0, 0.9)) for network in (self.G, self.D)]
+        return [
+            torch.optim.Adam(network.parameters(), lr=lr, betas=(0.0, 0.99))
+            for network, lr in ((self.G, 2e-3), (self.D, 4e-3))
+        ]
 
 
 def main() -> None:
     seed_everything(0)
     sparsity = DynamicSparsityCallback(generator_density=0.2, dense_layers=["G.mapping.*"])
-    trainer = Trainer(max_epochs=8, callbacks=[sparsity], enable_checkpointing=False)
+    trainer = Trainer(max_epochs=7, callbacks=[sparsity], enable_checkpointing=False)
     trainer.fit(StyleGAN(), DataLoader(digits(), batch_size=32, shuffle=True, drop_last=True))
 
     for update, decision in sparsity.decisions[-5:]:

@@ -10,24 +10,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import spectral_norm
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, StackDataset
 
 from lightning_ddst import DynamicSparsityCallback
 from lightning_ddst.data import digits
-
-
-class HalfDigits(Dataset[dict[str, Tensor]]):
-    """Digits, and what is left of them without their right half."""
-
-    def __len__(self) -> int:
-        return len(digits())
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        target, _ = digits()[index]
-        source = target.clone()
-        source[:, :, 4:] = -1
-        return {"source": source, "target": target}
 
 
 class Generator(nn.Module):
@@ -60,11 +46,11 @@ class Pix2Pix(LightningModule):
         self.automatic_optimization = False
         self.G = Generator()
         self.D = nn.Sequential(
-            spectral_norm(nn.Conv2d(2, 32, 4, stride=2, padding=1)),
+            nn.Conv2d(2, 32, 4, stride=2, padding=1),
             nn.LeakyReLU(0.2),
-            spectral_norm(nn.Conv2d(32, 64, 3, padding=1)),
+            nn.Conv2d(32, 64, 3, padding=1),
             nn.LeakyReLU(0.2),
-            spectral_norm(nn.Conv2d(64, 1, 3, padding=1)),  # a score for each of 4x4 patches
+            nn.Conv2d(64, 1, 3, padding=1),  # a score for each of 4x4 patches
         )
 
     def score(self, source: Tensor, image: Tensor) -> Tensor:
@@ -81,25 +67,29 @@ class Pix2Pix(LightningModule):
         fake = self.G(source)
 
         real_score, fake_score = self.score(source, target), self.score(source, fake.detach())
-        loss = F.relu(1 - real_score).mean() + F.relu(1 + fake_score).mean()
+        loss = F.softplus(-real_score).mean() + F.softplus(fake_score).mean()
         discriminator_optimizer.zero_grad()
         self.manual_backward(loss)
         discriminator_optimizer.step()
 
-        loss = 5 * F.l1_loss(fake, target) - self.score(source, fake).mean()
+        loss = F.softplus(-self.score(source, fake)).mean() + 2 * F.l1_loss(fake, target)
         generator_optimizer.zero_grad()
         self.manual_backward(loss)
         generator_optimizer.step()
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        return [torch.optim.Adam(network.parameters(), lr=1e-3, betas=(0.5, 0.9)) for network in (self.G, self.D)]
+        return [torch.optim.Adam(network.parameters(), lr=2e-3, betas=(0.5, 0.99)) for network in (self.G, self.D)]
 
 
 def main() -> None:
     seed_everything(0)
+    whole, _ = digits().tensors
+    half = whole.clone()
+    half[..., 4:] = -1
+    data = StackDataset(source=half, target=whole)
     sparsity = DynamicSparsityCallback(generator_density=0.2)
-    trainer = Trainer(max_epochs=10, callbacks=[sparsity], enable_checkpointing=False)
-    trainer.fit(Pix2Pix(), DataLoader(HalfDigits(), batch_size=32, shuffle=True, drop_last=True))
+    trainer = Trainer(max_epochs=7, callbacks=[sparsity], enable_checkpointing=False)
+    trainer.fit(Pix2Pix(), DataLoader(data, batch_size=32, shuffle=True, drop_last=True))
 
     for update, decision in sparsity.decisions[-5:]:
         print(f"generator update {update}: {decision.action}, {decision.reason}")

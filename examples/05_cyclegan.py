@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.data import DataLoader
 
 from lightning_ddst import DynamicSparsityCallback
@@ -30,12 +29,12 @@ def generator() -> nn.Module:
 
 def discriminator() -> nn.Module:
     return nn.Sequential(
-        spectral_norm(nn.Conv2d(1, 16, 4, stride=2, padding=1)),
+        nn.Conv2d(1, 16, 4, stride=2, padding=1),
         nn.LeakyReLU(0.2),
-        spectral_norm(nn.Conv2d(16, 32, 4, stride=2, padding=1)),
+        nn.Conv2d(16, 32, 4, stride=2, padding=1),
         nn.LeakyReLU(0.2),
         nn.Flatten(),
-        spectral_norm(nn.Linear(32 * 2 * 2, 1)),
+        nn.Linear(32 * 2 * 2, 1),
     )
 
 
@@ -54,13 +53,13 @@ class CycleGAN(LightningModule):
 
         fake_a, fake_b = self.G_BA(b), self.G_AB(a)
         cycle = F.l1_loss(self.G_BA(fake_b), a) + F.l1_loss(self.G_AB(fake_a), b)
-        loss = 5 * cycle - self.D_A(fake_a).mean() - self.D_B(fake_b).mean()
+        loss = 5 * cycle + (1 - self.D_A(fake_a)).square().mean() + (1 - self.D_B(fake_b)).square().mean()
         generator_optimizer.zero_grad()
         self.manual_backward(loss)
         generator_optimizer.step()
 
-        loss = F.relu(1 - self.D_A(a)).mean() + F.relu(1 + self.D_A(fake_a.detach())).mean()
-        loss = loss + F.relu(1 - self.D_B(b)).mean() + F.relu(1 + self.D_B(fake_b.detach())).mean()
+        loss = (1 - self.D_A(a)).square().mean() + self.D_A(fake_a.detach()).square().mean()
+        loss = loss + (1 - self.D_B(b)).square().mean() + self.D_B(fake_b.detach()).square().mean()
         discriminator_optimizer.zero_grad()
         self.manual_backward(loss)
         discriminator_optimizer.step()
@@ -83,7 +82,7 @@ def main() -> None:
         "a to b": DynamicSparsityCallback(generator_density=0.2, generator="G_AB", discriminator="D_B", real="b"),
         "b to a": DynamicSparsityCallback(generator_density=0.2, generator="G_BA", discriminator="D_A", real="a"),
     }
-    trainer = Trainer(max_epochs=15, callbacks=list(pairs.values()), enable_checkpointing=False)
+    trainer = Trainer(max_epochs=12, callbacks=list(pairs.values()), enable_checkpointing=False)
     trainer.fit(CycleGAN(), data)
 
     for name, pair in pairs.items():

@@ -58,7 +58,8 @@ class SparseNetwork:
         masks: A bool mask by name, true where active, one byte a weight.
         growth: The growth rule.
         listeners: Called whenever weights were pruned, before others grow.
-        target: The density last asked for; `density` is what there is, a whole number of weights.
+        target: The density last asked for, as far as layers of given densities allow it; `density` is
+            what there is, a whole number of weights.
 
     Raises:
         ValueError: For an argument outside what is allowed, or a network with nothing to mask.
@@ -158,7 +159,9 @@ class SparseNetwork:
             ValueError: If the density is outside (0, 1] or below what the layers' floors allow.
         """
         check_density("density", density)
-        total = self._reachable(round(density * self.total))
+        if self._given:
+            density = self._reachable(density)
+        total = round(density * self.total)
         grows = total > self.active
         moves = self._moves(self._monotone_allocation(density, total), total - self.active)
         if grows:
@@ -308,11 +311,11 @@ class SparseNetwork:
         floors = {name: max(1, int(self._layer_floor * count)) for name, count in self.allocation(density).items()}
         return {name: min(floor, self._counts[name]) for name, floor in floors.items()}
 
-    def _reachable(self, total: int) -> int:
-        """The count nearest to this one that layers of given densities allow."""
+    def _reachable(self, density: float) -> float:
+        """The density nearest to this one that layers of given densities allow."""
         given = sum(self._given.values())
         free = [mask.numel() for name, mask in self.masks.items() if name not in self._given]
-        return min(max(total, given + len(free)), given + sum(free)) if self._given else total
+        return min(max(density, (given + len(free)) / self.total), (given + sum(free)) / self.total)
 
     def _monotone_allocation(self, density: float, total: int) -> dict[str, int]:
         """The distribution at a new count, with every layer moving the same way or not at all."""
@@ -322,8 +325,6 @@ class SparseNetwork:
             self.masks[name].numel() if grows and name not in self._given else count
             for name, count in self._counts.items()
         ]
-        if self._given:
-            density = total / self.total
         shares = [float(count) for count in self.allocation(density).values()]
         return dict(zip(self._counts, apportion(shares, total, lower, upper), strict=True))
 

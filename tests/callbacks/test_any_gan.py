@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader, Dataset
+from toys import toy_trainer
 
 from lightning_ddst import DynamicSparsityCallback
-from tests.toys import toy_trainer
 
 BATCH, LATENT, CLASSES = 4, 6, 3
 BATCHES = 6

@@ -142,3 +142,25 @@ def test_splitting_keeps_any_bounds_and_the_sum(data):
 def test_splitting_into_bounds_that_cannot_hold_it_is_refused(total):
     with pytest.raises(ValueError, match=rf"total={total} must be between 3 and 9"):
         apportion([1.0, 2.0], total, [1, 2], [4, 5])
+
+
+# ---- counts that are decided already -----------------------------------------------------------------------
+
+
+def test_layers_without_a_given_count_share_what_is_left():
+    # 12 weights, 6 active: 4 are given to the first, and 2 are left for two alike layers.
+    assert allocate([(2, 2)] * 3, 0.5, given={0: 4}) == [4, 1, 1]
+    assert allocate([(2, 2)] * 3, 0.5, given={1: 1}) == [3, 1, 2]
+    assert allocate([(2, 2)] * 3, 0.5, given={0: 1, 1: 2, 2: 3}) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("density", "message"),
+    [
+        (5 / 12, r"leaves 5 active weights for 3 layers, less than 1 a layer beside the 4 of .*at least 0\.5 here"),
+        (1.0, r"density=1\.0 needs 12 active weights, more than layers of given densities allow; .*at most 0\.83"),
+    ],
+)
+def test_given_counts_that_leave_too_little_or_too_much_are_refused(density, message):
+    with pytest.raises(ValueError, match=message):
+        allocate([(2, 2)] * 3, density, given={0: 4} if density < 1 else {0: 2})

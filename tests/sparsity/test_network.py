@@ -706,3 +706,112 @@ def test_any_sequence_of_changes_keeps_counts_exact(scope, growth, distribution,
                 assert sparse.layer_counts == before
         assert sparse.active == round(target * total)
         assert_consistent(sparse)
+
+
+# ---- layers left dense, layers of given density, first masks by magnitude --------------------------------------
+
+
+def three_layers():
+    """8, 6 and 12 weights, of magnitudes that rise from layer to layer and within them."""
+    network = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 3), nn.Conv1d(3, 2, 2))
+    value = 0.0
+    with torch.no_grad():
+        for layer in network:
+            for i in range(layer.weight.numel()):
+                value += 1
+                layer.weight.view(-1)[i] = value * (-1) ** i
+    return network
+
+
+@pytest.mark.parametrize("pattern", ["painter.1", "*.1", "painter.[1]"])
+def test_a_dense_layer_is_left_alone_and_in_no_density(pattern):
+    network = three_layers()
+    before = network[1].weight.detach().clone()
+    sparse = SparseNetwork(network, 0.5, dense_layers=[pattern], name="painter")
+    assert list(sparse.masks) == ["0.weight", "2.weight"]
+    assert (sparse.total, sparse.active) == (20, 10)
+    sparse.resize(0.25)
+    sparse.resize(1.0, {name: torch.ones_like(p) for name, p in sparse.parameters.items()})
+    assert sparse.density == 1
+    assert torch.equal(network[1].weight, before)
+
+
+def test_layers_are_left_dense_by_their_class():
+    assert list(SparseNetwork(three_layers(), 0.5, dense_layers=["Linear"]).masks) == ["2.weight"]
+    with pytest.raises(ValueError, match=r"dense_layers=\['Linear', 'Conv1d'\] leaves nothing to mask"):
+        SparseNetwork(three_layers(), 0.5, dense_layers=["Linear", "Conv1d"])
+
+
+def test_a_layer_of_given_density_keeps_it_and_the_others_share_what_is_left():
+    sparse = SparseNetwork(three_layers(), 0.5, layer_densities={"1": 1.0, "Linear": 0.25}, growth="random")
+    # 13 of 26 active: 6 of 6 in "1", which comes first; 2 of 8 in the other Linear; 5 are left for the Conv1d.
+    assert list(sparse.layer_counts.values()) == [2, 6, 5]
+    for density, last in ((0.7, 10), (0.05, 1), (0.4, 2), (1.0, 12), (0.35, 1), (0.5, 5)):
+        sparse.resize(density)
+        assert list(sparse.layer_counts.values()) == [2, 6, last]
+        assert sparse.target == {0.05: 9 / 26, 1.0: 20 / 26}.get(density, density)  # what can be reached
+        assert_consistent(sparse)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_a_layer_of_given_density_explores_by_itself(scope):
+    sparse = SparseNetwork(three_layers(), 0.5, layer_densities={"1": 0.5}, growth="random", scope=scope)
+    counts = sparse.layer_counts
+    assert counts["1.weight"] == 3
+    first = copies(sparse)["1.weight"]
+    seen = set()
+    for _ in range(20):
+        sparse.explore(0.4)  # int(0.4 * 3) = 1 of its three
+        assert sparse.layer_counts["1.weight"] == 3
+        seen.add(tuple(sparse.masks["1.weight"].flatten().tolist()))
+    assert len(seen) > 1
+    assert sparse.active == sum(counts.values())
+    assert not torch.equal(first, torch.ones_like(first))
+
+
+def test_a_small_layer_of_given_density_does_not_lose_to_larger_weights():
+    # Without it the smallest magnitudes, all in layer 0, would be pruned first.
+    sparse = SparseNetwork(three_layers(), 20 / 26, initial="magnitude", layer_densities={"0": 0.75})
+    assert list(sparse.layer_counts.values()) == [6, 2, 12]  # 4 of the 6 from the layer with the next smallest
+    free = SparseNetwork(three_layers(), 20 / 26, initial="magnitude")
+    assert list(free.layer_counts.values()) == [2, 6, 12]
+
+
+@pytest.mark.parametrize(
+    ("densities", "density", "message"),
+    [
+        ({"0": 1.5}, 0.5, r"layer_densities\['0'\]=1\.5 must be in \(0, 1\]"),
+        ({"0": 0.0}, 0.5, r"layer_densities\['0'\]=0\.0 must be in \(0, 1\]"),
+        ({"*": 0.5}, 0.7, "needs 18 active weights, more than layers of given densities allow"),
+        ({"Conv1d": 1.0}, 0.5, "leaves 13 active weights for 3 layers, less than 1 a layer beside the 12"),
+    ],
+)
+def test_densities_that_cannot_be_are_refused(densities, density, message):
+    with pytest.raises(ValueError, match=message):
+        SparseNetwork(three_layers(), density, layer_densities=densities)
+
+
+def test_first_masks_by_magnitude_keep_the_largest_weights_of_all_layers():
+    # 8 + 6 + 12 weights of magnitudes 1 to 26; 13 stay. Floors of a quarter of ERK's counts (at most 6, 5 and 7,
+    # of 13 in proportion 6 to 5 to 7) leave layer 0 its largest one and layer 1 its largest one.
+    sparse = SparseNetwork(three_layers(), 0.5, initial="magnitude")
+    assert masks_of(sparse)[0] == [[0, 0, 0, 0], [0, 0, 0, 1]]
+    assert masks_of(sparse)[1] == [[0, 0], [0, 0], [0, 1]]
+    assert sparse.layer_counts["2.weight"] == 11
+    assert not sparse.masks["2.weight"].flatten()[0]
+    assert torch.equal(sparse.network[0].weight[1, 3].detach(), torch.tensor(-8.0))
+    assert_consistent(sparse)
+
+
+def test_first_masks_by_magnitude_layer_by_layer_have_the_distributions_counts():
+    random = SparseNetwork(three_layers(), 0.5, scope="layer", distribution="uniform")
+    sparse = SparseNetwork(three_layers(), 0.5, scope="layer", distribution="uniform", initial="magnitude")
+    assert sparse.layer_counts == random.layer_counts == {"0.weight": 4, "1.weight": 3, "2.weight": 6}
+    for mask in sparse.masks.values():
+        size = mask.numel()
+        assert mask.flatten().tolist() == [False] * (size // 2) + [True] * (size // 2)
+
+
+def test_first_masks_of_an_unknown_kind_are_refused():
+    with pytest.raises(ValueError, match="initial='largest' is unknown; allowed are random, magnitude"):
+        SparseNetwork(three_layers(), 0.5, initial="largest")
