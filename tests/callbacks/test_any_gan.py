@@ -12,13 +12,16 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 from toys import toy_trainer
 
-from lightning_ddst import DynamicSparsityCallback
+from lightning_ddst import DynamicSparsityCallback, GeneratorEMA
 
 BATCH, LATENT, CLASSES = 4, 6, 3
 BATCHES = 6
@@ -757,3 +760,283 @@ def test_ddst_runs_and_a_checkpoint_of_it_loads_without_the_package(pattern: typ
     masks = callback.masks("generator")
     assert sum(int(mask.sum()) for mask in masks.values()) == round(DENSITY * sum(m.numel() for m in masks.values()))
     assert not any(plain.get_parameter(name)[~mask].any() for name, mask in masks.items())
+
+
+# ---- what cannot be seen, said at the first update ------------------------------------------------------------
+
+
+class ByForward(SharedFake):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, _), (g, d) = batch, self.optimizers()
+        self.step(d, self.discriminator_loss(x, self.generator.forward(self.noise(x)).detach()))
+        self.step(g, self.generator_loss(self.generator.forward(self.noise(x))))
+
+
+class OfPairs(Restoration):
+    """``D(cat(input, output))``, as in pix2pix."""
+
+    def make_networks(self) -> None:
+        self.generator, self.discriminator = Translator(), Discriminator((2, 4, 4))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (g, _), degraded = self.optimizers(), batch["degraded"]
+        pair = torch.cat([degraded, self.generator(degraded)], 1)
+        self.step(g, F.softplus(-self.discriminator(pair)).mean())
+
+
+class OtherShapes(SharedFake):
+    """Real images are cut to size in the training step."""
+
+    @staticmethod
+    def item(x: Tensor, label: Tensor) -> Any:
+        return F.pad(x, (1, 1, 1, 1)), label
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        super().training_step((batch[0][:, :, 1:-1, 1:-1], batch[1]), batch_idx)
+
+
+class Rescaled(SharedFake):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        super().training_step((2 * batch[0] - 1, batch[1]), batch_idx)
+
+
+class RescaledGeneratorFirst(LightningsExample):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        super().training_step((2 * batch[0] - 1, batch[1]), batch_idx)
+
+
+class TwoTargets(Restoration):
+    arguments: ClassVar = {}
+
+
+class TwoLabels(ConditionalGeneratorFirst):
+    @staticmethod
+    def item(x: Tensor, label: Tensor) -> Any:
+        return {"x": x, "class": label, "style": label + 1}
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        super().training_step((batch["x"], batch["class"]), batch_idx)
+
+
+class NoSuchOutput(ReturnsATuple):
+    arguments: ClassVar = {"discriminator_output": "logits"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (ByForward, r"no call of the generator \(Generator\) with gradients .*`generator\(z\)`.*balance_scores"),
+        (
+            OfPairs,
+            r"discriminator \(Discriminator\) was not called.*\(4, 1, 4, 4\); .* on \(4, 2, 4, 4\).*balance_scor",
+        ),
+        (OtherShapes, r"no floating-point tensor of shape \(batch, 1, 4, 4\).* holds 0 \(4, 1, 6, 6\).*balance_scores"),
+        (Rescaled, "shifts and scales the batch's images"),
+        (RescaledGeneratorFirst, "shifts and scales the batch's images"),
+        (TwoTargets, r'degraded, clean\. .*real=\.\.\.\)` with real="degraded" or real="clean"'),
+        (TwoLabels, "which of the batch's class, style the discriminator takes as argument 1"),
+        (NoSuchOutput, r"discriminator_output='logits' is no tensor .* returns 0 \(4, 1\).*, 1 \(4, 24\)"),
+    ],
+)
+@pytest.mark.parametrize("probe_interval", [1, 500])
+def test_what_is_missing_is_said_at_the_first_update(pattern: type[GAN], message: str, probe_interval: int) -> None:
+    callback = static(pattern, probe_interval=probe_interval)
+    with pytest.raises(RuntimeError, match=f"the balance ratio cannot be measured: .*{message}"):
+        fitted(pattern, callback)
+    assert callback.generator_updates <= 1
+
+
+def test_a_rare_measurement_is_not_made_early(recwarn: pytest.WarningsRecorder) -> None:
+    callback = static(SharedFake, probe_interval=4)
+    gan = fitted(SharedFake, callback)
+    assert callback.measurements == 1
+    assert callback.balance.real == pytest.approx(gan.by_hand[3][0], abs=1e-6)
+
+
+# ---- several pairs -----------------------------------------------------------------------------------------------
+
+
+class Cycle(GAN):
+    """Two generators and two discriminators, one optimizer for each kind; cycles and identities come last."""
+
+    def make_networks(self) -> None:
+        self.G_AB, self.G_BA = Translator(), Translator()
+        self.D_A, self.D_B = Discriminator(), Discriminator()
+        self.of_pair: dict[str, list[list[float]]] = {"B": [], "A": []}
+
+    @staticmethod
+    def item(x: Tensor, label: Tensor) -> Any:
+        return {"a": x, "b": -x.flip(2)}
+
+    def configure_optimizers(self) -> Any:
+        return [
+            Adam(chain(self.G_AB.parameters(), self.G_BA.parameters()), 0.01),
+            Adam(chain(self.D_A.parameters(), self.D_B.parameters()), 0.01),
+        ]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (a, b), (g, d) = (batch["a"], batch["b"]), self.optimizers()
+        fake_b, fake_a = self.G_AB(a), self.G_BA(b)
+        loss = F.softplus(-self.D_B(fake_b)).mean() + F.softplus(-self.D_A(fake_a)).mean()
+        loss = loss + F.l1_loss(self.G_BA(fake_b), a) + F.l1_loss(self.G_AB(fake_a), b)
+        loss = loss + F.l1_loss(self.G_AB(b), b) + F.l1_loss(self.G_BA(a), a)
+        score_b = self.worked_out(lambda: self.D_B.forward(b), lambda: self.D_B.forward(self.G_AB.forward(a)))
+        score_a = self.worked_out(lambda: self.D_A.forward(a), lambda: self.D_A.forward(self.G_BA.forward(b)))
+        with score_b, score_a:
+            self.step(g, loss)
+        self.of_pair["A"].append(self.by_hand[-2])  # the inner of both ends first
+        self.of_pair["B"].append(self.by_hand[-1])
+        loss = F.softplus(-self.D_B(b)).mean() + F.softplus(self.D_B(fake_b.detach())).mean()
+        self.step(d, loss + F.softplus(-self.D_A(a)).mean() + F.softplus(self.D_A(fake_a.detach())).mean())
+
+
+def test_each_of_two_pairs_has_its_own_balance_masks_and_names(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"method": "static", "probe_interval": 1, "interval": 1000}
+    pairs = {
+        "B": DynamicSparsityCallback(0.3, generator="G_AB", discriminator="D_B", real="b", **settings),
+        "A": DynamicSparsityCallback(0.5, generator="G_BA", discriminator="D_A", real="a", **settings),
+    }
+    seed_everything(0, verbose=False)
+    gan = Cycle()
+    trainer = toy_trainer(*pairs.values(), folder=tmp_path, log_every_n_steps=1)
+    trainer.fit(gan, DataLoader(Images(Cycle.item, IMAGE), batch_size=BATCH))
+    for name, callback in pairs.items():
+        real, old, new = torch.tensor(gan.of_pair[name]).double().mean(0).tolist()
+        assert callback.measurements == BATCHES
+        assert callback.balance.alpha == pytest.approx(real - old, abs=2e-6)
+        assert callback.balance.beta == pytest.approx(new - old, abs=1e-6)
+    assert set(pairs["A"].masks("generator")) == {"G_BA.layers.0.weight", "G_BA.layers.2.weight"}
+    assert [callback.generator_density for callback in pairs.values()] == [43 / 144, 0.5]
+    assert not any(
+        gan.get_parameter(name)[~mask].any()
+        for callback in pairs.values()
+        for role in ("generator", "discriminator")
+        for name, mask in callback.masks(role).items()
+    )
+    events = EventAccumulator(trainer.log_dir)
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert {"G_AB/density/generator", "G_BA/density/generator", "G_AB/balance/alpha"} <= set(tags)
+    assert "density/generator" not in tags
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    states = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
+    assert sum(key.startswith("DynamicSparsityCallback") for key in states) == 2
+
+
+# ---- the networks and the rest of the module ------------------------------------------------------------------------
+
+
+def test_the_rest_of_the_module_stays_dense() -> None:
+    callback = static(Nested)
+    gan = fitted(Nested, callback)
+    masked = callback.masks("generator") | callback.masks("discriminator")
+    assert all(name.startswith("model.") for name in masked)
+    assert gan.encoder.weight.all()
+    assert gan.perceptual[1].weight.all()
+
+
+def test_layers_are_left_dense_and_densities_given_by_pattern() -> None:
+    patterns = {
+        "dense_layers": ["model.painter.layers.0"],
+        "layer_densities": {"*.score": 1.0},
+    }
+    callback = static(Nested, **patterns)
+    gan = fitted_without_looking(Nested, callback)
+    assert set(callback.masks("generator")) == {"model.painter.layers.2.weight"}
+    assert callback.generator_density == pytest.approx(DENSITY, abs=1 / 384)
+    assert callback.masks("discriminator")["model.judges.0.score.weight"].all()
+    assert callback.discriminator_density == pytest.approx(DENSITY, abs=1 / 408)
+    assert gan.get_parameter("model.painter.layers.0.weight").all()
+
+
+@pytest.mark.parametrize("argument", ["dense_layers", "layer_densities"])
+def test_a_pattern_that_matches_nothing_is_refused_with_what_there_is(argument: str) -> None:
+    patterns = ["*.scroe"] if argument == "dense_layers" else {"*.scroe": 0.5}
+    there = r"there are generator\.layers\.0, .*, discriminator\.score, and classes Linear"
+    with pytest.raises(ValueError, match=rf"{argument}: '\*\.scroe' matches no layer; {there}"):
+        fitted(SharedFake, static(SharedFake, **{argument: patterns}))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dense_layers": "*.score"}, r"dense_layers='\*\.score' must be a list of patterns"),
+        ({"layer_densities": {"*": 1.5}}, r"layer_densities\['\*'\]=1\.5 must be in \(0, 1\]"),
+        ({"initial_masks": "largest"}, "initial_masks='largest' is unknown; allowed are random, magnitude"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused_at_once(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DynamicSparsityCallback(0.1, **arguments)
+
+
+def test_masks_by_magnitude_are_those_of_the_weights_that_were_loaded() -> None:
+    dense = SharedFake()
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    gan = SharedFake()
+    gan.load_state_dict(dense.state_dict())
+    callback = static(SharedFake, initial_masks="magnitude", scope="layer")
+    callback.attach(gan)
+    for role in ("generator", "discriminator"):
+        for name, mask in callback.masks(role).items():
+            magnitudes = dense.get_parameter(name).abs()
+            if not mask.all():
+                assert magnitudes[mask].min() > magnitudes[~mask].max()
+            assert torch.equal(gan.get_parameter(name)[mask], dense.get_parameter(name)[mask])
+
+
+def fitted_without_looking(pattern: type[GAN], callback: Callback) -> GAN:
+    seed_everything(0, verbose=False)
+    gan = pattern()
+    item = getattr(pattern, "item", lambda x, label: (x, label))
+    toy_trainer(callback).fit(gan, DataLoader(Images(item, IMAGE), batch_size=BATCH))
+    return gan
+
+
+# ---- other averages ------------------------------------------------------------------------------------------------
+
+
+class WithAverage(SharedFake):
+    def make_networks(self) -> None:
+        super().make_networks()
+        self.average = AveragedModel(self.generator)
+
+
+class WithAverageOfAnother(SharedFake):
+    def make_networks(self) -> None:
+        super().make_networks()
+        self.average = AveragedModel(self.discriminator)
+
+
+def test_lightnings_averages_are_refused_beside_changing_masks() -> None:
+    def fit(method: str) -> None:
+        callbacks = [DynamicSparsityCallback(0.3, method=method), EMAWeightAveraging()]
+        toy_trainer(*callbacks).fit(
+            SharedFake(), DataLoader(Images(lambda x, label: (x, label), IMAGE), batch_size=BATCH)
+        )
+
+    for method in ("ddst", "sdst"):
+        with pytest.raises(ValueError, match=r"EMAWeightAveraging beside changing masks: .*`GeneratorEMA`"):
+            fit(method)
+    fit("static")
+    fit("dense")
+
+
+def test_torchs_average_of_the_generator_is_refused_beside_changing_masks() -> None:
+    with pytest.raises(ValueError, match=r"average, torch's AveragedModel of the generator, .*GeneratorEMA"):
+        fitted_without_looking(WithAverage, DynamicSparsityCallback(0.3))
+    fitted_without_looking(WithAverage, DynamicSparsityCallback(0.3, method="dda"))
+    fitted_without_looking(WithAverageOfAnother, DynamicSparsityCallback(0.3, method="sdst"))
+
+
+@pytest.mark.parametrize("pattern", [OneOptimizer, OneStepForBoth, Accumulation, RawClosures, Nested])
+def test_the_generators_average_counts_its_updates_only(pattern: type[GAN]) -> None:
+    seed_everything(0, verbose=False)
+    gan = pattern()
+    sparsity = static(pattern)
+    average = GeneratorEMA(decay=0.5, generator=pattern.arguments.get("generator"))
+    data = Images(getattr(pattern, "item", lambda x, label: (x, label)), IMAGE)
+    toy_trainer(sparsity, average).fit(gan, DataLoader(data, batch_size=BATCH))
+    assert average.state_dict()["updates"] == sparsity.generator_updates == UPDATES.get(pattern, BATCHES)
