@@ -53,7 +53,7 @@ class CycleGAN(LightningModule):
 
         fake_a, fake_b = self.G_BA(b), self.G_AB(a)
         cycle = F.l1_loss(self.G_BA(fake_b), a) + F.l1_loss(self.G_AB(fake_a), b)
-        loss = 5 * cycle + (1 - self.D_A(fake_a)).square().mean() + (1 - self.D_B(fake_b)).square().mean()
+        loss = cycle + (1 - self.D_A(fake_a)).square().mean() + (1 - self.D_B(fake_b)).square().mean()
         generator_optimizer.zero_grad()
         self.manual_backward(loss)
         generator_optimizer.step()
@@ -66,7 +66,7 @@ class CycleGAN(LightningModule):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return [
-            torch.optim.Adam([*first.parameters(), *second.parameters()], lr=1e-3, betas=(0.5, 0.9))
+            torch.optim.Adam([*first.parameters(), *second.parameters()], lr=2e-3, betas=(0.5, 0.99))
             for first, second in ((self.G_AB, self.G_BA), (self.D_A, self.D_B))
         ]
 
@@ -79,10 +79,10 @@ def main() -> None:
         "b": DataLoader(-images[1::2], batch_size=32, shuffle=True, drop_last=True),
     }
     pairs = {
-        "a to b": DynamicSparsityCallback(generator_density=0.2, generator="G_AB", discriminator="D_B", real="b"),
-        "b to a": DynamicSparsityCallback(generator_density=0.2, generator="G_BA", discriminator="D_A", real="a"),
+        "a to b": DynamicSparsityCallback(0.2, 0.5, generator="G_AB", discriminator="D_B", real="b"),
+        "b to a": DynamicSparsityCallback(0.2, 0.5, generator="G_BA", discriminator="D_A", real="a"),
     }
-    trainer = Trainer(max_epochs=12, callbacks=list(pairs.values()), enable_checkpointing=False)
+    trainer = Trainer(max_epochs=10, callbacks=list(pairs.values()), enable_checkpointing=False)
     trainer.fit(CycleGAN(), data)
 
     for name, pair in pairs.items():

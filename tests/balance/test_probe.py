@@ -1047,6 +1047,16 @@ def test_a_copy_of_the_generator_is_not_the_generator():
     assert probe.after_update(real).tolist() == [discriminator.by_hand(real).item(), fake, fake]
 
 
+def test_a_copy_of_a_network_drags_no_copy_of_the_other_along():
+    generator, discriminator, _ = watched()
+    copied = copy.deepcopy(generator)
+    hooked = [hook.__self__ for hooks in (copied._forward_hooks, copied._forward_pre_hooks) for hook in hooks.values()]
+    assert hooked
+    assert not any(hasattr(probe, "_discriminator") for probe in hooked)
+    copied(drawn(BATCH, NOISE))
+    assert discriminator.linear.weight.numel() == PIXELS
+
+
 # ---- watching, and leaving ----------------------------------------------------------------------------------------
 
 
