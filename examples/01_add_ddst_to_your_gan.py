@@ -36,13 +36,13 @@ class MyGAN(LightningModule):
         generator_optimizer, discriminator_optimizer = self.optimizers()
         real, _ = batch
 
-        fake = self.generator(torch.randn(len(real), 16)).detach()
+        fake = self.generator(torch.randn(len(real), 16, device=self.device)).detach()
         loss = F.relu(1 - self.discriminator(real)).mean() + F.relu(1 + self.discriminator(fake)).mean()
         discriminator_optimizer.zero_grad()
         self.manual_backward(loss)
         discriminator_optimizer.step()
 
-        loss = -self.discriminator(self.generator(torch.randn(len(real), 16))).mean()
+        loss = -self.discriminator(self.generator(torch.randn(len(real), 16, device=self.device))).mean()
         generator_optimizer.zero_grad()
         self.manual_backward(loss)
         generator_optimizer.step()

@@ -105,7 +105,7 @@ class StyleGAN(LightningModule):
 def main() -> None:
     seed_everything(0)
     sparsity = DynamicSparsityCallback(generator_density=0.2, dense_layers=["G.mapping.*"])
-    trainer = Trainer(max_epochs=7, callbacks=[sparsity], enable_checkpointing=False)
+    trainer = Trainer(max_epochs=5, callbacks=[sparsity], enable_checkpointing=False)
     trainer.fit(StyleGAN(), DataLoader(digits(), batch_size=32, shuffle=True, drop_last=True))
 
     for update, decision in sparsity.decisions[-5:]:

@@ -88,7 +88,7 @@ def main() -> None:
     half[..., 4:] = -1
     data = StackDataset(source=half, target=whole)
     sparsity = DynamicSparsityCallback(generator_density=0.2)
-    trainer = Trainer(max_epochs=7, callbacks=[sparsity], enable_checkpointing=False)
+    trainer = Trainer(max_epochs=5, callbacks=[sparsity], enable_checkpointing=False)
     trainer.fit(Pix2Pix(), DataLoader(data, batch_size=32, shuffle=True, drop_last=True))
 
     for update, decision in sparsity.decisions[-5:]:

@@ -74,7 +74,7 @@ class CycleGAN(LightningModule):
 def main() -> None:
     seed_everything(0)
     images, _ = digits().tensors
-    data = {  # no digit is in both
+    data = {  # no image is in both
         "a": DataLoader(images[::2], batch_size=32, shuffle=True, drop_last=True),
         "b": DataLoader(-images[1::2], batch_size=32, shuffle=True, drop_last=True),
     }
@@ -82,7 +82,7 @@ def main() -> None:
         "a to b": DynamicSparsityCallback(0.2, 0.5, generator="G_AB", discriminator="D_B", real="b"),
         "b to a": DynamicSparsityCallback(0.2, 0.5, generator="G_BA", discriminator="D_A", real="a"),
     }
-    trainer = Trainer(max_epochs=10, callbacks=list(pairs.values()), enable_checkpointing=False)
+    trainer = Trainer(max_epochs=8, callbacks=list(pairs.values()), enable_checkpointing=False)
     trainer.fit(CycleGAN(), data)
 
     for name, pair in pairs.items():

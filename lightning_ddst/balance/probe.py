@@ -10,10 +10,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch.autograd.graph import Node
 
 from lightning_ddst.balance.entries import Place, entry, first_tensor, tensors_in
 from lightning_ddst.balance.replay import CallState, replayed, weights
 
+_MARK = "lightning_ddst: made by"
 _CALLS = 16
 """How many calls of each network are remembered: more than lie between a scored batch and the update."""
 _SAME = 1e-2
@@ -61,51 +63,45 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Generated:
-    """A call of the generator: what it began from, and what it returned."""
+    """A call of the generator: what it began from, what it returned, and how autograd's graph was marked there."""
 
     call: _Call
     state: CallState
     version: int
     fake: Tensor
+    fake_version: int
+    mark: object
 
 
 @dataclass(frozen=True)
 class _Scored:
-    """A call of the discriminator.
-
-    Attributes:
-        call: Its arguments.
-        version: Of the discriminator's weights.
-        trained: The arguments that gradients flow to.
-        state: What it began from, if gradients flow to any.
-        score: The mean score, if gradients flow to any.
-        latest: The generator's last call before it.
-    """
+    """A call of the discriminator."""
 
     call: _Call
     version: int
-    trained: frozenset[int | str]
-    state: CallState | None
-    score: Tensor | None
-    latest: _Generated | None
 
 
 @dataclass(frozen=True)
-class _Adversarial:
-    """The generator's call, the discriminator's call on what came out, and which argument that was.
+class _Adversarial(_Scored):
+    """A call of the discriminator on what the generator made, with gradients flowing back to that.
 
     Attributes:
+        state: What it began from.
+        score: The mean score.
+        made: The generator's call.
+        place: The argument that came from it.
         as_it_is: Whether the argument is what the generator returned, neither augmented nor joined with others.
     """
 
+    state: CallState
+    score: Tensor
     made: _Generated
-    scored: _Scored
     place: int | str
     as_it_is: bool
 
     @property
     def argument(self) -> Tensor:
-        return dict(self.scored.call.tensors())[self.place]
+        return dict(self.call.tensors())[self.place]
 
 
 class BalanceProbe:
@@ -156,6 +152,7 @@ class BalanceProbe:
         self._module = module
         self._probing = False
         self._shape: torch.Size | None = None  # of one image
+        self._place: int | str = 0  # of images among the discriminator's arguments
         self._forget()
         self._handles = []
         if module is None:
@@ -192,10 +189,12 @@ class BalanceProbe:
             self._state = CallState.now(self._generator)
 
     def _generator_called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._generator_trains():
+        if self._generator_trains() and (fake := first_tensor(output)).grad_fn is not None:
             assert self._state is not None
-            call, fake = _Call(args, kwargs).detached(), first_tensor(output).detach()
-            self._generated.append(_Generated(call, self._state, _version(self._generator), fake))
+            mark = object()
+            _metadata(fake.grad_fn)[_MARK] = mark
+            call, version = _Call(args, kwargs).detached(), _version(self._generator)
+            self._generated.append(_Generated(call, self._state, version, fake.detach(), fake._version, mark))
 
     def _generator_trains(self) -> bool:
         # Without gradients it is a call for the discriminator's sake, or for somebody to look at.
@@ -203,18 +202,42 @@ class BalanceProbe:
 
     def _calling_discriminator(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.watching and not self._probing:
-            self._state = CallState.now(self._discriminator) if _trained(_Call(args, kwargs)) else None
+            trained = any(value.requires_grad for _, value in _Call(args, kwargs).tensors())
+            self._state = CallState.now(self._discriminator) if trained else None
 
     def _discriminator_called(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         if self.watching and not self._probing:
-            call = _Call(args, kwargs)
-            score = _mean(self._scores_in(output)) if self._state is not None else None
-            latest = self._generated[-1] if self._generated else None
-            self._scored.append(
-                _Scored(call.detached(), _version(self._discriminator), _trained(call), self._state, score, latest)
-            )
+            call, version = _Call(args, kwargs), _version(self._discriminator)
+            for place, value in call.tensors():
+                made = self._source(value)
+                if self._state is not None and made is not None and value.shape[1:] == made.fake.shape[1:]:
+                    score = _mean(self._scores_in(output))
+                    same = value.data_ptr() == made.fake.data_ptr() and value._version == made.fake_version
+                    as_it_is = same and value.shape == made.fake.shape
+                    self._scored.append(
+                        _Adversarial(call.detached(), version, self._state, score, made, place, as_it_is)
+                    )
+                    return
+            self._scored.append(_Scored(call.detached(), version))
+
+    def _source(self, value: Tensor) -> _Generated | None:
+        """The generator's call that a tensor was made from, as its memory tells, or autograd's graph."""
+        for generated in reversed(self._generated):
+            if value.untyped_storage().data_ptr() == generated.fake.untyped_storage().data_ptr():
+                return generated
+        made = {id(generated.mark): generated for generated in self._generated}
+        waiting, seen = deque([value.grad_fn]), set()
+        while waiting:
+            node = waiting.popleft()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if (mark := _metadata(node).get(_MARK)) is not None and id(mark) in made:
+                return made[id(mark)]
+            waiting += [following for following, _ in node.next_functions]
+        return None
 
     # ---- the measurement -------------------------------------------------------------------------
 
@@ -248,7 +271,7 @@ class BalanceProbe:
 
     def _scores_of_calls(self, batch: Any) -> list[Tensor]:
         step = self._generator_step()
-        self._shape = step.made.fake.shape[1:]
+        self._shape, self._place = step.made.fake.shape[1:], step.place
         self._check_real(batch)
         real = self._call_on_real(self._real_images(batch), batch, step)
         with weights(self._before, of=self._before):
@@ -266,20 +289,19 @@ class BalanceProbe:
 
     def _score_before(self, step: _Adversarial) -> Tensor:
         """That of training, if nothing was changed on the way to or from it."""
-        unchanged = (step.made.version, step.scored.version) == self._versions
-        if unchanged and step.as_it_is and step.scored.score is not None and not self._compiled:
-            return step.scored.score
+        unchanged = (step.made.version, step.version) == self._versions
+        if unchanged and step.as_it_is and not self._compiled:
+            return step.score
         return self._score_generated(step)
 
     def _score_generated(self, step: _Adversarial) -> Tensor:
         call = step.made.call
         with self._quietly(self._generator, step.made.state):
             images = first_tensor(self._generator(*call.args, **call.kwargs))
-        return self._discriminate(step.scored.call.replaced({step.place: images.to(step.argument.dtype)}), step)
+        return self._discriminate(step.call.replaced({step.place: images.to(step.argument.dtype)}), step)
 
     def _discriminate(self, call: _Call, step: _Adversarial) -> Tensor:
-        assert step.scored.state is not None
-        with self._quietly(self._discriminator, step.scored.state):
+        with self._quietly(self._discriminator, step.state):
             return self._scores_in(self._discriminator(*call.args, **call.kwargs))
 
     def _scores_in(self, output: Any) -> Tensor:
@@ -296,17 +318,10 @@ class BalanceProbe:
     # ---- what is scored --------------------------------------------------------------------------
 
     def _generator_step(self) -> _Adversarial:
-        """The calls by which the generator was trained: gradients flow through the discriminator's argument."""
+        """The last call by which the generator was trained."""
         for scored in reversed(self._scored):
-            trained = [(place, value) for place, value in scored.call.tensors() if place in scored.trained]
-            for place, value in trained:
-                for made in reversed(self._generated):
-                    if value.untyped_storage().data_ptr() == made.fake.untyped_storage().data_ptr():
-                        as_it_is = value.data_ptr() == made.fake.data_ptr() and value.shape == made.fake.shape
-                        return _Adversarial(made, scored, place, as_it_is)
-            for place, value in trained:  # augmented, or joined with real images
-                if scored.latest is not None and value.shape[1:] == scored.latest.fake.shape[1:]:
-                    return _Adversarial(scored.latest, scored, place, as_it_is=False)
+            if isinstance(scored, _Adversarial):
+                return scored
         if not self._generated:
             raise self._cannot(
                 f"no call of the generator ({type(self._generator).__name__}) with gradients was seen before its "
@@ -316,7 +331,7 @@ class BalanceProbe:
         seen = {str(tuple(value.shape)) for scored in self._scored for _, value in scored.call.tensors()}
         raise self._cannot(
             f"the discriminator ({type(self._discriminator).__name__}) was not called, with gradients flowing back, on "
-            f"anything shaped like the generator's output, {tuple(self._generated[-1].fake.shape)}; it was called on "
+            f"what the generator returned, of shape {tuple(self._generated[-1].fake.shape)}; it was called on "
             f"{', '.join(sorted(seen)) or 'nothing'}"
         )
 
@@ -356,7 +371,7 @@ class BalanceProbe:
         values: dict[int | str, Any] = {step.place: real.to(step.argument.dtype)}
         beside = [(place, own) for place, own in tensors_in(batch) if own.data_ptr() != real.data_ptr()]
         held = {own.untyped_storage().data_ptr() for _, own in beside}
-        for other, value in step.scored.call.tensors():
+        for other, value in step.call.tensors():
             if other == step.place or value.untyped_storage().data_ptr() in held:
                 continue  # a condition out of the batch is the real images' as well
             # Conditions (labels) of the fakes make way for those of the real images.
@@ -368,7 +383,7 @@ class BalanceProbe:
                 )
             if own:
                 values[other] = next(iter(own.values()))
-        return step.scored.call.replaced(values)
+        return step.call.replaced(values)
 
     def check(self, batch: Any) -> None:
         """Ends the comparison of a whole training step with what the probe makes of it.
@@ -390,10 +405,19 @@ class BalanceProbe:
             return
         real = self._real_images(batch)
         fakes = {made.fake.untyped_storage().data_ptr() for made in self._generated}
-        shown = [value for scored in self._scored for _, value in scored.call.tensors() if value.shape == real.shape]
+        images = [dict(scored.call.tensors()).get(self._place) for scored in self._scored]
+        shown = [value for value in images if value is not None and value.shape == real.shape]
+        shown = [value for value in shown if value.untyped_storage().data_ptr() not in fakes]
         if any(value.data_ptr() == real.data_ptr() for value in shown):
             self.checked = True
-        elif any(_rescaled(value, real) for value in shown if value.untyped_storage().data_ptr() not in fakes):
+            return
+        for place, other in tensors_in(batch):
+            if any(value.data_ptr() == other.data_ptr() for value in shown):
+                raise self._cannot(
+                    f"the real images should be real={self._real!r}, but of the batch's tensors the discriminator is "
+                    f'shown "{place}"'
+                )
+        if any(_rescaled(value, real) for value in shown):
             raise self._cannot(
                 "the training step shifts and scales the batch's images before the discriminator sees them, and the "
                 "probe would score them as they are in the batch. Do that where the data is made"
@@ -425,9 +449,8 @@ class BalanceProbe:
         return any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in modules)
 
 
-def _trained(call: _Call) -> frozenset[int | str]:
-    """The arguments that gradients flow to."""
-    return frozenset(place for place, value in call.tensors() if value.requires_grad)
+def _metadata(node: Node) -> dict[str, object]:
+    return node.metadata  # type: ignore[return-value]  # a property, though torch declares a method
 
 
 def _version(network: nn.Module) -> int:

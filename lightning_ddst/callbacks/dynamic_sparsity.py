@@ -1,5 +1,6 @@
 """The callback that trains a GAN sparsely."""
 
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -306,13 +307,15 @@ class DynamicSparsityCallback(Callback):
             raise ValueError(f"generator and discriminator are the same module, {self._names['discriminator']!r}.")
         self._check_patterns(module, found)
         for offset, (role, network) in enumerate(found.items()):
+            # Of several pairs each has masks of its own.
+            of_name = zlib.crc32((self._names[role] or "").encode())
             try:
                 self._networks[role] = SparseNetwork(
                     network,
                     self._densities[role],
                     **self._masking,
                     name=name_in(module, network),
-                    seed=seed % 2**62 + offset,
+                    seed=seed % 2**62 + offset + 2 * of_name,
                     state=None if self._saved is None else self._saved["networks"][role],
                 )
             except ValueError as error:

@@ -353,6 +353,19 @@ class Augmented(GAN):
             self.step(g, self.generator_loss(self.augment(self.generator(z))))
 
 
+class ChangedInPlace(GAN):
+    """What the generator returns is overwritten before it is scored; scored is what it returns."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, _), (g, d) = batch, self.optimizers()
+        z = self.noise(x)
+        self.step(d, self.discriminator_loss(x, self.generator(z).detach()))
+        fake = self.generator(z)
+        fake.mul_(0.5)
+        with self.unconditional(x, z):
+            self.step(g, self.generator_loss(fake))
+
+
 class Restoration(GAN):
     """From a degraded image to a clean one, by an L1 and an adversarial part; both are in the batch."""
 
@@ -664,6 +677,7 @@ PATTERNS: list[type[GAN]] = [
     ConditionalGeneratorFirst,
     Joined,
     Augmented,
+    ChangedInPlace,
     Restoration,
     RestorationOfAPair,
     ConditionedOnTheInput,
@@ -857,7 +871,7 @@ def test_a_rare_measurement_is_not_made_early(recwarn: pytest.WarningsRecorder) 
 
 
 class Cycle(GAN):
-    """Two generators and two discriminators, one optimizer for each kind; cycles and identities come last."""
+    """Two generators and two discriminators, one optimizer for each kind; all of the generators' calls first."""
 
     def make_networks(self) -> None:
         self.G_AB, self.G_BA = Translator(), Translator()
@@ -874,12 +888,17 @@ class Cycle(GAN):
             Adam(chain(self.D_A.parameters(), self.D_B.parameters()), 0.01),
         ]
 
+    @staticmethod
+    def augment(x: Tensor) -> Tensor:
+        return x
+
     def training_step(self, batch: Any, batch_idx: int) -> None:
         (a, b), (g, d) = (batch["a"], batch["b"]), self.optimizers()
         fake_b, fake_a = self.G_AB(a), self.G_BA(b)
-        loss = F.softplus(-self.D_B(fake_b)).mean() + F.softplus(-self.D_A(fake_a)).mean()
-        loss = loss + F.l1_loss(self.G_BA(fake_b), a) + F.l1_loss(self.G_AB(fake_a), b)
+        loss = F.l1_loss(self.G_BA(fake_b), a) + F.l1_loss(self.G_AB(fake_a), b)
         loss = loss + F.l1_loss(self.G_AB(b), b) + F.l1_loss(self.G_BA(a), a)
+        loss = loss + F.softplus(-self.D_B(self.augment(fake_b))).mean()
+        loss = loss + F.softplus(-self.D_A(self.augment(fake_a))).mean()
         score_b = self.worked_out(lambda: self.D_B.forward(b), lambda: self.D_B.forward(self.G_AB.forward(a)))
         score_a = self.worked_out(lambda: self.D_A.forward(a), lambda: self.D_A.forward(self.G_BA.forward(b)))
         with score_b, score_a:
@@ -890,14 +909,21 @@ class Cycle(GAN):
         self.step(d, loss + F.softplus(-self.D_A(a)).mean() + F.softplus(self.D_A(fake_a.detach())).mean())
 
 
-def test_each_of_two_pairs_has_its_own_balance_masks_and_names(tmp_path: Path) -> None:
+class AugmentedCycle(Cycle):
+    @staticmethod
+    def augment(x: Tensor) -> Tensor:
+        return x.flip(3) * 0.9
+
+
+@pytest.mark.parametrize("pattern", [Cycle, AugmentedCycle])
+def test_each_of_two_pairs_has_its_own_balance_masks_and_names(pattern: type[Cycle], tmp_path: Path) -> None:
     settings: dict[str, Any] = {"method": "static", "probe_interval": 1, "interval": 1000}
     pairs = {
         "B": DynamicSparsityCallback(0.3, generator="G_AB", discriminator="D_B", real="b", **settings),
         "A": DynamicSparsityCallback(0.5, generator="G_BA", discriminator="D_A", real="a", **settings),
     }
     seed_everything(0, verbose=False)
-    gan = Cycle()
+    gan = pattern()
     trainer = toy_trainer(*pairs.values(), folder=tmp_path, log_every_n_steps=1)
     trainer.fit(gan, DataLoader(Images(Cycle.item, IMAGE), batch_size=BATCH))
     for name, callback in pairs.items():
@@ -921,6 +947,34 @@ def test_each_of_two_pairs_has_its_own_balance_masks_and_names(tmp_path: Path) -
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     states = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
     assert sum(key.startswith("DynamicSparsityCallback") for key in states) == 2
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        (
+            {"generator": "G_AB", "discriminator": "D_A", "real": "a"},
+            r"discriminator \(Discriminator\) was not called, with gradients flowing back, on what the generator returned",
+        ),
+        ({"generator": "G_AB", "discriminator": "D_B", "real": "a"}, r'should be real=\'a\', .* is shown "b"'),
+    ],
+)
+def test_pairs_that_do_not_belong_together_are_refused(pair: dict[str, str], message: str) -> None:
+    with pytest.raises(RuntimeError, match=f"the balance ratio cannot be measured: .*{message}"):
+        fitted_without_looking(Cycle, static(Cycle, **pair))
+
+
+def test_masks_of_two_pairs_are_drawn_differently() -> None:
+    gan = Cycle()
+    first, second = (
+        static(Cycle, generator="G_AB", discriminator="D_B"),
+        static(Cycle, generator="G_BA", discriminator="D_A"),
+    )
+    for callback in (first, second):
+        callback.attach(gan)
+    for role in ("generator", "discriminator"):
+        pairs = zip(first.masks(role).values(), second.masks(role).values(), strict=True)
+        assert not all(torch.equal(one, other) for one, other in pairs)
 
 
 # ---- the networks and the rest of the module ------------------------------------------------------------------------
