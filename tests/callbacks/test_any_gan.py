@@ -954,7 +954,7 @@ def test_each_of_two_pairs_has_its_own_balance_masks_and_names(pattern: type[Cyc
     [
         (
             {"generator": "G_AB", "discriminator": "D_A", "real": "a"},
-            r"discriminator \(Discriminator\) was not called, with gradients flowing back, on what the generator returned",
+            r"discriminator \(Discriminator\) was not called, .* on what the generator returned",
         ),
         ({"generator": "G_AB", "discriminator": "D_B", "real": "a"}, r'should be real=\'a\', .* is shown "b"'),
     ],
