@@ -371,7 +371,13 @@ class BalanceProbe:
         values: dict[int | str, Any] = {step.place: real.to(step.argument.dtype)}
         beside = [(place, own) for place, own in tensors_in(batch) if own.data_ptr() != real.data_ptr()]
         held = {own.untyped_storage().data_ptr() for _, own in beside}
+        joined = len(step.argument) != len(step.made.fake)
         for other, value in step.call.tensors():
+            if joined and other != step.place and value.dim() and len(value) == len(step.argument):
+                raise self._cannot(
+                    f"the discriminator was called on {len(step.argument)} images at once, generated ones and others, "
+                    f"with as many entries of argument {other!r}, and which are whose cannot be seen"
+                )
             if other == step.place or value.untyped_storage().data_ptr() in held:
                 continue  # a condition out of the batch is the real images' as well
             # Conditions (labels) of the fakes make way for those of the real images.

@@ -832,6 +832,14 @@ class TwoLabels(ConditionalGeneratorFirst):
         super().training_step((batch["x"], batch["class"]), batch_idx)
 
 
+class JoinedWithLabels(Conditional):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, labels), (g, _) = batch, self.optimizers()
+        fake = self.generator(self.noise(x), labels)
+        scores = self.discriminator(torch.cat([x, fake]), torch.cat([labels, labels]))
+        self.step(g, F.softplus(-scores[len(x) :]).mean())
+
+
 class NoSuchOutput(ReturnsATuple):
     arguments: ClassVar = {"discriminator_output": "logits"}
 
@@ -849,6 +857,7 @@ class NoSuchOutput(ReturnsATuple):
         (RescaledGeneratorFirst, "shifts and scales the batch's images"),
         (TwoTargets, r'degraded, clean\. .*real=\.\.\.\)` with real="degraded" or real="clean"'),
         (TwoLabels, "which of the batch's class, style the discriminator takes as argument 1"),
+        (JoinedWithLabels, "called on 8 images at once, generated ones and others, with as many entries of argument 1"),
         (NoSuchOutput, r"discriminator_output='logits' is no tensor .* returns 0 \(4, 1\).*, 1 \(4, 24\)"),
     ],
 )
