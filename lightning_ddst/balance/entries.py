@@ -36,12 +36,13 @@ def entry(value: Any, place: Place) -> Any:
     Raises:
         KeyError: If there is none.
     """
-    for key in str(place).split("."):
-        items = {str(name): item for name, item in _items(value).items()}
-        if key not in items:
-            raise KeyError(place)
-        value = items[key]
-    return value
+    items = {str(name): item for name, item in _items(value).items()}
+    if str(place) in items:  # keys may have dots
+        return items[str(place)]
+    key, _, rest = str(place).partition(".")
+    if not rest or key not in items:
+        raise KeyError(place)
+    return entry(items[key], rest)
 
 
 def _items(value: Any) -> dict[Any, Any]:

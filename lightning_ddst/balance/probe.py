@@ -15,9 +15,10 @@ from torch.autograd.graph import Node
 from lightning_ddst.balance.entries import Place, entry, first_tensor, tensors_in
 from lightning_ddst.balance.replay import CallState, replayed, weights
 
-_MARK = "lightning_ddst: made by"
 _CALLS = 16
 """How many calls of each network are remembered: more than lie between a scored batch and the update."""
+_STEPS = 20
+"""Training steps after which it is given up to see the discriminator being shown real images."""
 _SAME = 1e-2
 """Relative deviation up to which images are the batch's, or are the batch's shifted and scaled."""
 
@@ -55,6 +56,12 @@ class _Call:
 
     def detached(self) -> "_Call":
         return self.replaced({place: value.detach() for place, value in self.tensors()})
+
+    def cloned(self) -> "_Call":
+        return self.replaced({place: value.detach().clone() for place, value in self.tensors()})
+
+    def versions(self) -> list[int]:
+        return [value._version for _, value in self.tensors()]
 
     def replaced(self, values: dict[int | str, Any]) -> "_Call":
         args = tuple(values.get(i, value) for i, value in enumerate(self.args))
@@ -153,6 +160,8 @@ class BalanceProbe:
         self._probing = False
         self._shape: torch.Size | None = None  # of one image
         self._place: int | str = 0  # of images among the discriminator's arguments
+        self._changed = False  # whether the training step changes what the generator returns
+        self._steps = 0  # looked at as a whole
         self._forget()
         self._handles = []
         if module is None:
@@ -181,20 +190,24 @@ class BalanceProbe:
         self._generated: deque[_Generated] = deque(maxlen=_CALLS)
         self._scored: deque[_Scored] = deque(maxlen=_CALLS)
         self._state: CallState | None = None  # of the call that is under way
+        self._arguments = _Call((), {})  # of that call
         self._before: dict[nn.Parameter, Tensor] = {}  # the weights before the update
         self._versions = (-1, -1)  # of both networks' weights then
 
     def _calling_generator(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._generator_trains():
             self._state = CallState.now(self._generator)
+            self._arguments = _Call(args, kwargs).cloned()
 
     def _generator_called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._generator_trains() and (fake := first_tensor(output)).grad_fn is not None:
             assert self._state is not None
             mark = object()
-            _metadata(fake.grad_fn)[_MARK] = mark
-            call, version = _Call(args, kwargs).detached(), _version(self._generator)
-            self._generated.append(_Generated(call, self._state, version, fake.detach(), fake._version, mark))
+            _metadata(fake.grad_fn)[self] = mark
+            version = _version(self._generator)
+            self._generated.append(
+                _Generated(self._arguments, self._state, version, fake.detach(), fake._version, mark)
+            )
 
     def _generator_trains(self) -> bool:
         # Without gradients it is a call for the discriminator's sake, or for somebody to look at.
@@ -202,25 +215,32 @@ class BalanceProbe:
 
     def _calling_discriminator(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.watching and not self._probing:
-            trained = any(value.requires_grad for _, value in _Call(args, kwargs).tensors())
+            call = _Call(args, kwargs)
+            trained = any(value.requires_grad for _, value in call.tensors())
             self._state = CallState.now(self._discriminator) if trained else None
+            self._arguments, self._versions_of_call = call.cloned(), call.versions()
 
     def _discriminator_called(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         if self.watching and not self._probing:
             call, version = _Call(args, kwargs), _version(self._discriminator)
+            # Told apart by where they lie in memory, so only what the call itself changed is taken from the copies.
+            kept = call.detached() if call.versions() == self._versions_of_call else self._arguments
             for place, value in call.tensors():
                 made = self._source(value)
                 if self._state is not None and made is not None and value.shape[1:] == made.fake.shape[1:]:
-                    score = _mean(self._scores_in(output))
+                    score = self._scores_in(output)
+                    if not any(node is value.grad_fn for node in _history(score)):
+                        raise self._cannot(
+                            "what the discriminator returns first does not depend on what the generator made. Say "
+                            f"which entry does, `discriminator_output=...`; it returns {_described(output)}"
+                        )
                     same = value.data_ptr() == made.fake.data_ptr() and value._version == made.fake_version
                     as_it_is = same and value.shape == made.fake.shape
-                    self._scored.append(
-                        _Adversarial(call.detached(), version, self._state, score, made, place, as_it_is)
-                    )
+                    self._scored.append(_Adversarial(kept, version, self._state, _mean(score), made, place, as_it_is))
                     return
-            self._scored.append(_Scored(call.detached(), version))
+            self._scored.append(_Scored(kept, version))
 
     def _source(self, value: Tensor) -> _Generated | None:
         """The generator's call that a tensor was made from, as its memory tells, or autograd's graph."""
@@ -228,16 +248,8 @@ class BalanceProbe:
             if value.untyped_storage().data_ptr() == generated.fake.untyped_storage().data_ptr():
                 return generated
         made = {id(generated.mark): generated for generated in self._generated}
-        waiting, seen = deque([value.grad_fn]), set()
-        while waiting:
-            node = waiting.popleft()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if (mark := _metadata(node).get(_MARK)) is not None and id(mark) in made:
-                return made[id(mark)]
-            waiting += [following for following, _ in node.next_functions]
-        return None
+        marks = (_metadata(node).get(self) for node in _history(value))
+        return next((made[id(mark)] for mark in marks if id(mark) in made), None)
 
     # ---- the measurement -------------------------------------------------------------------------
 
@@ -272,6 +284,8 @@ class BalanceProbe:
     def _scores_of_calls(self, batch: Any) -> list[Tensor]:
         step = self._generator_step()
         self._shape, self._place = step.made.fake.shape[1:], step.place
+        if not self.checked:
+            self._changed = _changed(step)
         self._check_real(batch)
         real = self._call_on_real(self._real_images(batch), batch, step)
         with weights(self._before, of=self._before):
@@ -295,12 +309,13 @@ class BalanceProbe:
         return self._score_generated(step)
 
     def _score_generated(self, step: _Adversarial) -> Tensor:
-        call = step.made.call
+        call = step.made.call.cloned()  # networks may write into their arguments
         with self._quietly(self._generator, step.made.state):
             images = first_tensor(self._generator(*call.args, **call.kwargs))
         return self._discriminate(step.call.replaced({step.place: images.to(step.argument.dtype)}), step)
 
     def _discriminate(self, call: _Call, step: _Adversarial) -> Tensor:
+        call = call.cloned()
         with self._quietly(self._discriminator, step.state):
             return self._scores_in(self._discriminator(*call.args, **call.kwargs))
 
@@ -324,8 +339,8 @@ class BalanceProbe:
                 return scored
         if not self._generated:
             raise self._cannot(
-                f"no call of the generator ({type(self._generator).__name__}) with gradients was seen before its "
-                "update. The training step must call the module itself, `generator(z)`: other methods, "
+                f"no call of the generator ({type(self._generator).__name__}) with gradients was seen since its "
+                "last update. The training step must call the module itself, `generator(z)`: other methods, "
                 "`generator.forward(z)` among them, are not seen"
             )
         seen = {str(tuple(value.shape)) for scored in self._scored for _, value in scored.call.tensors()}
@@ -373,22 +388,25 @@ class BalanceProbe:
         held = {own.untyped_storage().data_ptr() for _, own in beside}
         joined = len(step.argument) != len(step.made.fake)
         for other, value in step.call.tensors():
-            if joined and other != step.place and value.dim() and len(value) == len(step.argument):
+            if other == step.place or not value.dim() or len(value) != len(step.argument):
+                continue  # the images, or not one entry an image
+            if value.untyped_storage().data_ptr() in held:
+                continue  # a condition out of the batch is the real images' as well
+            if joined:
                 raise self._cannot(
                     f"the discriminator was called on {len(step.argument)} images at once, generated ones and others, "
                     f"with as many entries of argument {other!r}, and which are whose cannot be seen"
                 )
-            if other == step.place or value.untyped_storage().data_ptr() in held:
-                continue  # a condition out of the batch is the real images' as well
             # Conditions (labels) of the fakes make way for those of the real images.
             own = {p: own for p, own in beside if own.dtype == value.dtype and own.shape[1:] == value.shape[1:]}
-            if len(own) > 1:
+            own = {p: own for p, own in own.items() if own.dim() == value.dim()}
+            if len(own) != 1:
                 raise self._cannot(
-                    f"which of the batch's {', '.join(own)} the discriminator takes as argument {other!r} beside real "
-                    "images was not seen before the update"
+                    f"what the discriminator takes as argument {other!r} beside real images was not seen before the "
+                    f"update, and {'any of the' if own else 'nothing in the'} batch's {', '.join(own) or 'tensors'} "
+                    "could be it"
                 )
-            if own:
-                values[other] = next(iter(own.values()))
+            values[other] = next(iter(own.values()))
         return step.call.replaced(values)
 
     def check(self, batch: Any) -> None:
@@ -403,7 +421,8 @@ class BalanceProbe:
         """
         if not self.checked and self._shape is not None:
             self._check_real(batch)
-            self.checked = True
+            self._steps += 1
+            self.checked |= self._steps >= _STEPS
             self._forget()
 
     def _check_real(self, batch: Any) -> None:
@@ -412,9 +431,16 @@ class BalanceProbe:
         real = self._real_images(batch)
         fakes = {made.fake.untyped_storage().data_ptr() for made in self._generated}
         images = [dict(scored.call.tensors()).get(self._place) for scored in self._scored]
-        shown = [value for value in images if value is not None and value.shape == real.shape]
-        shown = [value for value in shown if value.untyped_storage().data_ptr() not in fakes]
-        if any(value.data_ptr() == real.data_ptr() for value in shown):
+        alike = [value for value in images if value is not None and value.shape[1:] == real.shape[1:]]
+        # Joined with others, they come first or last.
+        shown = [part for value in alike for part in (value[: len(real)], value[-len(real) :])]
+        shown = [part for part in shown if len(part) == len(real) and part.untyped_storage().data_ptr() not in fakes]
+        if any(value.data_ptr() == real.data_ptr() or torch.equal(value, real) for value in shown):
+            if self._changed:
+                raise self._cannot(
+                    "the training step changes what the generator returns before the discriminator sees it (adds it to "
+                    "something, or applies an activation), and does not so with the real images"
+                )
             self.checked = True
             return
         for place, other in tensors_in(batch):
@@ -455,7 +481,18 @@ class BalanceProbe:
         return any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in modules)
 
 
-def _metadata(node: Node) -> dict[str, object]:
+def _history(value: Tensor) -> Iterator[Node]:
+    """What a tensor was made from: the nodes of autograd's graph, nearest first."""
+    waiting, seen = deque([value.grad_fn]), set()
+    while waiting:
+        node = waiting.popleft()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting += [earlier for earlier, _ in node.next_functions]
+
+
+def _metadata(node: Node) -> dict[object, object]:
     return node.metadata  # type: ignore[return-value]  # a property, though torch declares a method
 
 
@@ -468,13 +505,26 @@ def _mean(scores: Tensor) -> Tensor:
     return scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).mean()
 
 
+def _changed(step: _Adversarial) -> bool:
+    """Whether the discriminator's argument does not hold fakes as they were, at its beginning or its end."""
+    argument, fake = step.argument, step.made.fake.to(step.argument.dtype)
+    if argument.data_ptr() == fake.data_ptr() and argument.shape == fake.shape:
+        return not step.as_it_is  # or it was written into
+    return not any(torch.equal(part, fake) for part in (argument[: len(fake)], argument[-len(fake) :]))
+
+
 def _rescaled(value: Tensor, real: Tensor) -> bool:
-    """Whether values are ``a * real + b`` with a and b that are not 1 and 0."""
-    x, y = (tensor.flatten().double() for tensor in (real, value))
-    x, y, offset = x - x.mean(), y - y.mean(), y.mean() - x.mean()
-    slope = float((x * y).mean() / x.square().mean())
-    spread, rest = float(y.std(correction=0)), float((y - slope * x).std(correction=0))
-    return rest < _SAME * spread and (abs(slope - 1) > _SAME or float(offset.abs()) > _SAME * spread)
+    """Whether values are ``a * real + b``, channel by channel, with any a and b that are not 1 and 0."""
+    channels = real.shape[1] if real.dim() > 2 else 1
+    if channels > 1:
+        value, real = value.transpose(0, 1), real.transpose(0, 1)
+    x, y = (tensor.reshape(channels, -1).double() for tensor in (real, value))
+    offset = y.mean(1) - x.mean(1)
+    x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
+    slope = (x * y).mean(1) / x.square().mean(1)
+    spread, rest = y.std(1, correction=0), (y - slope[:, None] * x).std(1, correction=0)
+    alike = (rest < _SAME * spread).all()
+    return bool(alike and ((slope - 1).abs() > _SAME).logical_or(offset.abs() > _SAME * spread).any())
 
 
 def _described(value: Any) -> str:

@@ -355,6 +355,7 @@ class DynamicSparsityCallback(Callback):
         generator, discriminator = self._networks["generator"], self._networks["discriminator"]
         if self.method in _EXPLORING and generator.density < 1:
             refuse_other_averages(trainer, pl_module, generator.network)
+        self._refuse_shared(trainer, pl_module)
         for network in self._networks.values():
             network.to_weights()
         probe = None
@@ -388,6 +389,20 @@ class DynamicSparsityCallback(Callback):
                 optimizer.register_step_pre_hook(lambda stepping, *_: self._before_step(stepping)),
                 optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(trainer, stepped)),
             ]
+
+    def _refuse_shared(self, trainer: Trainer, module: LightningModule) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        others = [c for c in callbacks if isinstance(c, DynamicSparsityCallback) and c is not self]
+        if others and isinstance(module, ScoresItself):
+            raise ValueError(
+                f"{type(module).__name__}.balance_scores gives the scores of one pair, and there are "
+                f"{len(others) + 1} DynamicSparsityCallbacks."
+            )
+        own = {id(parameter) for network in self._networks.values() for parameter in network.parameters.values()}
+        for other in others:
+            for role, network in other.networks().items():
+                if other._module is module and any(id(p) in own for p in network.parameters.values()):
+                    raise ValueError(f"two DynamicSparsityCallbacks mask the same {role}; each weight has one mask.")
 
     def _planned(self) -> Plan:
         """The intervals, as far as they are known by now."""
@@ -429,7 +444,9 @@ class DynamicSparsityCallback(Callback):
     def _tag(self, trainer: Trainer, name: str) -> str:
         """Under the generator's name where several pairs are trained sparsely."""
         pairs = [c for c in trainer.callbacks if isinstance(c, DynamicSparsityCallback)]  # type: ignore[attr-defined]
-        return f"{self._names['generator']}/{name}" if len(pairs) > 1 else name
+        if len(pairs) == 1 or self._module is None:
+            return name
+        return f"{name_in(self._module, self._networks['generator'].network)}/{name}"
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

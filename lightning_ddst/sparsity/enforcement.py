@@ -115,7 +115,10 @@ def updating(parameters: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) 
     missing = names.keys() - {parameter for optimizer in found for parameter in _parameters(optimizer)}
     if missing:
         name = min(names[parameter] for parameter in missing)
-        raise ValueError(f"no optimizer updates {name!r} ({len(missing)} of {len(names)} weights are in none).")
+        raise ValueError(
+            f"no optimizer updates {name!r} ({len(missing)} of {len(names)} weights are in none): give it to "
+            "one, or, if it is to stay as it is, name its layer in dense_layers."
+        )
     return found
 
 

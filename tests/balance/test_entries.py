@@ -42,6 +42,8 @@ def test_places_are_keys_indices_or_paths():
     assert entry(value, "a.1.b") is TWO
     assert entry(value, 3) is entry(value, "3") is THREE
     assert entry([ONE, TWO], 1) is TWO
+    assert entry({"a": {"b": ONE}, "a.b": TWO}, "a.b") is TWO  # keys may have dots
+    assert entry([{"x.png": ONE}], "0.x.png") is ONE
 
 
 @pytest.mark.parametrize("place", ["b", "a.2", "a.1.b.0", "a.-1", "", 0])

@@ -1005,8 +1005,118 @@ def test_images_shown_as_they_are_or_augmented_are_no_mistake(shown):
     fake = generator(drawn(8, NOISE))
     discriminator(fake)
     probe.after_update(real)
-    probe.check(real)
+    for _ in range(20):
+        probe.check(real)
     assert probe.checked
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_channels_that_the_training_step_normalises_are_seen(joined):
+    probe = BalanceProbe(nn.Identity(), nn.Identity())
+    real = torch.rand(4, 3, 5, 5)
+    probe._shape, probe.watching = real.shape[1:], True
+    shown = (real - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.1]).view(3, 1, 1)
+    probe._discriminator(torch.cat([shown, torch.rand(4, 3, 5, 5)]) if joined else shown)
+    with pytest.raises(RuntimeError, match="shifts and scales the batch's images"):
+        probe.check(real)
+
+
+def test_what_the_training_step_makes_of_fakes_only_is_seen():
+    generator, discriminator, probe = watched()
+    real = torch.rand(8, PIXELS).double()
+    discriminator(real)
+    discriminator(generator(drawn(8, NOISE)).tanh())
+    with pytest.raises(RuntimeError, match="changes what the generator returns before the discriminator sees it"):
+        probe.after_update(real)
+
+
+def test_the_check_waits_for_real_images():
+    generator, discriminator, probe = watched()
+    real = torch.rand(8, PIXELS).double()
+    discriminator(generator(drawn(8, NOISE)))
+    probe.after_update(real)
+    probe.check(real)
+    assert not probe.checked
+    discriminator(2 * real)  # in the next batch
+    with pytest.raises(RuntimeError, match="shifts and scales the batch's images"):
+        probe.check(real)
+
+
+class WritesIntoItsArgument(LinearDiscriminator):
+    def forward(self, x, labels=None):
+        return super().forward(x.mul_(2))
+
+
+@pytest.mark.parametrize("order", ["discriminator first", "generator first"])
+def test_arguments_that_a_network_writes_into_are_those_before_the_call(order):
+    class Generator(LinearGenerator):
+        def forward(self, z, labels=None):
+            return super().forward(z.mul_(2))
+
+    generator, discriminator = Generator(), WritesIntoItsArgument()
+    probe = BalanceProbe(generator, discriminator)
+    probe.watching = True
+    z, real = drawn(BATCH, NOISE, seed=3), drawn(BATCH, PIXELS, seed=4)
+    expected = [discriminator.by_hand(2 * real), discriminator.by_hand(2 * generator.by_hand(2 * z))]
+    batch, noise = real.clone(), z.clone()
+    if order == "discriminator first":
+        discriminator(real.clone())
+    discriminator(generator(noise).clone())
+    probe.before_update(generator.parameters())
+    with torch.no_grad():
+        generator.linear.bias += 1
+    expected.append(discriminator.by_hand(2 * generator.by_hand(2 * z)))
+    assert probe.after_update(batch).tolist() == [value.item() for value in expected]
+    assert torch.equal(batch, real)
+
+
+def test_a_score_that_does_not_depend_on_the_fake_is_refused():
+    class OfBoth(LinearDiscriminator):
+        def forward(self, real, fake):
+            return self.linear(real), self.linear(fake)
+
+    for output, works in ((None, False), (1, True)):
+        generator, discriminator = LinearGenerator(), OfBoth()
+        probe = BalanceProbe(generator, discriminator, discriminator_output=output)
+        probe.watching = True
+        real = drawn(BATCH, PIXELS, seed=4)
+        if works:
+            discriminator(real, generator(drawn(BATCH, NOISE, seed=3)))
+        else:
+            with pytest.raises(
+                RuntimeError, match=r"does not depend on .*`discriminator_output=\.\.\.`; it returns 0 \(2"
+            ):
+                discriminator(real, generator(drawn(BATCH, NOISE, seed=3)))
+
+
+@pytest.mark.parametrize("condition", [lambda n: F.one_hot(torch.arange(n) % 2).double(), lambda n: torch.rand(n, 3)])
+def test_a_condition_of_real_images_that_was_never_seen_is_refused(condition):
+    class WithCondition(LinearDiscriminator):
+        def forward(self, x, condition):
+            return super().forward(x) + condition.mean()
+
+    generator, discriminator = LinearGenerator(), WithCondition()
+    probe = BalanceProbe(generator, discriminator)
+    probe.watching = True
+    discriminator(generator(drawn(BATCH, NOISE)), condition(BATCH))
+    with pytest.raises(
+        RuntimeError, match=r"takes as argument 1 beside real images was not seen .* nothing in the batch"
+    ):
+        probe.after_update((drawn(BATCH, PIXELS), torch.arange(BATCH)))
+
+
+def test_an_argument_that_is_one_for_all_images_stays():
+    class Faded(LinearDiscriminator):
+        def forward(self, x, alpha):
+            return super().forward(x) * alpha
+
+    generator, discriminator = LinearGenerator(), Faded()
+    probe = BalanceProbe(generator, discriminator)
+    probe.watching = True
+    real = drawn(BATCH, PIXELS, seed=4)
+    discriminator(generator(drawn(BATCH, NOISE)), torch.tensor(0.5).double())
+    measured = probe.after_update((real, torch.rand(BATCH).double()))
+    assert measured[0] == discriminator.by_hand(real) / 2
 
 
 def test_a_generator_that_hardly_changes_its_input_is_no_mistake():

@@ -353,19 +353,6 @@ class Augmented(GAN):
             self.step(g, self.generator_loss(self.augment(self.generator(z))))
 
 
-class ChangedInPlace(GAN):
-    """What the generator returns is overwritten before it is scored; scored is what it returns."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        (x, _), (g, d) = batch, self.optimizers()
-        z = self.noise(x)
-        self.step(d, self.discriminator_loss(x, self.generator(z).detach()))
-        fake = self.generator(z)
-        fake.mul_(0.5)
-        with self.unconditional(x, z):
-            self.step(g, self.generator_loss(fake))
-
-
 class Restoration(GAN):
     """From a degraded image to a clean one, by an L1 and an adversarial part; both are in the batch."""
 
@@ -677,7 +664,6 @@ PATTERNS: list[type[GAN]] = [
     ConditionalGeneratorFirst,
     Joined,
     Augmented,
-    ChangedInPlace,
     Restoration,
     RestorationOfAPair,
     ConditionedOnTheInput,
@@ -798,6 +784,46 @@ class OfPairs(Restoration):
         self.step(g, F.softplus(-self.discriminator(pair)).mean())
 
 
+class ChangedInPlace(GAN):
+    """What the generator returns is overwritten before it is scored."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, _), (g, d) = batch, self.optimizers()
+        z = self.noise(x)
+        self.step(d, self.discriminator_loss(x, self.generator(z).detach()))
+        fake = self.generator(z)
+        fake.mul_(0.5)
+        with self.unconditional(x, z):
+            self.step(g, self.generator_loss(fake))
+
+
+class Residual(Restoration):
+    """The generator gives what is missing."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (g, d), degraded, clean = self.optimizers(), batch["degraded"], batch["clean"]
+        fake = degraded + self.generator(degraded)
+        self.step(d, self.discriminator_loss(clean, fake.detach()))
+        self.step(g, self.generator_loss(fake))
+
+
+class BidirectionalGeneratorFirst(Autoencoder):
+    """BiGAN: the discriminator judges image and code."""
+
+    def make_networks(self) -> None:
+        class OfCodes(Discriminator):
+            def forward(self, x: Tensor, code: Tensor) -> Tensor:
+                return super().forward(x) + code.mean(1, keepdim=True)
+
+        super().make_networks()
+        self.discriminator = OfCodes()
+
+    def training_step(self, x: Tensor, batch_idx: int) -> None:
+        g, _ = self.optimizers()
+        z = self.noise(x)
+        self.step(g, F.softplus(-self.discriminator(self.generator(z), z)).mean())
+
+
 class OtherShapes(SharedFake):
     """Real images are cut to size in the training step."""
 
@@ -853,10 +879,13 @@ class NoSuchOutput(ReturnsATuple):
             r"discriminator \(Discriminator\) was not called.*\(4, 1, 4, 4\); .* on \(4, 2, 4, 4\).*balance_scor",
         ),
         (OtherShapes, r"no floating-point tensor of shape \(batch, 1, 4, 4\).* holds 0 \(4, 1, 6, 6\).*balance_scores"),
+        (ChangedInPlace, "changes what the generator returns before the discriminator sees it"),
+        (Residual, "changes what the generator returns before the discriminator sees it"),
+        (BidirectionalGeneratorFirst, "takes as argument 1 beside real images was not seen .* nothing in the batch"),
         (Rescaled, "shifts and scales the batch's images"),
         (RescaledGeneratorFirst, "shifts and scales the batch's images"),
         (TwoTargets, r'degraded, clean\. .*real=\.\.\.\)` with real="degraded" or real="clean"'),
-        (TwoLabels, "which of the batch's class, style the discriminator takes as argument 1"),
+        (TwoLabels, "takes as argument 1 beside real images was not seen .* any of the batch's class, style"),
         (JoinedWithLabels, "called on 8 images at once, generated ones and others, with as many entries of argument 1"),
         (NoSuchOutput, r"discriminator_output='logits' is no tensor .* returns 0 \(4, 1\).*, 1 \(4, 24\)"),
     ],
@@ -914,8 +943,9 @@ class Cycle(GAN):
             self.step(g, loss)
         self.of_pair["A"].append(self.by_hand[-2])  # the inner of both ends first
         self.of_pair["B"].append(self.by_hand[-1])
-        loss = F.softplus(-self.D_B(b)).mean() + F.softplus(self.D_B(fake_b.detach())).mean()
-        self.step(d, loss + F.softplus(-self.D_A(a)).mean() + F.softplus(self.D_A(fake_a.detach())).mean())
+        a, b, fake_a, fake_b = (self.augment(images) for images in (a, b, fake_a.detach(), fake_b.detach()))
+        loss = F.softplus(-self.D_B(b)).mean() + F.softplus(self.D_B(fake_b)).mean()
+        self.step(d, loss + F.softplus(-self.D_A(a)).mean() + F.softplus(self.D_A(fake_a)).mean())
 
 
 class AugmentedCycle(Cycle):
@@ -971,6 +1001,25 @@ def test_each_of_two_pairs_has_its_own_balance_masks_and_names(pattern: type[Cyc
 def test_pairs_that_do_not_belong_together_are_refused(pair: dict[str, str], message: str) -> None:
     with pytest.raises(RuntimeError, match=f"the balance ratio cannot be measured: .*{message}"):
         fitted_without_looking(Cycle, static(Cycle, **pair))
+
+
+def test_two_callbacks_do_not_mask_one_network() -> None:
+    first, second = (
+        static(Cycle, generator="G_AB", discriminator="D_B", real="b"),
+        static(Cycle, generator="G_AB", discriminator="D_A", real="a"),
+    )
+    with pytest.raises(ValueError, match="two DynamicSparsityCallbacks mask the same generator"):
+        toy_trainer(first, second).fit(Cycle(), DataLoader(Images(Cycle.item, IMAGE), batch_size=BATCH))
+
+
+def test_scores_of_one_pair_are_not_taken_for_those_of_two() -> None:
+    class WithScores(Cycle):
+        def balance_scores(self, batch: Any) -> tuple[Tensor, Tensor]:
+            return self.D_A(batch["a"]), self.D_A(self.G_BA(batch["b"]))
+
+    pairs = static(Cycle, generator="G_AB", discriminator="D_B"), static(Cycle, generator="G_BA", discriminator="D_A")
+    with pytest.raises(ValueError, match=r"balance_scores gives the scores of one pair, and there are 2"):
+        toy_trainer(*pairs).fit(WithScores(), DataLoader(Images(Cycle.item, IMAGE), batch_size=BATCH))
 
 
 def test_masks_of_two_pairs_are_drawn_differently() -> None:
