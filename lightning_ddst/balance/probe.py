@@ -3,15 +3,24 @@
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
-from torch.autograd.graph import Node
 
+from lightning_ddst.balance.calls import (
+    Adversarial,
+    Call,
+    Generated,
+    Scored,
+    changes_fakes,
+    history,
+    metadata,
+    rescaled,
+    weights_version,
+)
 from lightning_ddst.balance.entries import Place, entry, first_tensor, tensors_in
 from lightning_ddst.balance.replay import CallState, replayed, weights
 
@@ -19,8 +28,6 @@ _CALLS = 16
 """How many calls of each network are remembered: more than lie between a scored batch and the update."""
 _STEPS = 20
 """Training steps after which it is given up to see the discriminator being shown real images."""
-_SAME = 1e-2
-"""Relative deviation up to which images are the batch's, or are the batch's shifted and scaled."""
 
 
 @runtime_checkable
@@ -40,75 +47,6 @@ class ScoresItself(Protocol):
             Scores of real images and of generated ones, of any shapes; their means are taken.
         """
         ...
-
-
-@dataclass(frozen=True)
-class _Call:
-    """The arguments of a forward call."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def tensors(self) -> list[tuple[int | str, Tensor]]:
-        """Each tensor with its position or name."""
-        items: list[tuple[int | str, Any]] = [*enumerate(self.args), *self.kwargs.items()]
-        return [(place, value) for place, value in items if isinstance(value, Tensor)]
-
-    def detached(self) -> "_Call":
-        return self.replaced({place: value.detach() for place, value in self.tensors()})
-
-    def cloned(self) -> "_Call":
-        return self.replaced({place: value.detach().clone() for place, value in self.tensors()})
-
-    def versions(self) -> list[int]:
-        return [value._version for _, value in self.tensors()]
-
-    def replaced(self, values: dict[int | str, Any]) -> "_Call":
-        args = tuple(values.get(i, value) for i, value in enumerate(self.args))
-        return _Call(args, {name: values.get(name, value) for name, value in self.kwargs.items()})
-
-
-@dataclass(frozen=True)
-class _Generated:
-    """A call of the generator: what it began from, what it returned, and how autograd's graph was marked there."""
-
-    call: _Call
-    state: CallState
-    version: int
-    fake: Tensor
-    fake_version: int
-    mark: object
-
-
-@dataclass(frozen=True)
-class _Scored:
-    """A call of the discriminator."""
-
-    call: _Call
-    version: int
-
-
-@dataclass(frozen=True)
-class _Adversarial(_Scored):
-    """A call of the discriminator on what the generator made, with gradients flowing back to that.
-
-    Attributes:
-        state: What it began from.
-        score: The mean score.
-        made: The generator's call.
-        place: The argument that came from it.
-        as_it_is: Whether the argument is what the generator returned, neither augmented nor joined with others.
-    """
-
-    state: CallState
-    score: Tensor
-    made: _Generated
-    place: int | str
-    as_it_is: bool
-
-    @property
-    def argument(self) -> Tensor:
-        return dict(self.call.tensors())[self.place]
 
 
 class BalanceProbe:
@@ -187,27 +125,25 @@ class BalanceProbe:
     # ---- what training does ----------------------------------------------------------------------
 
     def _forget(self) -> None:
-        self._generated: deque[_Generated] = deque(maxlen=_CALLS)
-        self._scored: deque[_Scored] = deque(maxlen=_CALLS)
+        self._generated: deque[Generated] = deque(maxlen=_CALLS)
+        self._scored: deque[Scored] = deque(maxlen=_CALLS)
         self._state: CallState | None = None  # of the call that is under way
-        self._arguments = _Call((), {})  # of that call
+        self._arguments = Call((), {})  # of that call
         self._before: dict[nn.Parameter, Tensor] = {}  # the weights before the update
         self._versions = (-1, -1)  # of both networks' weights then
 
     def _calling_generator(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._generator_trains():
             self._state = CallState.now(self._generator)
-            self._arguments = _Call(args, kwargs).cloned()
+            self._arguments = Call(args, kwargs).cloned()
 
     def _generator_called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._generator_trains() and (fake := first_tensor(output)).grad_fn is not None:
             assert self._state is not None
             mark = object()
-            _metadata(fake.grad_fn)[self] = mark
-            version = _version(self._generator)
-            self._generated.append(
-                _Generated(self._arguments, self._state, version, fake.detach(), fake._version, mark)
-            )
+            metadata(fake.grad_fn)[self] = mark
+            version = weights_version(self._generator)
+            self._generated.append(Generated(self._arguments, self._state, version, fake.detach(), fake._version, mark))
 
     def _generator_trains(self) -> bool:
         # Without gradients it is a call for the discriminator's sake, or for somebody to look at.
@@ -215,7 +151,7 @@ class BalanceProbe:
 
     def _calling_discriminator(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.watching and not self._probing:
-            call = _Call(args, kwargs)
+            call = Call(args, kwargs)
             trained = any(value.requires_grad for _, value in call.tensors())
             self._state = CallState.now(self._discriminator) if trained else None
             self._arguments, self._versions_of_call = call.cloned(), call.versions()
@@ -224,31 +160,31 @@ class BalanceProbe:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         if self.watching and not self._probing:
-            call, version = _Call(args, kwargs), _version(self._discriminator)
+            call, version = Call(args, kwargs), weights_version(self._discriminator)
             # Told apart by where they lie in memory, so only what the call itself changed is taken from the copies.
             kept = call.detached() if call.versions() == self._versions_of_call else self._arguments
             for place, value in call.tensors():
                 made = self._source(value)
                 if self._state is not None and made is not None and value.shape[1:] == made.fake.shape[1:]:
                     score = self._scores_in(output)
-                    if not any(node is value.grad_fn for node in _history(score)):
+                    if not any(node is value.grad_fn for node in history(score)):
                         raise self._cannot(
                             "what the discriminator returns first does not depend on what the generator made. Say "
                             f"which entry does, `discriminator_output=...`; it returns {_described(output)}"
                         )
                     same = value.data_ptr() == made.fake.data_ptr() and value._version == made.fake_version
                     as_it_is = same and value.shape == made.fake.shape
-                    self._scored.append(_Adversarial(kept, version, self._state, _mean(score), made, place, as_it_is))
+                    self._scored.append(Adversarial(kept, version, self._state, _mean(score), made, place, as_it_is))
                     return
-            self._scored.append(_Scored(kept, version))
+            self._scored.append(Scored(kept, version))
 
-    def _source(self, value: Tensor) -> _Generated | None:
+    def _source(self, value: Tensor) -> Generated | None:
         """The generator's call that a tensor was made from, as its memory tells, or autograd's graph."""
         for generated in reversed(self._generated):
             if value.untyped_storage().data_ptr() == generated.fake.untyped_storage().data_ptr():
                 return generated
         made = {id(generated.mark): generated for generated in self._generated}
-        marks = (_metadata(node).get(self) for node in _history(value))
+        marks = (metadata(node).get(self) for node in history(value))
         return next((made[id(mark)] for mark in marks if id(mark) in made), None)
 
     # ---- the measurement -------------------------------------------------------------------------
@@ -260,7 +196,7 @@ class BalanceProbe:
             parameters: Those that the update may change.
         """
         self._before = {parameter: parameter.detach().clone() for parameter in parameters}
-        self._versions = (_version(self._generator), _version(self._discriminator))
+        self._versions = (weights_version(self._generator), weights_version(self._discriminator))
 
     def after_update(self, batch: Any) -> Tensor:
         """Measures the update, and forgets what was recorded.
@@ -285,7 +221,7 @@ class BalanceProbe:
         step = self._generator_step()
         self._shape, self._place = step.made.fake.shape[1:], step.place
         if not self.checked:
-            self._changed = _changed(step)
+            self._changed = changes_fakes(step)
         self._check_real(batch)
         real = self._call_on_real(self._real_images(batch), batch, step)
         with weights(self._before, of=self._before):
@@ -301,20 +237,20 @@ class BalanceProbe:
         with weights(self._before, of=self._discriminator.parameters()), self._quietly(self._module, state):
             return [real, fake, self._module.balance_scores(batch)[1]]
 
-    def _score_before(self, step: _Adversarial) -> Tensor:
+    def _score_before(self, step: Adversarial) -> Tensor:
         """That of training, if nothing was changed on the way to or from it."""
         unchanged = (step.made.version, step.version) == self._versions
         if unchanged and step.as_it_is and not self._compiled:
             return step.score
         return self._score_generated(step)
 
-    def _score_generated(self, step: _Adversarial) -> Tensor:
+    def _score_generated(self, step: Adversarial) -> Tensor:
         call = step.made.call.cloned()  # networks may write into their arguments
         with self._quietly(self._generator, step.made.state):
             images = first_tensor(self._generator(*call.args, **call.kwargs))
         return self._discriminate(step.call.replaced({step.place: images.to(step.argument.dtype)}), step)
 
-    def _discriminate(self, call: _Call, step: _Adversarial) -> Tensor:
+    def _discriminate(self, call: Call, step: Adversarial) -> Tensor:
         call = call.cloned()
         with self._quietly(self._discriminator, step.state):
             return self._scores_in(self._discriminator(*call.args, **call.kwargs))
@@ -332,10 +268,10 @@ class BalanceProbe:
 
     # ---- what is scored --------------------------------------------------------------------------
 
-    def _generator_step(self) -> _Adversarial:
+    def _generator_step(self) -> Adversarial:
         """The last call by which the generator was trained."""
         for scored in reversed(self._scored):
-            if isinstance(scored, _Adversarial):
+            if isinstance(scored, Adversarial):
                 return scored
         if not self._generated:
             raise self._cannot(
@@ -377,7 +313,7 @@ class BalanceProbe:
             f"the real images: {', '.join(found)}. Say which, `DynamicSparsityCallback(..., real=...)` with {choices}"
         )
 
-    def _call_on_real(self, real: Tensor, batch: Any, step: _Adversarial) -> _Call:
+    def _call_on_real(self, real: Tensor, batch: Any, step: Adversarial) -> Call:
         """The discriminator's call on the real images: as seen, or with what the batch holds beside them."""
         for scored in reversed(self._scored):
             shown = dict(scored.call.tensors()).get(step.place)
@@ -449,7 +385,7 @@ class BalanceProbe:
                     f"the real images should be real={self._real!r}, but of the batch's tensors the discriminator is "
                     f'shown "{place}"'
                 )
-        if any(_rescaled(value, real) for value in shown):
+        if any(rescaled(value, real) for value in shown):
             raise self._cannot(
                 "the training step shifts and scales the batch's images before the discriminator sees them, and the "
                 "probe would score them as they are in the batch. Do that where the data is made"
@@ -481,50 +417,8 @@ class BalanceProbe:
         return any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in modules)
 
 
-def _history(value: Tensor) -> Iterator[Node]:
-    """What a tensor was made from: the nodes of autograd's graph, nearest first."""
-    waiting, seen = deque([value.grad_fn]), set()
-    while waiting:
-        node = waiting.popleft()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            waiting += [earlier for earlier, _ in node.next_functions]
-
-
-def _metadata(node: Node) -> dict[object, object]:
-    return node.metadata  # type: ignore[return-value]  # a property, though torch declares a method
-
-
-def _version(network: nn.Module) -> int:
-    """Grows with every change of the network's weights."""
-    return sum(parameter._version for parameter in network.parameters())
-
-
 def _mean(scores: Tensor) -> Tensor:
     return scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).mean()
-
-
-def _changed(step: _Adversarial) -> bool:
-    """Whether the discriminator's argument does not hold fakes as they were, at its beginning or its end."""
-    argument, fake = step.argument, step.made.fake.to(step.argument.dtype)
-    if argument.data_ptr() == fake.data_ptr() and argument.shape == fake.shape:
-        return not step.as_it_is  # or it was written into
-    return not any(torch.equal(part, fake) for part in (argument[: len(fake)], argument[-len(fake) :]))
-
-
-def _rescaled(value: Tensor, real: Tensor) -> bool:
-    """Whether values are ``a * real + b``, channel by channel, with any a and b that are not 1 and 0."""
-    channels = real.shape[1] if real.dim() > 2 else 1
-    if channels > 1:
-        value, real = value.transpose(0, 1), real.transpose(0, 1)
-    x, y = (tensor.reshape(channels, -1).double() for tensor in (real, value))
-    offset = y.mean(1) - x.mean(1)
-    x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
-    slope = (x * y).mean(1) / x.square().mean(1)
-    spread, rest = y.std(1, correction=0), (y - slope[:, None] * x).std(1, correction=0)
-    alike = (rest < _SAME * spread).all()
-    return bool(alike and ((slope - 1).abs() > _SAME).logical_or(offset.abs() > _SAME * spread).any())
 
 
 def _described(value: Any) -> str:
