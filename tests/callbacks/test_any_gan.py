@@ -183,9 +183,9 @@ class ToggledOptimizer(GAN):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         (x, _), (g, d) = batch, self.optimizers()
         z = self.noise(x)
-        with d.toggle_model():
+        with self.toggled_optimizer(d):
             self.step(d, self.discriminator_loss(x, self.generator(z).detach()))
-        with g.toggle_model():
+        with self.toggled_optimizer(g):
             loss = self.generator_loss(self.generator(z))
             with self.unconditional(x, z):
                 self.step(g, loss)
