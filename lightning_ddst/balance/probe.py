@@ -57,9 +57,9 @@ class BalanceProbe:
     weights that the update is about to change; `after_update` scores the real images, the generator
     with the old weights, and with the new ones on the same input.
 
-    The repeated calls run in the mode (training or evaluation) of the training step,
-    without gradients, from the buffers, autocast and random states (of torch and Python) that the
-    generator's training began from, and with the discriminator's weights from before the update; everything is
+    The repeated calls run in the mode (training or evaluation) of the training step, without
+    gradients, from the buffers, autocast and random states (of torch and Python) that the generator's
+    training began from, and with the discriminator's weights from before the update; everything is
     put back after each of them. So training is the same, bit for bit, and all three scores come from
     the same discriminator. The old generator's score is taken from training, where that computed it
     from these weights.
@@ -128,7 +128,8 @@ class BalanceProbe:
         self._generated: deque[Generated] = deque(maxlen=_CALLS)
         self._scored: deque[Scored] = deque(maxlen=_CALLS)
         self._state: CallState | None = None  # of the call that is under way
-        self._arguments = Call((), {})  # of that call
+        self._arguments = Call((), {})  # of that call, before it
+        self._argument_versions: list[int] = []
         self._before: dict[nn.Parameter, Tensor] = {}  # the weights before the update
         self._versions = (-1, -1)  # of both networks' weights then
 
@@ -154,7 +155,7 @@ class BalanceProbe:
             call = Call(args, kwargs)
             trained = any(value.requires_grad for _, value in call.tensors())
             self._state = CallState.now(self._discriminator) if trained else None
-            self._arguments, self._versions_of_call = call.cloned(), call.versions()
+            self._arguments, self._argument_versions = call.cloned(), call.versions()
 
     def _discriminator_called(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -162,7 +163,7 @@ class BalanceProbe:
         if self.watching and not self._probing:
             call, version = Call(args, kwargs), weights_version(self._discriminator)
             # Told apart by where they lie in memory, so only what the call itself changed is taken from the copies.
-            kept = call.detached() if call.versions() == self._versions_of_call else self._arguments
+            kept = call.detached() if call.versions() == self._argument_versions else self._arguments
             for place, value in call.tensors():
                 made = self._source(value)
                 if self._state is not None and made is not None and value.shape[1:] == made.fake.shape[1:]:

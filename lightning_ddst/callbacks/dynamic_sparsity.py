@@ -30,7 +30,7 @@ from lightning_ddst.callbacks.run_length import RunLength
 from lightning_ddst.sparsity import DISTRIBUTIONS, GROWTH_RULES, SCHEDULES, SparseNetwork, maskable_weights
 from lightning_ddst.sparsity.checks import check_choice, check_count, check_density, check_rate
 from lightning_ddst.sparsity.network import INITIAL, SCOPES, Initial, Scope
-from lightning_ddst.sparsity.patterns import matches
+from lightning_ddst.sparsity.patterns import matches, name_of_layer
 from lightning_ddst.sparsity.selection import count_true
 
 Method = Literal["dense", "static", "sdst", "dda", "ddst"]
@@ -327,13 +327,16 @@ class DynamicSparsityCallback(Callback):
                 raise ValueError(f"min_discriminator_density={self._controller.min_density}: {error}") from error
 
     def _check_patterns(self, module: nn.Module, found: Mapping[Role, nn.Module]) -> None:
+        arguments = [argument for argument in ("dense_layers", "layer_densities") if self._masking[argument]]
+        if not arguments:
+            return
         layers = {
-            f"{name_in(module, network)}.{name}".strip("."): layer
+            name_of_layer(name_in(module, network), name): layer
             for network in found.values()
             for weight in maskable_weights(network)
             for name, layer in weight.layers.items()
         }
-        for argument in ("dense_layers", "layer_densities"):
+        for argument in arguments:
             for pattern in self._masking[argument]:
                 if not any(matches(pattern, name, layer) for name, layer in layers.items()):
                     raise ValueError(
@@ -391,8 +394,7 @@ class DynamicSparsityCallback(Callback):
             ]
 
     def _refuse_shared(self, trainer: Trainer, module: LightningModule) -> None:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        others = [c for c in callbacks if isinstance(c, DynamicSparsityCallback) and c is not self]
+        others = self._others(trainer)
         if others and isinstance(module, ScoresItself):
             raise ValueError(
                 f"{type(module).__name__}.balance_scores gives the scores of one pair, and there are "
@@ -403,6 +405,11 @@ class DynamicSparsityCallback(Callback):
             for role, network in other.networks().items():
                 if other._module is module and any(id(p) in own for p in network.parameters.values()):
                     raise ValueError(f"two DynamicSparsityCallbacks mask the same {role}; each weight has one mask.")
+
+    def _others(self, trainer: Trainer) -> list["DynamicSparsityCallback"]:
+        """The callbacks of other pairs."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        return [c for c in callbacks if isinstance(c, DynamicSparsityCallback) and c is not self]
 
     def _planned(self) -> Plan:
         """The intervals, as far as they are known by now."""
@@ -434,19 +441,21 @@ class DynamicSparsityCallback(Callback):
         if not self._training.after_step(optimizer, self._batch):
             return
         new = self._training.decisions[decided:]
-        if new or logs_at(trainer, self._training.updates):
-            values = {self._tag(trainer, name): value for name, value in self._scalars().items()}
-            log_scalars(trainer, values, self._training.updates)
+        if not new and not logs_at(trainer, self._training.updates):
+            return
+        prefix = self._prefix(trainer)
+        values = {f"{prefix}{name}": value for name, value in self._scalars().items()}
+        log_scalars(trainer, values, self._training.updates)
         for update, decision in new:
             for writer in tensorboards(trainer):
-                writer.add_text(self._tag(trainer, "decision/reason"), f"{decision.action}: {decision.reason}", update)
+                writer.add_text(f"{prefix}decision/reason", f"{decision.action}: {decision.reason}", update)
 
-    def _tag(self, trainer: Trainer, name: str) -> str:
-        """Under the generator's name where several pairs are trained sparsely."""
-        pairs = [c for c in trainer.callbacks if isinstance(c, DynamicSparsityCallback)]  # type: ignore[attr-defined]
-        if len(pairs) == 1 or self._module is None:
-            return name
-        return f"{name_in(self._module, self._networks['generator'].network)}/{name}"
+    def _prefix(self, trainer: Trainer) -> str:
+        """Of what is logged: the generator's name where several pairs are trained sparsely."""
+        assert self._module is not None
+        if not self._others(trainer):
+            return ""
+        return f"{name_in(self._module, self._networks['generator'].network)}/"
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -11,7 +11,7 @@ from lightning_ddst.sparsity.allocation import DISTRIBUTIONS, allocate, apportio
 from lightning_ddst.sparsity.checks import check_choice, check_density, check_rate
 from lightning_ddst.sparsity.growth import GROWTH_RULES, GrowthRule, Layer
 from lightning_ddst.sparsity.maskable import MaskableWeight, maskable_weights
-from lightning_ddst.sparsity.patterns import matches
+from lightning_ddst.sparsity.patterns import matches, name_of_layer
 from lightning_ddst.sparsity.selection import count_true, largest, select
 
 Scope = Literal["global", "layer"]
@@ -163,13 +163,13 @@ class SparseNetwork:
             density = self._reachable(density)
         total = round(density * self.total)
         grows = total > self.active
-        moves = self._moves(self._monotone_allocation(density, total), total - self.active)
+        moves = self._moves(self._monotone_allocation(density, total))
         if grows:
             scores = self._growth_scores(gradients)
             self._zero_inactive()  # in case something else wrote there
             self._grow(moves, scores)
         elif moves:
-            self._prune(moves, density)
+            self._prune(moves, self._prunable(density))
         self.target = density
         if moves:
             self._refresh_spectral()
@@ -191,17 +191,16 @@ class SparseNetwork:
             ValueError: If the rate is outside [0, 1].
         """
         check_rate("rate", rate)
-        floors = self._floors(self.density)
+        prunable = self._prunable(self.density)
         moves = []
         for pool in self._pools():
             active = sum(self._counts[name] for name in pool)
             size = sum(self.masks[name].numel() for name in pool)
-            prunable = sum(self._counts[name] - (floors[name] if len(pool) > 1 else 1) for name in pool)
-            if number := min(int(rate * active + 1e-9), size - active, prunable):
+            if number := min(int(rate * active + 1e-9), size - active, sum(prunable[name] for name in pool)):
                 moves.append((pool, number))
         if moves:
             scores = self._growth_scores(gradients)
-            self._prune(moves, self.density)
+            self._prune(moves, prunable)
             self._grow(moves, scores)
             self._refresh_spectral()
         return sum(number for _, number in moves)
@@ -225,25 +224,23 @@ class SparseNetwork:
         free = [name for name in self.weights if name not in self._given]
         return [*([free] if free else []), *([name] for name in self._given)]
 
-    def _moves(self, counts: Mapping[str, int], change: int) -> Moves:
-        """How many weights each pool gives or takes up on the way to new counts; `change` in all."""
+    def _moves(self, counts: Mapping[str, int]) -> Moves:
+        """How many weights each pool gives or takes up on the way to new counts."""
         moves = []
         for pool in self._pools():
             number = abs(sum(counts[name] - self._counts[name] for name in pool))
             if number:
                 moves.append((pool, number))
-        assert sum(number for _, number in moves) == abs(change)
         return moves
 
-    def _prune(self, moves: Moves, density: float) -> None:
-        """Deactivates the active weights of smallest magnitude."""
+    def _prune(self, moves: Moves, prunable: Mapping[str, int]) -> None:
+        """Deactivates the active weights of smallest magnitude, in each layer as many as are prunable at most."""
         for name, parameter in self.parameters.items():
             _check_finite(f"the weights of {name!r}", parameter.detach())
-        floors = self._floors(density)
         for pool, number in moves:
             weights = [self.weights[name].parameter.detach() for name in pool]
             masks = [self.masks[name] for name in pool]
-            limits = [self._counts[name] - (floors[name] if len(pool) > 1 else 1) for name in pool]
+            limits = [prunable[name] for name in pool]
             self._flip(pool, *select(weights, masks, number, limits, _smallness), sign=-1)
         self._zero_inactive()
         for listener in self.listeners:
@@ -296,7 +293,7 @@ class SparseNetwork:
         else:
             self.masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in self.parameters.items()}
             self._counts = {name: mask.numel() for name, mask in self.masks.items()}
-            self._prune(self._moves(counts, self.total - sum(counts.values())), density)
+            self._prune(self._moves(counts), self._prunable(density))
         if self.active < self.total:
             self._refresh_spectral()
 
@@ -306,10 +303,15 @@ class SparseNetwork:
             return torch.ones_like(parameter, dtype=torch.bool)
         return largest(torch.rand(parameter.shape, generator=self._generator), number).to(parameter.device)
 
-    def _floors(self, density: float) -> dict[str, int]:
-        """The least that pruning to a density leaves each layer among others."""
-        floors = {name: max(1, int(self._layer_floor * count)) for name, count in self.allocation(density).items()}
-        return {name: min(floor, self._counts[name]) for name, floor in floors.items()}
+    def _prunable(self, density: float) -> dict[str, int]:
+        """The most that pruning to a density takes from each layer: one among others keeps its floor."""
+        allocation = self.allocation(density)
+        floors = {
+            name: max(1, int(self._layer_floor * allocation[name])) if len(pool) > 1 else 1
+            for pool in self._pools()
+            for name in pool
+        }
+        return {name: max(0, count - floors[name]) for name, count in self._counts.items()}
 
     def _reachable(self, density: float) -> float:
         """The density nearest to this one that layers of given densities allow."""
@@ -351,7 +353,7 @@ def _first(patterns: Iterable[str], weight: MaskableWeight, network: str) -> str
     """The first pattern that matches a layer of this weight."""
     for pattern in patterns:
         for name, layer in weight.layers.items():
-            if matches(pattern, f"{network}.{name}".strip("."), layer):
+            if matches(pattern, name_of_layer(network, name), layer):
                 return pattern
     return None
 

@@ -27,6 +27,12 @@ def drawn(*shape, step=0.5, seed=0):
     return torch.randint(-2, 3, shape, generator=generator).double() * step
 
 
+@torch.no_grad()
+def fill(network, seed):
+    for i, parameter in enumerate(network.parameters()):
+        parameter.copy_(drawn(*parameter.shape, seed=seed + i))
+
+
 class LinearGenerator(nn.Module):
     """G(z) = z A' + a, and with labels + E[label]."""
 
@@ -34,9 +40,7 @@ class LinearGenerator(nn.Module):
         super().__init__()
         self.linear = nn.Linear(NOISE, PIXELS).double()
         self.classes = nn.Embedding(CLASSES, PIXELS).double() if conditional else None
-        with torch.no_grad():
-            for seed, parameter in enumerate(self.parameters()):
-                parameter.copy_(drawn(*parameter.shape, seed=10 + seed))
+        fill(self, seed=10)
 
     def forward(self, z, labels=None):
         images = self.linear(z)
@@ -56,11 +60,9 @@ class LinearDiscriminator(nn.Module):
         super().__init__()
         self.linear = nn.Linear(PIXELS, 1).double()
         self.classes = nn.Embedding(CLASSES, 1).double() if conditional else None
-        with torch.no_grad():
-            for seed, parameter in enumerate(self.parameters()):
-                parameter.copy_(drawn(*parameter.shape, seed=20 + seed))
-            if conditional:
-                self.classes.weight.copy_(torch.tensor([[0.0], [8.0], [-4.0]]))  # mixed up labels are seen
+        fill(self, seed=20)
+        if conditional:
+            self.classes.weight.data.copy_(torch.tensor([[0.0], [8.0], [-4.0]]))  # mixed up labels are seen
 
     def forward(self, x, labels=None):
         scores = self.linear(x)
