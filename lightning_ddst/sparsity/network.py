@@ -372,7 +372,7 @@ def _given_counts(
 
 
 def _smallness(weights: Tensor) -> Tensor:
-    return weights.abs().neg_()
+    return weights.copysign(-1.0)
 
 
 def _check_finite(what: str, values: Tensor) -> None:

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_ddst.sparsity import largest, select
+from lightning_ddst.sparsity.selection import _bounds
 
 INF = float("inf")
 
@@ -242,3 +243,17 @@ def test_choice_over_layers_equals_taking_one_after_the_other_in_sorted_order(da
     scores = [torch.tensor([score for score, _ in layer]) for layer in layers]
     eligible = [torch.tensor([allowed for _, allowed in layer]) for layer in layers]
     assert lists(select(scores, eligible, k, limits)) == expected
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.97])
+@pytest.mark.parametrize("allowed", [0.1, 0.5, 0.9])
+def test_a_sample_bounds_the_threshold_however_many_are_chosen(share, allowed):
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        scores = torch.randn(400_000, generator=generator)
+        eligible = torch.rand(400_000, generator=generator) < allowed
+        k = int(share * eligible.sum())
+        low, high = _bounds([scores], [eligible], k, torch.detach)
+        above, reaching = ((eligible & marks).sum() for marks in (scores > high, scores >= low))
+        assert above <= k <= reaching
+        assert reaching - above < 0.1 * 400_000
