@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ddst.sparsity.network import SparseNetwork, zero_where_inactive, zeroed_where_inactive
+from lightning_ddst.sparsity.network import SparseNetwork, zero_where_inactive
 
 _AVERAGE_DECAY = 0.9
 """Of the averaged dense gradient, over the network's updates."""
@@ -18,8 +18,8 @@ _AVERAGE_DECAY = 0.9
 class Enforcement:
     """Holds weights, gradients and optimizer state of a sparse network at zero where it is inactive.
 
-    - A hook on each weight masks its gradient as it arrives, before anything can clip it,
-      accumulate it or step with it. The dense gradient is seen there, and kept when growth needs it.
+    - Hooks on each weight mask ``.grad`` as soon as a backward pass has added to it, before anything
+      can clip it or step with it. The dense gradient is seen there, and kept when growth needs it.
     - A hook on each optimizer masks weights and weight-shaped state after every step, whatever the
       optimizer did: momentum, weight decay, noise. So a grown weight starts with fresh state. Most
       optimizers keep state at 0 where weight and gradient are 0; whether one does is looked at in the
@@ -43,8 +43,8 @@ class Enforcement:
         for parameter, name in self._names.items():
             trains = parameter.requires_grad
             parameter.requires_grad_(True)  # torch takes hooks only then; a GAN may have frozen it for the moment
-            self._handles.append(parameter.register_hook(partial(self._mask_gradient, name)))
-            self._handles.append(parameter.register_post_accumulate_grad_hook(partial(self.gradients.landed, name)))
+            self._handles.append(parameter.register_hook(partial(self.gradients.arrived, name)))
+            self._handles.append(parameter.register_post_accumulate_grad_hook(partial(self._accumulated, name)))
             parameter.requires_grad_(trains)
         for optimizer in self._owned:
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
@@ -61,9 +61,14 @@ class Enforcement:
     def _updated_by(self, optimizer: Optimizer) -> list[str]:
         return [self._names[parameter] for parameter in _parameters(optimizer) if parameter in self._names]
 
-    def _mask_gradient(self, name: str, gradient: Tensor) -> Tensor:
-        self.gradients.arrived(name, gradient)
-        return zeroed_where_inactive(gradient, self._network.masks[name])
+    def _accumulated(self, name: str, parameter: Tensor) -> None:
+        self.gradients.landed(name, parameter)
+        self._mask_gradient(name, parameter)
+
+    def _mask_gradient(self, name: str, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            # Past autograd's version counter, which would say that the gradient was cleared.
+            zero_where_inactive(parameter.grad.data, self._network.masks[name])
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for name in self._owned[optimizer]:
@@ -79,9 +84,7 @@ class Enforcement:
         for optimizer in self._owned:
             self._mask_state(optimizer)
         for parameter, name in self._names.items():
-            if parameter.grad is not None:
-                # Past autograd's version counter, which would say that the gradient was cleared.
-                zero_where_inactive(parameter.grad.data, self._network.masks[name])
+            self._mask_gradient(name, parameter)
 
     def _mask_state(self, optimizer: Optimizer) -> None:
         for value, mask in self._state(optimizer):
