@@ -5,9 +5,11 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from lightning_ddst import ranks
 from lightning_ddst.callbacks.logs import log_scalars, logs_at
 from lightning_ddst.losses import LOSSES, gradient_penalty, r1_penalty
 from lightning_ddst.sparsity.checks import check_choice, check_count
@@ -95,6 +97,18 @@ class GANModule(LightningModule):
             generator_optimizer(self.generator.parameters()),
             discriminator_optimizer(self.discriminator.parameters()),
         ], []
+
+    # ---- several processes -----------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Has DistributedDataParallel expect that a backward pass reaches one of the networks alone."""
+        if isinstance(self.trainer.strategy, DDPStrategy):
+            self.trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+
+    def on_fit_start(self) -> None:
+        """Lets every process draw noise of its own."""
+        if ranks.several():
+            torch.manual_seed(torch.initial_seed() + ranks.rank())
 
     # ---- generating ------------------------------------------------------------------------------------
 

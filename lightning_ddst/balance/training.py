@@ -5,12 +5,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
+from lightning_ddst import ranks
 from lightning_ddst.balance.controller import Decision, DensityController
 from lightning_ddst.balance.probe import BalanceProbe
 from lightning_ddst.balance.window import BalanceWindow, Estimator
-from lightning_ddst.sparsity import Enforcement, SparseNetwork, TrainingFlops, exploration_rate, has_gradient, updating
+from lightning_ddst.sparsity import Enforcement, SparseNetwork, TrainingFlops, exploration_rate, made_update, updating
+from lightning_ddst.sparsity.enforcement import Unscaled
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class SparseTraining:
         exploration: How much is explored.
         estimator: Of the balance ratio over a window.
         plan: When things happen; may be replaced by `schedule` once the run's length is known.
+        unscaled: From a gradient as it arrives to a copy without the scale of the loss (fp16).
 
     Attributes:
         updates: Generator updates so far.
@@ -93,6 +97,7 @@ class SparseTraining:
         exploration: Exploration,
         estimator: Estimator,
         plan: Plan,
+        unscaled: Unscaled = torch.clone,
     ) -> None:
         self.generator = generator
         self.discriminator = discriminator
@@ -111,7 +116,7 @@ class SparseTraining:
         self.generator_optimizers = updating(generator.parameters, optimizers)
         updating(discriminator.parameters, optimizers)
         self._holds = {
-            network: Enforcement(network, optimizers)
+            network: Enforcement(network, optimizers, unscaled)
             for network in (generator, discriminator)
             if network.density < 1 or (network is discriminator and controller is not None)
         }
@@ -148,7 +153,7 @@ class SparseTraining:
         Returns:
             Whether this was a generator update: an optimizer of both networks makes steps without.
         """
-        if not has_gradient(self.generator.parameters, optimizer):
+        if not made_update(self.generator.parameters, optimizer):
             return False
         self.updates += 1
         probed = self._measure(batch)
@@ -156,12 +161,24 @@ class SparseTraining:
         self.flops.updated(probed=probed, dense_gradients=needed)
         self._decision_due |= self._controller is not None and self._is_due(self.plan.interval)
         self._explore_due |= self._explores and self._is_due(self.plan.explore_interval)
+        changing = self._decision_due or self._explore_due
         if self._decision_due:
             self._decide()
         if self._explore_due:
             self._explore_generator()
+        if changing and ranks.several():
+            self.check_ranks()
         self._expect_next()
         return True
+
+    def check_ranks(self) -> None:
+        """Compares masks and decisions over processes.
+
+        Raises:
+            RuntimeError: If they differ: each process would train another network.
+        """
+        masks = (self.generator.checksum, self.discriminator.checksum)
+        ranks.check_same(f"the masks and decisions at generator update {self.updates}", (masks, self.decisions[-1:]))
 
     def after_batch(self, batch: Any) -> None:
         """Has the first measured training step looked at as a whole."""
@@ -173,7 +190,7 @@ class SparseTraining:
         if self._probe is None or not self._probe.watching:
             return False
         with self.flops.probing():
-            scores = self._probe.after_update(batch)
+            scores = ranks.mean(self._probe.after_update(batch))
         if self._is_due(self.plan.probe_interval):
             self.window.add(scores)
             self.measurements += 1

@@ -1,7 +1,7 @@
 """The callback that trains a GAN sparsely."""
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_ddst import ranks
 from lightning_ddst.balance import (
     Balance,
     BalanceProbe,
@@ -24,9 +25,12 @@ from lightning_ddst.balance import (
 from lightning_ddst.balance.controller import ACTIONS
 from lightning_ddst.balance.entries import Place
 from lightning_ddst.balance.window import ESTIMATORS, Estimator
+from lightning_ddst.callbacks.accumulation import AccumulatedGradients
 from lightning_ddst.callbacks.logs import log_scalars, logs_at, tensorboards
 from lightning_ddst.callbacks.networks import find_network, name_in, refuse_other_averages
+from lightning_ddst.callbacks.random_states import random_states, resume_randomness
 from lightning_ddst.callbacks.run_length import RunLength
+from lightning_ddst.callbacks.strategies import check_backward_passes, check_strategy
 from lightning_ddst.sparsity import DISTRIBUTIONS, GROWTH_RULES, SCHEDULES, SparseNetwork, maskable_weights
 from lightning_ddst.sparsity.checks import check_choice, check_count, check_density, check_rate
 from lightning_ddst.sparsity.network import INITIAL, SCOPES, Initial, Scope
@@ -197,9 +201,12 @@ class DynamicSparsityCallback(Callback):
         self._full_names: dict[int, str] = {}
         self._module: nn.Module | None = None
         self._training: SparseTraining | None = None
+        self._accumulated: AccumulatedGradients | None = None
         self._saved: Mapping[str, Any] | None = None
         self._handles: list[RemovableHandle] = []
         self._batch: Any = None
+        self._resumed: Mapping[str, Any] | None = None
+        self._warned_of_raw_optimizers = False
 
     # ---- what can be read at any time ----------------------------------------------------------------
 
@@ -344,13 +351,14 @@ class DynamicSparsityCallback(Callback):
                         f"{', '.join(sorted({type(layer).__name__ for layer in layers.values()}))}."
                     )
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks that masks can be held under the Trainer's strategy."""
+        if stage == "fit":
+            check_strategy(trainer)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Masks the networks, and hooks into them and their optimizers."""
-        if trainer.world_size > 1:
-            raise ValueError(
-                f"Trainer(devices, num_nodes) starts {trainer.world_size} processes; "
-                "DynamicSparsityCallback works with 1 so far."
-            )
+        check_backward_passes(trainer)
         if self._saved is None and self._training is not None and self._module is pl_module:
             self._saved = self.state_dict()  # fitting goes on
         if self._saved is not None or not self._networks or self._module is not pl_module:
@@ -360,6 +368,8 @@ class DynamicSparsityCallback(Callback):
             refuse_other_averages(trainer, pl_module, generator.network)
         self._refuse_shared(trainer, pl_module)
         for network in self._networks.values():
+            if ranks.several():
+                network.load_state_dict(ranks.of_first(network.state_dict()))
             network.to_weights()
         probe = None
         if self._intervals[2] is not None:
@@ -380,13 +390,16 @@ class DynamicSparsityCallback(Callback):
             exploration=self._exploration,
             estimator=self._estimator,
             plan=self._planned(),
+            unscaled=_unscaled(trainer),
         )
+        self._accumulated = AccumulatedGradients(trainer.optimizers)
         if self._saved is not None:
             self._training.load_state_dict(self._saved["training"])
-            self._length.known = self._saved["length_known"]
+            self._length.load_state_dict(self._saved["length"])
             self._saved = None
         else:
             self._length = RunLength()
+        self._training.check_ranks()
         for optimizer in self._training.generator_optimizers:
             self._handles += [
                 optimizer.register_step_pre_hook(lambda stepping, *_: self._before_step(stepping)),
@@ -427,6 +440,13 @@ class DynamicSparsityCallback(Callback):
 
     # ---- training --------------------------------------------------------------------------------------
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes over from a checkpoint what the Trainer would have changed before."""
+        if self._resumed is not None and self._accumulated is not None:
+            self._accumulated.load_state_dict(self._resumed["accumulated"])
+            resume_randomness(trainer, self._resumed["random"])
+        self._resumed = None
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remembers the batch, for the real images in it."""
         self._batch = batch
@@ -465,6 +485,14 @@ class DynamicSparsityCallback(Callback):
         if self._training is None:
             return
         self._training.after_batch(batch)
+        if self._training.updates and not trainer.global_step and not self._warned_of_raw_optimizers:
+            self._warned_of_raw_optimizers = True
+            rank_zero_warn(
+                "the generator was updated and Trainer.global_step is still 0: the training step steps torch's own "
+                "optimizers (trainer.optimizers, self.optimizers(use_pl_optimizer=False)), which Lightning does not "
+                "count. ModelCheckpoint saves nothing until the run ends, and max_steps does not end it. Step what "
+                "self.optimizers() returns."
+            )
         if self._length.known:
             return
         self._length.observe(trainer, self._training.updates)
@@ -498,6 +526,8 @@ class DynamicSparsityCallback(Callback):
         self._batch = None
         if self._training is not None:
             self._training.detach()
+        if self._accumulated is not None:
+            self._accumulated.remove()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -533,7 +563,7 @@ class DynamicSparsityCallback(Callback):
         """Masks, counters, the balance window and every random state; loads with ``weights_only=True``."""
         if self._saved is not None:
             return dict(self._saved)
-        if self._training is None:
+        if self._training is None or self._accumulated is None:
             return {}
         networks = {
             role: network.state_dict() | {"names": self._names_in_module(role)}
@@ -542,14 +572,38 @@ class DynamicSparsityCallback(Callback):
         return {
             "networks": networks,
             "training": self._training.state_dict(),
-            "length_known": self._length.known,
+            "length": self._length.state_dict(),
+            "accumulated": self._accumulated.state_dict(),
+            "random": ranks.gathered(random_states()),
         }
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint that says nothing about this callback's masks, unless they come from its weights."""
+        saved = checkpoint.get("callbacks", {})
+        if trainer.state.fn != "fit" or saved.get(self.state_key) or self._masking["initial"] == "magnitude":
+            return
+        others = [key for key in saved if key.startswith(type(self).__name__)]
+        raise ValueError(
+            f"the checkpoint holds no masks for {self.state_key}"
+            + (f", but for {', '.join(others)}. Name the same networks as then." if others else ".")
+            + ' To start from the dense networks in it, say initial_masks="magnitude"; to start from its weights with '
+            "random masks, load them into the module and fit without ckpt_path."
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave; fitting goes on from it."""
         if state_dict:
             self._saved = state_dict
+            self._resumed = state_dict
             self._networks, self._training = {}, None
+
+
+def _unscaled(trainer: Trainer) -> Callable[[Tensor], Tensor]:
+    """Takes the scale of fp16's loss off gradients, where there is one."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None:
+        return torch.clone
+    return lambda gradient: gradient / scaler.scale(torch.ones((), device=gradient.device))
 
 
 def _check_intervals(

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_ddst.callbacks.networks import find_network
-from lightning_ddst.sparsity import has_gradient, updating
+from lightning_ddst.sparsity import made_update, updating
 from lightning_ddst.sparsity.averaging import BufferHandling, WeightAverage
 
 
@@ -63,7 +63,7 @@ class GeneratorEMA(Callback):
 
     def _update(self, trained: Mapping[str, Tensor], optimizer: Optimizer, *_: Any) -> None:
         assert self._average is not None
-        if has_gradient(trained, optimizer):  # an optimizer of both networks makes steps without
+        if made_update(trained, optimizer):  # an optimizer of both networks makes steps without
             self._average.update()
 
     def _prepare(self, pl_module: LightningModule) -> None:

@@ -1,6 +1,8 @@
 """How many generator updates a run will make."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from lightning.pytorch import Trainer
 
@@ -37,6 +39,15 @@ class RunLength:
             self._first = now
         elif now.updates > self._first.updates:
             self.known, self.updates = True, _extrapolated(trainer, self._first, now)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen; loads with ``weights_only=True``."""
+        return {"known": self.known, "updates": self.updates, "first": self._first and asdict(self._first)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` gave."""
+        self.known, self.updates = state["known"], state["updates"]
+        self._first = _Progress(**state["first"]) if state["first"] else None
 
 
 def _extrapolated(trainer: Trainer, first: _Progress, now: _Progress) -> int | None:

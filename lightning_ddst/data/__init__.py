@@ -1,5 +1,6 @@
-"""Data modules."""
+"""Data modules, and a loader that resumes."""
 
 from lightning_ddst.data.digits import DigitsDataModule, digits
+from lightning_ddst.data.resumable import ResumableLoader
 
-__all__ = ["DigitsDataModule", "digits"]
+__all__ = ["DigitsDataModule", "ResumableLoader", "digits"]

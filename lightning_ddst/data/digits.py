@@ -5,8 +5,10 @@ from functools import cache
 import torch
 from lightning.pytorch import LightningDataModule
 from sklearn.datasets import load_digits
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_ddst import ranks
+from lightning_ddst.data.resumable import ResumableLoader
 from lightning_ddst.sparsity.checks import check_count
 
 
@@ -28,7 +30,7 @@ class DigitsDataModule(LightningDataModule):
     All 1,797 images are trained on and, in order, what samples are compared with.
 
     Args:
-        batch_size: Images a batch; the last, smaller one is left out.
+        batch_size: Images a batch, in each process; the last, smaller one is left out.
         batches_per_epoch: Length of an epoch, which may be more than one pass over the images; by
             default one pass.
 
@@ -47,14 +49,14 @@ class DigitsDataModule(LightningDataModule):
         self.batches_per_epoch = batches_per_epoch
 
     def train_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
-        """Batches of shuffled images and labels."""
-        images = None if self.batches_per_epoch is None else self.batches_per_epoch * self.batch_size
-        sampler = RandomSampler(digits(), num_samples=images)
-        return DataLoader(digits(), self.batch_size, sampler=sampler, drop_last=True)
+        """Batches of shuffled images and labels; resumes in the middle of an epoch."""
+        passes = len(digits()) // (self.batch_size * ranks.number())
+        return ResumableLoader(digits(), self.batch_size, self.batches_per_epoch or passes)
 
     def val_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
         """Every image once, in order."""
-        return DataLoader(digits(), batch_size=256)
+        rng = torch.Generator()  # or the loader would draw from training's random state
+        return DataLoader(digits(), batch_size=256, generator=rng)
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader

@@ -1,7 +1,7 @@
 """Masks of one network: allocation, pruning and growing, schedules, enforcement. Needs torch only."""
 
 from lightning_ddst.sparsity.allocation import DISTRIBUTIONS, allocate
-from lightning_ddst.sparsity.enforcement import Enforcement, has_gradient, updating
+from lightning_ddst.sparsity.enforcement import Enforcement, made_update, updating
 from lightning_ddst.sparsity.flops import TrainingFlops
 from lightning_ddst.sparsity.growth import GROWTH_RULES, Layer, growth_rule
 from lightning_ddst.sparsity.maskable import MASKABLE_LAYERS, MaskableWeight, maskable_weights
@@ -22,8 +22,8 @@ __all__ = [
     "allocate",
     "exploration_rate",
     "growth_rule",
-    "has_gradient",
     "largest",
+    "made_update",
     "maskable_weights",
     "select",
     "updating",

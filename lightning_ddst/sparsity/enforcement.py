@@ -1,6 +1,6 @@
 """Keeps inactive weights at exactly zero while optimizers train the others."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_ddst import ranks
 from lightning_ddst.sparsity.network import SparseNetwork, zero_where_inactive
 
+Unscaled = Callable[[Tensor], Tensor]
 _AVERAGE_DECAY = 0.9
 """Of the averaged dense gradient, over the network's updates."""
 
@@ -28,13 +30,16 @@ class Enforcement:
     Args:
         network: The sparse network.
         optimizers: The optimizers that update it; others may be among them.
+        unscaled: From a gradient as it arrives to what it is without the scale of the loss (fp16).
 
     Raises:
         ValueError: If a maskable weight is in none of the optimizers.
     """
 
-    def __init__(self, network: SparseNetwork, optimizers: Iterable[Optimizer]) -> None:
-        self.gradients = DenseGradients(network)
+    def __init__(
+        self, network: SparseNetwork, optimizers: Iterable[Optimizer], unscaled: Unscaled = torch.clone
+    ) -> None:
+        self.gradients = DenseGradients(network, unscaled)
         self._network = network
         self._names: dict[Tensor, str] = {weight.parameter: name for name, weight in network.weights.items()}
         self._owned = {optimizer: self._updated_by(optimizer) for optimizer in updating(network.parameters, optimizers)}
@@ -125,10 +130,16 @@ def updating(parameters: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) 
     return found
 
 
-def has_gradient(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> bool:
-    """Whether one of the parameters has a gradient, so that a step of this optimizer updates it."""
+def made_update(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> bool:
+    """Whether the step that an optimizer made just now updated one of the parameters.
+
+    It did not where none has a gradient, or where a fused optimizer skipped its step because fp16 overflowed.
+    """
     own = {id(parameter) for parameter in parameters.values()}
-    return any(p.grad is not None for p in _parameters(optimizer) if id(p) in own)
+    if not any(p.grad is not None for p in _parameters(optimizer) if id(p) in own):
+        return False
+    overflow = getattr(optimizer, "found_inf", None)  # of torch's GradScaler, while it steps a fused optimizer
+    return overflow is None or not bool(overflow)
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
@@ -139,18 +150,20 @@ class DenseGradients:
     """The gradients of a network's weights before masking, kept only when growth will need them.
 
     Gradients of several backward passes add up as they do in ``parameter.grad``, and start over
-    where that was cleared.
+    where that was cleared. Of several processes' gradients the mean is kept.
 
     Args:
         network: The sparse network; its growth rule says which gradients are needed.
+        unscaled: From a gradient as it arrives to a copy without the scale of the loss.
 
     Attributes:
         armed: Whether the gradients of the coming update will be needed. Rules that use the
             average need every update's.
     """
 
-    def __init__(self, network: SparseNetwork) -> None:
+    def __init__(self, network: SparseNetwork, unscaled: Unscaled = torch.clone) -> None:
         self.armed = False
+        self._unscaled = unscaled
         self._kind = network.growth.gradient
         self._weights = network.weights
         self._incoming: dict[str, Tensor] = {}  # seen by the hook, maybe only looked at
@@ -167,17 +180,20 @@ class DenseGradients:
     def arrived(self, name: str, gradient: Tensor) -> None:
         """Sees a dense gradient, which may be on its way to ``parameter.grad``."""
         if self.wanted:
-            gradient = gradient.detach()
+            gradient = self._unscaled(gradient.detach())
             grad = self._weights[name].parameter.grad
-            held, version = self._landed.get(name, (None, -1))
-            if grad is not None and grad is held and grad._version == version:
-                gradient = self._arrived[name] + gradient
-            else:
-                gradient = gradient.clone()
+            if name in self._arrived and grad is not None and not self._cleared(name, grad):
+                gradient += self._arrived[name]
             self._incoming[name] = gradient
 
+    def _cleared(self, name: str, grad: Tensor) -> bool:
+        """Whether ``parameter.grad`` was set to 0 since a gradient was added."""
+        held, version = self._landed.get(name, (None, -1))
+        # Another version may also be what DistributedDataParallel wrote, or clipping.
+        return not (grad is held and grad._version == version) and not bool(grad.any())
+
     def landed(self, name: str, parameter: Tensor) -> None:
-        """Sees ``parameter.grad`` after a gradient was added; any other change of it is a new start."""
+        """Sees ``parameter.grad`` after a gradient was added."""
         if name in self._incoming and parameter.grad is not None:
             self._arrived[name] = self._incoming.pop(name)
             self._landed[name] = (parameter.grad, parameter.grad._version)
@@ -186,7 +202,7 @@ class DenseGradients:
         """Keeps what arrived for the weights that an optimizer updated just now."""
         for name in names:
             self._landed.pop(name, None)
-            if (gradient := self._arrived.pop(name, None)) is None:
+            if (gradient := self._mean(name, self._arrived.pop(name, None))) is None:
                 continue
             self._finite[name] = torch.stack(gradient.aminmax()).isfinite().all()
             if self._kind == "average":
@@ -196,6 +212,14 @@ class DenseGradients:
                 self._kept[name] = kept.lerp(torch.where(gradient.isfinite(), gradient, kept), weight)
             else:
                 self._kept[name] = gradient
+
+    def _mean(self, name: str, gradient: Tensor | None) -> Tensor | None:
+        """The mean over processes, where one that saw no gradient counts as 0; None if none of them saw one."""
+        if not ranks.several():
+            return gradient
+        if not self.wanted or not any(ranks.gathered(gradient is not None)):
+            return None
+        return ranks.mean(torch.zeros_like(self._weights[name].parameter) if gradient is None else gradient)
 
     def take(self) -> dict[str, Tensor] | None:
         """What the growth rule needs, by name, or None where a gradient is missing or not finite.
@@ -212,13 +236,16 @@ class DenseGradients:
         return taken
 
     def state_dict(self) -> dict[str, Any]:
-        """What was kept; loads with ``weights_only=True``."""
-        kept = {name: gradient.clone() for name, gradient in self._kept.items()}
-        return {"armed": self.armed, "kept": kept, "finite": dict(self._finite)}
+        """What was kept, and what has arrived since; loads with ``weights_only=True``."""
+        kept, arrived = (
+            {name: gradient.clone() for name, gradient in held.items()} for held in (self._kept, self._arrived)
+        )
+        return {"armed": self.armed, "kept": kept, "arrived": arrived, "finite": dict(self._finite)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` gave."""
         self.armed = state["armed"]
-        for name, gradient in state["kept"].items():
-            self._kept[name] = gradient.to(self._weights[name].parameter, copy=True)
+        for held, saved in ((self._kept, state["kept"]), (self._arrived, state["arrived"])):
+            for name, gradient in saved.items():
+                held[name] = gradient.to(self._weights[name].parameter, copy=True)
         self._finite = dict(state["finite"])

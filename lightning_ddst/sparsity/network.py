@@ -1,6 +1,7 @@
 """The masks of one network and the ways they change: drawn, resized, explored."""
 
 import hashlib
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -107,7 +108,7 @@ class SparseNetwork:
         if state is None:
             self._begin(density, initial)
         else:
-            self._restore(state)
+            self.load_state_dict(state)
 
     # ---- what there is -------------------------------------------------------------------------
 
@@ -332,12 +333,25 @@ class SparseNetwork:
 
     # ---- saving --------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Masks and random state; loads with ``weights_only=True``."""
-        rng = self._generator.get_state()
-        return {"target": self.target, "rng": rng, "masks": {name: mask.clone() for name, mask in self.masks.items()}}
+    @property
+    def checksum(self) -> int:
+        """Of the masks; 32 bits."""
+        value = 0
+        for mask in self.masks.values():
+            value = zlib.crc32(mask.cpu().numpy().tobytes(), value)
+        return value
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Masks and random state, on the CPU; loads with ``weights_only=True``."""
+        masks = {name: mask.to("cpu", copy=True) for name, mask in self.masks.items()}
+        return {"target": self.target, "rng": self._generator.get_state(), "masks": masks}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` gave.
+
+        Raises:
+            ValueError: If it is of a network with other maskable weights.
+        """
         saved = state["masks"]
         for name in sorted(self.weights.keys() | saved.keys()):
             if name not in self.weights or name not in saved or saved[name].shape != self.weights[name].parameter.shape:

@@ -1,0 +1,183 @@
+import pytest
+import torch
+from crashes import assert_resumed_alike, fit, last_checkpoint
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, TensorDataset
+from toys import ToyGAN, toy_data, toy_trainer
+
+from lightning_ddst import GANModule
+from lightning_ddst.data import ResumableLoader
+from lightning_ddst.models import SmallDiscriminator, SmallGenerator
+
+METHODS = {
+    "static": {"method": "static"},
+    "sdst": {"method": "sdst"},
+    "ddst": {"method": "ddst", "bounds": (0.2, 0.3)},
+    "strict": {"method": "ddst", "bounds": (0.2, 0.3), "max_discriminator_density": 0.4},
+}
+# With D stepping twice an update: explorations at batches 10, 20, ..., decisions at 14, 28, 42; 12 batches an epoch.
+SETTINGS = {"generator_density": 0.3, "interval": 7, "explore_interval": 5, "probe_interval": 1, "seed": 1}
+
+
+def small_gan() -> GANModule:
+    generator = SmallGenerator(image_size=8, channels=1, width=4, latent_dim=4)
+    return GANModule(generator, SmallDiscriminator(image_size=8, channels=1, width=4), discriminator_steps=2)
+
+
+def images() -> TensorDataset:
+    return TensorDataset(torch.rand(30, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+
+
+def resumable() -> ResumableLoader:
+    return ResumableLoader(images(), batch_size=8, batches=12)
+
+
+CRASHES = {
+    "before an exploration": (20, 3),
+    "after an exploration": (21, 10),
+    "before a decision": (28, 9),
+    "after a decision": (29, 14),
+    "at an epoch's end": (25, 8),
+    "between discriminator steps": (18, 17),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("crash", CRASHES)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, method, crash):
+    kill, every = CRASHES[crash]
+    # A batch is one step of an optimizer, or two: 3 in 2 batches.
+    every = every * 3 // 2
+    callback = assert_resumed_alike(
+        small_gan, resumable, tmp_path, every=every, kill=kill, **SETTINGS, **METHODS[method]
+    )
+    assert callback.generator_updates == 24
+
+
+# ---- a GAN and a loader of the user's own -----------------------------------------------------------
+
+PLAIN = {"generator_density": 0.3, "interval": 4, "explore_interval": 3, "bounds": (0.2, 0.3), "seed": 1}
+
+
+def shuffled() -> DataLoader:
+    return DataLoader(toy_data(7).dataset, batch_size=8, shuffle=True)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_epochs_end_is_resumed_alike_with_any_loader(tmp_path, workers):
+    def data():
+        return DataLoader(toy_data(7).dataset, batch_size=8, shuffle=True, num_workers=workers)
+
+    assert_resumed_alike(ToyGAN, data, tmp_path, every=None, kill=16, **PLAIN)
+
+
+def test_the_middle_of_an_epoch_says_that_the_loader_cannot_go_on(tmp_path):
+    fit(ToyGAN, shuffled, tmp_path, every=6, kill=13, **PLAIN)
+    with pytest.warns(UserWarning, match="after batch 5 of an epoch, and the train loader cannot go on from there"):
+        fit(ToyGAN, shuffled, tmp_path, every=6, resume=last_checkpoint(tmp_path), **PLAIN)
+
+
+class AccumulatingGAN(ToyGAN):
+    """Gradients of both networks add up over three batches."""
+
+    def training_step(self, batch, batch_idx):
+        generator, discriminator = self.networks()
+        (real,) = batch
+        noise = torch.randn(2, len(real), 8)
+        loss = discriminator(generator(noise[0]).detach()).mean() - discriminator(real).mean()
+        loss = loss + real.new_tensor(0.1) * discriminator(real).square().mean()
+        self.manual_backward(loss)
+        generator_optimizer, discriminator_optimizer = self.optimizers()
+        if batch_idx % 3 == 2:
+            discriminator_optimizer.step()
+            discriminator_optimizer.zero_grad()
+        self.toggle_optimizer(generator_optimizer)
+        self.manual_backward(-discriminator(generator(noise[1])).mean())
+        self.untoggle_optimizer(generator_optimizer)
+        if batch_idx % 3 == 2:
+            generator_optimizer.step()
+            generator_optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("growth", ["gradient", "momentum"])
+@pytest.mark.parametrize("kill", [8, 20, 21])
+def test_gradients_that_wait_for_a_step_are_resumed(tmp_path, monkeypatch, growth, kill):
+    def data():
+        return ResumableLoader(toy_data(7).dataset, batch_size=8, batches=12)
+
+    save_every_batch(monkeypatch)
+    settings = PLAIN | {"explore_interval": 1, "interval": 2, "growth": growth}
+    assert_resumed_alike(AccumulatingGAN, data, tmp_path, every=1, kill=kill, **settings)
+
+
+def save_every_batch(monkeypatch):
+    # ModelCheckpoint goes by optimizer steps, of which most batches here have none.
+    def save(self, trainer, *_):
+        batches = trainer.fit_loop.total_batch_idx + 1
+        trainer.save_checkpoint(f"{self.dirpath}/step={batches}.ckpt")
+
+    monkeypatch.setattr("lightning.pytorch.callbacks.ModelCheckpoint.on_train_batch_end", save)
+
+
+# ---- checkpoints that do not fit --------------------------------------------------------------------
+
+
+def test_a_checkpoint_without_masks_is_refused(tmp_path):
+    dense(tmp_path)
+    with pytest.raises(ValueError, match='holds no masks for DynamicSparsityCallback.*initial_masks="magnitude"'):
+        fit(ToyGAN, toy_data, tmp_path, every=None, resume=last_checkpoint(tmp_path), **PLAIN)
+
+
+def test_a_checkpoint_without_masks_is_a_dense_start_where_asked(tmp_path):
+    trained = dense(tmp_path)
+    *_, callback = fit(
+        ToyGAN,
+        toy_data,
+        tmp_path,
+        every=None,
+        resume=last_checkpoint(tmp_path),
+        initial_masks="magnitude",
+        **PLAIN | {"method": "static", "scope": "layer"},
+    )
+    assert callback.generator_updates == 20  # 2 of 4 epochs are left
+    for name, mask in callback.masks("generator").items():
+        sizes = trained.get_parameter(name).detach().abs()
+        assert sizes[mask].min() >= sizes[~mask].max()
+
+
+def dense(folder):
+    seed_everything(0, verbose=False)
+    gan = ToyGAN()
+    toy_trainer(ModelCheckpoint(folder, "{step}"), epochs=2, enable_checkpointing=True).fit(gan, toy_data())
+    return gan
+
+
+def test_a_checkpoint_of_other_networks_names_is_refused(tmp_path):
+    fit(ToyGAN, toy_data, tmp_path, every=None, epochs=1, **PLAIN)
+    with pytest.raises(ValueError, match=r"holds no masks for .*generator.*but for DynamicSparsityCallback\. Name the"):
+        fit(ToyGAN, toy_data, tmp_path, every=None, resume=last_checkpoint(tmp_path), generator="generator", **PLAIN)
+
+
+def test_masks_of_another_network_are_refused(tmp_path):
+    fit(ToyGAN, toy_data, tmp_path, every=None, epochs=1, **PLAIN)
+    with pytest.raises(ValueError, match="the saved masks are another network's: '0.weight' is missing"):
+        fit(
+            ToyGAN,
+            toy_data,
+            tmp_path,
+            every=None,
+            resume=last_checkpoint(tmp_path),
+            dense_layers=["generator.0"],
+            **PLAIN,
+        )
+
+
+def test_raw_optimizers_are_warned_of(tmp_path):
+    class Raw(ToyGAN):
+        def optimizers(self, use_pl_optimizer=True):
+            return super().optimizers(use_pl_optimizer=False)
+
+    with pytest.warns(UserWarning, match="global_step is still 0.*ModelCheckpoint saves nothing") as warned:
+        fit(Raw, toy_data, tmp_path, every=None, epochs=1, **PLAIN)
+    assert sum("global_step" in str(warning.message) for warning in warned) == 1
