@@ -125,7 +125,7 @@ def save_every_batch(monkeypatch):
 
 def test_a_checkpoint_without_masks_is_refused(tmp_path):
     dense(tmp_path)
-    with pytest.raises(ValueError, match='holds no masks for DynamicSparsityCallback.*initial_masks="magnitude"'):
+    with pytest.raises(ValueError, match=r'holds no masks for DynamicSparsityCallback.*initial_masks="magnitude"'):
         fit(ToyGAN, toy_data, tmp_path, every=None, resume=last_checkpoint(tmp_path), **PLAIN)
 
 
@@ -161,7 +161,7 @@ def test_a_checkpoint_of_other_networks_names_is_refused(tmp_path):
 
 def test_masks_of_another_network_are_refused(tmp_path):
     fit(ToyGAN, toy_data, tmp_path, every=None, epochs=1, **PLAIN)
-    with pytest.raises(ValueError, match="the saved masks are another network's: '0.weight' is missing"):
+    with pytest.raises(ValueError, match=r"the saved masks are another network's: '0\.weight' is missing"):
         fit(
             ToyGAN,
             toy_data,

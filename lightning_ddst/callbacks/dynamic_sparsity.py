@@ -305,7 +305,8 @@ class DynamicSparsityCallback(Callback):
         Raises:
             ValueError: If a network is not found, or cannot be masked at its density.
         """
-        seed = torch.initial_seed() if self._seed is None else self._seed
+        # One process's: drawing the masks sets weights to 0, and the weights are the same everywhere already.
+        seed = ranks.of_first(torch.initial_seed() if self._seed is None else self._seed)
         self._module = module
         self._full_names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._networks = {}
@@ -368,7 +369,7 @@ class DynamicSparsityCallback(Callback):
             refuse_other_averages(trainer, pl_module, generator.network)
         self._refuse_shared(trainer, pl_module)
         for network in self._networks.values():
-            if ranks.several():
+            if ranks.several():  # after a call of attach there may be others
                 network.load_state_dict(ranks.of_first(network.state_dict()))
             network.to_weights()
         probe = None

@@ -1,0 +1,125 @@
+"""What two processes do together (tests/two_processes.py), beside what one does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import two_processes
+
+HERE = Path(__file__).parent
+
+
+def run(folder, *cases):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    done = subprocess.run(
+        [*command, str(HERE / "two_processes.py"), str(folder), *cases],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    code, printed = run(folder)
+
+    def result(case):
+        files = [folder / case.replace(" ", "_") / f"{rank}.pt" for rank in (0, 1)]
+        assert all(file.exists() for file in files), printed[-4000:]
+        return [torch.load(file, weights_only=False) for file in files]
+
+    result.code, result.printed = code, printed
+    return result
+
+
+def assert_alike(first, second):
+    assert str(first["seen"]) == str(second["seen"])  # NaN, where nothing was measured yet, is not itself
+    for name, value in first["weights"].items():
+        if "running_" not in name:  # statistics of each process's own batches
+            assert torch.equal(value, second["weights"][name]), name
+    for *_, active, clean in first["seen"]:
+        assert all(active)
+        assert clean
+
+
+@pytest.mark.parametrize("case", [case for case in two_processes.CASES if case.startswith("methods")])
+def test_masks_decisions_and_weights_are_the_same_at_every_update(results, case):
+    first, second = results(case)
+    assert_alike(first, second)
+    updates, checksums, decisions, balances, *_ = zip(*first["seen"], strict=True)
+    assert updates[-1] == 20
+    changes = len(set(checksums))
+    method = case.split()[1]
+    assert changes == 1 if method == "static" else changes >= 5
+    assert bool(decisions[-1]) == (method not in ("static", "sdst"))
+    assert all(balance.samples for balance in balances)
+
+
+@pytest.mark.parametrize("growth", ["gradient", "momentum"])
+def test_one_process_and_two_change_masks_alike(results, growth):
+    changes = two_processes.exact(1, growth)
+    assert len(changes) >= 4  # as drawn, and three changes
+    for masks in results(f"exact {growth}"):
+        for own, other in zip(changes[:4], masks[:4], strict=True):
+            assert all(torch.equal(mask, other[name]) for name, mask in own.items())
+
+
+def test_a_gan_module_trains_under_plain_ddp_with_noise_of_its_own_in_every_process(results):
+    first, second = results("GANModule ddp")
+    assert_alike(first, second)
+    assert first["noise"].shape == (8, 4)
+    assert not torch.equal(first["noise"], second["noise"])
+
+
+def test_gradients_of_several_backward_passes_are_reduced_and_add_up(results):
+    first, second = results("accumulated")
+    assert_alike(first, second)
+    assert len({checksums for _, checksums, *_ in first["seen"]}) >= 3
+
+
+def test_a_mask_that_differs_stops_the_run(results):
+    for message in results("tampering"):
+        assert message.startswith(
+            "RuntimeError: the masks and decisions at generator update 5 must be the same in every"
+        )
+
+
+def test_plain_ddp_is_refused_with_the_strategy_that_works(results):
+    for message in results("plain ddp"):
+        assert message.startswith("ValueError: DistributedDataParallel as it is set up expects")
+        assert 'Trainer(strategy="ddp_find_unused_parameters_true")' in message
+
+
+def test_sharded_parameters_are_refused(results):
+    for message in results("sharded"):
+        assert message.startswith("ValueError: ModelParallelStrategy splits parameters over processes, and masks need")
+
+
+@pytest.mark.parametrize("case", [case for case in two_processes.CASES if case.startswith("crash")])
+def test_a_killed_run_of_two_processes_goes_on_as_if_nothing_had_happened(results, case):
+    assert results(case) == [True, True]
+
+
+def test_the_distance_is_that_of_all_processes_images(results):
+    (first, second) = results("distance")
+    assert first == second
+    assert len(first) == 1
+
+
+def test_every_case_ended_well(results):
+    assert results.code == 0, results.printed[-4000:]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", two_processes.LONG_CASES)
+def test_the_whole_matrix_of_crashes_of_two_processes(tmp_path, case):
+    code, printed = run(tmp_path, case)
+    assert code == 0, printed[-4000:]

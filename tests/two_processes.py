@@ -1,0 +1,273 @@
+"""What two processes do together; started by torchrun, results go to files that tests read.
+
+torchrun --standalone --nproc-per-node 2 tests/two_processes.py FOLDER
+"""
+
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from crashes import assert_resumed_alike
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.strategies import ModelParallelStrategy
+from test_resume import METHODS, SETTINGS, images, resumable, small_gan
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from toys import LATENT, PIXELS, ToyGAN, toy_data
+
+from lightning_ddst import DynamicSparsityCallback, FrechetDistance, GANModule, GeneratorEMA
+from lightning_ddst.data import ResumableLoader
+from lightning_ddst.models import SmallDiscriminator, SmallGenerator
+
+STRATEGY = "ddp_find_unused_parameters_true"
+
+
+class NoisyToyGAN(ToyGAN):
+    """Every process draws noise of its own."""
+
+    def on_train_start(self) -> None:
+        torch.manual_seed(self.global_rank)
+
+
+class EveryUpdate(Callback):
+    """After every batch: masks, decisions, density, whether inactive weights, gradients and state are 0."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, ...]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        (sparsity,) = (c for c in trainer.callbacks if isinstance(c, DynamicSparsityCallback))
+        active, clean = [], True
+        for network in sparsity.networks().values():
+            active.append(network.active == sum(int(mask.sum()) for mask in network.masks.values()))
+            for name, mask in network.masks.items():
+                parameter = network.parameters[name]
+                clean &= not parameter.detach()[~mask].any()
+                clean &= parameter.grad is None or not parameter.grad[~mask].any()
+        checksums = tuple(network.checksum for network in sparsity.networks().values())
+        self.seen.append(
+            (sparsity.generator_updates, checksums, sparsity.decisions[-1:], sparsity.balance, active, clean)
+        )
+
+
+def train(gan: LightningModule, data: Any, *callbacks: Callback, strategy: str = STRATEGY, **settings: Any) -> Trainer:
+    settings = {"max_epochs": 2, "logger": False, "enable_checkpointing": False} | settings
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
+    trainer.fit(gan, data)
+    return trainer
+
+
+def weights(gan: LightningModule) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in gan.state_dict().items()}
+
+
+def methods(folder: Path, **sparsity: Any) -> Any:
+    # Each process has a seed of its own: masks and weights are the first one's all the same.
+    seed_everything(RANK, verbose=False)
+    gan, every = NoisyToyGAN(), EveryUpdate()
+    settings = {"bounds": (0.2, 0.3), "interval": 5, "explore_interval": 4, "delta": 0.1} | sparsity
+    train(gan, toy_data(20), DynamicSparsityCallback(0.3, **settings), GeneratorEMA(0.9), every)
+    return {"weights": weights(gan), "seen": every.seen}
+
+
+# ---- the same as in one process ---------------------------------------------------------------------
+
+
+class ExactGAN(ToyGAN):
+    """In double precision, without batch statistics, dropout or noise beside the batch's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = nn.Sequential(nn.Linear(LATENT, 32), nn.Tanh(), nn.Linear(32, PIXELS))
+        self.discriminator = nn.Sequential(nn.Linear(PIXELS, 32), nn.Tanh(), nn.Linear(32, 1))
+        self.double()
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        generator_optimizer, discriminator_optimizer = self.optimizers()
+        real, z = batch
+        fake = self.generator(z).detach()
+        loss = (1 - self.discriminator(real)).square().mean() + (1 + self.discriminator(fake)).square().mean()
+        discriminator_optimizer.zero_grad()
+        self.manual_backward(loss)
+        discriminator_optimizer.step()
+        loss = (1 - self.discriminator(self.generator(z))).square().mean()
+        generator_optimizer.zero_grad()
+        self.manual_backward(loss)
+        generator_optimizer.step()
+
+
+class ChangesOfMasks(Callback):
+    def __init__(self) -> None:
+        self.masks: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        (sparsity,) = (c for c in trainer.callbacks if isinstance(c, DynamicSparsityCallback))
+        masks = {
+            name: mask.clone() for role in ("generator", "discriminator") for name, mask in sparsity.masks(role).items()
+        }
+        if not self.masks or any(not torch.equal(mask, self.masks[-1][name]) for name, mask in masks.items()):
+            self.masks.append(masks)
+
+
+def exact_data(processes: int) -> ResumableLoader:
+    real = toy_data(8).dataset.tensors[0].double()
+    z = torch.randn(len(real), LATENT, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return ResumableLoader(TensorDataset(real, z), batch_size=8 // processes, batches=16, seed=3)
+
+
+def exact(processes: int, growth: str, **settings: Any) -> list[dict[str, torch.Tensor]]:
+    seed_everything(0, verbose=False)
+    changes = ChangesOfMasks()
+    sparsity = DynamicSparsityCallback(
+        0.3, bounds=(0.2, 0.3), interval=5, explore_interval=4, delta=0.1, growth=growth, seed=2
+    )
+    gan = ExactGAN()
+    if processes == 2:
+        train(gan, exact_data(2), sparsity, changes, max_epochs=1)
+    else:
+        Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[sparsity, changes],
+        ).fit(gan, exact_data(1))
+    return changes.masks
+
+
+# ---- more -------------------------------------------------------------------------------------------
+
+
+def gan_module(folder: Path, strategy: str) -> Any:
+    seed_everything(0, verbose=False)
+    gan = GANModule(
+        SmallGenerator(image_size=8, channels=1, width=4, latent_dim=4),
+        SmallDiscriminator(image_size=8, channels=1, width=4),
+    )
+    noise = []
+    gan.generator.register_forward_hook(lambda module, args, output: noise.append(args[0].detach().clone()))
+    every = EveryUpdate()
+    sparsity = DynamicSparsityCallback(0.3, interval=5, explore_interval=4, seed=1)
+    train(gan, ResumableLoader(images(), 8, 10), sparsity, every, strategy=strategy)
+    return {"weights": weights(gan), "seen": every.seen, "noise": noise[0]}
+
+
+class Tampering(Callback):
+    """One process's mask is changed by something else."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        (sparsity,) = (c for c in trainer.callbacks if isinstance(c, DynamicSparsityCallback))
+        if sparsity.generator_updates == 2 and trainer.global_rank == 1:
+            mask = sparsity.networks()["generator"].masks["0.weight"]
+            mask.view(-1)[0] = ~mask.view(-1)[0]
+
+
+def error_of(function: Any) -> str:
+    try:
+        function()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def accumulated(folder: Path) -> Any:
+    """Gradients of three batches add up, reduced each time; growth goes by all of them."""
+    from test_resume import AccumulatingGAN
+
+    seed_everything(0, verbose=False)
+    gan, every = AccumulatingGAN(), EveryUpdate()
+    train(gan, toy_data(18), DynamicSparsityCallback(0.3, interval=2, explore_interval=1, bounds=(0.2, 0.3)), every)
+    return {"weights": weights(gan), "seen": every.seen}
+
+
+def crash(folder: Path, method: str, kill: int, every: int) -> Any:
+    assert_resumed_alike(
+        small_gan,
+        resumable,
+        folder,
+        every=every * 3,  # Lightning counts 3 steps in 2 batches
+        kill=kill,
+        devices=2,
+        strategy="ddp",
+        **SETTINGS,
+        **METHODS[method],
+    )
+    return True
+
+
+def distance(folder: Path) -> Any:
+    seed_everything(0, verbose=False)
+    gan = small_gan()
+    features = nn.Flatten()
+    features.num_features = 64
+    frechet = FrechetDistance(features, "pixels")
+    loader = DataLoader(images(), batch_size=5)
+    trainer = train(gan, resumable(), frechet, max_epochs=1, strategy="ddp", limit_train_batches=2)
+    trainer.validate(gan, loader, verbose=False)
+    return frechet.history
+
+
+CASES = {
+    **{f"methods {method}": lambda folder, s=settings: methods(folder, **s) for method, settings in METHODS.items()},
+    "methods random": lambda folder: methods(folder, growth="random"),
+    "methods momentum": lambda folder: methods(folder, growth="momentum"),
+    "exact gradient": lambda folder: exact(2, "gradient"),
+    "exact momentum": lambda folder: exact(2, "momentum"),
+    "GANModule ddp": lambda folder: gan_module(folder, "ddp"),
+    "accumulated": accumulated,
+    "tampering": lambda folder: error_of(
+        lambda: train(ToyGAN(), toy_data(), DynamicSparsityCallback(0.3, explore_interval=5), Tampering())
+    ),
+    "plain ddp": lambda folder: error_of(
+        lambda: train(ToyGAN(), toy_data(), DynamicSparsityCallback(0.3), strategy="ddp")
+    ),
+    "sharded": lambda folder: error_of(
+        lambda: train(
+            ToyGAN(), toy_data(), DynamicSparsityCallback(0.3), strategy=ModelParallelStrategy(tensor_parallel_size=1)
+        )
+    ),
+    "distance": distance,
+    "crash strict": lambda folder: crash(folder, "strict", 21, 5),
+    "crash sdst": lambda folder: crash(folder, "sdst", 25, 4),
+}
+LONG_CASES = {
+    f"crash {method} {kill} {every}": lambda folder, m=method, k=kill, e=every: crash(folder, m, k, e)
+    for method in METHODS
+    for kill, every in ((20, 3), (21, 5), (28, 4), (29, 7), (25, 6), (18, 8))
+}
+
+RANK = int(os.environ.get("RANK", 0))
+
+
+def main(folder: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    for name in names:
+        own = folder / name.replace(" ", "_")
+        own.mkdir(exist_ok=True)
+        try:
+            result = (CASES | LONG_CASES)[name](own)
+        except BaseException:
+            result = traceback.format_exc()
+            torch.save(result, own / f"{RANK}.pt")
+            raise
+        torch.save(result, own / f"{RANK}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:] or list(CASES))
