@@ -238,7 +238,7 @@ CASES = {
     ),
     "sharded": lambda folder: error_of(
         lambda: train(
-            ToyGAN(), toy_data(), DynamicSparsityCallback(0.3), strategy=ModelParallelStrategy(tensor_parallel_size=1)
+            ToyGAN(), toy_data(), DynamicSparsityCallback(0.3), strategy=ModelParallelStrategy(2, 1)
         )
     ),
     "distance": distance,
