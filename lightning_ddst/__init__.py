@@ -2,7 +2,14 @@
 
 from importlib.metadata import version
 
-from lightning_ddst.callbacks import DynamicSparsityCallback, FrechetDistance, GeneratorEMA, RunSummary, SampleGrid
+from lightning_ddst.callbacks import (
+    DynamicSparsityCallback,
+    FrechetDistance,
+    GeneratorEMA,
+    InterruptCheckpoint,
+    RunSummary,
+    SampleGrid,
+)
 from lightning_ddst.module import GANModule
 from lightning_ddst.sparsity import growth_rule
 
@@ -11,6 +18,7 @@ __all__ = [
     "FrechetDistance",
     "GANModule",
     "GeneratorEMA",
+    "InterruptCheckpoint",
     "RunSummary",
     "SampleGrid",
     "growth_rule",

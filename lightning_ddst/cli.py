@@ -3,11 +3,12 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lightning_ddst.callbacks import DynamicSparsityCallback
+from lightning_ddst.callbacks import DynamicSparsityCallback, InterruptCheckpoint
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 """What runs where no configuration is named: DDST on handwritten digits."""
@@ -19,6 +20,13 @@ class SparseGANCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Makes the callback part of every configuration."""
         parser.add_lightning_class_args(DynamicSparsityCallback, "sparsity")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Adds a checkpoint for interrupted runs to the Trainer's callbacks."""
+        trainer: Trainer = super().instantiate_trainer(**kwargs)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.callbacks.append(InterruptCheckpoint())  # type: ignore[attr-defined]
+        return trainer
 
     def instantiate_classes(self) -> None:
         """Makes everything; a value that is refused ends the process with its reason, without a traceback."""

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_ddst import ranks
 from lightning_ddst.balance.controller import Decision, DensityController
+from lightning_ddst.balance.divergence import Divergence
 from lightning_ddst.balance.probe import BalanceProbe
 from lightning_ddst.balance.window import BalanceWindow, Estimator
 from lightning_ddst.sparsity import Enforcement, SparseNetwork, TrainingFlops, exploration_rate, made_update, updating
@@ -80,6 +81,7 @@ class SparseTraining:
         measurements: How often the balance ratio was measured.
         flops: Operations of training both networks.
         generator_optimizers: The optimizers whose steps are generator updates.
+        divergence: Notices when training breaks down.
 
     Raises:
         ValueError: If a maskable weight is in none of the optimizers.
@@ -115,6 +117,7 @@ class SparseTraining:
         optimizers = list(optimizers)
         self.generator_optimizers = updating(generator.parameters, optimizers)
         updating(discriminator.parameters, optimizers)
+        self.divergence = Divergence({"generator": generator.network, "discriminator": discriminator.network})
         self._holds = {
             network: Enforcement(network, optimizers, unscaled)
             for network in (generator, discriminator)
@@ -161,15 +164,22 @@ class SparseTraining:
         self.flops.updated(probed=probed, dense_gradients=needed)
         self._decision_due |= self._controller is not None and self._is_due(self.plan.interval)
         self._explore_due |= self._explores and self._is_due(self.plan.explore_interval)
-        changing = self._decision_due or self._explore_due
+        if self._probe is not None and self._controller is None and self._is_due(self.plan.interval):
+            self.divergence.look_at(self.window.read(), self.updates)
+        if self._decision_due or self._explore_due:
+            self._change_masks()
+        self._expect_next()
+        return True
+
+    def _change_masks(self) -> None:
+        if not self.divergence.finite(self.updates):
+            return
         if self._decision_due:
             self._decide()
         if self._explore_due:
             self._explore_generator()
-        if changing and ranks.several():
+        if ranks.several():
             self.check_ranks()
-        self._expect_next()
-        return True
 
     def check_ranks(self) -> None:
         """Compares masks and decisions over processes.
@@ -198,7 +208,10 @@ class SparseTraining:
 
     def _decide(self) -> None:
         assert self._controller is not None
-        decision = self._controller.decide(self.window.read(), self.discriminator.target)
+        balance = self.window.read()
+        if self._is_due(self.plan.interval):
+            self.divergence.look_at(balance, self.updates)
+        decision = self._controller.decide(balance, self.discriminator.target)
         gradients = self._holds[self.discriminator].gradients.take()
         if decision.action in ("grow", "explore") and gradients is None:
             self._postponed("discriminator")
@@ -257,6 +270,7 @@ class SparseTraining:
             "due": [self._explore_due, self._decision_due],
             "plan": asdict(self.plan),
             "window": self.window.state_dict(),
+            "divergence": self.divergence.state_dict(),
             "flops": self.flops.state_dict(),
             "gradients": [hold.gradients.state_dict() for hold in self._holds.values()],
         }
@@ -270,6 +284,7 @@ class SparseTraining:
         self._explore_due, self._decision_due = state["due"]
         self.plan = Plan(**state["plan"])
         self.window.load_state_dict(state["window"])
+        self.divergence.load_state_dict(state["divergence"])
         self.flops.load_state_dict(state["flops"])
         for hold, saved in zip(self._holds.values(), state["gradients"], strict=True):
             hold.gradients.load_state_dict(saved)

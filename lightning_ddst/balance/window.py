@@ -11,6 +11,8 @@ ESTIMATORS = ("ratio_of_means", "mean_of_ratios")
 
 _CLEARLY = 2.0
 """Standard errors by which the mean of alpha must exceed 0."""
+_ROUNDING = 1e-5
+"""Relative deviation up to which mean scores are the same."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Balance:
         fake: ``E[D(G_pre(z))]``.
         samples: Number of measurements.
         reason: Why the ratio is undecided; empty where it is not.
+        constant: Whether every measurement gave real images, old and new fakes the same score.
     """
 
     ratio: float | None
@@ -37,6 +40,7 @@ class Balance:
     fake: float
     samples: int
     reason: str
+    constant: bool = False
 
 
 class BalanceWindow:
@@ -85,7 +89,9 @@ class BalanceWindow:
             if not torch.isfinite(torch.tensor(ratio)):
                 ratio, reason = None, "a single measurement has alpha = 0"
         mean_alpha, mean_beta, mean_real, mean_fake = (float(values.mean()) for values in (alpha, beta, real, fake))
-        return Balance(ratio, mean_alpha, mean_beta, mean_real, mean_fake, count, reason)
+        rounding = _ROUNDING * real.abs()
+        constant = count > 0 and bool((alpha.abs() <= rounding).logical_and(beta.abs() <= rounding).all())
+        return Balance(ratio, mean_alpha, mean_beta, mean_real, mean_fake, count, reason, constant)
 
     def _undecided(self, alpha: Tensor, beta: Tensor) -> str:
         if not len(alpha):

@@ -26,6 +26,7 @@ from lightning_ddst.balance.controller import ACTIONS
 from lightning_ddst.balance.entries import Place
 from lightning_ddst.balance.window import ESTIMATORS, Estimator
 from lightning_ddst.callbacks.accumulation import AccumulatedGradients
+from lightning_ddst.callbacks.folders import check_folders
 from lightning_ddst.callbacks.logs import log_scalars, logs_at, tensorboards
 from lightning_ddst.callbacks.networks import find_network, name_in, refuse_other_averages
 from lightning_ddst.callbacks.random_states import random_states, resume_randomness
@@ -103,6 +104,8 @@ class DynamicSparsityCallback(Callback):
         schedule: How that share falls over the run: "cosine", "linear" or "constant".
         estimator: BR over a window: "ratio_of_means" or the paper's, fragile "mean_of_ratios".
         seed: Of what is drawn here; by default torch's initial seed, which `seed_everything` sets.
+        stop_on_divergence: Whether to end the run where a warning says that it has broken down: weights
+            that are not finite, a discriminator that scores everything alike, no BR for ten intervals.
 
     Raises:
         ValueError: For an argument outside what is allowed; at the start of fitting, for a network
@@ -141,6 +144,7 @@ class DynamicSparsityCallback(Callback):
         schedule: str = "cosine",
         estimator: Estimator = "ratio_of_means",
         seed: int | None = None,
+        stop_on_divergence: bool = False,
     ) -> None:
         check_choice("method", method, METHODS)
         check_density("generator_density", generator_density)
@@ -194,6 +198,7 @@ class DynamicSparsityCallback(Callback):
         self._estimator = estimator
         self._intervals = (interval, explore_interval, probe_interval)
         self._seed = seed
+        self._stop_on_divergence = stop_on_divergence
         self._real = real
         self._discriminator_output = discriminator_output
         self._length = RunLength()
@@ -360,6 +365,7 @@ class DynamicSparsityCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Masks the networks, and hooks into them and their optimizers."""
         check_backward_passes(trainer)
+        check_folders(trainer, pl_module)
         if self._saved is None and self._training is not None and self._module is pl_module:
             self._saved = self.state_dict()  # fitting goes on
         if self._saved is not None or not self._networks or self._module is not pl_module:
@@ -458,11 +464,15 @@ class DynamicSparsityCallback(Callback):
 
     def _after_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         assert self._training is not None
-        decided = len(self._training.decisions)
+        decided, reported = len(self._training.decisions), len(self._training.divergence.reports)
         if not self._training.after_step(optimizer, self._batch):
             return
         new = self._training.decisions[decided:]
-        if not new and not logs_at(trainer, self._training.updates):
+        line_is_due = logs_at(trainer, self._training.updates)
+        if line_is_due:
+            self._training.divergence.finite(self._training.updates)
+        self._report(trainer, self._training.divergence.reports[reported:])
+        if not new and not line_is_due:
             return
         prefix = self._prefix(trainer)
         values = {f"{prefix}{name}": value for name, value in self._scalars().items()}
@@ -470,6 +480,14 @@ class DynamicSparsityCallback(Callback):
         for update, decision in new:
             for writer in tensorboards(trainer):
                 writer.add_text(f"{prefix}decision/reason", f"{decision.action}: {decision.reason}", update)
+
+    def _report(self, trainer: Trainer, reports: Sequence[tuple[int, str]]) -> None:
+        for update, message in reports:
+            trainer.should_stop |= self._stop_on_divergence
+            ending = " The run stops." if self._stop_on_divergence else ""
+            rank_zero_warn(f"at generator update {update}: {message}{ending}")
+            for writer in tensorboards(trainer):
+                writer.add_text(f"{self._prefix(trainer)}divergence", message, update)
 
     def _prefix(self, trainer: Trainer) -> str:
         """Of what is logged: the generator's name where several pairs are trained sparsely."""

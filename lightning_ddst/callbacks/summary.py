@@ -2,6 +2,7 @@
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_ddst.callbacks.dynamic_sparsity import DynamicSparsityCallback
 from lightning_ddst.callbacks.frechet import FrechetDistance
@@ -9,7 +10,7 @@ from lightning_ddst.callbacks.logs import tensorboards
 
 
 class RunSummary(Callback):
-    """Prints densities, balance, operations and Frechet distances at the end of fitting.
+    """Prints densities, balance, operations and Frechet distances at the end of fitting, and where it is interrupted.
 
     Args:
         reference: A Frechet distance to print beside the run's own.
@@ -20,9 +21,17 @@ class RunSummary(Callback):
         self._reference = reference
         self._reference_name = reference_name
 
-    @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the table."""
+        self._print(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Prints the table of a run that was interrupted."""
+        if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.state.fn == "fit":
+            self._print(trainer)
+
+    @rank_zero_only
+    def _print(self, trainer: Trainer) -> None:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         rows = [row for c in callbacks if isinstance(c, DynamicSparsityCallback) for row in _sparsity(c)]
         rows += [row for c in callbacks if isinstance(c, FrechetDistance) for row in self._distances(c)]

@@ -1,0 +1,100 @@
+"""Notices that training has broken down."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_ddst.balance.window import Balance
+
+_WINDOWS = 10
+"""Windows in a row without a balance ratio that are reported."""
+
+
+class Divergence:
+    """Looks for what a GAN does not recover from, and reports each kind once.
+
+    - Weights that are not finite, as after a loss that was NaN or infinite.
+    - A discriminator that gives real images, old and new fakes the same score over a whole window.
+    - A balance ratio that is undefined for 10 windows in a row.
+
+    Args:
+        networks: The generator and the discriminator, by role.
+
+    Attributes:
+        reports: What was found, with the generator update at which it was seen.
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module]) -> None:
+        self.reports: list[tuple[int, str]] = []
+        self._networks = dict(networks)
+        self._finite_until = 0
+        self._undefined = 0
+        self._said: list[str] = []
+
+    def finite(self, updates: int) -> bool:
+        """Whether all weights are finite; waits for the device.
+
+        Args:
+            updates: Generator updates so far.
+        """
+        broken = [role for role, network in self._networks.items() if not _all_finite(network)]
+        if broken:
+            self._report(
+                "weights",
+                updates,
+                f"weights of the {' and of the '.join(broken)} are not finite: after generator update "
+                f"{self._finite_until} a loss or a gradient was NaN or infinite. Masks stay as they are.",
+            )
+            return False
+        self._finite_until = updates
+        return True
+
+    def look_at(self, balance: Balance, updates: int) -> None:
+        """Sees a whole window of measurements.
+
+        Args:
+            balance: What the window says.
+            updates: Generator updates so far.
+        """
+        if balance.constant:
+            self._report(
+                "constant",
+                updates,
+                f"the discriminator gives everything the same score, {balance.real:.4g}: for {balance.samples} "
+                "measurements it has not told real images from generated ones at all.",
+            )
+        self._undefined = 0 if balance.ratio is not None else self._undefined + 1
+        if self._undefined == _WINDOWS:
+            self._report(
+                "undefined",
+                updates,
+                f"the balance ratio has been undefined for {_WINDOWS} windows in a row ({balance.reason}), and the "
+                "discriminator is not resized.",
+            )
+
+    def _report(self, kind: str, updates: int, message: str) -> None:
+        if kind not in self._said:
+            self._said.append(kind)
+            self.reports.append((updates, message))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen; loads with ``weights_only=True``."""
+        return {
+            "reports": list(self.reports),
+            "finite_until": self._finite_until,
+            "undefined": self._undefined,
+            "said": list(self._said),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` gave."""
+        self.reports = [(updates, message) for updates, message in state["reports"]]
+        self._finite_until, self._undefined = state["finite_until"], state["undefined"]
+        self._said = list(state["said"])
+
+
+def _all_finite(network: nn.Module) -> bool:
+    extremes = [torch.stack(p.detach().float().aminmax()) for p in network.parameters() if p.numel()]
+    return not extremes or bool(torch.stack(extremes).isfinite().all())

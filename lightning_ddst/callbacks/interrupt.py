@@ -1,0 +1,87 @@
+"""A checkpoint for a run that is interrupted."""
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class InterruptCheckpoint(Callback):
+    """Lets an interrupted run finish its batch, saves it, and ends it.
+
+    On Ctrl-C (SIGINT) or SIGTERM the batch is finished, at the end of an epoch its validation too, and
+    ``checkpoints/interrupted.ckpt`` saved in the log folder; fitting with ``ckpt_path=`` that file
+    goes on as if nothing had happened. A second signal ends the run at once. ``lightning-ddst fit``
+    does this by itself. Put it last in ``Trainer(callbacks=...)``.
+
+    Args:
+        dirpath: Another folder for the checkpoint.
+
+    Attributes:
+        path: The checkpoint, once there is one.
+    """
+
+    def __init__(self, dirpath: str | Path | None = None) -> None:
+        self.path: Path | None = None
+        self._dirpath = dirpath
+        self._signal: int | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Asks to be told of signals; Python allows that in the main thread only."""
+        self._signal = None
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._interrupted) for number in _SIGNALS}
+
+    def _interrupted(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+        self._restore()  # the next one ends the run at once
+        rank_zero_info("\nInterrupted: the run ends after this batch with a checkpoint; once more to end it at once.")
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Saves and ends an interrupted run; after an epoch's last batch Lightning would leave out its validation."""
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._end(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves and ends an interrupted run."""
+        if not _is_done(trainer):
+            self._end(trainer)
+
+    def _end(self, trainer: Trainer) -> None:
+        # Every process gets its signal in a batch of its own, if at all.
+        if not trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):
+            return
+        folder = Path(self._dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
+        self.path = folder / "interrupted.ckpt"
+        trainer.save_checkpoint(self.path)
+        rank_zero_info(f"The interrupted run is saved; go on with --ckpt_path {self.path}")
+        if self._signal == signal.SIGTERM:
+            raise SIGTERMException(128 + signal.SIGTERM)
+        raise KeyboardInterrupt
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves signals to others again."""
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leaves signals to others again."""
+        self._restore()
+
+
+def _is_done(trainer: Trainer) -> bool:
+    """Whether the run ends with this epoch anyway."""
+    epochs, limit = trainer.fit_loop.epoch_progress.current.processed, trainer.max_epochs or -1
+    return 0 < limit <= epochs or 0 < trainer.max_steps <= trainer.global_step
