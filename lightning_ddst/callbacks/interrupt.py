@@ -83,5 +83,5 @@ class InterruptCheckpoint(Callback):
 
 def _is_done(trainer: Trainer) -> bool:
     """Whether the run ends with this epoch anyway."""
-    epochs, limit = trainer.fit_loop.epoch_progress.current.processed, trainer.max_epochs or -1
+    epochs, limit = trainer.current_epoch + 1, trainer.max_epochs or -1  # that counts an epoch after its hooks
     return 0 < limit <= epochs or 0 < trainer.max_steps <= trainer.global_step

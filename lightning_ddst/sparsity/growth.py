@@ -12,10 +12,12 @@ and name it wherever a growth rule is asked for, in Python or in YAML.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from lightning_ddst.sparsity.checks import check_choice
 
 GradientKind = Literal["none", "latest", "average"]
 
@@ -66,7 +68,11 @@ def growth_rule(
 
     Returns:
         A decorator for a function from a `Layer` to finite scores of the weight's shape.
+
+    Raises:
+        ValueError: If `gradient` is none of these.
     """
+    check_choice("gradient", gradient, get_args(GradientKind))
 
     def register(score: Callable[[Layer], Tensor]) -> Callable[[Layer], Tensor]:
         GROWTH_RULES[name] = GrowthRule(score, gradient, magnitude)

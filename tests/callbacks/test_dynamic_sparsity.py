@@ -5,8 +5,6 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
-from torch.optim import Adam
 from toys import ToyGAN, toy_data, toy_trainer, trained
 
 from lightning_ddst import DynamicSparsityCallback
@@ -229,86 +227,6 @@ def test_networks_are_found_by_usual_and_by_given_names() -> None:
     sparsity = DynamicSparsityCallback(0.25, generator="maker", discriminator="judge")
     trained(sparsity, gan=gan)
     assert {name.split(".")[0] for name in sparsity.masks("discriminator")} == {"judge"}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"generator_density": 0.0}, r"generator_density=0.0 must be in \(0, 1\]"),
-        ({"generator_density": 1.5}, r"generator_density=1.5 must be in \(0, 1\]"),
-        ({"generator_density": float("nan")}, r"generator_density=nan must be in \(0, 1\]"),
-        ({"discriminator_density": -0.1}, r"discriminator_density=-0.1 must be in \(0, 1\]"),
-        ({"bounds": (0.6, 0.4)}, r"bounds=\(0.6, 0.4\) must be two numbers, lower < upper"),
-        ({"bounds": (0.5,)}, r"bounds=\(0.5,\) must be two numbers"),
-        ({"interval": 0}, "interval=0 must be an integer, at least 1"),
-        ({"interval": 2.5}, "interval=2.5 must be an integer, at least 1"),
-        ({"explore_interval": -1}, "explore_interval=-1 must be an integer, at least 1"),
-        ({"probe_interval": 0}, "probe_interval=0 must be an integer, at least 1"),
-        ({"probe_interval": "often"}, "probe_interval='often' must be an integer"),
-        ({"interval": 10, "probe_interval": 20}, "probe_interval=20 must not be longer than interval=10"),
-        ({"probe_interval": None}, 'probe_interval=None measures no balance ratio, which method="ddst" needs'),
-        ({"method": "rigl"}, "method='rigl' is unknown; allowed are dense, static, sdst, dda, ddst"),
-        ({"growth": "best"}, "growth='best' is unknown; allowed are random, gradient, momentum"),
-        ({"distribution": "er2"}, "distribution='er2' is unknown; allowed are uniform, er, erk"),
-        ({"scope": "all"}, "scope='all' is unknown; allowed are global, layer"),
-        ({"schedule": "step"}, "schedule='step' is unknown; allowed are cosine, linear, constant"),
-        ({"estimator": "median"}, "estimator='median' is unknown; allowed are ratio_of_means, mean_of_ratios"),
-        ({"delta": 0.0}, r"delta=0.0 must be in \(0, 1\]"),
-        ({"exploration_rate": 1.5}, r"exploration_rate=1.5 must be in \[0, 1\]"),
-        ({"layer_floor": 0.0}, r"layer_floor=0.0 must be in \(0, 1\]"),
-        ({"max_discriminator_density": 1.2}, r"max_discriminator_density=1.2 must be in \(0, 1\]"),
-        ({"min_discriminator_density": 0.6, "max_discriminator_density": 0.5}, "min_discriminator_density=0.6 must be"),
-        (
-            {"discriminator_density": 0.8, "max_discriminator_density": 0.5},
-            "discriminator_density=0.8 must not be above max_discriminator_density=0.5",
-        ),
-    ],
-)
-def test_bad_arguments_are_refused_with_name_value_and_what_is_allowed(arguments, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        DynamicSparsityCallback(**{"generator_density": 0.25} | arguments)
-
-
-class Bare(ToyGAN):
-    """A toy whose networks a test replaces."""
-
-    def __init__(self, generator: nn.Module | None = None) -> None:
-        super().__init__()
-        if generator is not None:
-            self.generator = generator
-
-
-@pytest.mark.parametrize(
-    ("gan", "arguments", "message"),
-    [
-        (ToyGAN(("maker", "judge")), {}, r'no generator was found in ToyGAN .*generator="\.\.\.".*It has maker, judge'),
-        (ToyGAN(), {"generator": "net.G"}, r"generator='net.G' is not a submodule of ToyGAN; it has generator, disc"),
-        (ToyGAN(), {"discriminator": "generator"}, "generator and discriminator are the same module"),
-        (Bare(nn.Sequential(nn.BatchNorm1d(8))), {}, "Sequential has nothing to mask"),
-        (
-            ToyGAN(),
-            {"generator_density": 0.001},  # round(0.768) = 1 weight for 2 layers; 2 of 768 is 0.0026
-            r"generator_density=0.001.*leaves 1 active weights for 2 layers.*at least 0.0026",
-        ),
-        (
-            ToyGAN(),
-            {"min_discriminator_density": 0.001, "discriminator_density": 0.25},
-            r"min_discriminator_density=0.001.*leaves 1 active weights for 2 layers",
-        ),
-    ],
-)
-def test_networks_that_cannot_be_trained_so_are_refused_before_training(gan, arguments, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        trained(DynamicSparsityCallback(**{"generator_density": 0.25} | arguments), gan=gan)
-
-
-def test_a_network_without_an_optimizer_is_refused() -> None:
-    class Half(ToyGAN):
-        def configure_optimizers(self):
-            return [Adam(self.generator.parameters())]
-
-    with pytest.raises(ValueError, match=r"no optimizer updates '0.parametrizations.weight.original'"):
-        trained(DynamicSparsityCallback(0.25), gan=Half())
 
 
 def test_hooks_are_gone_after_fitting_and_after_a_failure() -> None:
