@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from lightning_ddst import DynamicSparsityCallback, GeneratorEMA, ranks
+from lightning_ddst.sparsity.sharding import whole
 
 
 class KilledError(Exception):
@@ -44,7 +45,7 @@ class History(Callback):
             tuple(network.checksum for network in sparsity.networks().values()),
             sparsity.decisions[-1:],
             torch.get_rng_state().sum().item(),
-            sum(p.detach().double().sum().item() for p in pl_module.parameters()),
+            sum(whole(p.detach()).double().sum().item() for p in pl_module.parameters()),
         )
 
 
@@ -69,7 +70,7 @@ def fit(
     resume: Path | None = None,
     epochs: int = 4,
     devices: int = 1,
-    strategy: str = "auto",
+    strategy: Any = "auto",
     **sparsity: Any,
 ) -> tuple[dict[str, Tensor], dict[int, tuple[Any, ...]], dict[tuple[int, str], float], DynamicSparsityCallback]:
     """Fits a GAN with a checkpoint every few batches, or every epoch, until it is killed or done."""
@@ -85,7 +86,7 @@ def fit(
         max_epochs=epochs,
         accelerator="cpu",
         devices=devices,
-        strategy=strategy,
+        strategy=strategy() if callable(strategy) else strategy,
         logger=logs,
         log_every_n_steps=1,
         callbacks=callbacks if kill is None else [*callbacks, Kill(kill)],
@@ -99,6 +100,7 @@ def fit(
     except KilledError:
         assert kill is not None
     weights = {**gan.state_dict(), **{f"average {name}": value for name, value in ema.averages().items()}}
+    weights = {name: whole(value) for name, value in weights.items()}
     return weights, history.batches, logs.lines, callback
 
 
@@ -111,10 +113,13 @@ def assert_resumed_alike(make: Any, data: Any, folder: Path, *, every: int | Non
     weights, history, logs, callback = fit(make, data, folder / "whole", every=every, **settings)
     fit(make, data, folder / "killed", every=every, kill=kill, **settings)
     checkpoint = last_checkpoint(folder / "killed")
-    torch.load(checkpoint, weights_only=True)
+    if checkpoint.is_file():
+        torch.load(checkpoint, weights_only=True)
     resumed, rest, lines, again = fit(make, data, folder / "resumed", every=every, resume=checkpoint, **settings)
     assert rest
     assert min(rest) <= kill
+    first = min(rest)
+    assert history[first] == rest[first]
     assert {batch: history[batch] for batch in rest} == rest
     assert max(rest) == max(history)
     assert {line: logs[line] for line in lines} == lines

@@ -98,9 +98,19 @@ def test_plain_ddp_is_refused_with_the_strategy_that_works(results):
         assert 'Trainer(strategy="ddp_find_unused_parameters_true")' in message
 
 
-def test_sharded_parameters_are_refused(results):
-    for message in results("sharded"):
-        assert message.startswith("ValueError: ModelParallelStrategy splits parameters over processes, and masks need")
+@pytest.mark.parametrize("growth", ["gradient", "momentum"])
+def test_parameters_that_are_split_over_processes_are_masked_alike(results, growth):
+    first, second = results(f"sharded {growth}")
+    assert_alike(first, second)
+    changes = two_processes.exact(1, growth)
+    assert len(changes) >= 4
+    for own, masks in zip(changes[:4], first["masks"][:4], strict=True):
+        assert all(torch.equal(mask, masks[name]) for name, mask in own.items())
+
+
+def test_layers_that_are_split_over_processes_are_refused(results):
+    for message in results("tensor parallel"):
+        assert message.startswith("ValueError: tensor_parallel_size=2 splits single layers' arithmetic")
 
 
 @pytest.mark.parametrize("case", [case for case in two_processes.CASES if case.startswith("crash")])

@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.strategies import ModelParallelStrategy
 from test_resume import METHODS, SETTINGS, images, resumable, small_gan
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 from toys import LATENT, PIXELS, ToyGAN, toy_data
 
@@ -106,6 +107,50 @@ class ExactGAN(ToyGAN):
         generator_optimizer.zero_grad()
         self.manual_backward(loss)
         generator_optimizer.step()
+
+
+class ShardedGAN(ExactGAN):
+    """Its parameters are split over processes (FSDP2)."""
+
+    def configure_model(self) -> None:
+        for network in self.networks():
+            if not isinstance(network, FSDPModule):
+                fully_shard(network, mesh=self.device_mesh["data_parallel"])
+
+
+class ShardedUpdates(Callback):
+    """After every batch: masks, decisions, BR, and whether this process's inactive weights are 0."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, ...]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        (sparsity,) = (c for c in trainer.callbacks if isinstance(c, DynamicSparsityCallback))
+        active, clean = [], True
+        for network in sparsity.networks().values():
+            active.append(network.active == sum(int(mask.sum()) for mask in network.masks.values()))
+            for name, mask in network.masks.items():
+                parameter = network.parameters[name]
+                state = [own["exp_avg"] for o in trainer.optimizers if (own := o.state.get(parameter))]
+                tensors = [parameter.detach(), *state, *([] if parameter.grad is None else [parameter.grad])]
+                clean &= all(not tensor.full_tensor()[~mask].any() for tensor in tensors)
+                clean &= bool(parameter.detach().full_tensor()[mask].any())
+        checksums = tuple(network.checksum for network in sparsity.networks().values())
+        updates, decisions = sparsity.generator_updates, sparsity.decisions[-1:]
+        self.seen.append((updates, checksums, decisions, sparsity.balance, active, clean))
+
+
+def sharded(growth: str) -> Any:
+    seed_everything(0, verbose=False)
+    changes, updates = ChangesOfMasks(), ShardedUpdates()
+    sparsity = DynamicSparsityCallback(
+        0.3, bounds=(0.2, 0.3), interval=5, explore_interval=4, delta=0.1, growth=growth, seed=2
+    )
+    gan = ShardedGAN()
+    strategy = ModelParallelStrategy(2, 1)
+    train(gan, exact_data(2), sparsity, updates, changes, max_epochs=1, strategy=strategy)
+    weights = {name: value.full_tensor() for name, value in gan.state_dict().items()}
+    return {"masks": changes.masks, "seen": updates.seen, "weights": weights}
 
 
 class ChangesOfMasks(Callback):
@@ -210,6 +255,18 @@ def crash(folder: Path, method: str, kill: int, every: int) -> Any:
     return True
 
 
+def crash_sharded(folder: Path) -> Any:
+    settings = SETTINGS | {"explore_interval": 3, "bounds": (0.2, 0.3), "growth": "momentum"}
+
+    def strategy() -> ModelParallelStrategy:
+        return ModelParallelStrategy(2, 1)
+
+    assert_resumed_alike(
+        ShardedGAN, lambda: exact_data(2), folder, every=10, kill=22, epochs=2, devices=2, strategy=strategy, **settings
+    )
+    return True
+
+
 def distance(folder: Path) -> Any:
     seed_everything(0, verbose=False)
     gan = small_gan()
@@ -236,10 +293,11 @@ CASES = {
     "plain ddp": lambda folder: error_of(
         lambda: train(ToyGAN(), toy_data(), DynamicSparsityCallback(0.3), strategy="ddp")
     ),
-    "sharded": lambda folder: error_of(
-        lambda: train(
-            ToyGAN(), toy_data(), DynamicSparsityCallback(0.3), strategy=ModelParallelStrategy(2, 1)
-        )
+    "sharded gradient": lambda folder: sharded("gradient"),
+    "sharded momentum": lambda folder: sharded("momentum"),
+    "crash sharded": lambda folder: crash_sharded(folder),
+    "tensor parallel": lambda folder: error_of(
+        lambda: train(ShardedGAN(), toy_data(), DynamicSparsityCallback(0.3), strategy=ModelParallelStrategy(1, 2))
     ),
     "distance": distance,
     "crash strict": lambda folder: crash(folder, "strict", 21, 5),

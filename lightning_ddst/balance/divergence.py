@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_ddst import ranks
 from lightning_ddst.balance.window import Balance
+from lightning_ddst.sparsity.sharding import own
 
 _WINDOWS = 10
 """Windows in a row without a balance ratio that are reported."""
@@ -96,5 +98,6 @@ class Divergence:
 
 
 def _all_finite(network: nn.Module) -> bool:
-    extremes = [torch.stack(p.detach().float().aminmax()) for p in network.parameters() if p.numel()]
-    return not extremes or bool(torch.stack(extremes).isfinite().all())
+    values = [own(p.detach()).float() for p in network.parameters()]
+    extremes = [torch.stack(value.aminmax()) for value in values if value.numel()]
+    return all(ranks.gathered(not extremes or bool(torch.stack(extremes).isfinite().all())))

@@ -3,12 +3,10 @@
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 
 from lightning_ddst.balance.calls import (
     Adversarial,
@@ -23,6 +21,8 @@ from lightning_ddst.balance.calls import (
 )
 from lightning_ddst.balance.entries import Place, entry, first_tensor, tensors_in
 from lightning_ddst.balance.replay import CallState, replayed, weights
+from lightning_ddst.sparsity.compiled import eagerly, is_compiled, uncompiled
+from lightning_ddst.sparsity.sharding import reshard
 
 _CALLS = 16
 """How many calls of each network are remembered: more than lie between a scored batch and the update."""
@@ -104,10 +104,10 @@ class BalanceProbe:
         self._handles = []
         if module is None:
             self._handles = [
-                generator.register_forward_pre_hook(self._calling_generator, with_kwargs=True),
-                generator.register_forward_hook(self._generator_called, with_kwargs=True),
-                discriminator.register_forward_pre_hook(self._calling_discriminator, with_kwargs=True),
-                discriminator.register_forward_hook(self._discriminator_called, with_kwargs=True),
+                generator.register_forward_pre_hook(uncompiled(self._calling_generator), with_kwargs=True),
+                generator.register_forward_hook(uncompiled(self._generator_called), with_kwargs=True),
+                discriminator.register_forward_pre_hook(uncompiled(self._calling_discriminator), with_kwargs=True),
+                discriminator.register_forward_hook(uncompiled(self._discriminator_called), with_kwargs=True),
             ]
 
     def remove(self) -> None:
@@ -212,6 +212,8 @@ class BalanceProbe:
             RuntimeError: If a call of the generator, of the discriminator on what it made, or the
                 real images are missing; the message says which, and what to do.
         """
+        for network in (self._generator, self._discriminator):
+            reshard(network)
         try:
             scores = self._scores_of_calls(batch) if self._module is None else self._scores_of_module(batch)
             return torch.stack([_mean(score) for score in scores])
@@ -241,7 +243,9 @@ class BalanceProbe:
     def _score_before(self, step: Adversarial) -> Tensor:
         """That of training, if nothing was changed on the way to or from it."""
         unchanged = (step.made.version, step.version) == self._versions
-        if unchanged and step.as_it_is and not self._compiled:
+        # Compiled calls may round otherwise than those of the other scores.
+        compiled = is_compiled(self._generator) or is_compiled(self._discriminator)
+        if unchanged and step.as_it_is and not compiled:
             return step.score
         return self._score_generated(step)
 
@@ -406,16 +410,10 @@ class BalanceProbe:
         """For calls that training must not notice."""
         self._probing = True
         try:
-            with replayed(network, state):
+            with replayed(network, state), eagerly(network):
                 yield
         finally:
             self._probing = False
-
-    @property
-    def _compiled(self) -> bool:
-        """Whether calls with and without gradients may be compiled to different arithmetic."""
-        modules = chain(self._generator.modules(), self._discriminator.modules())
-        return any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in modules)
 
 
 def _mean(scores: Tensor) -> Tensor:

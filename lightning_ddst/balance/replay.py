@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_ddst.sparsity.sharding import reshard
+
 
 @dataclass(frozen=True)
 class CallState:
@@ -38,6 +40,7 @@ class CallState:
 @contextmanager
 def replayed(network: nn.Module, state: CallState) -> Iterator[None]:
     """Calls of the network find this state, and no gradients; afterwards everything is as it was before."""
+    reshard(network)
     kind, dtype, enabled = state.autocast
     # The buffers themselves stay what they are, so a backward pass that is still to come finds what it saved.
     kept = _buffers(network)
@@ -57,6 +60,7 @@ def replayed(network: nn.Module, state: CallState) -> Iterator[None]:
         random.setstate(of_python)
         for module, name, buffer in kept:
             module._buffers[name] = buffer
+        reshard(network)
 
 
 @contextmanager

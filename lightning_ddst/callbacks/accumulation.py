@@ -7,6 +7,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
+from lightning_ddst.sparsity.compiled import uncompiled
+from lightning_ddst.sparsity.sharding import split_like, whole
+
 Pending = list[tuple[int, int, Tensor]]
 """Number of the optimizer, number of its parameter, gradient."""
 
@@ -22,7 +25,9 @@ class AccumulatedGradients:
         self._optimizers = list(optimizers)
         # The gradient of the last step, without keeping it alive, and its version then.
         self._used: dict[Tensor, tuple[TensorWeakRef, int]] = {}
-        self._handles: list[RemovableHandle] = [o.register_step_post_hook(self._stepped) for o in self._optimizers]
+        self._handles: list[RemovableHandle] = [
+            o.register_step_post_hook(uncompiled(self._stepped)) for o in self._optimizers
+        ]
 
     def remove(self) -> None:
         """Takes the hooks off the optimizers."""
@@ -37,7 +42,7 @@ class AccumulatedGradients:
     def state_dict(self) -> Pending:
         """The gradients that wait; loads with ``weights_only=True``."""
         return [
-            (number, place, parameter.grad.clone())
+            (number, place, whole(parameter.grad).clone())
             for number, optimizer in enumerate(self._optimizers)
             for place, parameter in enumerate(_parameters(optimizer))
             if parameter.grad is not None and not self._is_used(parameter, parameter.grad)
@@ -53,7 +58,7 @@ class AccumulatedGradients:
         """Puts them back."""
         for number, place, gradient in state:
             parameter = list(_parameters(self._optimizers[number]))[place]
-            parameter.grad = gradient.to(parameter, copy=True)
+            parameter.grad = split_like(gradient.to(parameter.device, parameter.dtype, copy=True), parameter)
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:

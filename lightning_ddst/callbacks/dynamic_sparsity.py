@@ -31,9 +31,10 @@ from lightning_ddst.callbacks.logs import log_scalars, logs_at, tensorboards
 from lightning_ddst.callbacks.networks import find_network, name_in, refuse_other_averages
 from lightning_ddst.callbacks.random_states import random_states, resume_randomness
 from lightning_ddst.callbacks.run_length import RunLength
-from lightning_ddst.callbacks.strategies import check_backward_passes, check_strategy
+from lightning_ddst.callbacks.strategies import check_backward_passes, check_strategy, loads_late
 from lightning_ddst.sparsity import DISTRIBUTIONS, GROWTH_RULES, SCHEDULES, SparseNetwork, maskable_weights
 from lightning_ddst.sparsity.checks import check_choice, check_count, check_density, check_rate
+from lightning_ddst.sparsity.compiled import uncompiled
 from lightning_ddst.sparsity.network import INITIAL, SCOPES, Initial, Scope
 from lightning_ddst.sparsity.patterns import matches, name_of_layer
 from lightning_ddst.sparsity.selection import count_true
@@ -210,6 +211,7 @@ class DynamicSparsityCallback(Callback):
         self._saved: Mapping[str, Any] | None = None
         self._handles: list[RemovableHandle] = []
         self._batch: Any = None
+        self._in_batch = False
         self._resumed: Mapping[str, Any] | None = None
         self._warned_of_raw_optimizers = False
 
@@ -364,6 +366,10 @@ class DynamicSparsityCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Masks the networks, and hooks into them and their optimizers."""
+        if not loads_late(trainer):
+            self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_backward_passes(trainer)
         check_folders(trainer, pl_module)
         if self._saved is None and self._training is not None and self._module is pl_module:
@@ -409,8 +415,8 @@ class DynamicSparsityCallback(Callback):
         self._training.check_ranks()
         for optimizer in self._training.generator_optimizers:
             self._handles += [
-                optimizer.register_step_pre_hook(lambda stepping, *_: self._before_step(stepping)),
-                optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(trainer, stepped)),
+                optimizer.register_step_pre_hook(uncompiled(lambda stepping, *_: self._before_step(stepping))),
+                optimizer.register_step_post_hook(uncompiled(lambda stepped, *_: self._after_step(trainer, stepped))),
             ]
 
     def _refuse_shared(self, trainer: Trainer, module: LightningModule) -> None:
@@ -449,6 +455,8 @@ class DynamicSparsityCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes over from a checkpoint what the Trainer would have changed before."""
+        if loads_late(trainer):
+            self._begin(trainer, pl_module)
         if self._resumed is not None and self._accumulated is not None:
             self._accumulated.load_state_dict(self._resumed["accumulated"])
             resume_randomness(trainer, self._resumed["random"])
@@ -456,14 +464,15 @@ class DynamicSparsityCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remembers the batch, for the real images in it."""
-        self._batch = batch
+        self._batch, self._in_batch = batch, True
 
     def _before_step(self, optimizer: Optimizer) -> None:
-        assert self._training is not None
-        self._training.before_step(optimizer)
+        if self._training is not None and self._in_batch:
+            self._training.before_step(optimizer)
 
     def _after_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
-        assert self._training is not None
+        if self._training is None or not self._in_batch:
+            return  # loading a checkpoint of FSDP2 makes steps, too
         decided, reported = len(self._training.decisions), len(self._training.divergence.reports)
         if not self._training.after_step(optimizer, self._batch):
             return
@@ -500,7 +509,7 @@ class DynamicSparsityCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Works out the run's length in generator updates, once."""
-        self._batch = None
+        self._batch, self._in_batch = None, False
         if self._training is None:
             return
         self._training.after_batch(batch)
@@ -542,7 +551,7 @@ class DynamicSparsityCallback(Callback):
         self._detach()
 
     def _detach(self) -> None:
-        self._batch = None
+        self._batch, self._in_batch = None, False
         if self._training is not None:
             self._training.detach()
         if self._accumulated is not None:

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_ddst.callbacks.networks import find_network
 from lightning_ddst.sparsity import made_update, updating
 from lightning_ddst.sparsity.averaging import BufferHandling, WeightAverage
+from lightning_ddst.sparsity.compiled import uncompiled
 
 
 class GeneratorEMA(Callback):
@@ -59,7 +60,7 @@ class GeneratorEMA(Callback):
         generator = find_network(pl_module, "generator", self._name)
         trained = {name: p for name, p in generator.named_parameters() if p.requires_grad}
         for optimizer in updating(trained, trainer.optimizers):
-            self._handles.append(optimizer.register_step_post_hook(partial(self._update, trained)))
+            self._handles.append(optimizer.register_step_post_hook(uncompiled(partial(self._update, trained))))
 
     def _update(self, trained: Mapping[str, Tensor], optimizer: Optimizer, *_: Any) -> None:
         assert self._average is not None

@@ -1,23 +1,29 @@
 """Which of Lightning's strategies masks can be held under."""
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 
 def check_strategy(trainer: Trainer) -> None:
-    """Refuses strategies that split parameters.
+    """Refuses strategies that masks were not made for.
 
     Raises:
-        ValueError: For anything but a single device and DistributedDataParallel.
+        ValueError: For anything but a single device, DistributedDataParallel, and FSDP2 by ModelParallelStrategy.
     """
     strategy = trainer.strategy
-    replicates = isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
-    if not replicates and not isinstance(strategy, SingleDeviceStrategy):
+    known = isinstance(strategy, DDPStrategy | SingleDeviceStrategy | ModelParallelStrategy)
+    if not known or isinstance(strategy, DeepSpeedStrategy):
         raise ValueError(
-            f"{type(strategy).__name__} splits parameters over processes, and masks need whole ones: use "
-            'Trainer(strategy="ddp_find_unused_parameters_true"), or a single device.'
+            f"{type(strategy).__name__} keeps parameters in a form that cannot be masked: use "
+            'Trainer(strategy="ddp_find_unused_parameters_true"), ModelParallelStrategy with fully_shard, or a single '
+            "device."
         )
+
+
+def loads_late(trainer: Trainer) -> bool:
+    """Whether checkpoints are loaded only after fitting has started, into parameters that are split by then."""
+    return trainer.strategy.restore_checkpoint_after_setup
 
 
 def check_backward_passes(trainer: Trainer) -> None:
@@ -26,6 +32,12 @@ def check_backward_passes(trainer: Trainer) -> None:
     Raises:
         ValueError: If it expects that every backward pass reaches all parameters.
     """
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy) and (parts := strategy.device_mesh["tensor_parallel"].size()) > 1:
+        raise ValueError(
+            f"tensor_parallel_size={parts} splits single layers' arithmetic, which measuring BR does not allow for: "
+            "use ModelParallelStrategy(tensor_parallel_size=1, data_parallel_size=...)."
+        )
     model = trainer.strategy.model
     if isinstance(model, DistributedDataParallel) and (not model.find_unused_parameters or model.static_graph):
         raise ValueError(

@@ -16,22 +16,23 @@ class ShuffledSampler(DistributedSampler[Any]):
 
     Args:
         dataset: Has a length.
-        samples: Indices an epoch, over all processes; more than there are make several passes.
+        samples: Indices an epoch of each process; more than there are make several passes.
         seed: Of the order.
     """
 
     def __init__(self, dataset: Dataset[Any], samples: int, seed: int) -> None:
-        super().__init__(dataset, ranks.number(), ranks.rank(), shuffle=True, seed=seed)
-        self.num_samples = samples // self.num_replicas
-        self.total_size = self.num_samples * self.num_replicas
+        super().__init__(dataset, 1, 0, shuffle=True, seed=seed)
+        self.num_samples = samples
         self.skip = 0
 
     def __iter__(self) -> Iterator[int]:
         """This process's indices, without those to skip."""
-        size = len(self.dataset)  # type: ignore[arg-type]
+        # Asked now, because a loader may be made before the other processes are there.
+        self.seed = ranks.of_first(self.seed)
+        size, total = len(self.dataset), self.num_samples * ranks.number()  # type: ignore[arg-type]
         rng = torch.Generator().manual_seed((self.seed + self.epoch) % 2**32)
-        passes = [torch.randperm(size, generator=rng) for _ in range(-(-self.total_size // size))]
-        order = torch.cat(passes)[self.rank : self.total_size : self.num_replicas]
+        passes = [torch.randperm(size, generator=rng) for _ in range(-(-total // size))]
+        order = torch.cat(passes)[ranks.rank() : total : ranks.number()]
         return iter(order[self.skip :].tolist())
 
 
@@ -53,8 +54,8 @@ class ResumableLoader(DataLoader[tuple[Tensor, ...]]):
     def __init__(self, dataset: Dataset[Any], batch_size: int, batches: int, seed: int | None = None) -> None:
         check_count("batch_size", batch_size)
         check_count("batches", batches)
-        seed = ranks.of_first(torch.initial_seed()) if seed is None else seed
-        self._shuffled = ShuffledSampler(dataset, batches * batch_size * ranks.number(), seed)
+        seed = torch.initial_seed() if seed is None else seed
+        self._shuffled = ShuffledSampler(dataset, batches * batch_size, seed)
         self._served = 0
         self._loaded: dict[str, int] = {}
         rng = torch.Generator().manual_seed(seed)

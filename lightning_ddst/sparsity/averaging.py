@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ddst.sparsity.checks import check_choice
+from lightning_ddst.sparsity.sharding import reshard, split_like, whole
 from lightning_ddst.sparsity.spectral import spectral_norms
 
 BufferHandling = Literal["average", "copy"]
@@ -83,6 +84,7 @@ class WeightAverage:
             kept = live[name].clone()
             live[name].copy_(average)
             average.copy_(kept)
+        reshard(self._network)
         self._swapped = not self._swapped
         if self._swapped:
             for spectral in self._spectral:
@@ -96,11 +98,11 @@ class WeightAverage:
     def values(self) -> dict[str, Tensor]:
         """The averages, by the names they have in the network."""
         averages = self._live() if self._swapped else self._averages
-        return {name: average.clone() for name, average in averages.items()}
+        return {name: whole(average).clone() for name, average in averages.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Averages and ages; loads with ``weights_only=True``."""
-        ages = {name: age.clone() for name, age in self._ages.items()}
+        ages = {name: whole(age).clone() for name, age in self._ages.items()}
         return {"updates": self.updates, "averages": self.values(), "ages": ages}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -116,5 +118,5 @@ class WeightAverage:
                     raise ValueError(f"the saved average is of another network: {name!r} is missing or not alike.")
         for saved, own in pairs:
             for name, value in saved.items():
-                own[name].copy_(value)
+                own[name].copy_(split_like(value.to(own[name].device), own[name]))
         self.updates = state["updates"]

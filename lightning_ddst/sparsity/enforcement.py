@@ -10,7 +10,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_ddst import ranks
+from lightning_ddst.sparsity.compiled import uncompiled
 from lightning_ddst.sparsity.network import SparseNetwork, zero_where_inactive
+from lightning_ddst.sparsity.sharding import is_split, own, split_like, whole
 
 Unscaled = Callable[[Tensor], Tensor]
 _AVERAGE_DECAY = 0.9
@@ -48,11 +50,12 @@ class Enforcement:
         for parameter, name in self._names.items():
             trains = parameter.requires_grad
             parameter.requires_grad_(True)  # torch takes hooks only then; a GAN may have frozen it for the moment
-            self._handles.append(parameter.register_hook(partial(self.gradients.arrived, name)))
-            self._handles.append(parameter.register_post_accumulate_grad_hook(partial(self._accumulated, name)))
+            self._handles.append(parameter.register_hook(uncompiled(partial(self.gradients.arrived, name))))
+            accumulated = uncompiled(partial(self._accumulated, name))
+            self._handles.append(parameter.register_post_accumulate_grad_hook(accumulated))
             parameter.requires_grad_(trains)
         for optimizer in self._owned:
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+            self._handles.append(optimizer.register_step_post_hook(uncompiled(self._after_step)))
         network.listeners.append(self._pruned)
 
     def remove(self) -> None:
@@ -73,11 +76,11 @@ class Enforcement:
     def _mask_gradient(self, name: str, parameter: Tensor) -> None:
         if parameter.grad is not None:
             # Past autograd's version counter, which would say that the gradient was cleared.
-            zero_where_inactive(parameter.grad.data, self._network.masks[name])
+            zero_where_inactive(parameter.grad.data, self._network.own_mask(name))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for name in self._owned[optimizer]:
-            zero_where_inactive(self._network.weights[name].parameter, self._network.masks[name])
+            zero_where_inactive(self._network.weights[name].parameter, self._network.own_mask(name))
         if optimizer not in self._leaves_zero:
             self._leaves_zero[optimizer] = self._has_state(optimizer)
         if self._leaves_zero[optimizer]:
@@ -97,7 +100,7 @@ class Enforcement:
 
     def _has_state(self, optimizer: Optimizer) -> bool:
         """Whether there is state where weights are inactive; waits for the device."""
-        return any(bool(value[~mask].any()) for value, mask in self._state(optimizer))
+        return any(bool(own(value)[~mask].any()) for value, mask in self._state(optimizer))
 
     def _state(self, optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
         """Weight-shaped state, with its mask."""
@@ -105,7 +108,7 @@ class Enforcement:
             parameter = self._network.weights[name].parameter
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    yield value, self._network.masks[name]
+                    yield value, self._network.own_mask(name)
 
 
 def updating(parameters: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> list[Optimizer]:
@@ -165,6 +168,7 @@ class DenseGradients:
         self.armed = False
         self._unscaled = unscaled
         self._kind = network.growth.gradient
+        self._network = network
         self._weights = network.weights
         self._incoming: dict[str, Tensor] = {}  # seen by the hook, maybe only looked at
         self._arrived: dict[str, Tensor] = {}  # added to parameter.grad since that was cleared
@@ -194,9 +198,19 @@ class DenseGradients:
 
     def landed(self, name: str, parameter: Tensor) -> None:
         """Sees ``parameter.grad`` after a gradient was added."""
+        if self.wanted and parameter.grad is not None and is_split(parameter):
+            self._incoming[name] = self._split_gradient(name, parameter.grad)
         if name in self._incoming and parameter.grad is not None:
             self._arrived[name] = self._incoming.pop(name)
             self._landed[name] = (parameter.grad, parameter.grad._version)
+
+    def _split_gradient(self, name: str, grad: Tensor) -> Tensor:
+        """What was added to a gradient that is split over processes: only there it is already their mean."""
+        gradient = self._unscaled(grad.detach())
+        if name in self._arrived and self._landed.get(name, (None, -1))[0] is grad:
+            # What was added before is in it, masked.
+            own(gradient).add_(own(self._arrived[name]) * ~self._network.own_mask(name))
+        return gradient
 
     def stepped(self, names: Iterable[str]) -> None:
         """Keeps what arrived for the weights that an optimizer updated just now."""
@@ -204,7 +218,7 @@ class DenseGradients:
             self._landed.pop(name, None)
             if (gradient := self._mean(name, self._arrived.pop(name, None))) is None:
                 continue
-            self._finite[name] = torch.stack(gradient.aminmax()).isfinite().all()
+            self._finite[name] = own(gradient).isfinite().all()
             if self._kind == "average":
                 # What is not finite does not count, or the average would never be finite again.
                 kept = self._kept.get(name, torch.zeros_like(gradient))
@@ -215,7 +229,7 @@ class DenseGradients:
 
     def _mean(self, name: str, gradient: Tensor | None) -> Tensor | None:
         """The mean over processes, where one that saw no gradient counts as 0; None if none of them saw one."""
-        if not ranks.several():
+        if not ranks.several() or is_split(self._weights[name].parameter):
             return gradient
         if not self.wanted or not any(ranks.gathered(gradient is not None)):
             return None
@@ -231,14 +245,15 @@ class DenseGradients:
             self._kept.clear()
         if self._kind == "none":
             return {}
-        if taken.keys() != self._weights.keys() or not all(self._finite[name] for name in taken):
+        usable = taken.keys() == self._weights.keys() and all(bool(self._finite[name]) for name in taken)
+        if not all(ranks.gathered(usable)):
             return None
-        return taken
+        return {name: whole(gradient) for name, gradient in taken.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What was kept, and what has arrived since; loads with ``weights_only=True``."""
         kept, arrived = (
-            {name: gradient.clone() for name, gradient in held.items()} for held in (self._kept, self._arrived)
+            {name: whole(gradient).clone() for name, gradient in held.items()} for held in (self._kept, self._arrived)
         )
         return {"armed": self.armed, "kept": kept, "arrived": arrived, "finite": dict(self._finite)}
 
@@ -247,5 +262,6 @@ class DenseGradients:
         self.armed = state["armed"]
         for held, saved in ((self._kept, state["kept"]), (self._arrived, state["arrived"])):
             for name, gradient in saved.items():
-                held[name] = gradient.to(self._weights[name].parameter, copy=True)
+                parameter = self._weights[name].parameter
+                held[name] = split_like(gradient.to(parameter.device, parameter.dtype, copy=True), parameter)
         self._finite = dict(state["finite"])

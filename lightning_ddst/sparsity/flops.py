@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_ddst.sparsity.compiled import is_compiled, uncompiled
 from lightning_ddst.sparsity.maskable import MaskableWeight
 from lightning_ddst.sparsity.network import SparseNetwork
 
@@ -41,7 +42,7 @@ class Workload:
     def counted(self) -> Iterator[None]:
         """Adds what the layers do inside the context."""
         handles = [
-            layer.register_forward_hook(partial(self._forward, weight), with_kwargs=True)
+            layer.register_forward_hook(uncompiled(partial(self._forward, weight)), with_kwargs=True)
             for weight in self._weights
             for layer in weight.layers.values()
         ]
@@ -102,7 +103,10 @@ class TrainingFlops:
     """
 
     def __init__(self, networks: Iterable[SparseNetwork]) -> None:
+        networks = list(networks)
         self._tallies = [_Tally(network) for network in networks]
+        # Compiled calls pass by the hooks of layers.
+        self._countable = not any(is_compiled(network.network) for network in networks)
         self._updates = 0
         self._measured = self._probe_measured = self._paused = False
         self._measuring: ExitStack | None = None
@@ -119,14 +123,14 @@ class TrainingFlops:
 
     @property
     def ratio(self) -> float | None:
-        """Operations relative to dense training; None before the second update."""
+        """Operations relative to dense training; None before the second update, and for compiled networks."""
         return self.total / self.dense if self.dense else None
 
     @contextmanager
     def probing(self) -> Iterator[None]:
         """Around whatever belongs to a measurement of the balance ratio."""
         with ExitStack() as stack:
-            if not self._probe_measured:
+            if not self._probe_measured and self._countable:
                 for tally in self._tallies:
                     stack.enter_context(tally.probe.counted())
             yield
@@ -148,7 +152,7 @@ class TrainingFlops:
             if probed:  # its calls were counted with the step's
                 for tally in self._tallies:
                     tally.step.subtract(tally.probe)
-        elif not self._measured:
+        elif not self._measured and self._countable:
             self._count()
 
     def _count(self) -> None:

@@ -14,6 +14,7 @@ from lightning_ddst.sparsity.growth import GROWTH_RULES, GrowthRule, Layer
 from lightning_ddst.sparsity.maskable import MaskableWeight, maskable_weights
 from lightning_ddst.sparsity.patterns import matches, name_of_layer
 from lightning_ddst.sparsity.selection import count_true, largest, select
+from lightning_ddst.sparsity.sharding import is_split, own, reshard, split_like, whole
 
 Scope = Literal["global", "layer"]
 SCOPES = ("global", "layer")
@@ -105,6 +106,7 @@ class SparseNetwork:
         self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") // 2)
         self.listeners: list[Callable[[], None]] = []
         self.masks: dict[str, Tensor]
+        self._parts: dict[str, Tensor] = {}
         if state is None:
             self._begin(density, initial)
         else:
@@ -142,9 +144,14 @@ class SparseNetwork:
         """Density by name."""
         return {name: count / self.masks[name].numel() for name, count in self._counts.items()}
 
+    def own_mask(self, name: str) -> Tensor:
+        """The mask of what this process holds of a weight: all of it, unless weights are split over processes."""
+        return self._parts.get(name, self.masks[name])
+
     def to_weights(self) -> None:
         """Moves the masks to where their weights are."""
         self.masks = {name: mask.to(self.weights[name].parameter.device) for name, mask in self.masks.items()}
+        self._split(self.masks)
 
     # ---- the changes ---------------------------------------------------------------------------
 
@@ -236,10 +243,11 @@ class SparseNetwork:
 
     def _prune(self, moves: Moves, prunable: Mapping[str, int]) -> None:
         """Deactivates the active weights of smallest magnitude, in each layer as many as are prunable at most."""
-        for name, parameter in self.parameters.items():
-            _check_finite(f"the weights of {name!r}", parameter.detach())
+        whole_weights = {name: whole(parameter.detach()) for name, parameter in self.parameters.items()}
+        for name, weight in whole_weights.items():
+            _check_finite(f"the weights of {name!r}", weight)
         for pool, number in moves:
-            weights = [self.weights[name].parameter.detach() for name in pool]
+            weights = [whole_weights[name] for name in pool]
             masks = [self.masks[name] for name in pool]
             limits = [prunable[name] for name in pool]
             self._flip(pool, *select(weights, masks, number, limits, _smallness), sign=-1)
@@ -256,7 +264,7 @@ class SparseNetwork:
                 if gradients is None or name not in gradients:
                     raise ValueError(f"gradients must hold the dense gradient of {name!r} for this growth rule.")
                 gradient = gradients[name]
-            layer = Layer(weight.parameter.detach(), self.masks[name], gradient, self._generator)
+            layer = Layer(whole(weight.parameter.detach()), self.masks[name], gradient, self._generator)
             scores[name] = self.growth.score(layer)
             _check_finite(f"the growth rule's scores of {name!r}", scores[name])
         return scores
@@ -273,6 +281,12 @@ class SparseNetwork:
         for name, marks, count in zip(pool, chosen, counts, strict=True):
             self.masks[name].logical_xor_(marks)  # in place: what holds the mask goes on with the new one
             self._counts[name] += sign * count
+        self._split(pool)
+
+    def _split(self, names: Iterable[str]) -> None:
+        for name in names:
+            if is_split(parameter := self.weights[name].parameter):
+                self._parts[name] = own(split_like(self.masks[name], parameter))
 
     def _refresh_spectral(self) -> None:
         for weight in self.weights.values():
@@ -283,16 +297,18 @@ class SparseNetwork:
         for name, weight in self.weights.items():
             # Past autograd's version counter: a discriminator's loss from before a change that comes with a
             # generator update may still have to be differentiated.
-            zero_where_inactive(weight.parameter.data, self.masks[name])
+            zero_where_inactive(weight.parameter.data, self.own_mask(name))
+        reshard(self.network)
 
     def _begin(self, density: float, initial: Initial) -> None:
         counts = self.allocation(density)
         if initial == "random":
             self.masks = {name: self._drawn(name, number) for name, number in counts.items()}
             self._counts = counts
+            self._split(self.masks)
             self._zero_inactive()
         else:
-            self.masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in self.parameters.items()}
+            self.masks = {name: _all_active(p) for name, p in self.parameters.items()}
             self._counts = {name: mask.numel() for name, mask in self.masks.items()}
             self._prune(self._moves(counts), self._prunable(density))
         if self.active < self.total:
@@ -301,7 +317,7 @@ class SparseNetwork:
     def _drawn(self, name: str, number: int) -> Tensor:
         parameter = self.weights[name].parameter
         if number == parameter.numel():
-            return torch.ones_like(parameter, dtype=torch.bool)
+            return _all_active(parameter)
         return largest(torch.rand(parameter.shape, generator=self._generator), number).to(parameter.device)
 
     def _prunable(self, density: float) -> dict[str, int]:
@@ -360,6 +376,7 @@ class SparseNetwork:
         self._counts = {name: count_true(mask) for name, mask in self.masks.items()}
         self.target = state["target"]
         self._generator.set_state(state["rng"].cpu())
+        self._split(self.masks)
         self._zero_inactive()  # spectral norm's vectors were saved with the weights and fit these masks
 
 
@@ -399,6 +416,7 @@ def zero_where_inactive(tensor: Tensor, mask: Tensor) -> None:
     """Sets a tensor to 0 in place where the mask is false, whatever was there (NaN, too)."""
     # Bits times 0 or 1: several times faster than masked_fill_, which branches. In pieces, for what
     # mul_ makes of the mask to stay in a processor's cache.
+    tensor = own(tensor)
     bits = tensor.view(_INTEGERS[tensor.element_size()])
     if tensor.numel() <= _PIECE:
         bits.mul_(mask)
@@ -406,3 +424,7 @@ def zero_where_inactive(tensor: Tensor, mask: Tensor) -> None:
     rows = max(1, _PIECE * len(tensor) // tensor.numel())
     for part, piece in zip(bits.split(rows), mask.split(rows), strict=True):
         part.mul_(piece)
+
+
+def _all_active(parameter: Tensor) -> Tensor:
+    return torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
