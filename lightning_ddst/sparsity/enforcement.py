@@ -183,12 +183,15 @@ class DenseGradients:
 
     def arrived(self, name: str, gradient: Tensor) -> None:
         """Sees a dense gradient, which may be on its way to ``parameter.grad``."""
-        if self.wanted:
+        grad = self._weights[name].parameter.grad
+        adds = name in self._arrived and grad is not None and not self._cleared(name, grad)
+        if self.wanted or adds:
             gradient = self._unscaled(gradient.detach())
-            grad = self._weights[name].parameter.grad
-            if name in self._arrived and grad is not None and not self._cleared(name, grad):
+            if adds:
                 gradient += self._arrived[name]
             self._incoming[name] = gradient
+        else:
+            self._arrived.pop(name, None)
 
     def _cleared(self, name: str, grad: Tensor) -> bool:
         """Whether ``parameter.grad`` was set to 0 since a gradient was added."""
@@ -216,7 +219,10 @@ class DenseGradients:
         """Keeps what arrived for the weights that an optimizer updated just now."""
         for name in names:
             self._landed.pop(name, None)
-            if (gradient := self._mean(name, self._arrived.pop(name, None))) is None:
+            arrived = self._arrived.pop(name, None)
+            if self._weights[name].parameter.grad is None:
+                arrived = None  # cleared, and not stepped with
+            if (gradient := self._mean(name, arrived)) is None:
                 continue
             self._finite[name] = own(gradient).isfinite().all()
             if self._kind == "average":

@@ -660,3 +660,21 @@ def test_saved_gradients_are_copies(setting):
         assert_same(restored.take(), before)
         for gradient in restored.take().values():
             gradient.fill_(7.0)
+
+
+def test_what_was_thrown_away_before_a_step_that_needs_nothing_is_not_kept(setting):
+    sparse, _, optimizer, gradients = setting()
+    batch(0, sparse.network).backward()
+    optimizer.zero_grad()
+    gradients.armed = False
+    batch(1, sparse.network).backward()
+    optimizer.step()
+    assert gradients.take() is None
+
+
+def test_what_was_thrown_away_and_not_stepped_with_is_not_kept(setting):
+    sparse, _, optimizer, gradients = setting()
+    batch(0, sparse.network).backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert gradients.take() is None

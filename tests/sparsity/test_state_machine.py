@@ -202,7 +202,7 @@ class SparseTraining(RuleBasedStateMachine):
         self.training.optimizer.zero_grad(set_to_none)
         self.arrived = {}
 
-    # Between updates, as the package does it.
+    # Only between updates, as the package does it.
     @precondition(lambda self: not self.passes)
     @rule(armed=st.booleans())
     def arm(self, armed):
@@ -236,7 +236,7 @@ class SparseTraining(RuleBasedStateMachine):
         assert torch.allclose(clip_grad_norm_(self.training.network.parameters(), largest), norm)
         self.changed = True
 
-    # With gradients that were cleared nothing would be learned.
+    # Not right after gradients were cleared: dense ones of before that would be kept.
     @precondition(lambda self: self.passes and any(grad.any() for grad in self.training.grads().values()))
     @rule()
     def step(self):
