@@ -104,10 +104,10 @@ class BalanceProbe:
         self._handles = []
         if module is None:
             self._handles = [
-                generator.register_forward_pre_hook(uncompiled(self._calling_generator), with_kwargs=True),
-                generator.register_forward_hook(uncompiled(self._generator_called), with_kwargs=True),
-                discriminator.register_forward_pre_hook(uncompiled(self._calling_discriminator), with_kwargs=True),
-                discriminator.register_forward_hook(uncompiled(self._discriminator_called), with_kwargs=True),
+                generator.register_forward_pre_hook(self._calling_generator, with_kwargs=True),
+                generator.register_forward_hook(self._generator_called, with_kwargs=True),
+                discriminator.register_forward_pre_hook(self._calling_discriminator, with_kwargs=True),
+                discriminator.register_forward_hook(self._discriminator_called, with_kwargs=True),
             ]
 
     def remove(self) -> None:
@@ -133,11 +133,13 @@ class BalanceProbe:
         self._before: dict[nn.Parameter, Tensor] = {}  # the weights before the update
         self._versions = (-1, -1)  # of both networks' weights then
 
+    @uncompiled
     def _calling_generator(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._generator_trains():
             self._state = CallState.now(self._generator)
             self._arguments = Call(args, kwargs).cloned()
 
+    @uncompiled
     def _generator_called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._generator_trains() and (fake := first_tensor(output)).grad_fn is not None:
             assert self._state is not None
@@ -150,6 +152,7 @@ class BalanceProbe:
         # Without gradients it is a call for the discriminator's sake, or for somebody to look at.
         return self.watching and not self._probing and torch.is_grad_enabled()
 
+    @uncompiled
     def _calling_discriminator(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.watching and not self._probing:
             call = Call(args, kwargs)
@@ -157,6 +160,7 @@ class BalanceProbe:
             self._state = CallState.now(self._discriminator) if trained else None
             self._arguments, self._argument_versions = call.cloned(), call.versions()
 
+    @uncompiled
     def _discriminator_called(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:

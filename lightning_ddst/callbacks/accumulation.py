@@ -25,15 +25,14 @@ class AccumulatedGradients:
         self._optimizers = list(optimizers)
         # The gradient of the last step, without keeping it alive, and its version then.
         self._used: dict[Tensor, tuple[TensorWeakRef, int]] = {}
-        self._handles: list[RemovableHandle] = [
-            o.register_step_post_hook(uncompiled(self._stepped)) for o in self._optimizers
-        ]
+        self._handles: list[RemovableHandle] = [o.register_step_post_hook(self._stepped) for o in self._optimizers]
 
     def remove(self) -> None:
         """Takes the hooks off the optimizers."""
         for handle in self._handles:
             handle.remove()
 
+    @uncompiled
     def _stepped(self, optimizer: Optimizer, *_: object) -> None:
         for parameter in _parameters(optimizer):
             if parameter.grad is not None:

@@ -415,8 +415,8 @@ class DynamicSparsityCallback(Callback):
         self._training.check_ranks()
         for optimizer in self._training.generator_optimizers:
             self._handles += [
-                optimizer.register_step_pre_hook(uncompiled(lambda stepping, *_: self._before_step(stepping))),
-                optimizer.register_step_post_hook(uncompiled(lambda stepped, *_: self._after_step(trainer, stepped))),
+                optimizer.register_step_pre_hook(lambda stepping, *_: self._before_step(stepping)),
+                optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(trainer, stepped)),
             ]
 
     def _refuse_shared(self, trainer: Trainer, module: LightningModule) -> None:
@@ -466,10 +466,12 @@ class DynamicSparsityCallback(Callback):
         """Remembers the batch, for the real images in it."""
         self._batch, self._in_batch = batch, True
 
+    @uncompiled
     def _before_step(self, optimizer: Optimizer) -> None:
         if self._training is not None and self._in_batch:
             self._training.before_step(optimizer)
 
+    @uncompiled
     def _after_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         if self._training is None or not self._in_batch:
             return  # loading a checkpoint of FSDP2 makes steps, too

@@ -60,8 +60,9 @@ class GeneratorEMA(Callback):
         generator = find_network(pl_module, "generator", self._name)
         trained = {name: p for name, p in generator.named_parameters() if p.requires_grad}
         for optimizer in updating(trained, trainer.optimizers):
-            self._handles.append(optimizer.register_step_post_hook(uncompiled(partial(self._update, trained))))
+            self._handles.append(optimizer.register_step_post_hook(partial(self._update, trained)))
 
+    @uncompiled
     def _update(self, trained: Mapping[str, Tensor], optimizer: Optimizer, *_: Any) -> None:
         assert self._average is not None
         if made_update(trained, optimizer):  # an optimizer of both networks makes steps without

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def is_compiled(network: nn.Module) -> bool:
@@ -22,7 +24,6 @@ def eagerly(network: nn.Module) -> AbstractContextManager[Any]:
     return stance
 
 
-def uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook that stays out of what is compiled, so that nothing in it is a reason to compile again."""
-    outside: Callable[..., Any] = torch.compiler.disable(hook)
-    return outside
+def uncompiled(hook: F) -> F:
+    """Decorates a hook that stays out of what is compiled, so that nothing in it is a reason to compile again."""
+    return cast(F, torch.compiler.disable(hook))

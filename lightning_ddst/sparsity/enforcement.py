@@ -50,12 +50,11 @@ class Enforcement:
         for parameter, name in self._names.items():
             trains = parameter.requires_grad
             parameter.requires_grad_(True)  # torch takes hooks only then; a GAN may have frozen it for the moment
-            self._handles.append(parameter.register_hook(uncompiled(partial(self.gradients.arrived, name))))
-            accumulated = uncompiled(partial(self._accumulated, name))
-            self._handles.append(parameter.register_post_accumulate_grad_hook(accumulated))
+            self._handles.append(parameter.register_hook(partial(self.gradients.arrived, name)))
+            self._handles.append(parameter.register_post_accumulate_grad_hook(partial(self._accumulated, name)))
             parameter.requires_grad_(trains)
         for optimizer in self._owned:
-            self._handles.append(optimizer.register_step_post_hook(uncompiled(self._after_step)))
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
         network.listeners.append(self._pruned)
 
     def remove(self) -> None:
@@ -69,6 +68,7 @@ class Enforcement:
     def _updated_by(self, optimizer: Optimizer) -> list[str]:
         return [self._names[parameter] for parameter in _parameters(optimizer) if parameter in self._names]
 
+    @uncompiled
     def _accumulated(self, name: str, parameter: Tensor) -> None:
         self.gradients.landed(name, parameter)
         self._mask_gradient(name, parameter)
@@ -78,6 +78,7 @@ class Enforcement:
             # Past autograd's version counter, which would say that the gradient was cleared.
             zero_where_inactive(parameter.grad.data, self._network.own_mask(name))
 
+    @uncompiled
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for name in self._owned[optimizer]:
             zero_where_inactive(self._network.weights[name].parameter, self._network.own_mask(name))
@@ -181,6 +182,7 @@ class DenseGradients:
         """Whether the gradients of the coming update are kept."""
         return self._kind == "average" or (self._kind == "latest" and self.armed)
 
+    @uncompiled
     def arrived(self, name: str, gradient: Tensor) -> None:
         """Sees a dense gradient, which may be on its way to ``parameter.grad``."""
         grad = self._weights[name].parameter.grad

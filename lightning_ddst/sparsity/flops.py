@@ -42,7 +42,7 @@ class Workload:
     def counted(self) -> Iterator[None]:
         """Adds what the layers do inside the context."""
         handles = [
-            layer.register_forward_hook(uncompiled(partial(self._forward, weight)), with_kwargs=True)
+            layer.register_forward_hook(partial(self._forward, weight), with_kwargs=True)
             for weight in self._weights
             for layer in weight.layers.values()
         ]
@@ -52,6 +52,7 @@ class Workload:
             for handle in handles:
                 handle.remove()
 
+    @uncompiled
     def _forward(
         self, weight: MaskableWeight, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
@@ -68,6 +69,7 @@ class Workload:
             trains, input_trains = weight.parameter.requires_grad, images.requires_grad
             output.register_hook(lambda _: self._backward(weight.name, positions, trains, input_trains))
 
+    @uncompiled
     def _backward(self, name: str, positions: int, trains: bool, input_trains: bool) -> None:
         self.uses[name] += positions * (trains + input_trains)
         self.gradient_uses[name] += positions * trains
