@@ -18,8 +18,9 @@ LossName = Literal["hinge", "non-saturating", "wasserstein", "least-squares"]
 
 
 def paper_adam(params: Any) -> Optimizer:
-    """The paper's optimizer: Adam, learning rate 2e-4, betas (0, 0.9)."""
-    return Adam(params, lr=2e-4, betas=(0.0, 0.9))
+    """The paper's optimizer: Adam, learning rate 2e-4, betas (0, 0.9); in torch's fused version."""
+    # The other ones take longer on a CPU where weights are inactive: torch's square root is slow at 0.
+    return Adam(params, lr=2e-4, betas=(0.0, 0.9), fused=True)
 
 
 class GANModule(LightningModule):
