@@ -1,6 +1,8 @@
 import io
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 from torch import Tensor
 
 from lightning_ddst import DynamicSparsityCallback, FrechetDistance, GANModule, GeneratorEMA
@@ -219,6 +222,30 @@ def test_a_run_can_be_resumed(fit: Run, tmp_path) -> None:
     assert sparsity.decisions[:2] == sparsity_of(fit.cli).decisions
     assert resumed.distance.history[-1][0] == 24
     assert "ddst, 24 generator updates" in resumed.printed
+
+
+class Interrupt(Callback):
+    """Ctrl-C in the middle of a batch."""
+
+    def on_train_batch_start(self, trainer, *_) -> None:
+        if trainer.fit_loop.total_batch_idx + 1 == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path) -> None:
+    whole = ran(tmp_path / "whole", "fit", *tiny(tmp_path / "whole", CALLBACKS, epochs=2))
+    cli = make_cli(tiny(tmp_path / "cut", CALLBACKS, epochs=2), run=False)
+    cli.trainer.callbacks.insert(0, Interrupt())
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit):
+        cli.trainer.fit(cli.model, cli.datamodule)
+    signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
+    (checkpoint,) = (tmp_path / "cut").rglob("interrupted.ckpt")
+    arguments = [*tiny(tmp_path / "resumed", CALLBACKS, epochs=2), f"--ckpt_path={checkpoint}"]
+    resumed = ran(tmp_path / "resumed", "fit", *arguments)
+    assert same(weights(resumed.cli), weights(whole.cli))
+    assert sparsity_of(resumed.cli).decisions == sparsity_of(whole.cli).decisions
+    assert resumed.distance.history == whole.distance.history
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "test"])
