@@ -1,5 +1,6 @@
 """Runs that are killed and resumed, to be compared with runs that were not."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,18 @@ class Kill(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.fit_loop.total_batch_idx + 1 == self._batch:
             raise KilledError
+
+
+class Signal(Callback):
+    """Sends a signal to this process in the middle of a batch, counted from the beginning of the run."""
+
+    def __init__(self, number: int, batch: int, times: int = 1) -> None:
+        self._number, self._batch, self._times = number, batch, times
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.fit_loop.total_batch_idx + 1 == self._batch:
+            for _ in range(self._times):
+                os.kill(os.getpid(), self._number)
 
 
 class History(Callback):

@@ -1,6 +1,5 @@
 import io
 import json
-import os
 import re
 import signal
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Callback
+from crashes import Signal
 from torch import Tensor
 
 from lightning_ddst import DynamicSparsityCallback, FrechetDistance, GANModule, GeneratorEMA
@@ -224,18 +223,10 @@ def test_a_run_can_be_resumed(fit: Run, tmp_path) -> None:
     assert "ddst, 24 generator updates" in resumed.printed
 
 
-class Interrupt(Callback):
-    """Ctrl-C in the middle of a batch."""
-
-    def on_train_batch_start(self, trainer, *_) -> None:
-        if trainer.fit_loop.total_batch_idx + 1 == 7:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path) -> None:
     whole = ran(tmp_path / "whole", "fit", *tiny(tmp_path / "whole", CALLBACKS, epochs=2))
     cli = make_cli(tiny(tmp_path / "cut", CALLBACKS, epochs=2), run=False)
-    cli.trainer.callbacks.insert(0, Interrupt())
+    cli.trainer.callbacks.insert(0, Signal(signal.SIGINT, batch=7))
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit):
         cli.trainer.fit(cli.model, cli.datamodule)

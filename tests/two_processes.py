@@ -23,6 +23,7 @@ from toys import LATENT, PIXELS, ToyGAN, toy_data
 from lightning_ddst import DynamicSparsityCallback, FrechetDistance, GANModule, GeneratorEMA
 from lightning_ddst.data import ResumableLoader
 from lightning_ddst.models import SmallDiscriminator, SmallGenerator
+from lightning_ddst.sparsity.sharding import whole
 
 STRATEGY = "ddp_find_unused_parameters_true"
 
@@ -35,7 +36,7 @@ class NoisyToyGAN(ToyGAN):
 
 
 class EveryUpdate(Callback):
-    """After every batch: masks, decisions, density, whether inactive weights, gradients and state are 0."""
+    """After every batch: masks, decisions, BR, and whether inactive weights, gradients and state are 0."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[Any, ...]] = []
@@ -47,12 +48,13 @@ class EveryUpdate(Callback):
             active.append(network.active == sum(int(mask.sum()) for mask in network.masks.values()))
             for name, mask in network.masks.items():
                 parameter = network.parameters[name]
-                clean &= not parameter.detach()[~mask].any()
-                clean &= parameter.grad is None or not parameter.grad[~mask].any()
+                state = [own["exp_avg"] for o in trainer.optimizers if (own := o.state.get(parameter))]
+                tensors = [parameter.detach(), *state, *([] if parameter.grad is None else [parameter.grad])]
+                clean &= all(not whole(tensor)[~mask].any() for tensor in tensors)
+                clean &= bool(whole(parameter.detach())[mask].any())
         checksums = tuple(network.checksum for network in sparsity.networks().values())
-        self.seen.append(
-            (sparsity.generator_updates, checksums, sparsity.decisions[-1:], sparsity.balance, active, clean)
-        )
+        updates, decisions = sparsity.generator_updates, sparsity.decisions[-1:]
+        self.seen.append((updates, checksums, decisions, sparsity.balance, active, clean))
 
 
 def train(gan: LightningModule, data: Any, *callbacks: Callback, strategy: str = STRATEGY, **settings: Any) -> Trainer:
@@ -71,7 +73,7 @@ def train(gan: LightningModule, data: Any, *callbacks: Callback, strategy: str =
 
 
 def weights(gan: LightningModule) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in gan.state_dict().items()}
+    return {name: whole(value).clone() for name, value in gan.state_dict().items()}
 
 
 def methods(folder: Path, **sparsity: Any) -> Any:
@@ -118,39 +120,16 @@ class ShardedGAN(ExactGAN):
                 fully_shard(network, mesh=self.device_mesh["data_parallel"])
 
 
-class ShardedUpdates(Callback):
-    """After every batch: masks, decisions, BR, and whether this process's inactive weights are 0."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[Any, ...]] = []
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        (sparsity,) = (c for c in trainer.callbacks if isinstance(c, DynamicSparsityCallback))
-        active, clean = [], True
-        for network in sparsity.networks().values():
-            active.append(network.active == sum(int(mask.sum()) for mask in network.masks.values()))
-            for name, mask in network.masks.items():
-                parameter = network.parameters[name]
-                state = [own["exp_avg"] for o in trainer.optimizers if (own := o.state.get(parameter))]
-                tensors = [parameter.detach(), *state, *([] if parameter.grad is None else [parameter.grad])]
-                clean &= all(not tensor.full_tensor()[~mask].any() for tensor in tensors)
-                clean &= bool(parameter.detach().full_tensor()[mask].any())
-        checksums = tuple(network.checksum for network in sparsity.networks().values())
-        updates, decisions = sparsity.generator_updates, sparsity.decisions[-1:]
-        self.seen.append((updates, checksums, decisions, sparsity.balance, active, clean))
-
-
 def sharded(growth: str) -> Any:
     seed_everything(0, verbose=False)
-    changes, updates = ChangesOfMasks(), ShardedUpdates()
+    changes, updates = ChangesOfMasks(), EveryUpdate()
     sparsity = DynamicSparsityCallback(
         0.3, bounds=(0.2, 0.3), interval=5, explore_interval=4, delta=0.1, growth=growth, seed=2
     )
     gan = ShardedGAN()
     strategy = ModelParallelStrategy(2, 1)
     train(gan, exact_data(2), sparsity, updates, changes, max_epochs=1, strategy=strategy)
-    weights = {name: value.full_tensor() for name, value in gan.state_dict().items()}
-    return {"masks": changes.masks, "seen": updates.seen, "weights": weights}
+    return {"masks": changes.masks, "seen": updates.seen, "weights": weights(gan)}
 
 
 class ChangesOfMasks(Callback):
@@ -172,7 +151,7 @@ def exact_data(processes: int) -> ResumableLoader:
     return ResumableLoader(TensorDataset(real, z), batch_size=8 // processes, batches=16, seed=3)
 
 
-def exact(processes: int, growth: str, **settings: Any) -> list[dict[str, torch.Tensor]]:
+def exact(processes: int, growth: str) -> list[dict[str, torch.Tensor]]:
     seed_everything(0, verbose=False)
     changes = ChangesOfMasks()
     sparsity = DynamicSparsityCallback(
@@ -295,7 +274,7 @@ CASES = {
     ),
     "sharded gradient": lambda folder: sharded("gradient"),
     "sharded momentum": lambda folder: sharded("momentum"),
-    "crash sharded": lambda folder: crash_sharded(folder),
+    "crash sharded": crash_sharded,
     "tensor parallel": lambda folder: error_of(
         lambda: train(ShardedGAN(), toy_data(), DynamicSparsityCallback(0.3), strategy=ModelParallelStrategy(1, 2))
     ),

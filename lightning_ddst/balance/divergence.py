@@ -24,16 +24,18 @@ class Divergence:
     Args:
         networks: The generator and the discriminator, by role.
 
-    Attributes:
-        reports: What was found, with the generator update at which it was seen.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
-        self.reports: list[tuple[int, str]] = []
+        self._reports: dict[str, tuple[int, str]] = {}  # by kind
         self._networks = dict(networks)
         self._finite_until = 0
         self._undefined = 0
-        self._said: list[str] = []
+
+    @property
+    def reports(self) -> list[tuple[int, str]]:
+        """What was found, with the generator update at which it was seen."""
+        return list(self._reports.values())
 
     def finite(self, updates: int) -> bool:
         """Whether all weights are finite; waits for the device.
@@ -41,6 +43,8 @@ class Divergence:
         Args:
             updates: Generator updates so far.
         """
+        if updates == self._finite_until:
+            return True  # looked at already
         broken = [role for role, network in self._networks.items() if not _all_finite(network)]
         if broken:
             self._report(
@@ -77,24 +81,16 @@ class Divergence:
             )
 
     def _report(self, kind: str, updates: int, message: str) -> None:
-        if kind not in self._said:
-            self._said.append(kind)
-            self.reports.append((updates, message))
+        self._reports.setdefault(kind, (updates, message))
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen; loads with ``weights_only=True``."""
-        return {
-            "reports": list(self.reports),
-            "finite_until": self._finite_until,
-            "undefined": self._undefined,
-            "said": list(self._said),
-        }
+        return {"reports": dict(self._reports), "finite_until": self._finite_until, "undefined": self._undefined}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` gave."""
-        self.reports = [(updates, message) for updates, message in state["reports"]]
+        self._reports = dict(state["reports"])
         self._finite_until, self._undefined = state["finite_until"], state["undefined"]
-        self._said = list(state["said"])
 
 
 def _all_finite(network: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from lightning_ddst.balance.divergence import Divergence
 from lightning_ddst.balance.probe import BalanceProbe
 from lightning_ddst.balance.window import BalanceWindow, Estimator
 from lightning_ddst.sparsity import Enforcement, SparseNetwork, TrainingFlops, exploration_rate, made_update, updating
-from lightning_ddst.sparsity.enforcement import Unscaled
+from lightning_ddst.sparsity.enforcement import Unscaled, parameters_of
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class SparseTraining:
     def before_step(self, optimizer: Optimizer) -> None:
         """Keeps what a measurement will compare with; call it before a step of an optimizer of the generator's."""
         if self._probe is not None and self._probe.watching:
-            self._probe.before_update(parameter for group in optimizer.param_groups for parameter in group["params"])
+            self._probe.before_update(parameters_of(optimizer))
 
     def after_step(self, optimizer: Optimizer, batch: Any) -> bool:
         """Goes on from a generator update: measures, decides, changes masks.
@@ -178,8 +178,7 @@ class SparseTraining:
             self._decide()
         if self._explore_due:
             self._explore_generator()
-        if ranks.several():
-            self.check_ranks()
+        self.check_ranks()
 
     def check_ranks(self) -> None:
         """Compares masks and decisions over processes.
@@ -187,6 +186,8 @@ class SparseTraining:
         Raises:
             RuntimeError: If they differ: each process would train another network.
         """
+        if not ranks.several():
+            return
         masks = (self.generator.checksum, self.discriminator.checksum)
         ranks.check_same(f"the masks and decisions at generator update {self.updates}", (masks, self.decisions[-1:]))
 

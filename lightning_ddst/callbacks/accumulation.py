@@ -1,6 +1,6 @@
 """Gradients that wait for their optimizer's next step while a checkpoint is made."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -8,7 +8,8 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
 from lightning_ddst.sparsity.compiled import uncompiled
-from lightning_ddst.sparsity.sharding import split_like, whole
+from lightning_ddst.sparsity.enforcement import parameters_of
+from lightning_ddst.sparsity.sharding import copy_like, whole
 
 Pending = list[tuple[int, int, Tensor]]
 """Number of the optimizer, number of its parameter, gradient."""
@@ -34,7 +35,7 @@ class AccumulatedGradients:
 
     @uncompiled
     def _stepped(self, optimizer: Optimizer, *_: object) -> None:
-        for parameter in _parameters(optimizer):
+        for parameter in parameters_of(optimizer):
             if parameter.grad is not None:
                 self._used[parameter] = (TensorWeakRef(parameter.grad), parameter.grad._version)
 
@@ -43,7 +44,7 @@ class AccumulatedGradients:
         return [
             (number, place, whole(parameter.grad).clone())
             for number, optimizer in enumerate(self._optimizers)
-            for place, parameter in enumerate(_parameters(optimizer))
+            for place, parameter in enumerate(parameters_of(optimizer))
             if parameter.grad is not None and not self._is_used(parameter, parameter.grad)
         ]
 
@@ -56,10 +57,5 @@ class AccumulatedGradients:
     def load_state_dict(self, state: Pending) -> None:
         """Puts them back."""
         for number, place, gradient in state:
-            parameter = list(_parameters(self._optimizers[number]))[place]
-            parameter.grad = split_like(gradient.to(parameter.device, parameter.dtype, copy=True), parameter)
-
-
-def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
-    for group in optimizer.param_groups:
-        yield from group["params"]
+            parameter = parameters_of(self._optimizers[number])[place]
+            parameter.grad = copy_like(gradient, parameter)

@@ -38,7 +38,7 @@ def check_backward_passes(trainer: Trainer) -> None:
             f"tensor_parallel_size={parts} splits single layers' arithmetic, which measuring BR does not allow for: "
             "use ModelParallelStrategy(tensor_parallel_size=1, data_parallel_size=...)."
         )
-    model = trainer.strategy.model
+    model = strategy.model
     if isinstance(model, DistributedDataParallel) and (not model.find_unused_parameters or model.static_graph):
         raise ValueError(
             "DistributedDataParallel as it is set up expects that every backward pass reaches all parameters, and "

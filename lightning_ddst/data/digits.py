@@ -50,8 +50,8 @@ class DigitsDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
         """Batches of shuffled images and labels; resumes in the middle of an epoch."""
-        passes = len(digits()) // (self.batch_size * ranks.number())
-        return ResumableLoader(digits(), self.batch_size, self.batches_per_epoch or passes)
+        one_pass = len(digits()) // (self.batch_size * ranks.number())
+        return ResumableLoader(digits(), self.batch_size, self.batches_per_epoch or one_pass)
 
     def val_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
         """Every image once, in order."""

@@ -5,14 +5,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_ddst import ranks
 from lightning_ddst.sparsity.compiled import uncompiled
 from lightning_ddst.sparsity.network import SparseNetwork, zero_where_inactive
-from lightning_ddst.sparsity.sharding import is_split, own, split_like, whole
+from lightning_ddst.sparsity.sharding import copy_like, is_split, own, whole
 
 Unscaled = Callable[[Tensor], Tensor]
 _AVERAGE_DECAY = 0.9
@@ -66,7 +66,7 @@ class Enforcement:
         self._handles.clear()
 
     def _updated_by(self, optimizer: Optimizer) -> list[str]:
-        return [self._names[parameter] for parameter in _parameters(optimizer) if parameter in self._names]
+        return [self._names[parameter] for parameter in parameters_of(optimizer) if parameter in self._names]
 
     @uncompiled
     def _accumulated(self, name: str, parameter: Tensor) -> None:
@@ -123,8 +123,8 @@ def updating(parameters: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) 
         ValueError: If one of the parameters is in none of the optimizers.
     """
     names = {parameter: name for name, parameter in parameters.items()}
-    found = [optimizer for optimizer in optimizers if not names.keys().isdisjoint(_parameters(optimizer))]
-    missing = names.keys() - {parameter for optimizer in found for parameter in _parameters(optimizer)}
+    found = [optimizer for optimizer in optimizers if not names.keys().isdisjoint(parameters_of(optimizer))]
+    missing = names.keys() - {parameter for optimizer in found for parameter in parameters_of(optimizer)}
     if missing:
         name = min(names[parameter] for parameter in missing)
         raise ValueError(
@@ -140,13 +140,14 @@ def made_update(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> bool:
     It did not where none has a gradient, or where a fused optimizer skipped its step because fp16 overflowed.
     """
     own = {id(parameter) for parameter in parameters.values()}
-    if not any(p.grad is not None for p in _parameters(optimizer) if id(p) in own):
+    if not any(p.grad is not None for p in parameters_of(optimizer) if id(p) in own):
         return False
     overflow = getattr(optimizer, "found_inf", None)  # of torch's GradScaler, while it steps a fused optimizer
     return overflow is None or not bool(overflow)
 
 
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The parameters that an optimizer updates, in the order of its groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
@@ -270,6 +271,5 @@ class DenseGradients:
         self.armed = state["armed"]
         for held, saved in ((self._kept, state["kept"]), (self._arrived, state["arrived"])):
             for name, gradient in saved.items():
-                parameter = self._weights[name].parameter
-                held[name] = split_like(gradient.to(parameter.device, parameter.dtype, copy=True), parameter)
+                held[name] = copy_like(gradient, self._weights[name].parameter)
         self._finite = dict(state["finite"])

@@ -30,6 +30,11 @@ def split_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
 
 
+def copy_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A copy of a whole tensor with the device, the type and the split of another."""
+    return split_like(tensor.to(like.device, like.dtype, copy=True), like)
+
+
 def reshard(network: nn.Module) -> None:
     """Has the network's next forward pass gather its weights anew, because they were changed."""
     for module in network.modules():

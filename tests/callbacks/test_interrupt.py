@@ -1,27 +1,14 @@
-import os
 import signal
 from collections import namedtuple
 
 import pytest
 import torch
-from crashes import History
-from lightning.pytorch import Callback, seed_everything
+from crashes import History, Signal
+from lightning.pytorch import seed_everything
 from toys import ToyGAN, toy_data, toy_trainer
 
 from lightning_ddst import DynamicSparsityCallback, InterruptCheckpoint, RunSummary
 from lightning_ddst.data import ResumableLoader
-
-
-class Signal(Callback):
-    """Sends a signal to this process in the middle of a batch."""
-
-    def __init__(self, number, batch, times=1):
-        self.number, self.batch, self.times = number, batch, times
-
-    def on_train_batch_start(self, trainer, *_):
-        if trainer.fit_loop.total_batch_idx + 1 == self.batch:
-            for _ in range(self.times):
-                os.kill(os.getpid(), self.number)
 
 
 @pytest.fixture(autouse=True)
