@@ -5,7 +5,7 @@ python examples/02_gan_module.py
 
 from lightning.pytorch import Trainer, seed_everything
 
-from lightning_ddst import DynamicSparsityCallback, FrechetDistance, GANModule, GeneratorEMA, RunSummary
+from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA, RunSummary, SampleQuality
 from lightning_ddst.data import DigitsDataModule
 from lightning_ddst.models import SmallDiscriminator, SmallGenerator, trained_digits_cnn
 
@@ -25,7 +25,7 @@ def main() -> None:
         callbacks=[
             GeneratorEMA(decay=0.98),
             DynamicSparsityCallback(generator_density=0.2, max_discriminator_density=0.5),  # the strict setting
-            FrechetDistance(trained_digits_cnn(), name="digits_cnn"),
+            SampleQuality(trained_digits_cnn(), name="digits_cnn"),
             RunSummary(),
         ],
     )

@@ -2,25 +2,29 @@
 
 from importlib.metadata import version
 
+from lightning_ddst.balance import control_signal
 from lightning_ddst.callbacks import (
     DynamicSparsityCallback,
-    FrechetDistance,
     GeneratorEMA,
     InterruptCheckpoint,
     RunSummary,
     SampleGrid,
+    SampleQuality,
+    SparsityPlots,
 )
 from lightning_ddst.module import GANModule
 from lightning_ddst.sparsity import growth_rule
 
 __all__ = [
     "DynamicSparsityCallback",
-    "FrechetDistance",
     "GANModule",
     "GeneratorEMA",
     "InterruptCheckpoint",
     "RunSummary",
     "SampleGrid",
+    "SampleQuality",
+    "SparsityPlots",
+    "control_signal",
     "growth_rule",
 ]
 __version__ = version("lightning-ddst")

@@ -9,9 +9,12 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_ddst.callbacks import DynamicSparsityCallback, InterruptCheckpoint
+from lightning_ddst.plot_command import plot
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 """What runs where no configuration is named: DDST on handwritten digits."""
+CONFIGS = {path.stem: path for path in sorted(DEFAULT_CONFIG.parent.rglob("*.yaml"))}
+"""The configurations that come with the package, by the names that ``--config`` takes beside files."""
 
 
 class SparseGANCLI(LightningCLI):
@@ -32,14 +35,17 @@ class SparseGANCLI(LightningCLI):
         """Makes everything; a value that is refused ends the process with its reason, without a traceback."""
         try:
             super().instantiate_classes()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             print(f"lightning-ddst: error: {_first_reason(error)}", file=sys.stderr)
             sys.exit(2)
 
 
 def main() -> None:
     """Runs the command with the arguments of the process."""
-    make_cli(sys.argv[1:])
+    if sys.argv[1:2] == ["plot"]:
+        plot(sys.argv[2:])
+    else:
+        make_cli(sys.argv[1:])
 
 
 def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
@@ -58,20 +64,43 @@ def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
+        parser_kwargs={"epilog": "lightning-ddst plot RUN draws what a run logged."},
         seed_everything_default=0,
-        args=_with_default_config(args, run),
+        args=_with_default_config(_with_paths(args), run),
         run=run,
     )
 
 
-def _first_reason(error: ValueError) -> ValueError:
+def _first_reason(error: ValueError | OSError) -> ValueError | OSError:
     """What was raised first in a chain of errors: the parser wraps those of constructors."""
     reason, cause = error, error.__cause__ or error.__context__
     while cause is not None:
-        if isinstance(cause, ValueError):
+        if isinstance(cause, ValueError | OSError):
             reason = cause
         cause = cause.__cause__ or cause.__context__
     return reason
+
+
+def _with_paths(args: Sequence[str]) -> list[str]:
+    """Puts the paths of the package's configurations in the place of their names."""
+    resolved = list(args)
+    for place, arg in enumerate(resolved):
+        option, equals, value = arg.partition("=")
+        if option in ("--config", "-c") and equals:
+            resolved[place] = f"{option}={_path(value)}"
+        elif place and resolved[place - 1] in ("--config", "-c"):
+            resolved[place] = _path(arg)
+    return resolved
+
+
+def _path(config: str) -> str:
+    if Path(config).suffix or Path(config).exists():
+        return config
+    if config not in CONFIGS:
+        names = ", ".join(CONFIGS)
+        print(f"lightning-ddst: error: --config {config} is neither a file nor one of {names}.", file=sys.stderr)
+        sys.exit(2)
+    return str(CONFIGS[config])
 
 
 def _with_default_config(args: Sequence[str], run: bool) -> list[str]:

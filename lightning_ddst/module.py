@@ -1,5 +1,6 @@
 """The base class for GANs with two optimizers."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from lightning_ddst import ranks
+from lightning_ddst.augmentation import DIFF_AUGMENTS, Policy, diff_augment
 from lightning_ddst.callbacks.logs import log_scalars, logs_at
 from lightning_ddst.losses import LOSSES, gradient_penalty, r1_penalty
 from lightning_ddst.sparsity.checks import check_choice, check_count
@@ -39,6 +41,8 @@ class GANModule(LightningModule):
         discriminator_steps: Discriminator updates a generator update.
         gradient_penalty: Weight of the gradient penalty; by default 10 with the Wasserstein loss, else 0.
         r1: Weight of the R1 penalty.
+        augment: Random changes to all images that the discriminator is trained on, real and generated
+            (DiffAugment): any of "color", "translation" and "cutout". The balance ratio is measured without.
         num_classes: Number of classes of a conditional GAN; None for an unconditional one.
         latent_dim: Size of the noise; by default ``generator.latent_dim``.
         generator_optimizer: From parameters to the generator's optimizer.
@@ -59,6 +63,7 @@ class GANModule(LightningModule):
         discriminator_steps: int = 1,
         gradient_penalty: float | None = None,
         r1: float = 0.0,
+        augment: Sequence[Policy] = (),
         num_classes: int | None = None,
         latent_dim: int | None = None,
         generator_optimizer: OptimizerCallable = paper_adam,
@@ -72,6 +77,10 @@ class GANModule(LightningModule):
         for name, value in (("gradient_penalty", gradient_penalty), ("r1", r1)):
             if not value >= 0:  # NaN, too
                 raise ValueError(f"{name}={value} must not be negative.")
+        if isinstance(augment, str):
+            raise ValueError(f"augment={augment!r} must be a list of names, such as ['color', 'cutout'].")
+        for name in augment:
+            check_choice("augment", name, DIFF_AUGMENTS)
         latent_dim = getattr(generator, "latent_dim", None) if latent_dim is None else latent_dim
         if latent_dim is None:
             raise ValueError(f"latent_dim=None: {type(generator).__name__} has no latent_dim, so it must be given.")
@@ -89,6 +98,7 @@ class GANModule(LightningModule):
         self._loss = LOSSES[loss]
         self._gradient_penalty = gradient_penalty
         self._r1 = r1
+        self._augment = tuple(augment)
         self._optimizers = (generator_optimizer, discriminator_optimizer)
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[Any]]:
@@ -203,6 +213,8 @@ class GANModule(LightningModule):
         return self._loss.generator(self._score(*self._generate(real)))
 
     def _score(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        if self._augment:
+            images = diff_augment(images, self._augment)
         scores: Tensor = self.discriminator(images) if self.num_classes is None else self.discriminator(images, labels)
         return scores
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import Adam
 from toys import ToyGAN, toy_data, toy_trainer, trained
 
-from lightning_ddst import DynamicSparsityCallback, FrechetDistance, GANModule, GeneratorEMA, SampleGrid, growth_rule
+from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA, SampleGrid, SampleQuality, growth_rule
 from lightning_ddst.cli import make_cli
 from lightning_ddst.data import DigitsDataModule, ResumableLoader
 from lightning_ddst.models import SmallDiscriminator, SmallGenerator
@@ -135,7 +135,7 @@ OTHERS = [
     (lambda: GeneratorEMA(buffers="drop"), ValueError, "buffers='drop' is unknown; allowed are average, copy"),
     (lambda: trained(GeneratorEMA(generator="G")), ValueError, "generator='G' is not a submodule of ToyGAN"),
     (
-        lambda: FrechetDistance(nn.Flatten(), "pixels", samples=0),
+        lambda: SampleQuality(nn.Flatten(), "pixels", samples=0),
         ValueError,
         "samples=0 must be an integer, at least 1",
     ),

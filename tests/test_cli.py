@@ -14,7 +14,7 @@ import yaml
 from crashes import Signal
 from torch import Tensor
 
-from lightning_ddst import DynamicSparsityCallback, FrechetDistance, GANModule, GeneratorEMA
+from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA, SampleQuality
 from lightning_ddst.cli import DEFAULT_CONFIG, SparseGANCLI, make_cli
 from lightning_ddst.data import DigitsDataModule
 from lightning_ddst.models import SmallDiscriminator, SmallGenerator, trained_digits_cnn
@@ -22,7 +22,7 @@ from lightning_ddst.models import SmallDiscriminator, SmallGenerator, trained_di
 # Callbacks like the default ones; the features are not trained.
 CALLBACKS = [
     {
-        "class_path": "lightning_ddst.FrechetDistance",
+        "class_path": "lightning_ddst.SampleQuality",
         "init_args": {
             "features": {"class_path": "lightning_ddst.models.trained_digits_cnn", "init_args": {"epochs": 0}},
             "name": "random_cnn",
@@ -95,10 +95,10 @@ def test_without_arguments_the_digits_experiment_is_made(tmp_path, monkeypatch) 
     kinds = [type(callback).__name__ for callback in cli.trainer.callbacks]
     named = [callback["class_path"].split(".")[-1] for callback in DEFAULT["trainer"]["callbacks"]]
     assert [kind for kind in kinds if kind in named] == named
-    assert {"FrechetDistance", "SampleGrid", "RunSummary"} <= set(named)
-    (frechet,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, FrechetDistance))
+    assert {"SampleQuality", "SampleGrid", "RunSummary"} <= set(named)
+    (frechet,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, SampleQuality))
     assert frechet.name == "digits_cnn"
-    (features,) = (c["init_args"]["features"] for c in DEFAULT["trainer"]["callbacks"] if "Frechet" in c["class_path"])
+    (features,) = (c["init_args"]["features"] for c in DEFAULT["trainer"]["callbacks"] if "Quality" in c["class_path"])
     assert features == {"class_path": "lightning_ddst.models.trained_digits_cnn"}
 
 
@@ -147,7 +147,7 @@ def test_with_a_configuration_of_ones_own_the_default_is_not_read(form: list[str
     assert cli.datamodule.batches_per_epoch is None
     assert cli.datamodule.batch_size == 64
     assert cli.trainer.max_epochs != DEFAULT["trainer"]["max_epochs"]
-    assert not any(isinstance(callback, FrechetDistance) for callback in cli.trainer.callbacks)
+    assert not any(isinstance(callback, SampleQuality) for callback in cli.trainer.callbacks)
     (group,) = cli.model.configure_optimizers()[0][0].param_groups
     assert group["lr"] == 2e-4  # GANModule's own
 
@@ -174,8 +174,8 @@ class Run:
         return path
 
     @property
-    def distance(self) -> FrechetDistance:
-        (callback,) = (each for each in self.cli.trainer.callbacks if isinstance(each, FrechetDistance))
+    def distance(self) -> SampleQuality:
+        (callback,) = (each for each in self.cli.trainer.callbacks if isinstance(each, SampleQuality))
         return callback
 
 
@@ -201,7 +201,7 @@ def test_fit_trains_and_prints_the_table(fit: Run) -> None:
     rows = [line.strip() for line in fit.printed.splitlines()]
     assert any(row.startswith("method ") and row.endswith("ddst, 12 generator updates") for row in rows)
     assert any("density 0.1000 (669 of 6,692 weights active)" in row for row in rows)
-    (_, first), (_, last) = fit.distance.history
+    (_, first), (_, last) = fit.distance.history["frechet_distance"]
     for updates, value in ((0, first), (12, last)):
         assert any(re.fullmatch(rf"after {updates} generator updates +{value:.4g}", row) for row in rows)
     assert rows[-1].endswith(f"tensorboard --logdir {fit.folder / 'lightning_logs' / 'version_0'}")
@@ -210,7 +210,7 @@ def test_fit_trains_and_prints_the_table(fit: Run) -> None:
 def test_fit_saves_a_configuration_that_reproduces_the_run(fit: Run, tmp_path) -> None:
     again = ran(tmp_path, "fit", f"--config={fit.config}", f"--trainer.default_root_dir={tmp_path}")
     assert same(weights(again.cli), weights(fit.cli))
-    assert again.distance.history == fit.distance.history
+    assert again.distance.history["frechet_distance"] == fit.distance.history["frechet_distance"]
 
 
 def test_a_run_can_be_resumed(fit: Run, tmp_path) -> None:
@@ -219,7 +219,7 @@ def test_a_run_can_be_resumed(fit: Run, tmp_path) -> None:
     assert sparsity.generator_updates == resumed.cli.model.generator_updates == 24
     assert [update for update, _ in sparsity.decisions] == [6, 12, 18, 24]
     assert sparsity.decisions[:2] == sparsity_of(fit.cli).decisions
-    assert resumed.distance.history[-1][0] == 24
+    assert resumed.distance.history["frechet_distance"][-1][0] == 24
     assert "ddst, 24 generator updates" in resumed.printed
 
 
@@ -236,7 +236,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path) -> None
     resumed = ran(tmp_path / "resumed", "fit", *arguments)
     assert same(weights(resumed.cli), weights(whole.cli))
     assert sparsity_of(resumed.cli).decisions == sparsity_of(whole.cli).decisions
-    assert resumed.distance.history == whole.distance.history
+    assert resumed.distance.history["frechet_distance"] == whole.distance.history["frechet_distance"]
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "test"])
@@ -246,8 +246,8 @@ def test_a_checkpoint_can_be_evaluated(subcommand: str, fit: Run, tmp_path) -> N
     place = [f"--trainer.default_root_dir={tmp_path}", f"--ckpt_path={fit.checkpoint}"]
     evaluated = ran(tmp_path, subcommand, *options, *place)
     assert same(weights(evaluated.cli), weights(fit.cli))
-    updates, distance = evaluated.distance.history[-1]
-    assert distance == pytest.approx(fit.distance.history[-1][1])
+    updates, distance = evaluated.distance.history["frechet_distance"][-1]
+    assert distance == pytest.approx(fit.distance.history["frechet_distance"][-1][1])
     assert updates == 12
     assert "frechet_distance/random_cnn" in evaluated.printed
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_ddst import DynamicSparsityCallback, FrechetDistance
+from lightning_ddst import DynamicSparsityCallback, SampleQuality
 from lightning_ddst.cli import make_cli
 from lightning_ddst.models import trained_digits_cnn
 
@@ -47,11 +47,11 @@ def test_the_main_job_ends_near_the_dense_pair(tmp_path, monkeypatch, capsys) ->
     print(printed, f"\n{seconds:.0f} s of fitting")
 
     (sparsity,) = (c for c in cli.trainer.callbacks if isinstance(c, DynamicSparsityCallback))
-    (distance,) = (c for c in cli.trainer.callbacks if isinstance(c, FrechetDistance))
+    (distance,) = (c for c in cli.trainer.callbacks if isinstance(c, SampleQuality))
     dense = float(next(line for line in printed.splitlines() if "dense pair" in line).split()[-1])
     assert counts.steps == 2 * sparsity.generator_updates
-    assert distance.history[0][0] == 0
-    assert distance.history[-1][1] <= 3 * dense
+    assert distance.history["frechet_distance"][0][0] == 0
+    assert distance.history["frechet_distance"][-1][1] <= 3 * dense
 
     resized = [decision for _, decision in sparsity.decisions if decision.action in ("grow", "prune")]
     assert resized

@@ -15,6 +15,10 @@ METHODS = {
     "sdst": {"method": "sdst"},
     "ddst": {"method": "ddst", "bounds": (0.2, 0.3)},
     "strict": {"method": "ddst", "bounds": (0.2, 0.3), "max_discriminator_density": 0.4},
+    "signal": {"method": "ddst", "signal": "real_sign", "bounds": (0.9, 0.95)},
+    "ramp": {"method": "ramp"},
+    "posthoc": {"method": "posthoc"},
+    "imp": {"method": "imp"},
 }
 # With D stepping twice an update: explorations at batches 10, 20, ..., decisions at 14, 28, 42; 12 batches an epoch.
 SETTINGS = {"generator_density": 0.3, "interval": 7, "explore_interval": 5, "probe_interval": 1, "seed": 1}

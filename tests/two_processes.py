@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 from toys import LATENT, PIXELS, ToyGAN, toy_data
 
-from lightning_ddst import DynamicSparsityCallback, FrechetDistance, GANModule, GeneratorEMA
+from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA, SampleQuality
 from lightning_ddst.data import ResumableLoader
 from lightning_ddst.models import SmallDiscriminator, SmallGenerator
 from lightning_ddst.sparsity.sharding import whole
@@ -251,11 +251,11 @@ def distance(folder: Path) -> Any:
     gan = small_gan()
     features = nn.Flatten()
     features.num_features = 64
-    frechet = FrechetDistance(features, "pixels")
+    frechet = SampleQuality(features, "pixels")
     loader = DataLoader(images(), batch_size=5)
     trainer = train(gan, resumable(), frechet, max_epochs=1, strategy="ddp", limit_train_batches=2)
     trainer.validate(gan, loader, verbose=False)
-    return frechet.history
+    return frechet.history["frechet_distance"]
 
 
 CASES = {

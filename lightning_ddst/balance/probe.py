@@ -1,4 +1,4 @@
-"""Measures the balance ratio's three scores at one generator update, and leaves no trace."""
+"""Measures what the discriminator says of one generator update, and leaves no trace."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -210,7 +210,8 @@ class BalanceProbe:
             batch: The training step's batch, any nesting of mappings, sequences and dataclasses.
 
         Returns:
-            ``(3,)``: the mean scores of real images, of the old generator's and the new one's.
+            ``(4,)``: the mean scores of real images, of the old generator's and the new one's, and the mean sign of
+            the real images' scores.
 
         Raises:
             RuntimeError: If a call of the generator, of the discriminator on what it made, or the
@@ -220,7 +221,7 @@ class BalanceProbe:
             reshard(network)
         try:
             scores = self._scores_of_calls(batch) if self._module is None else self._scores_of_module(batch)
-            return torch.stack([_mean(score) for score in scores])
+            return torch.stack([*map(_mean, scores), _mean(scores[0].sign())])
         finally:
             self._forget()
 

@@ -9,11 +9,20 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_ddst import ranks
-from lightning_ddst.balance.controller import Decision, DensityController
+from lightning_ddst.balance.controller import Controller, Decision
 from lightning_ddst.balance.divergence import Divergence
 from lightning_ddst.balance.probe import BalanceProbe
 from lightning_ddst.balance.window import BalanceWindow, Estimator
-from lightning_ddst.sparsity import Enforcement, SparseNetwork, TrainingFlops, exploration_rate, made_update, updating
+from lightning_ddst.sparsity import (
+    Enforcement,
+    InitialWeights,
+    MagnitudePruning,
+    SparseNetwork,
+    TrainingFlops,
+    exploration_rate,
+    made_update,
+    updating,
+)
 from lightning_ddst.sparsity.enforcement import Unscaled, parameters_of
 
 
@@ -69,6 +78,8 @@ class SparseTraining:
         optimizers: The optimizers of both.
         explores: Whether the generator explores.
         controller: Decides on the discriminator's density; None leaves it.
+        pruning: Prunes networks that are dense at first; None does not.
+        pruned_to: The densities that it prunes the generator and the discriminator to.
         probe: Measures the balance ratio; None where it is not measured.
         exploration: How much is explored.
         estimator: Of the balance ratio over a window.
@@ -77,6 +88,7 @@ class SparseTraining:
 
     Attributes:
         updates: Generator updates so far.
+        beginnings: How often training went back to the initial weights.
         decisions: Every decision with the generator update it was made at.
         measurements: How often the balance ratio was measured.
         flops: Operations of training both networks.
@@ -94,16 +106,19 @@ class SparseTraining:
         optimizers: Iterable[Optimizer],
         *,
         explores: bool,
-        controller: DensityController | None,
+        controller: Controller | None,
         probe: BalanceProbe | None,
         exploration: Exploration,
         estimator: Estimator,
         plan: Plan,
+        pruning: MagnitudePruning | None = None,
+        pruned_to: tuple[float, float] = (1.0, 1.0),
         unscaled: Unscaled = torch.clone,
     ) -> None:
         self.generator = generator
         self.discriminator = discriminator
         self.updates = 0
+        self.beginnings = 0
         self.decisions: list[tuple[int, Decision]] = []
         self.measurements = 0
         self.flops = TrainingFlops([generator, discriminator])
@@ -114,15 +129,20 @@ class SparseTraining:
         self._exploration = exploration
         self._probe = probe
         self._explore_due = self._decision_due = False
-        optimizers = list(optimizers)
+        self._pruning = pruning
+        self._pruned_to = dict(zip((generator, discriminator), pruned_to, strict=True))
+        self._optimizers = optimizers = list(optimizers)
         self.generator_optimizers = updating(generator.parameters, optimizers)
         updating(discriminator.parameters, optimizers)
         self.divergence = Divergence({"generator": generator.network, "discriminator": discriminator.network})
         self._holds = {
             network: Enforcement(network, optimizers, unscaled)
             for network in (generator, discriminator)
-            if network.density < 1 or (network is discriminator and controller is not None)
+            if network.density < 1 or (network is discriminator and controller is not None) or pruning is not None
         }
+        self._initial: InitialWeights | None = None
+        if pruning is not None and pruning.rewinds:
+            self._initial = InitialWeights([generator.network, discriminator.network])
         self._expect_next()
 
     def schedule(self, plan: Plan) -> None:
@@ -168,6 +188,7 @@ class SparseTraining:
             self.divergence.look_at(self.window.read(), self.updates)
         if self._decision_due or self._explore_due:
             self._change_masks()
+        self._prune()
         self._expect_next()
         return True
 
@@ -178,6 +199,25 @@ class SparseTraining:
             self._decide()
         if self._explore_due:
             self._explore_generator()
+        self.check_ranks()
+
+    def _prune(self) -> None:
+        if self._pruning is None or self.plan.updates is None:
+            return
+        number = self._pruning.round_at(self.updates, self.plan.updates)
+        if number is None or not self.divergence.finite(self.updates):
+            return
+        for network, target in self._pruned_to.items():
+            network.resize(self._pruning.density(number, target))
+        reason = f"round {number} of {self._pruning.rounds}: pruned by magnitude, the generator to "
+        reason += f"{self.generator.density:.4g}, the discriminator to {self.discriminator.density:.4g}"
+        if self._initial is not None:
+            self._initial.restore(self._optimizers)
+            for network in self._pruned_to:
+                network.apply_masks()
+            self.beginnings += 1
+            reason += ", and back to the initial weights"
+        self.decisions.append((self.updates, Decision("prune", self.discriminator.target, reason)))
         self.check_ranks()
 
     def check_ranks(self) -> None:
@@ -212,7 +252,8 @@ class SparseTraining:
         balance = self.window.read()
         if self._is_due(self.plan.interval):
             self.divergence.look_at(balance, self.updates)
-        decision = self._controller.decide(balance, self.discriminator.target)
+        progress = self.updates / self.plan.updates if self.plan.updates else 0.0
+        decision = self._controller.decide(balance, self.discriminator.target, progress)
         gradients = self._holds[self.discriminator].gradients.take()
         if decision.action in ("grow", "explore") and gradients is None:
             self._postponed("discriminator")
@@ -274,6 +315,9 @@ class SparseTraining:
             "divergence": self.divergence.state_dict(),
             "flops": self.flops.state_dict(),
             "gradients": [hold.gradients.state_dict() for hold in self._holds.values()],
+            "controller": {} if self._controller is None else self._controller.state_dict(),
+            "beginnings": self.beginnings,
+            "initial": None if self._initial is None else self._initial.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -289,4 +333,9 @@ class SparseTraining:
         self.flops.load_state_dict(state["flops"])
         for hold, saved in zip(self._holds.values(), state["gradients"], strict=True):
             hold.gradients.load_state_dict(saved)
+        if self._controller is not None:
+            self._controller.load_state_dict(state["controller"])
+        self.beginnings = state["beginnings"]
+        if self._initial is not None:
+            self._initial.load_state_dict(state["initial"])
         self._expect_next()

@@ -31,6 +31,8 @@ class Balance:
         samples: Number of measurements.
         reason: Why the ratio is undecided; empty where it is not.
         constant: Whether every measurement gave real images, old and new fakes the same score.
+        real_sign: ``E[sign(D(x))]``, in [-1, 1]: the share of real images whose score is positive less the share
+            whose score is negative.
     """
 
     ratio: float | None
@@ -41,10 +43,11 @@ class Balance:
     samples: int
     reason: str
     constant: bool = False
+    real_sign: float = float("nan")
 
 
 class BalanceWindow:
-    """The last few measurements of the three scores that the balance ratio is made of.
+    """The last few measurements of what control signals are made of.
 
     Measurements stay on the device they were made on, so adding one does not wait for it.
 
@@ -55,7 +58,7 @@ class BalanceWindow:
     """
 
     def __init__(self, size: int, estimator: Estimator = "ratio_of_means") -> None:
-        self._samples = torch.full((size, 3), float("nan"))
+        self._samples = torch.full((size, 4), float("nan"))
         self._added = 0
         self._estimator = estimator
 
@@ -64,34 +67,35 @@ class BalanceWindow:
         count = min(self._added, len(self._samples))
         ordered = self._samples[:count].roll(-(self._added % len(self._samples)) if self._added > count else 0, 0)
         kept = ordered[-size:]
-        self._samples = kept.new_full((size, 3), float("nan"))
+        self._samples = kept.new_full((size, 4), float("nan"))
         self._samples[: len(kept)] = kept
         self._added = len(kept)
 
-    def add(self, scores: Tensor) -> None:
+    def add(self, measurement: Tensor) -> None:
         """Adds a measurement.
 
         Args:
-            scores: ``(3,)``: mean scores of real images, of the generator's before, and after its update.
+            measurement: ``(4,)``: mean scores of real images, of the generator's before, and after its update, and
+                the mean sign of the scores of real images.
         """
-        self._samples = self._samples.to(scores.device, scores.dtype)
-        self._samples[self._added % len(self._samples)] = scores.detach()
+        self._samples = self._samples.to(measurement.device, measurement.dtype)
+        self._samples[self._added % len(self._samples)] = measurement.detach()
         self._added += 1
 
     def read(self) -> Balance:
         """Evaluates the window; waits for the device."""
         count = min(self._added, len(self._samples))
-        real, fake, fake_after = self._samples[:count].double().cpu().unbind(1)
+        real, fake, fake_after, real_sign = self._samples[:count].double().cpu().unbind(1)
         alpha, beta = real - fake, fake_after - fake
         ratio, reason = None, self._undecided(alpha, beta)
         if not reason:
             ratio = float(beta.mean() / alpha.mean() if self._estimator == "ratio_of_means" else (beta / alpha).mean())
             if not torch.isfinite(torch.tensor(ratio)):
                 ratio, reason = None, "a single measurement has alpha = 0"
-        mean_alpha, mean_beta, mean_real, mean_fake = (float(values.mean()) for values in (alpha, beta, real, fake))
+        means = (float(alpha.mean()), float(beta.mean()), float(real.mean()), float(fake.mean()))
         rounding = _ROUNDING * real.abs()
         constant = count > 0 and bool((alpha.abs() <= rounding).logical_and(beta.abs() <= rounding).all())
-        return Balance(ratio, mean_alpha, mean_beta, mean_real, mean_fake, count, reason, constant)
+        return Balance(ratio, *means, count, reason, constant, float(real_sign.mean()))
 
     def _undecided(self, alpha: Tensor, beta: Tensor) -> str:
         if not len(alpha):

@@ -2,16 +2,18 @@
 
 from lightning_ddst.callbacks.dynamic_sparsity import DynamicSparsityCallback
 from lightning_ddst.callbacks.ema import GeneratorEMA
-from lightning_ddst.callbacks.frechet import FrechetDistance
 from lightning_ddst.callbacks.interrupt import InterruptCheckpoint
+from lightning_ddst.callbacks.plots import SparsityPlots
+from lightning_ddst.callbacks.quality import SampleQuality
 from lightning_ddst.callbacks.samples import SampleGrid
 from lightning_ddst.callbacks.summary import RunSummary
 
 __all__ = [
     "DynamicSparsityCallback",
-    "FrechetDistance",
     "GeneratorEMA",
     "InterruptCheckpoint",
     "RunSummary",
     "SampleGrid",
+    "SampleQuality",
+    "SparsityPlots",
 ]

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,10 +13,14 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_ddst import ranks
 from lightning_ddst.balance import (
+    SIGNALS,
     Balance,
     BalanceProbe,
+    CalibratingController,
+    Controller,
     Decision,
     DensityController,
+    DensityRamp,
     Exploration,
     Plan,
     ScoresItself,
@@ -26,25 +30,36 @@ from lightning_ddst.balance.controller import ACTIONS
 from lightning_ddst.balance.entries import Place
 from lightning_ddst.balance.window import ESTIMATORS, Estimator
 from lightning_ddst.callbacks.accumulation import AccumulatedGradients
+from lightning_ddst.callbacks.ema import GeneratorEMA
 from lightning_ddst.callbacks.folders import check_folders
 from lightning_ddst.callbacks.logs import log_scalars, logs_at, tensorboards
 from lightning_ddst.callbacks.networks import find_network, name_in, refuse_other_averages
 from lightning_ddst.callbacks.random_states import random_states, resume_randomness
 from lightning_ddst.callbacks.run_length import RunLength
 from lightning_ddst.callbacks.strategies import check_backward_passes, check_strategy, loads_late
-from lightning_ddst.sparsity import DISTRIBUTIONS, GROWTH_RULES, SCHEDULES, SparseNetwork, maskable_weights
+from lightning_ddst.sparsity import (
+    DISTRIBUTIONS,
+    GROWTH_RULES,
+    SCHEDULES,
+    LayerFlops,
+    MagnitudePruning,
+    SparseNetwork,
+    maskable_weights,
+)
 from lightning_ddst.sparsity.checks import check_choice, check_count, check_density, check_rate
 from lightning_ddst.sparsity.compiled import uncompiled
 from lightning_ddst.sparsity.network import INITIAL, SCOPES, Initial, Scope
 from lightning_ddst.sparsity.patterns import matches, name_of_layer
 from lightning_ddst.sparsity.selection import count_true
 
-Method = Literal["dense", "static", "sdst", "dda", "ddst"]
+Method = Literal["dense", "static", "sdst", "dda", "ddst", "ramp", "posthoc", "imp"]
 Role = Literal["generator", "discriminator"]
 
-METHODS = ("dense", "static", "sdst", "dda", "ddst")
-_EXPLORING = ("sdst", "ddst")
-_RESIZING = ("dda", "ddst")
+METHODS = get_args(Method)
+_EXPLORING = ("sdst", "ddst", "ramp")
+_CONTROLLED = ("dda", "ddst")
+_RESIZING = (*_CONTROLLED, "ramp")
+_PRUNED = ("posthoc", "imp")
 
 _UNKNOWN_LENGTH_INTERVAL = 1000
 _UNKNOWN_LENGTH_EXPLORE_INTERVAL = 500
@@ -64,11 +79,17 @@ class DynamicSparsityCallback(Callback):
 
     Args:
         generator_density: The generator's density: active over maskable weights, in (0, 1].
-        discriminator_density: The discriminator's: where "dda" and "ddst" start, what "static" and
-            "sdst" keep. By default the generator's.
+        discriminator_density: The discriminator's: where "dda", "ddst" and "ramp" start, what the
+            others have or come to. By default the generator's; with "posthoc" 1.
         method: "dense" (no masks), "static" (masks never change), "sdst" (the generator explores),
-            "dda" (the discriminator is resized) or "ddst" (both).
-        bounds: BR is kept between these.
+            "dda" (the discriminator is resized), "ddst" (both), "ramp" (the generator explores, the
+            discriminator's density rises in a straight line to its maximum), "posthoc" (dense, pruned by
+            magnitude after two thirds of the run, fine-tuned) or "imp" (iterative magnitude pruning:
+            rounds that prune a fifth and go back to the initial weights).
+        signal: What the discriminator is resized by: "balance_ratio", "real_sign" (the sign of its scores of
+            real images, as in ADA), or a signal registered with `control_signal`.
+        bounds: The signal is kept between these; by default the signal's own, 0.45 and 0.55 for BR. "auto"
+            finds them from what BR is at the densities of the start.
         min_discriminator_density: Lower limit of resizing. By default the smaller of the generator's
             density and the discriminator's at the start. (The paper's is 0.05. BR starts near 0, so
             the first decisions prune, and a discriminator that is too small to learn is never grown
@@ -123,7 +144,8 @@ class DynamicSparsityCallback(Callback):
         generator_density: float,
         discriminator_density: float | None = None,
         method: Method = "ddst",
-        bounds: tuple[float, float] = (0.45, 0.55),
+        signal: str = "balance_ratio",
+        bounds: tuple[float, float] | Literal["auto"] | None = None,
         min_discriminator_density: float | None = None,
         max_discriminator_density: float = 1.0,
         delta: float = 0.05,
@@ -149,8 +171,10 @@ class DynamicSparsityCallback(Callback):
     ) -> None:
         check_choice("method", method, METHODS)
         check_density("generator_density", generator_density)
+        check_choice("signal", signal, SIGNALS)
         if discriminator_density is None:
-            discriminator_density = min(generator_density, max_discriminator_density)
+            balanced = min(generator_density, max_discriminator_density)
+            discriminator_density = 1.0 if method == "posthoc" else balanced
         check_density("discriminator_density", discriminator_density)
         check_rate("exploration_rate", exploration_rate)
         check_choice("schedule", schedule, SCHEDULES)
@@ -167,7 +191,11 @@ class DynamicSparsityCallback(Callback):
         _check_intervals(method, interval, explore_interval, probe_interval)
         if min_discriminator_density is None:
             min_discriminator_density = min(generator_density, discriminator_density)
-        controller = DensityController(bounds, delta, min_discriminator_density, max_discriminator_density)
+        if isinstance(bounds, str) and (bounds != "auto" or signal != "balance_ratio"):
+            raise ValueError(f'bounds={bounds!r} with signal={signal!r} must be two numbers; only BR\'s can be "auto".')
+        fixed = SIGNALS[signal].bounds if bounds is None or isinstance(bounds, str) else bounds
+        fixed = cast(tuple[float, float], tuple(fixed))  # YAML gives a list
+        controller = DensityController(fixed, delta, min_discriminator_density, max_discriminator_density, signal)
         if discriminator_density > max_discriminator_density and method in _RESIZING:
             raise ValueError(
                 f"discriminator_density={discriminator_density} must not be above "
@@ -178,12 +206,17 @@ class DynamicSparsityCallback(Callback):
                 f"discriminator_density={discriminator_density} must not be below "
                 f"min_discriminator_density={min_discriminator_density}."
             )
-        dense = method == "dense"
+        dense = method in ("dense", *_PRUNED)
         self.method = method
         self._densities: dict[Role, float] = {
             "generator": 1.0 if dense else generator_density,
             "discriminator": 1.0 if dense else discriminator_density,
         }
+        self._pruned_to = (generator_density, discriminator_density)
+        self._pruning: MagnitudePruning | None = None
+        if method in _PRUNED:
+            lowest = min(self._pruned_to)
+            self._pruning = MagnitudePruning.post_hoc() if method == "posthoc" else MagnitudePruning.iterative(lowest)
         self._names: dict[Role, str | None] = {"generator": generator, "discriminator": discriminator}
         self._masking: dict[str, Any] = {
             "initial": initial_masks,
@@ -194,7 +227,12 @@ class DynamicSparsityCallback(Callback):
             "scope": scope,
             "layer_floor": layer_floor,
         }
-        self._controller = controller
+        self._min_density = min_discriminator_density
+        self._controller: Controller | None = None
+        if method in _CONTROLLED:
+            self._controller = CalibratingController(controller) if bounds == "auto" else controller
+        elif method == "ramp":
+            self._controller = DensityRamp(discriminator_density, max_discriminator_density)
         self._exploration = Exploration(exploration_rate, schedule)
         self._estimator = estimator
         self._intervals = (interval, explore_interval, probe_interval)
@@ -282,6 +320,22 @@ class DynamicSparsityCallback(Callback):
         return None if self._training is None else self._training.flops.ratio
 
     @property
+    def flops_ledger(self) -> dict[str, LayerFlops]:
+        """Training operations so far of every maskable weight, by its name in the module; empty where not counted."""
+        if self._training is None:
+            return {}
+        pairs = zip(self._networks, self._training.flops.layers, strict=True)
+        return {self._names_in_module(role)[name]: flops for role, layers in pairs for name, flops in layers.items()}
+
+    @property
+    def mean_layer_densities(self) -> dict[str, float]:
+        """The density of every maskable weight, by its name in the module, averaged over generator updates so far."""
+        if self._training is None:
+            return {}
+        pairs = zip(self._networks, self._training.flops.mean_densities, strict=True)
+        return {self._names_in_module(role)[name]: mean for role, layers in pairs for name, mean in layers.items()}
+
+    @property
     def plan(self) -> Plan:
         """The intervals in force; None in it is never, or not known yet."""
         return Plan() if self._training is None else self._training.plan
@@ -335,11 +389,18 @@ class DynamicSparsityCallback(Callback):
                 )
             except ValueError as error:
                 raise ValueError(f"{role} with {role}_density={self._densities[role]}: {error}") from error
-        if self.method in _RESIZING:
+        lowest: dict[Role, tuple[str, float]] = {}
+        if self.method in _CONTROLLED:
+            lowest["discriminator"] = ("min_discriminator_density", self._min_density)
+        if self._pruning is not None:
+            generator_density, discriminator_density = self._pruned_to
+            lowest["generator"] = ("generator_density", generator_density)
+            lowest["discriminator"] = ("discriminator_density", discriminator_density)
+        for role, (argument, density) in lowest.items():
             try:
-                self._networks["discriminator"].allocation(self._controller.min_density)
+                self._networks[role].allocation(density)
             except ValueError as error:
-                raise ValueError(f"min_discriminator_density={self._controller.min_density}: {error}") from error
+                raise ValueError(f"{argument}={density}: {error}") from error
 
     def _check_patterns(self, module: nn.Module, found: Mapping[Role, nn.Module]) -> None:
         arguments = [argument for argument in ("dense_layers", "layer_densities") if self._masking[argument]]
@@ -377,7 +438,7 @@ class DynamicSparsityCallback(Callback):
         if self._saved is not None or not self._networks or self._module is not pl_module:
             self.attach(pl_module)
         generator, discriminator = self._networks["generator"], self._networks["discriminator"]
-        if self.method in _EXPLORING and generator.density < 1:
+        if self.method in _PRUNED or (self.method in _EXPLORING and generator.density < 1):
             refuse_other_averages(trainer, pl_module, generator.network)
         self._refuse_shared(trainer, pl_module)
         for network in self._networks.values():
@@ -398,11 +459,13 @@ class DynamicSparsityCallback(Callback):
             discriminator,
             trainer.optimizers,
             explores=self.method in _EXPLORING,
-            controller=self._controller if self.method in _RESIZING else None,
+            controller=self._controller,
             probe=probe,
             exploration=self._exploration,
             estimator=self._estimator,
             plan=self._planned(),
+            pruning=self._pruning,
+            pruned_to=self._pruned_to,
             unscaled=_unscaled(trainer),
         )
         self._accumulated = AccumulatedGradients(trainer.optimizers)
@@ -476,8 +539,13 @@ class DynamicSparsityCallback(Callback):
         if self._training is None or not self._in_batch:
             return  # loading a checkpoint of FSDP2 makes steps, too
         decided, reported = len(self._training.decisions), len(self._training.divergence.reports)
+        beginnings = self._training.beginnings
         if not self._training.after_step(optimizer, self._batch):
             return
+        if self._training.beginnings > beginnings:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, GeneratorEMA):
+                    callback.restart()
         new = self._training.decisions[decided:]
         line_is_due = logs_at(trainer, self._training.updates)
         if line_is_due:
@@ -528,11 +596,17 @@ class DynamicSparsityCallback(Callback):
         self._length.observe(trainer, self._training.updates)
         if self._length.known:
             self._training.schedule(self._planned())
-            if self._length.updates is None and self.method in _EXPLORING:
-                rank_zero_warn(
-                    "nothing but time limits this run (max_epochs, max_steps), so its length in generator updates is "
-                    "unknown: the exploration rate stays what it is at the start."
-                )
+            if self._length.updates is None:
+                self._length_is_unknown()
+
+    def _length_is_unknown(self) -> None:
+        unknown = (
+            "nothing but time limits this run (max_epochs, max_steps), so its length in generator updates is unknown"
+        )
+        if self.method in ("ramp", *_PRUNED):
+            raise ValueError(f'{unknown}, and method="{self.method}" is spread over the run\'s length.')
+        if self.method in _EXPLORING:
+            rank_zero_warn(f"{unknown}: the exploration rate stays what it is at the start.")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps evaluation out of what is counted as training."""
@@ -545,7 +619,10 @@ class DynamicSparsityCallback(Callback):
             self._training.flops.resume()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes every hook away."""
+        """Logs where the operations were, and takes every hook away."""
+        for writer in tensorboards(trainer):
+            if ledger := self.flops_ledger:
+                writer.add_text(f"{self._prefix(trainer)}flops/ledger", _table(ledger), self.generator_updates)
         self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -566,15 +643,19 @@ class DynamicSparsityCallback(Callback):
         assert self._training is not None
         values: dict[str, float] = {}
         if (balance := self.balance) is not None and balance.samples:
-            values |= {f"balance/{part}": getattr(balance, part) for part in ("alpha", "beta", "real", "fake")}
+            parts = ("alpha", "beta", "real", "fake", "real_sign")
+            values |= {f"balance/{part}": getattr(balance, part) for part in parts}
             if balance.ratio is not None:
                 values["balance/ratio"] = balance.ratio
+            if self._controller is not None:
+                values |= self._controller.readings(balance)
         for role, network in self._networks.items():
             values[f"density/{role}"] = network.density
             values[f"density/{role}_target"] = network.target
+            values |= {f"coverage/{role}": network.coverage, f"overlap/{role}": network.overlap}
             densities = network.layer_densities
             values |= {f"layer_density/{full}": densities[name] for name, full in self._names_in_module(role).items()}
-        if self.method in _RESIZING:
+        if self.method in (*_RESIZING, *_PRUNED):
             actions = [decision.action for _, decision in self._training.decisions]
             values |= {f"decision/{action}": float(actions.count(action)) for action in ACTIONS}
         if (ratio := self.flops_ratio) is not None:
@@ -628,6 +709,20 @@ class DynamicSparsityCallback(Callback):
             self._networks, self._training = {}, None
 
 
+def _table(ledger: Mapping[str, LayerFlops]) -> str:
+    """The operations layer by layer, in Markdown."""
+    rows = [
+        "| layer | steps | dense gradients | measuring BR | dense training | share of dense |",
+        "|---|---|---|---|---|---|",
+    ]
+    parts = [(f.steps, f.dense_gradients, f.probes, f.dense) for f in ledger.values()]
+    total = LayerFlops(*map(sum, zip(*parts, strict=True)))
+    for name, f in [*ledger.items(), ("**all**", total)]:
+        cells = [f"{value:.4g}" for value in (f.steps, f.dense_gradients, f.probes, f.dense)]
+        rows.append(f"| {name} | {' | '.join(cells)} | {f.ratio:.1%} |")
+    return "\n".join(rows)
+
+
 def _unscaled(trainer: Trainer) -> Callable[[Tensor], Tensor]:
     """Takes the scale of fp16's loss off gradients, where there is one."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -643,7 +738,7 @@ def _check_intervals(
         if value is not None:
             check_count(name, value)
     if probe_interval is None:
-        if method in _RESIZING:
+        if method in _CONTROLLED:
             raise ValueError(f'probe_interval=None measures no balance ratio, which method="{method}" needs.')
     elif probe_interval != "auto":
         if not isinstance(probe_interval, int):

@@ -1,6 +1,7 @@
 """The generator's exponential moving average, used for evaluation."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -52,6 +53,16 @@ class GeneratorEMA(Callback):
         """The averaged weights and buffers, by the names they have in the generator; empty before they are known."""
         return {} if self._average is None else self._average.values()
 
+    @contextmanager
+    def own_weights(self) -> Iterator[None]:
+        """During evaluation, gives the generator its own weights back for a while."""
+        averaged = self._average is not None and self._average.swapped
+        self._evaluate(False)
+        try:
+            yield
+        finally:
+            self._evaluate(averaged)
+
     # ---- training --------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -61,6 +72,11 @@ class GeneratorEMA(Callback):
         trained = {name: p for name, p in generator.named_parameters() if p.requires_grad}
         for optimizer in updating(trained, trainer.optimizers):
             self._handles.append(optimizer.register_step_post_hook(partial(self._update, trained)))
+
+    def restart(self) -> None:
+        """Forgets the averages, and begins anew with the present weights."""
+        assert self._generator is not None
+        self._average = WeightAverage(self._generator, self._decay, self._buffers)
 
     @uncompiled
     def _update(self, trained: Mapping[str, Tensor], optimizer: Optimizer, *_: Any) -> None:

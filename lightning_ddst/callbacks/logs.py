@@ -1,14 +1,22 @@
 """Logging against generator updates."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 
+@runtime_checkable
+class Recorder(Protocol):
+    """A callback that is told what is logged."""
+
+    def record_scalars(self, values: Mapping[str, float], updates: int) -> None:
+        """Takes in numbers by name, after so many generator updates."""
+
+
 def log_scalars(trainer: Trainer, values: Mapping[str, float], updates: int) -> None:
-    """Logs numbers to every logger of the run, with generator updates as the x-axis.
+    """Logs numbers to every logger of the run, with generator updates as the x-axis, and tells recorders.
 
     `LightningModule.log` would put them at ``trainer.global_step``, which counts the steps of
     every optimizer.
@@ -20,6 +28,9 @@ def log_scalars(trainer: Trainer, values: Mapping[str, float], updates: int) -> 
     """
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step=updates)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Recorder):
+            callback.record_scalars(values, updates)
 
 
 def logs_at(trainer: Trainer, updates: int) -> bool:

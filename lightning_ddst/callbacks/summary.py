@@ -5,12 +5,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_ddst.callbacks.dynamic_sparsity import DynamicSparsityCallback
-from lightning_ddst.callbacks.frechet import FrechetDistance
 from lightning_ddst.callbacks.logs import tensorboards
+from lightning_ddst.callbacks.quality import SampleQuality
 
 
 class RunSummary(Callback):
-    """Prints densities, balance, operations and Frechet distances at the end of fitting, and where it is interrupted.
+    """Prints densities, balance, operations and samples' quality at the end of fitting, and where it is interrupted.
 
     Args:
         reference: A Frechet distance to print beside the run's own.
@@ -34,7 +34,7 @@ class RunSummary(Callback):
     def _print(self, trainer: Trainer) -> None:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         rows = [row for c in callbacks if isinstance(c, DynamicSparsityCallback) for row in _sparsity(c)]
-        rows += [row for c in callbacks if isinstance(c, FrechetDistance) for row in self._distances(c)]
+        rows += [row for c in callbacks if isinstance(c, SampleQuality) for row in self._quality(c)]
         if trainer.logger is not None and trainer.log_dir is not None:
             rows.append(("logs", trainer.log_dir))
             if tensorboards(trainer):
@@ -43,16 +43,23 @@ class RunSummary(Callback):
             width = max(len(name) for name, _ in rows)
             print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
 
-    def _distances(self, callback: FrechetDistance) -> list[tuple[str, str]]:
-        if not callback.history:
-            return []
-        rows = [(f"Frechet distance ({callback.name})", "")]
-        ends = dict.fromkeys((callback.history[0], callback.history[-1]))
-        rows += [(f"  after {updates:,} generator updates", f"{value:.4g}") for updates, value in ends]
-        if self._reference is not None:
-            rows.append((f"  {self._reference_name}", f"{self._reference:.4g}"))
-        rows.append(("  between two halves of the real images", f"{callback.real_halves:.4g}"))
+    def _quality(self, callback: SampleQuality) -> list[tuple[str, str]]:
+        rows = []
+        for metric, history in callback.history.items():
+            rows.append((f"{_title(metric)} ({callback.name})", ""))
+            ends = dict.fromkeys((history[0], history[-1]))
+            rows += [(f"  after {updates:,} generator updates", f"{value:.4g}") for updates, value in ends]
+            if metric == "frechet_distance" and self._reference is not None:
+                rows.append((f"  {self._reference_name}", f"{self._reference:.4g}"))
+            if metric.startswith("frechet_distance") and callback.real_halves is not None:
+                rows.append(("  between two halves of the real images", f"{callback.real_halves:.4g}"))
         return rows
+
+
+def _title(metric: str) -> str:
+    """As in "Frechet distance" and "Precision, raw weights"."""
+    title = metric.removesuffix("_raw").replace("_", " ").capitalize()
+    return f"{title}, raw weights" if metric.endswith("_raw") else title
 
 
 def _sparsity(callback: DynamicSparsityCallback) -> list[tuple[str, str]]:

@@ -46,12 +46,15 @@ class ResumableLoader(DataLoader[tuple[Tensor, ...]]):
         batch_size: Samples a batch of each process.
         batches: Batches an epoch; may be more than one pass over the data.
         seed: Of the order; by default torch's initial seed, which `seed_everything` sets.
+        **loader: Further arguments of torch's DataLoader, such as `num_workers` and `collate_fn`.
 
     Raises:
         ValueError: If `batch_size` or `batches` is not a positive integer.
     """
 
-    def __init__(self, dataset: Dataset[Any], batch_size: int, batches: int, seed: int | None = None) -> None:
+    def __init__(
+        self, dataset: Dataset[Any], batch_size: int, batches: int, seed: int | None = None, **loader: Any
+    ) -> None:
         check_count("batch_size", batch_size)
         check_count("batches", batches)
         seed = torch.initial_seed() if seed is None else seed
@@ -59,7 +62,7 @@ class ResumableLoader(DataLoader[tuple[Tensor, ...]]):
         self._served = 0
         self._loaded: dict[str, int] = {}
         rng = torch.Generator().manual_seed(seed)
-        super().__init__(dataset, batch_size, sampler=self._shuffled, drop_last=True, generator=rng)
+        super().__init__(dataset, batch_size, sampler=self._shuffled, drop_last=True, generator=rng, **loader)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """The epoch's batches, or those that are left of it; the next iteration is the next epoch."""

@@ -2,10 +2,12 @@
 
 from lightning_ddst.sparsity.allocation import DISTRIBUTIONS, allocate
 from lightning_ddst.sparsity.enforcement import Enforcement, made_update, updating
-from lightning_ddst.sparsity.flops import TrainingFlops
+from lightning_ddst.sparsity.flops import LayerFlops, TrainingFlops
 from lightning_ddst.sparsity.growth import GROWTH_RULES, Layer, growth_rule
 from lightning_ddst.sparsity.maskable import MASKABLE_LAYERS, MaskableWeight, maskable_weights
 from lightning_ddst.sparsity.network import SparseNetwork
+from lightning_ddst.sparsity.pruning import InitialWeights, MagnitudePruning
+from lightning_ddst.sparsity.published import published_flops, published_training_flops
 from lightning_ddst.sparsity.schedules import SCHEDULES, exploration_rate
 from lightning_ddst.sparsity.selection import largest, select
 
@@ -15,7 +17,10 @@ __all__ = [
     "MASKABLE_LAYERS",
     "SCHEDULES",
     "Enforcement",
+    "InitialWeights",
     "Layer",
+    "LayerFlops",
+    "MagnitudePruning",
     "MaskableWeight",
     "SparseNetwork",
     "TrainingFlops",
@@ -25,6 +30,8 @@ __all__ = [
     "largest",
     "made_update",
     "maskable_weights",
+    "published_flops",
+    "published_training_flops",
     "select",
     "updating",
 ]

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -89,9 +90,31 @@ class Workload:
             self.uses[name] -= number
 
 
-def flops(uses: Mapping[str, int], counts: Mapping[str, int]) -> int:
-    """Floating-point operations if each weight has that many active entries (or that many in a sum over updates)."""
-    return sum(2 * counts[name] * number for name, number in uses.items())
+@dataclass(frozen=True)
+class LayerFlops:
+    """Floating-point operations of one weight in training.
+
+    Attributes:
+        steps: Of its active entries, in forward and backward passes.
+        dense_gradients: Of the gradients of inactive entries, where growth needed them.
+        probes: Of measuring the balance ratio.
+        dense: Of the same training, dense and without probes.
+    """
+
+    steps: int = 0
+    dense_gradients: int = 0
+    probes: int = 0
+    dense: int = 0
+
+    @property
+    def total(self) -> int:
+        """All but `dense`."""
+        return self.steps + self.dense_gradients + self.probes
+
+    @property
+    def ratio(self) -> float:
+        """The total relative to dense training; NaN for a layer that does nothing."""
+        return self.total / self.dense if self.dense else float("nan")
 
 
 class TrainingFlops:
@@ -114,19 +137,29 @@ class TrainingFlops:
         self._measuring: ExitStack | None = None
 
     @property
+    def layers(self) -> list[dict[str, LayerFlops]]:
+        """For each network, the operations of every weight so far; empty before the second update."""
+        return [tally.layers(self._updates) if self._measured else {} for tally in self._tallies]
+
+    @property
     def total(self) -> int:
-        """Operations so far: of active weights, and of dense gradients and probes where there were any."""
-        return sum(tally.total() for tally in self._tallies) if self._measured else 0
+        """Operations of all layers so far: of active weights, dense gradients and probes."""
+        return sum(layer.total for layers in self.layers for layer in layers.values())
 
     @property
     def dense(self) -> int:
         """Operations so far of the same training, dense and without probes."""
-        return self._updates * sum(tally.dense_step() for tally in self._tallies) if self._measured else 0
+        return sum(layer.dense for layers in self.layers for layer in layers.values())
 
     @property
     def ratio(self) -> float | None:
         """Operations relative to dense training; None before the second update, and for compiled networks."""
         return self.total / self.dense if self.dense else None
+
+    @property
+    def mean_densities(self) -> list[dict[str, float]]:
+        """For each network, the density of every weight, averaged over generator updates; NaN before the first."""
+        return [tally.mean_densities(self._updates) for tally in self._tallies]
 
     @contextmanager
     def probing(self) -> Iterator[None]:
@@ -210,12 +243,21 @@ class _Tally:
             self._sums["probe"][name] += active * probed
             self._sums["gradient"][name] += (self._network.masks[name].numel() - active) * dense_gradients
 
-    def total(self) -> int:
-        work = {"step": self.step.uses, "probe": self.probe.uses, "gradient": self.step.gradient_uses}
-        return sum(flops(uses, self._sums[kind]) for kind, uses in work.items())
+    def layers(self, updates: int) -> dict[str, LayerFlops]:
+        steps, probes = self.step.uses, self.probe.uses
+        return {
+            name: LayerFlops(
+                steps=2 * steps.get(name, 0) * self._sums["step"][name],
+                dense_gradients=2 * self.step.gradient_uses.get(name, 0) * self._sums["gradient"][name],
+                probes=2 * probes.get(name, 0) * self._sums["probe"][name],
+                dense=2 * steps.get(name, 0) * mask.numel() * updates,
+            )
+            for name, mask in self._network.masks.items()
+        }
 
-    def dense_step(self) -> int:
-        return flops(self.step.uses, {name: mask.numel() for name, mask in self._network.masks.items()})
+    def mean_densities(self, updates: int) -> dict[str, float]:
+        sizes = {name: mask.numel() for name, mask in self._network.masks.items()}
+        return {name: total / sizes[name] / (updates or float("nan")) for name, total in self._sums["step"].items()}
 
     def state_dict(self, measured: bool) -> dict[str, Any]:
         step = self.step.state_dict() if measured else None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ddst.sparsity.allocation import DISTRIBUTIONS, allocate, apportion
+from lightning_ddst.sparsity.bits import count_bits, packed
 from lightning_ddst.sparsity.checks import check_choice, check_density, check_rate
 from lightning_ddst.sparsity.growth import GROWTH_RULES, GrowthRule, Layer
 from lightning_ddst.sparsity.maskable import MaskableWeight, maskable_weights
@@ -62,6 +63,9 @@ class SparseNetwork:
         listeners: Called whenever weights were pruned, before others grow.
         target: The density last asked for, as far as layers of given densities allow it; `density` is
             what there is, a whole number of weights.
+        coverage: The share of maskable weights that were ever active, in [density, 1].
+        overlap: Of the mask before and after its last change: weights active in both over weights active in
+            either, in [0, 1]; 1 before the first.
 
     Raises:
         ValueError: For an argument outside what is allowed, or a network with nothing to mask.
@@ -107,6 +111,9 @@ class SparseNetwork:
         self.listeners: list[Callable[[], None]] = []
         self.masks: dict[str, Tensor]
         self._parts: dict[str, Tensor] = {}
+        self._ever: dict[str, Tensor] = {}
+        self.coverage = 0.0
+        self.overlap = 1.0
         if state is None:
             self._begin(density, initial)
         else:
@@ -150,10 +157,17 @@ class SparseNetwork:
 
     def to_weights(self) -> None:
         """Moves the masks to where their weights are."""
-        self.masks = {name: mask.to(self.weights[name].parameter.device) for name, mask in self.masks.items()}
+        for held in (self.masks, self._ever):
+            held |= {name: values.to(self.weights[name].parameter.device) for name, values in held.items()}
         self._split(self.masks)
 
     # ---- the changes ---------------------------------------------------------------------------
+
+    def apply_masks(self) -> None:
+        """Sets what is inactive to 0, after something else gave the network other weights."""
+        self._zero_inactive()
+        self._tell_listeners()
+        self._refresh_spectral()
 
     def resize(self, density: float, gradients: Gradients | None = None) -> None:
         """Grows or prunes, only one of them, to a new density.
@@ -170,7 +184,8 @@ class SparseNetwork:
         if self._given:
             density = self._reachable(density)
         total = round(density * self.total)
-        grows = total > self.active
+        before = self.active
+        grows = total > before
         moves = self._moves(self._monotone_allocation(density, total))
         if grows:
             scores = self._growth_scores(gradients)
@@ -180,6 +195,7 @@ class SparseNetwork:
             self._prune(moves, self._prunable(density))
         self.target = density
         if moves:
+            self.overlap = min(before, self.active) / max(before, self.active)
             self._refresh_spectral()
 
     def explore(self, rate: float, gradients: Gradients | None = None) -> int:
@@ -208,8 +224,11 @@ class SparseNetwork:
                 moves.append((pool, number))
         if moves:
             scores = self._growth_scores(gradients)
-            self._prune(moves, prunable)
-            self._grow(moves, scores)
+            pruned = self._prune(moves, prunable)
+            grown = self._grow(moves, scores)
+            replaced = sum(number for _, number in moves)
+            replaced -= sum(count_true(pruned[name] & grown[name]) for name in pruned.keys() & grown.keys())
+            self.overlap = (self.active - replaced) / (self.active + replaced)
             self._refresh_spectral()
         return sum(number for _, number in moves)
 
@@ -241,17 +260,26 @@ class SparseNetwork:
                 moves.append((pool, number))
         return moves
 
-    def _prune(self, moves: Moves, prunable: Mapping[str, int]) -> None:
-        """Deactivates the active weights of smallest magnitude, in each layer as many as are prunable at most."""
+    def _prune(self, moves: Moves, prunable: Mapping[str, int]) -> dict[str, Tensor]:
+        """Deactivates the active weights of smallest magnitude, in each layer as many as are prunable at most.
+
+        Returns:
+            Marks of what was pruned, by name; layers without are left out.
+        """
         whole_weights = {name: whole(parameter.detach()) for name, parameter in self.parameters.items()}
         for name, weight in whole_weights.items():
             _check_finite(f"the weights of {name!r}", weight)
+        pruned: dict[str, Tensor] = {}
         for pool, number in moves:
             weights = [whole_weights[name] for name in pool]
             masks = [self.masks[name] for name in pool]
             limits = [prunable[name] for name in pool]
-            self._flip(pool, *select(weights, masks, number, limits, _smallness), sign=-1)
+            pruned |= self._flip(pool, *select(weights, masks, number, limits, _smallness), sign=-1)
         self._zero_inactive()
+        self._tell_listeners()
+        return pruned
+
+    def _tell_listeners(self) -> None:
         for listener in self.listeners:
             listener()
 
@@ -269,19 +297,36 @@ class SparseNetwork:
             _check_finite(f"the growth rule's scores of {name!r}", scores[name])
         return scores
 
-    def _grow(self, moves: Moves, scores: Mapping[str, Tensor]) -> None:
-        """Activates the inactive weights of highest score."""
+    def _grow(self, moves: Moves, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Activates the inactive weights of highest score.
+
+        Returns:
+            Marks of what grew, by name; layers without are left out.
+        """
         key = torch.abs if self.growth.magnitude else torch.detach
+        grown: dict[str, Tensor] = {}
         for pool, number in moves:
             inactive = [self.masks[name].logical_not() for name in pool]
             limits = [self.masks[name].numel() - self._counts[name] for name in pool]
-            self._flip(pool, *select([scores[name] for name in pool], inactive, number, limits, key), sign=1)
+            grown |= self._flip(pool, *select([scores[name] for name in pool], inactive, number, limits, key), sign=1)
+        self._cover(grown)
+        return grown
 
-    def _flip(self, pool: list[str], chosen: list[Tensor], counts: list[int], *, sign: Literal[-1, 1]) -> None:
+    def _flip(
+        self, pool: list[str], chosen: list[Tensor], counts: list[int], *, sign: Literal[-1, 1]
+    ) -> dict[str, Tensor]:
         for name, marks, count in zip(pool, chosen, counts, strict=True):
             self.masks[name].logical_xor_(marks)  # in place: what holds the mask goes on with the new one
             self._counts[name] += sign * count
         self._split(pool)
+        return {name: marks for name, marks, count in zip(pool, chosen, counts, strict=True) if count}
+
+    def _cover(self, names: Iterable[str]) -> None:
+        """Remembers what is active now."""
+        for name in names:
+            bits = packed(self.masks[name])
+            self._ever[name] = self._ever[name] | bits if name in self._ever else bits
+        self.coverage = sum(count_bits(bits) for bits in self._ever.values()) / self.total
 
     def _split(self, names: Iterable[str]) -> None:
         for name in names:
@@ -311,6 +356,7 @@ class SparseNetwork:
             self.masks = {name: _all_active(p) for name, p in self.parameters.items()}
             self._counts = {name: mask.numel() for name, mask in self.masks.items()}
             self._prune(self._moves(counts), self._prunable(density))
+        self._cover(self.masks)
         if self.active < self.total:
             self._refresh_spectral()
 
@@ -359,8 +405,11 @@ class SparseNetwork:
 
     def state_dict(self) -> dict[str, Any]:
         """Masks and random state, on the CPU; loads with ``weights_only=True``."""
-        masks = {name: mask.to("cpu", copy=True) for name, mask in self.masks.items()}
-        return {"target": self.target, "rng": self._generator.get_state(), "masks": masks}
+        masks, ever = (
+            {name: values.to("cpu", copy=True) for name, values in held.items()} for held in (self.masks, self._ever)
+        )
+        rng = self._generator.get_state()
+        return {"target": self.target, "rng": rng, "masks": masks, "ever": ever, "overlap": self.overlap}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` gave.
@@ -374,7 +423,10 @@ class SparseNetwork:
                 raise ValueError(f"the saved masks are another network's: {name!r} is missing or differs in shape.")
         self.masks = {name: saved[name].to(weight.parameter.device, copy=True) for name, weight in self.weights.items()}
         self._counts = {name: count_true(mask) for name, mask in self.masks.items()}
-        self.target = state["target"]
+        ever = state.get("ever", {})
+        self._ever = {name: bits.to(self.masks[name].device, copy=True) for name, bits in ever.items()}
+        self._cover(self.masks)
+        self.target, self.overlap = state["target"], state.get("overlap", 1.0)
         self._generator.set_state(state["rng"].cpu())
         self._split(self.masks)
         self._zero_inactive()  # spectral norm's vectors were saved with the weights and fit these masks

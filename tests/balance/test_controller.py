@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_ddst.balance import Balance, Decision, DensityController
+from lightning_ddst.balance import Balance, Decision, DensityController, DensityRamp
 
 UNDECIDED = Balance(None, -0.1, 0.2, 0.0, 0.1, 8, "alpha = -0.1 +- 0.3")
 
@@ -237,3 +237,65 @@ def test_every_path_keeps_to_the_limits_and_to_delta(run):
             assert after == controller.max_density < 1
         assert decision.reason
         before = after
+
+
+# ---- other signals -----------------------------------------------------------------------------------
+
+
+def signed(real_sign):
+    return Balance(0.5, 1.0, 0.5, 1.0, 0.0, 100, "", real_sign=real_sign)
+
+
+def test_a_signal_that_is_high_for_a_strong_discriminator():
+    controller = DensityController((0.5, 0.7), signal="real_sign")
+    density, steps = 0.3, []
+    for value in [0.4, 0.5, 0.7, 0.71, 1.0, -1.0]:
+        decision = controller.decide(signed(value), density)
+        density = decision.density
+        steps.append((decision.action, density))
+    assert steps == [
+        ("grow", 0.35),
+        ("hold", 0.35),
+        ("hold", 0.35),
+        ("prune", 0.3),
+        ("prune", 0.25),
+        ("grow", 0.3),
+    ]
+
+
+def test_reasons_name_the_signal():
+    controller = DensityController((0.5, 0.7), signal="real_sign")
+    assert controller.decide(signed(0.9), 0.3).reason == "E[sign D(x)] 0.900 > 0.7: the discriminator is too strong"
+    assert controller.decide(signed(0.2), 0.3).reason == "E[sign D(x)] 0.200 < 0.5: the discriminator is too weak"
+
+
+def test_a_signal_that_is_not_known_is_undecided():
+    decision = DensityController((0.5, 0.7), signal="real_sign").decide(signed(math.nan), 0.3)
+    assert (decision.action, decision.density) == ("undecided", 0.3)
+    assert decision.reason == "E[sign D(x)] is undecided"
+
+
+def test_only_the_balance_ratio_has_no_negative_bounds():
+    assert DensityController((-0.5, 0.5), signal="real_sign").bounds == (-0.5, 0.5)
+    with pytest.raises(ValueError, match="neither negative"):
+        DensityController((-0.5, 0.5))
+
+
+# ---- without feedback --------------------------------------------------------------------------------
+
+
+def test_the_ramp_is_a_straight_line_whatever_the_balance():
+    ramp = DensityRamp(0.1, 0.6)
+    density, steps = 0.1, []
+    for progress, ratio in [(0.0, 0.0), (0.1, None), (0.5, 0.1), (0.5, 9.0), (1.0, 0.5), (1.5, 0.5)]:
+        decision = ramp.decide(balanced_at(ratio), density, progress)
+        density = decision.density
+        steps.append((decision.action, density))
+    assert steps == [
+        ("hold", 0.1),
+        ("grow", 0.15),
+        ("grow", 0.35),
+        ("hold", 0.35),
+        ("grow", 0.6),
+        ("hold", 0.6),
+    ]

@@ -57,7 +57,7 @@ def test_ten_windows_in_a_row_without_a_ratio_are_reported_once():
 def test_a_discriminator_that_scores_everything_alike_is_reported_once(scores, constant):
     window = BalanceWindow(4)
     for measurement in scores:
-        window.add(torch.tensor(measurement))
+        window.add(torch.tensor([*measurement, 1.0]))
     assert window.read().constant is constant
     watch, _ = divergence()
     for update in (5, 10):

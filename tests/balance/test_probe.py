@@ -107,7 +107,7 @@ class Measured:
         assert len(self.measured) == updates
         for measured, expected in zip(self.measured, self.expected, strict=True):
             assert len(expected.unique()) == 3, "three different scores, or the comparison says little"
-            torch.testing.assert_close(measured.double(), expected, **{"rtol": 0, "atol": 0, **tolerance})
+            torch.testing.assert_close(measured[:3].double(), expected, **{"rtol": 0, "atol": 0, **tolerance})
 
 
 # ---- the order of training steps ------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def test_scores_of_one_update_in_numbers():
     (-discriminator(generator(torch.ones(1, 1)))).mean().backward()
     probe.before_update(generator.parameters())
     optimizer.step()  # d(-D(G(z)))/da = -w z = -1 each: a = 2 + 0.5
-    assert probe.after_update(torch.tensor([[3.0, 5.0]])).tolist() == [8.0, 4.0, 5.0]
+    assert probe.after_update(torch.tensor([[3.0, 5.0]]))[:3].tolist() == [8.0, 4.0, 5.0]
 
 
 def test_double_precision_is_kept():
@@ -766,7 +766,7 @@ def test_the_old_score_is_trainings_own_unless_something_changed_since():
         with torch.no_grad():
             generator.linear.bias += 1
         expected.append(discriminator.by_hand(generator.by_hand(z)))
-        assert probe.after_update(real).tolist() == [value.item() for value in expected]
+        assert probe.after_update(real)[:3].tolist() == [value.item() for value in expected]
         return "".join(counted)
 
     def change(parameter):
@@ -793,7 +793,7 @@ def test_scores_are_made_in_the_precision_of_training():
     with torch.no_grad(), half_precision():
         expected = [discriminator(real).float().mean(), discriminator(generator(z)).float().mean()]
         assert discriminator(real).dtype == torch.bfloat16
-    assert scores.tolist() == [value.item() for value in (*expected, expected[1])]
+    assert scores[:3].tolist() == [value.item() for value in (*expected, expected[1])]
     assert scores[:2].tolist() != one_measurement(generator, discriminator, z, real)[:2].tolist()
 
 
@@ -826,7 +826,7 @@ def test_the_new_score_is_not_made_from_weights_cached_before_the_update():
         (-discriminator(generator(torch.ones(1, 1)))).float().mean().backward()
         probe.before_update(generator.parameters())
         optimizer.step()
-        assert probe.after_update(torch.tensor([[3.0, 5.0]])).tolist() == [8.0, 4.0, 5.0]
+        assert probe.after_update(torch.tensor([[3.0, 5.0]]))[:3].tolist() == [8.0, 4.0, 5.0]
         assert torch.is_autocast_cache_enabled()
 
 
@@ -852,7 +852,7 @@ def test_an_update_that_was_skipped_is_not_measured():
     with torch.no_grad():
         generator.linear.bias += 1
     expected.append(discriminator.by_hand(generator.by_hand(z)))
-    assert probe.after_update(real).tolist() == [value.item() for value in expected]
+    assert probe.after_update(real)[:3].tolist() == [value.item() for value in expected]
 
 
 @pytest.mark.parametrize("both", [True, False])
@@ -867,7 +867,7 @@ def test_the_discriminator_that_scores_is_the_one_before_the_update(both):
         expected.append(discriminator.by_hand(generator.by_hand(z)))
         discriminator.linear.weight.mul_(4 if both else 1)  # one step of one optimizer updates both
     updated = [value.clone() for value in (*generator.parameters(), *discriminator.parameters())]
-    assert probe.after_update(real).tolist() == [value.item() for value in expected]
+    assert probe.after_update(real)[:3].tolist() == [value.item() for value in expected]
     now = [*generator.parameters(), *discriminator.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(now, updated, strict=True))
 
@@ -1068,7 +1068,7 @@ def test_arguments_that_a_network_writes_into_are_those_before_the_call(order):
     with torch.no_grad():
         generator.linear.bias += 1
     expected.append(discriminator.by_hand(2 * generator.by_hand(2 * z)))
-    assert probe.after_update(batch).tolist() == [value.item() for value in expected]
+    assert probe.after_update(batch)[:3].tolist() == [value.item() for value in expected]
     assert torch.equal(batch, real)
 
 
@@ -1156,7 +1156,7 @@ def test_a_copy_of_the_generator_is_not_the_generator():
     discriminator(generator(z))
     copy.deepcopy(generator)(drawn(BATCH, NOISE, seed=5))
     fake = discriminator.by_hand(generator.by_hand(z)).item()
-    assert probe.after_update(real).tolist() == [discriminator.by_hand(real).item(), fake, fake]
+    assert probe.after_update(real)[:3].tolist() == [discriminator.by_hand(real).item(), fake, fake]
 
 
 def test_a_copy_of_a_network_drags_no_copy_of_the_other_along():
@@ -1196,7 +1196,7 @@ def test_only_calls_while_watching_are_measured():
     discriminator(generator(drawn(BATCH, NOISE, seed=5)))
     probe.watching = True
     fake = discriminator.by_hand(generator.by_hand(z)).item()
-    assert probe.after_update(real).tolist() == [discriminator.by_hand(real).item(), fake, fake]
+    assert probe.after_update(real)[:3].tolist() == [discriminator.by_hand(real).item(), fake, fake]
 
 
 def hooks(module):

@@ -488,7 +488,7 @@ def test_undecided_leaves_the_discriminator():
 def test_scores_that_are_not_finite_leave_the_discriminator():
     gan = Gan(Plan(2, 100, 1))
     gan.step()
-    gan.training.window.add(torch.tensor([math.nan, 0.0, 0.0]))
+    gan.training.window.add(torch.tensor([math.nan, 0.0, 0.0, 0.0]))
     assert gan.changes(1) == ([], [])
     assert gan.decided() == [(2, "undecided", 0.5)]
     assert gan.training.decisions[0][1].reason == "a score is not finite"

@@ -16,10 +16,16 @@ ALPHA_2_BETA_1 = (2.0, 0.0, 1.0)
 ALPHA_4_BETA_1 = (3.0, -1.0, 0.0)
 
 
+def measurement(scores):
+    """What a probe gives for a single real image."""
+    scores = torch.as_tensor(scores)
+    return torch.cat([scores, scores[:1].sign()])
+
+
 def filled(size, samples, estimator="ratio_of_means"):
     window = BalanceWindow(size, estimator)
     for sample in samples:
-        window.add(torch.tensor(sample))
+        window.add(measurement(sample))
     return window
 
 
@@ -58,13 +64,13 @@ def test_the_parts_are_means_over_the_samples(estimator):
 
 def test_ratio_of_means_is_the_default():
     window = BalanceWindow(2)
-    window.add(torch.tensor(ALPHA_2_BETA_1))
-    window.add(torch.tensor(ALPHA_4_BETA_1))
+    window.add(measurement(torch.tensor(ALPHA_2_BETA_1)))
+    window.add(measurement(torch.tensor(ALPHA_4_BETA_1)))
     assert window.read().ratio == 1 / 3
 
 
 def test_a_single_measurement_with_positive_alpha_is_decided():
-    assert filled(3, [ALPHA_4_BETA_1]).read() == Balance(0.25, 4.0, 1.0, 3.0, -1.0, 1, "")
+    assert filled(3, [ALPHA_4_BETA_1]).read() == Balance(0.25, 4.0, 1.0, 3.0, -1.0, 1, "", real_sign=1.0)
 
 
 def test_a_generator_that_got_worse_gives_a_negative_ratio():
@@ -79,16 +85,16 @@ def test_a_small_difference_of_large_scores_is_kept():
 
 def test_scores_in_double_precision_stay_so():
     window = BalanceWindow(2)
-    window.add(torch.tensor([2.0, 1.0, 1.0 + 2**-40], dtype=torch.float64))
+    window.add(measurement(torch.tensor([2.0, 1.0, 1.0 + 2**-40], dtype=torch.float64)))
     assert window.read().beta == 2**-40
     window.resize(3)
-    window.add(torch.tensor([2.0, 1.0, 1.0], dtype=torch.float64))
+    window.add(measurement(torch.tensor([2.0, 1.0, 1.0], dtype=torch.float64)))
     assert window.read().beta == 2**-41
 
 
 def test_measurements_do_not_keep_a_graph():
     window = BalanceWindow(2)
-    window.add(torch.tensor(ALPHA_2_BETA_1, requires_grad=True) * 1)
+    window.add(measurement(torch.tensor(ALPHA_2_BETA_1, requires_grad=True) * 1))
     assert not window.state_dict()["samples"].requires_grad
     assert window.read().ratio == 0.5
 
@@ -188,9 +194,9 @@ def test_a_score_that_is_not_finite_is_undecided_while_it_is_in_the_window(value
     window = filled(2, [ALPHA_4_BETA_1, bad])
     assert window.read().ratio is None
     assert window.read().reason == "a score is not finite"
-    window.add(torch.tensor(ALPHA_2_BETA_1))
+    window.add(measurement(torch.tensor(ALPHA_2_BETA_1)))
     assert window.read().ratio is None
-    window.add(torch.tensor(ALPHA_4_BETA_1))
+    window.add(measurement(torch.tensor(ALPHA_4_BETA_1)))
     assert window.read().ratio == 1 / 3
 
 
@@ -228,7 +234,7 @@ def test_resizing_keeps_the_last_measurements_in_the_order_they_came(added, size
     assert contents(window) == set(expected)
     # What is added then pushes out the oldest first.
     for number in range(20, 20 + size + 1):
-        window.add(torch.tensor([2.0**number, 0.0, 0.0]))
+        window.add(measurement(torch.tensor([2.0**number, 0.0, 0.0])))
         expected = [*expected, number][-size:]
         assert contents(window) == set(expected)
 
@@ -243,7 +249,7 @@ def test_any_mixture_of_adding_and_resizing_keeps_the_last_ones(size, actions):
     kept = []
     for number, action in enumerate(actions):
         if action == "add":
-            window.add(torch.tensor([2.0**number, 0.0, 0.0]))
+            window.add(measurement(torch.tensor([2.0**number, 0.0, 0.0])))
             kept = [*kept, number][-size:]
         else:
             size = action
@@ -265,8 +271,8 @@ def test_a_saved_window_goes_on_identically(added, estimator):
     resumed.load_state_dict(saved_and_loaded(window.state_dict()))
     assert repr(resumed.read()) == repr(window.read())  # nan is not equal to itself, but looks the same
     for sample in samples[added:]:
-        window.add(sample)
-        resumed.add(sample)
+        window.add(measurement(sample))
+        resumed.add(measurement(sample))
         assert resumed.read() == window.read()
     assert window.read().ratio is not None
 
@@ -274,11 +280,11 @@ def test_a_saved_window_goes_on_identically(added, estimator):
 def test_what_was_saved_does_not_change_with_the_window():
     window = filled(2, [ALPHA_2_BETA_1, ALPHA_4_BETA_1])
     state = window.state_dict()
-    window.add(torch.tensor([50.0, 0.0, 0.0]))
+    window.add(measurement(torch.tensor([50.0, 0.0, 0.0])))
     resumed = BalanceWindow(2)
     resumed.load_state_dict(state)
     assert resumed.read().ratio == 1 / 3
-    resumed.add(torch.tensor([50.0, 0.0, 0.0]))
+    resumed.add(measurement(torch.tensor([50.0, 0.0, 0.0])))
     again = BalanceWindow(2)
     again.load_state_dict(state)
     assert again.read().ratio == 1 / 3

@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,31 @@ def test_statistics_can_be_the_present_ones() -> None:
     gan = evaluated(GeneratorEMA(0.999, buffers="copy"), path)
     assert torch.equal(gan.seen[-1]["1.running_mean"], path.states[-1]["1.running_mean"])
     torch.testing.assert_close(gan.seen[-1]["0.weight"], path.mean("0.weight"), rtol=1e-5, atol=1e-6)
+
+
+def test_own_weights_are_there_for_a_while() -> None:
+    ema = GeneratorEMA(0.9)
+    gan, seen = WatchedGAN(), []
+
+    class Looks(Callback):
+        def on_validation_epoch_end(self, trainer, pl_module) -> None:
+            seen.append(copied(gan.generator))
+            with suppress(ZeroDivisionError), ema.own_weights():
+                seen.append(copied(gan.generator))
+                raise ZeroDivisionError
+            seen.append(copied(gan.generator))
+
+    seed_everything(0, verbose=False)
+    trainer = toy_trainer(ema, Looks())
+    trainer.fit(gan, toy_data())
+    own = copied(gan.generator)
+    with ema.own_weights():  # outside of evaluation they are there anyway
+        assert same(copied(gan.generator), own)
+    trainer.validate(gan, one_batch(), verbose=False)
+    averaged, inside, after = seen
+    assert same(inside, own)
+    assert same(averaged, after)
+    assert not same(averaged, own)
 
 
 @pytest.mark.parametrize("evaluation", ["validate", "test", "predict"])

@@ -5,7 +5,9 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from toys import LATENT, PIXELS, ToyGAN, toy_data, toy_trainer
 
-from lightning_ddst import DynamicSparsityCallback, FrechetDistance, RunSummary
+from lightning_ddst import DynamicSparsityCallback, GeneratorEMA, RunSummary, SampleQuality
+
+FRECHET = "frechet_distance"
 
 
 class Features(nn.Module):
@@ -49,7 +51,7 @@ def printed(capsys, *callbacks, **settings) -> list[tuple[str, str]]:
 
 def test_the_rows_of_a_sparse_run_with_distances(capsys) -> None:
     sparsity = DynamicSparsityCallback(0.25, interval=5, bounds=(0.0, 1e-9), probe_interval=1)
-    frechet = FrechetDistance(Features(), "three")
+    frechet = SampleQuality(Features(), "three")
     summary = RunSummary(reference=1.23456, reference_name="dense GAN")
     rows = printed(capsys, sparsity, frechet, summary, num_sanity_val_steps=-1)
     actions = [decision.action for _, decision in sparsity.decisions]
@@ -70,8 +72,8 @@ def test_the_rows_of_a_sparse_run_with_distances(capsys) -> None:
             f"{100 * sparsity.flops_ratio:.1f}% of dense training (dense kernels do the arithmetic all the same)",
         ),
         ("Frechet distance (three)", ""),
-        ("after 0 generator updates", f"{frechet.history[0][1]:.4g}"),
-        ("after 20 generator updates", f"{frechet.history[2][1]:.4g}"),
+        ("after 0 generator updates", f"{frechet.history['frechet_distance'][0][1]:.4g}"),
+        ("after 20 generator updates", f"{frechet.history['frechet_distance'][2][1]:.4g}"),
         ("dense GAN", "1.235"),
         ("between two halves of the real images", f"{frechet.real_halves:.4g}"),
     ]
@@ -137,18 +139,18 @@ def test_a_dense_run_is_called_so(capsys) -> None:
 
 
 def test_a_single_distance_is_printed_once(capsys) -> None:
-    frechet = FrechetDistance(Features(), "three")
+    frechet = SampleQuality(Features(), "three")
     rows = printed(capsys, frechet, RunSummary(), epochs=1)
-    assert len(frechet.history) == 1
+    assert len(frechet.history[FRECHET]) == 1
     assert rows == [
         ("Frechet distance (three)", ""),
-        ("after 10 generator updates", f"{frechet.history[0][1]:.4g}"),
+        ("after 10 generator updates", f"{frechet.history['frechet_distance'][0][1]:.4g}"),
         ("between two halves of the real images", f"{frechet.real_halves:.4g}"),
     ]
 
 
 def test_distances_on_several_features_have_their_own_rows(capsys) -> None:
-    distances = [FrechetDistance(Features(), name) for name in ("first", "second")]
+    distances = [SampleQuality(Features(), name) for name in ("first", "second")]
     rows = printed(capsys, *distances, RunSummary(), num_sanity_val_steps=-1)
     assert [name for name, _ in rows if name.startswith("Frechet")] == [
         "Frechet distance (first)",
@@ -157,8 +159,27 @@ def test_distances_on_several_features_have_their_own_rows(capsys) -> None:
     assert len(rows) == 8
 
 
+def test_every_metric_has_its_own_rows(capsys) -> None:
+    quality = SampleQuality(
+        Features(), "three", ["precision", "kernel_distance", "frechet_distance"], ["average", "raw"]
+    )
+    rows = printed(capsys, GeneratorEMA(0.9), quality, RunSummary(reference=1.0), num_sanity_val_steps=-1)
+    ends = ["after 0 generator updates", "after 20 generator updates"]
+    halves = "between two halves of the real images"
+    assert [name for name, _ in rows] == [
+        *("Precision (three)", *ends),
+        *("Kernel distance (three)", *ends),
+        *("Frechet distance (three)", *ends, "reference", halves),
+        *("Precision, raw weights (three)", *ends),
+        *("Kernel distance, raw weights (three)", *ends),
+        *("Frechet distance, raw weights (three)", *ends, halves),
+    ]
+    assert rows[2] == (ends[1], f"{quality.history['precision'][-1][1]:.4g}")
+    assert rows[-2] == (ends[1], f"{quality.history['frechet_distance_raw'][-1][1]:.4g}")
+
+
 def test_a_distance_that_was_never_measured_has_no_rows(capsys) -> None:
-    rows = printed(capsys, FrechetDistance(Features(), "three"), RunSummary(reference=1.0), limit_val_batches=0)
+    rows = printed(capsys, SampleQuality(Features(), "three"), RunSummary(reference=1.0), limit_val_batches=0)
     assert rows == []
 
 

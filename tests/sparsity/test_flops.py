@@ -1,11 +1,15 @@
 import io
+import math
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_ddst.sparsity import SparseNetwork, TrainingFlops, maskable_weights
+from lightning_ddst import models
+from lightning_ddst.losses import LOSSES
+from lightning_ddst.sparsity import LayerFlops, SparseNetwork, TrainingFlops, maskable_weights
 from lightning_ddst.sparsity.flops import Workload
 
 
@@ -298,3 +302,65 @@ def test_reading_the_saved_counts_back_gives_the_same_state():
     resumed.flops.load_state_dict(state)
     assert resumed.flops.state_dict() == state
     assert resumed.flops.ratio == training.flops.ratio
+
+
+# ---- the ledger --------------------------------------------------------------------------------------
+
+
+def test_the_ledger_by_hand():
+    training = Training()
+    for number in range(1, 6):
+        training.update(probed=number in (2, 4), needed=(False, number == 3))
+    of_generator, of_discriminator = training.flops.layers
+    assert of_generator == {"weight": LayerFlops(steps=5 * 240, dense_gradients=0, probes=2 * 160, dense=5 * 480)}
+    assert of_discriminator == {"weight": LayerFlops(steps=5 * 280, dense_gradients=120, probes=2 * 120, dense=5 * 560)}
+    assert of_discriminator["weight"].total == 1_400 + 120 + 240
+    assert of_discriminator["weight"].ratio == 1_760 / 2_800
+    assert training.flops.total == 1_520 + 1_760
+
+
+def test_the_ledger_is_empty_until_a_step_was_measured():
+    training = Training()
+    training.update()
+    assert training.flops.layers == [{}, {}]
+
+
+def test_densities_averaged_over_updates():
+    training = Training()
+    assert all(math.isnan(layers["weight"]) for layers in training.flops.mean_densities)
+    for _ in range(3):
+        training.update()
+    training.networks[1].resize(1.0)
+    for _ in range(2):
+        training.update()
+    assert training.flops.mean_densities == [{"weight": 0.5}, {"weight": pytest.approx(0.7)}]
+
+
+@pytest.mark.parametrize(
+    ("generator", "discriminator", "size", "labelled"),
+    [
+        (models.SmallGenerator(16, 3, 4), models.SmallDiscriminator(16, 3, 4), 16, False),
+        (models.SNGANGenerator(32, width=8), models.SNGANDiscriminator(32, width=4), 32, False),
+        (models.DCGANGenerator(32, width=4), models.DCGANDiscriminator(32, width=4), 32, False),
+        (models.BigGANGenerator(32, width=2), models.BigGANDiscriminator(32, width=2), 32, True),
+    ],
+)
+def test_dense_training_counts_what_torchs_counter_counts(generator, discriminator, size, labelled):
+    flops = TrainingFlops([SparseNetwork(generator, 1.0), SparseNetwork(discriminator, 1.0)])
+    labels = (torch.tensor([0, 1]),) if labelled else ()
+
+    def update():
+        real, z = torch.randn(2, 3, size, size), torch.randn(2, generator.latent_dim)
+        with torch.no_grad():
+            fake = generator(z, *labels)
+        LOSSES["hinge"].discriminator(discriminator(real, *labels), discriminator(fake, *labels)).backward()
+        discriminator.requires_grad_(False)
+        LOSSES["hinge"].generator(discriminator(generator(z, *labels), *labels)).backward()
+        discriminator.requires_grad_(True)
+
+    update()
+    flops.updated(probed=False, dense_gradients=(False, False))
+    with FlopCounterMode(display=False) as counter:
+        update()
+    flops.updated(probed=False, dense_gradients=(False, False))
+    assert flops.total == flops.dense == 2 * counter.get_total_flops()

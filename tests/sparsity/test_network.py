@@ -815,3 +815,61 @@ def test_first_masks_by_magnitude_layer_by_layer_have_the_distributions_counts()
 def test_first_masks_of_an_unknown_kind_are_refused():
     with pytest.raises(ValueError, match="initial='largest' is unknown; allowed are random, magnitude"):
         SparseNetwork(three_layers(), 0.5, initial="largest")
+
+
+# ---- coverage and overlap ----------------------------------------------------------------------------
+
+
+def test_coverage_and_overlap_at_the_start():
+    network = SparseNetwork(nn.Linear(4, 2, bias=False), 0.5)
+    assert (network.coverage, network.overlap) == (0.5, 1.0)
+    network = SparseNetwork(nn.Linear(4, 2, bias=False), 0.5, initial="magnitude")
+    assert (network.coverage, network.overlap) == (0.5, 1.0)
+
+
+def test_an_exploration_covers_what_it_grows():
+    network = SparseNetwork(nn.Linear(4, 2, bias=False), 0.5)
+    with torch.no_grad():
+        network.network.weight[network.masks["weight"]] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    # The smallest active weight goes, and the inactive one of largest gradient comes.
+    gradient = torch.zeros(2, 4)
+    gradient[~network.masks["weight"]] = torch.tensor([9.0, 1.0, 1.0, 1.0])
+    assert network.explore(0.25, {"weight": gradient}) == 1
+    assert network.coverage == 5 / 8
+    assert network.overlap == 3 / 5  # 3 stay, 1 went, 1 came
+    # What was pruned and grown again in one exploration has not changed.
+    gradient = torch.zeros(2, 4)
+    smallest = network.network.weight.abs().masked_fill(~network.masks["weight"], 9).argmin()
+    gradient.view(-1)[smallest] = 1.0
+    assert network.explore(0.25, {"weight": gradient}) == 1
+    assert (network.coverage, network.overlap) == (5 / 8, 1.0)
+
+
+def test_resizing_moves_the_overlap_and_only_growing_the_coverage():
+    network = SparseNetwork(nn.Linear(4, 2, bias=False), 0.5, growth="random")
+    network.resize(0.75)
+    assert (network.coverage, network.overlap) == (0.75, 4 / 6)
+    network.resize(0.25)
+    assert (network.coverage, network.overlap) == (0.75, 2 / 6)
+    network.resize(0.25)
+    assert network.overlap == 2 / 6  # nothing changed, so the last change is still the one before
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5])
+def test_coverage_is_the_share_of_weights_that_were_ever_active(density):
+    torch.manual_seed(0)
+    network = SparseNetwork(nn.Sequential(nn.Linear(9, 7), nn.Linear(7, 5)), density, growth="random")
+    ever = {name: mask.clone() for name, mask in network.masks.items()}
+    for _ in range(5):
+        before = torch.cat([mask.flatten().clone() for mask in network.masks.values()])
+        with torch.no_grad():
+            for name, parameter in network.parameters.items():
+                parameter.copy_(torch.randn_like(parameter) * network.masks[name])
+        network.explore(0.4)
+        after = torch.cat([mask.flatten() for mask in network.masks.values()])
+        for name, mask in network.masks.items():
+            ever[name] |= mask
+        assert network.coverage == sum(int(mask.sum()) for mask in ever.values()) / network.total
+        assert network.overlap == int((before & after).sum()) / int((before | after).sum())
+    again = SparseNetwork(nn.Sequential(nn.Linear(9, 7), nn.Linear(7, 5)), density, state=network.state_dict())
+    assert (again.coverage, again.overlap) == (network.coverage, network.overlap)

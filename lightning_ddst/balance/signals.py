@@ -1,0 +1,79 @@
+"""Control signals: what tells the controller how strong the discriminator is.
+
+A signal is a function of a window's means. To add one, decorate a function:
+
+    @control_signal("score_gap", bounds=(0.5, 1.5), high_means="strong")
+    def by_score_gap(balance: Balance) -> float | None:
+        return balance.alpha
+
+and name it wherever a signal is asked for, in Python or in YAML.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lightning_ddst.balance.window import Balance
+from lightning_ddst.sparsity.checks import check_choice
+
+Meaning = Literal["weak", "strong"]
+Read = Callable[[Balance], float | None]
+
+
+@dataclass(frozen=True)
+class ControlSignal:
+    """How a signal is read, and what it means.
+
+    Attributes:
+        read: From a window's means to the signal; None, or NaN, where it is undecided.
+        bounds: What the controller keeps it between by default.
+        high_means: What a discriminator is whose signal is high: too "weak" or too "strong".
+        label: What it is called in a decision's reason.
+    """
+
+    read: Read
+    bounds: tuple[float, float]
+    high_means: Meaning
+    label: str
+
+
+SIGNALS: dict[str, ControlSignal] = {}
+"""Every registered control signal by name."""
+
+
+def control_signal(
+    name: str, bounds: tuple[float, float], high_means: Meaning, label: str | None = None
+) -> Callable[[Read], Read]:
+    """Registers a function as a control signal.
+
+    Args:
+        name: What the signal is called in Python, YAML and on the command line.
+        bounds: What the controller keeps it between by default.
+        high_means: What a discriminator is whose signal is high: too "weak" or too "strong".
+        label: What it is called in a decision's reason; by default `name`.
+
+    Returns:
+        A decorator for a function from a `Balance` to a number, or to None where it is undecided.
+
+    Raises:
+        ValueError: If `high_means` is neither.
+    """
+    check_choice("high_means", high_means, get_args(Meaning))
+
+    def register(read: Read) -> Read:
+        SIGNALS[name] = ControlSignal(read, bounds, high_means, label or name)
+        return read
+
+    return register
+
+
+@control_signal("balance_ratio", bounds=(0.45, 0.55), high_means="weak", label="BR")
+def by_balance_ratio(balance: Balance) -> float | None:
+    """The balance ratio (DDST)."""
+    return balance.ratio
+
+
+@control_signal("real_sign", bounds=(0.5, 0.7), high_means="strong", label="E[sign D(x)]")
+def by_real_sign(balance: Balance) -> float | None:
+    """The mean sign of real images' scores (ADA, Karras et al. 2020), about ADA's target of 0.6."""
+    return balance.real_sign

@@ -1,0 +1,105 @@
+"""How a run goes, as pictures in TensorBoard."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_ddst.callbacks.logs import generator_updates, tensorboards
+from lightning_ddst.runs import source
+from lightning_ddst.sparsity.checks import check_count
+
+_MOST_POINTS = 2000
+
+
+class SparsityPlots(Callback):
+    """Draws the figures of ``lightning-ddst plot`` into TensorBoard, as ``plots/<figure>``, after validations.
+
+    They are drawn once more where training ends with updates that were not drawn yet. What they show
+    since the run's first update goes into checkpoints, so a resumed run's figures are whole: at most
+    2,000 points of each series, evenly thinned out beyond.
+
+    Args:
+        every_n_validations: Draws after every so many validations; figures take seconds.
+
+    Raises:
+        ValueError: If `every_n_validations` is not a positive integer.
+    """
+
+    def __init__(self, every_n_validations: int = 1) -> None:
+        check_count("every_n_validations", every_n_validations)
+        self._every = every_n_validations
+        self._validations = 0
+        self._series: dict[str, list[tuple[int, float]]] = {}
+        self._drawn: int | None = None
+
+    def record_scalars(self, values: Mapping[str, float], updates: int) -> None:
+        """Takes in what is logged.
+
+        Args:
+            values: Numbers by name.
+            updates: Generator updates so far.
+        """
+        for name, value in values.items():
+            if source(name) is not None:
+                points = self._series.setdefault(name, [])
+                if points and points[-1][0] == updates:
+                    points.pop()
+                points.append((updates, float(value)))
+                if len(points) > _MOST_POINTS:
+                    self._thin_out(source(name))
+
+    def _thin_out(self, what: str | None) -> None:
+        """Keeps about half the points that may be kept, of series that are logged together at the same updates."""
+        together = {name: points for name, points in self._series.items() if source(name) == what}
+        updates = sorted({update for points in together.values() for update, _ in points})
+        width = (updates[-1] - updates[0]) / (_MOST_POINTS // 2)
+        last_of_each = {int((update - updates[0]) / width): update for update in updates}
+        kept = {updates[0], *last_of_each.values()}
+        for name, points in together.items():
+            self._series[name] = [point for point in points if point[0] in kept]
+
+    # ---- drawing ---------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets another run, where one begins anew."""
+        if not generator_updates(trainer):
+            self._series = {name: [p for p in points if p[0] == 0] for name, points in self._series.items()}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws, if it is time to."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._validations += 1
+            if self._validations % self._every == 0:
+                self._draw(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws what is new."""
+        if self._drawn != generator_updates(trainer):
+            self._draw(trainer)
+
+    def _draw(self, trainer: Trainer) -> None:
+        writers = tensorboards(trainer) if trainer.is_global_zero else []
+        if not writers:
+            return
+        from lightning_ddst import plots  # Matplotlib, which training does without
+
+        self._drawn = generator_updates(trainer)
+        for name, figure in plots.figures(self._series).items():
+            for writer in writers:
+                writer.add_image(f"plots/{name}", plots.pixels(figure), self._drawn, dataformats="HWC")
+
+    # ---- saving ----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was logged so far."""
+        return {
+            "series": {name: list(points) for name, points in self._series.items()},
+            "validations": self._validations,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what was logged before."""
+        self._series = {name: [(update, value) for update, value in p] for name, p in state_dict["series"].items()}
+        self._validations = state_dict["validations"]

@@ -1,0 +1,268 @@
+"""How good samples are, beside real images, on any features."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lightning_ddst import ranks, stored
+from lightning_ddst.callbacks.ema import GeneratorEMA
+from lightning_ddst.callbacks.logs import generator_updates, log_scalars
+from lightning_ddst.callbacks.networks import check_sample
+from lightning_ddst.callbacks.sources import RealImages, check_range, in_turn, sampled
+from lightning_ddst.callbacks.statistics import LEAST, Comparison, MetricName, RealStatistics, keeps
+from lightning_ddst.sparsity.checks import check_choice, check_count
+
+GeneratorWeights = Literal["average", "raw"]
+
+_PATIENCE = 2.0  # seconds until a progress bar is shown
+
+
+class SampleQuality(Callback):
+    """Compares samples with the images of the validation or test loader after every pass over them.
+
+    - ``frechet_distance``, Heusel et al. 2017: torchmetrics'. Called FID on Inception's features alone.
+    - ``kernel_distance``, Binkowski et al. 2018: torch-fidelity's, on 100 random subsets of up to 1,000
+      images. Called KID on Inception's features alone.
+    - ``inception_score``, Salimans et al. 2016, of the samples alone: as torch-fidelity's, without
+      shuffling. Needs features with logits, and means what is published only on Inception's.
+    - ``precision`` and ``recall``, Kynkaanniemi et al. 2019: torch-fidelity's, with 3 neighbours.
+
+    Each is logged as ``<metric>/<name>``, of the generator's own weights as ``<metric>_raw/<name>``:
+    a number says something beside others on the same features only. The module must have ``sample(n,
+    rng=...)``, as `GANModule` does; the noise is the same every time, for both weights, and with any
+    number of processes, which share out the work and get the same numbers. Samples that are not
+    finite make every metric NaN.
+
+    ``Trainer(num_sanity_val_steps=-1)`` measures before training, too; a shorter sanity check
+    measures nothing. The real images' statistics are computed once, in a pass of their own. Memory
+    does not grow with the number of images.
+
+    Args:
+        features: From images, as the loader gives them, to features ``(batch, num_features)``; has the
+            attribute `num_features`, an integer, and, for the Inception Score, a method `logits` from
+            features to ``(batch, classes)``. It is frozen and kept in evaluation mode. See
+            `lightning_ddst.models` for Inception's and others.
+        name: Of the features.
+        metrics: Which to compute.
+        generators: Whose weights: "average", those that the generator has in evaluation, which are
+            averaged where `GeneratorEMA` is used; "raw", its own, without `GeneratorEMA`'s averages.
+        samples: Number of samples; by default as many as there are real images.
+        batch_size: Samples generated at once.
+        seed: Of the noise, and of the choice of features that are kept.
+        kept_features: Kernel distance, precision and recall are computed on the features of at most this
+            many real images and as many samples, drawn at random: always the same ones.
+        cache: A folder for the real images' statistics, which are then computed once for all runs. Files
+            there are named by a digest of the images and of the extractor: its class, weights and
+            ``repr``, where whatever else decides on its features must show.
+
+    Attributes:
+        history: By metric, as logged without ``/<name>``, every value with the generator updates before it.
+        real_halves: The Frechet distance between two halves of the real images, None until they were
+            seen: what is left at about this size is noise.
+
+    Raises:
+        ValueError: For an argument outside what is allowed; when measuring, for images outside [-1, 1] and
+            for too few real images. What has not 4 dimensions is not taken for images.
+        OSError: At the start, if `cache` cannot be written to.
+    """
+
+    def __init__(
+        self,
+        features: nn.Module,
+        name: str,
+        metrics: Sequence[MetricName] = ("frechet_distance",),
+        generators: Sequence[GeneratorWeights] = ("average",),
+        samples: int | None = None,
+        batch_size: int = 256,
+        seed: int = 0,
+        kept_features: int = 10_000,
+        cache: str | Path | None = None,
+    ) -> None:
+        for argument, values, allowed in (("metrics", metrics, LEAST), ("generators", generators, ("average", "raw"))):
+            _check_choices(argument, values, allowed)
+        least = max(LEAST[metric] for metric in metrics)
+        for argument, value in (("samples", samples), ("batch_size", batch_size), ("kept_features", kept_features)):
+            if value is not None:
+                check_count(argument, value)
+                if value < least and (argument == "samples" or (argument == "kept_features" and keeps(metrics))):
+                    raise ValueError(f"{argument}={value} must be at least {least} for {', '.join(metrics)}.")
+        num_features = getattr(features, "num_features", None)
+        if not isinstance(num_features, int):
+            raise ValueError(f"features: {type(features).__name__} must have the attribute num_features, an integer.")
+        if "inception_score" in metrics and not callable(getattr(features, "logits", None)):
+            kind = type(features).__name__
+            raise ValueError(f'metrics: "inception_score" needs features with a method logits; {kind} has none.')
+        self.name = name
+        self.history: dict[str, list[tuple[int, float]]] = {}
+        self.real_halves: float | None = None
+        self._metrics = tuple(metrics)
+        self._generators = tuple(generators)
+        self._samples = samples
+        self._batch_size = batch_size
+        self._seed = seed
+        self._kept = kept_features
+        self._cache = None if cache is None else Path(cache).expanduser()
+        self._num_features = num_features
+        self._features = features.requires_grad_(False).eval()
+        self._dtype = next((p.dtype for p in features.parameters()), torch.float32)
+        self._reals: dict[bool, tuple[RealImages, RealStatistics]] = {}  # of testing, and of validation
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks that the module can be sampled from, and what else would be missing later."""
+        check_sample(self, pl_module)
+        if len(self._generators) > 1 and not _averages(trainer):
+            raise ValueError("generators: average and raw are the same weights, for there is no GeneratorEMA.")
+        if self._cache is not None and trainer.is_global_zero:
+            self._cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._cache):
+                pass
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures and logs."""
+        if trainer.sanity_checking and trainer.num_sanity_val_batches != trainer.num_val_batches:
+            return
+        # What is kept may be used again in another mode of torch's.
+        with torch.inference_mode(False), torch.no_grad(), isolate_rng(pl_module.device.type == "cuda"):
+            values = self._measure(trainer, pl_module)
+        updates = generator_updates(trainer)
+        for metric, value in values.items():
+            self.history.setdefault(metric, []).append((updates, value))
+        named = {f"{metric}/{self.name}": value for metric, value in values.items()}
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            log_scalars(trainer, named, updates)
+        if not trainer.sanity_checking:
+            pl_module.log_dict(named, prog_bar=fitting, logger=not fitting)
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    # ---- measuring -------------------------------------------------------------------------------------
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        self._features.to(pl_module.device).eval()
+        reals = self._real_statistics(trainer, pl_module.device)
+        self.real_halves = reals.halves
+        total = self._samples or reals.count
+        values: dict[str, float] = {}
+        for generator in self._generators:
+            suffix = "_raw" if generator == "raw" else ""
+            comparison = Comparison(
+                self._metrics, reals, total, self._kept, self._seed, getattr(self._features, "logits", None)
+            )
+            with ExitStack() as own_weights:
+                for average in _averages(trainer) if generator == "raw" else []:
+                    own_weights.enter_context(average.own_weights())
+                samples = sampled(pl_module, total, self._batch_size, self._seed)
+                with _progress(trainer, f"{self.name}: samples", total) as step:
+                    for features in self._extracted(samples, "samples", pl_module.device):
+                        comparison.add(features)
+                        step(len(features))
+            with _progress(trainer, f"{self.name}: metrics", len(self._metrics)) as step:
+                # Every process knows what it takes, but they may share one machine's cores.
+                computed = ranks.of_first(comparison.compute(partial(step, 1)) if ranks.rank() == 0 else {})
+            values |= {f"{metric}{suffix}": value for metric, value in computed.items()}
+        return values
+
+    def _extracted(self, own: Iterator[Tensor], whose: str, device: torch.device) -> Iterator[Tensor]:
+        """The features of every process's images, from this one's share of images."""
+
+        def extract(images: Tensor) -> Tensor:
+            check_range(images, whose)
+            features: Tensor = self._features(images.to(device, self._dtype))
+            return features.cpu() if ranks.several() else features
+
+        return (features.to(device) for features in in_turn(map(extract, own)))
+
+    def _real_statistics(self, trainer: Trainer, device: torch.device) -> RealStatistics:
+        images = RealImages(trainer)
+        known, statistics = self._reals.get(trainer.testing, (None, None))
+        if statistics is None or known is None or not images.same_as(known.datasets, known.count):
+            statistics = RealStatistics(self._metrics, self._num_features, self._kept, self._seed, device)
+            path = None if self._cache is None else self._path(trainer, images)
+            state = ranks.of_first(stored.load(path) if path is not None and trainer.is_global_zero else None)
+            if state is not None:
+                statistics.load_state_dict(state)
+            else:
+                with _progress(trainer, f"{self.name}: real images", images.count) as step:
+                    for features in self._extracted(images.batches(), "real images", device):
+                        statistics.add(features)
+                        step(len(features))
+                statistics.finish()
+                if path is not None and trainer.is_global_zero:
+                    _try_to_save(path, statistics)
+            self._reals[trainer.testing] = images, statistics
+        if statistics.frechet is not None and device.type != "mps":
+            statistics.frechet.to(device)
+        return statistics
+
+    def _path(self, trainer: Trainer, images: RealImages) -> Path:
+        assert self._cache is not None
+
+        def digests(batch: Tensor) -> list[str]:
+            check_range(batch, "real images")
+            return [stored.digest(image) for image in batch.cpu()]
+
+        every: list[str] = []
+        with _progress(trainer, "digest of real images", images.count) as step:
+            for batch in in_turn(map(digests, images.batches())):
+                every += batch
+                step(len(batch))
+        kind = type(self._features)
+        settings = ["frechet_distance" in self._metrics, (self._kept, self._seed) if keeps(self._metrics) else None]
+        extractor = [f"{kind.__module__}.{kind.__qualname__}", repr(self._features), self._features.state_dict()]
+        return self._cache / f"{self.name.replace('/', '_')}-{stored.digest(every, *extractor, settings)}.pt"
+
+    # ---- saving ----------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """A key of its own for metrics on other features beside these."""
+        return self._generate_state_key(name=self.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured."""
+        return {"history": {metric: list(values) for metric, values in self.history.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what was measured before."""
+        self.history = {
+            metric: [(updates, value) for updates, value in values] for metric, values in state_dict["history"].items()
+        }
+
+
+def _check_choices(argument: str, values: Sequence[str], allowed: Any) -> None:
+    if isinstance(values, str) or not values or len(set(values)) < len(values):
+        raise ValueError(f"{argument}={values!r} must be a list of different names out of {', '.join(allowed)}.")
+    for value in values:
+        check_choice(argument, value, allowed)
+
+
+def _averages(trainer: Trainer) -> list[GeneratorEMA]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, GeneratorEMA)]  # type: ignore[attr-defined]
+
+
+def _try_to_save(path: Path, statistics: RealStatistics) -> None:
+    try:
+        stored.save(path, statistics.state_dict())
+    except OSError as error:  # a full disk is no reason to end a long run
+        rank_zero_warn(f"the real images' statistics could not be written to {path}: {error}.")
+
+
+@contextmanager
+def _progress(trainer: Trainer, what: str, total: int | None) -> Iterator[Callable[[int], object]]:
+    """A bar on the first process's terminal for what takes long, where the Trainer shows its own; gone at the end."""
+    bar = trainer.progress_bar_callback
+    shown = trainer.is_global_zero and bar is not None and getattr(bar, "is_enabled", True)
+    with tqdm(desc=what, total=total, leave=False, delay=_PATIENCE, disable=None if shown else True) as progress:
+        yield progress.update

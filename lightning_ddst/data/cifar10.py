@@ -1,0 +1,81 @@
+"""CIFAR-10."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import TensorDataset
+from torchvision.datasets import CIFAR10
+
+from lightning_ddst.data.images import ImageDataModule
+
+
+class CIFAR10DataModule(ImageDataModule):
+    """50,000 and 10,000 colour images of things and animals, 32x32, in 10 classes (Krizhevsky 2009).
+
+    Reads the original files as torchvision has them, ``root/cifar-10-batches-py``, or else
+    ``root/train.npz`` and ``root/test.npz`` with ``images``, uint8 ``(n, 32, 32, 3)``, ``labels``, integers
+    ``(n,)``, and perhaps ``lossless``, bool ``(n,)``: which images have the original pixels.
+
+    Args:
+        root: Where the files are.
+        image_size: Height and width.
+        channels: 3, or 1 for gray.
+        horizontal_flips: As `ImageDataModule`'s, but by default done.
+        lossless_reference: Whether images that are not lossless are left out of what samples are
+            compared with. They are trained on anyway.
+        **settings: As `ImageDataModule`'s.
+    """
+
+    home = "https://www.cs.toronto.edu/~kriz/cifar.html"
+    downloads = True
+
+    def __init__(
+        self,
+        root: str | Path,
+        image_size: int = 32,
+        channels: int = 3,
+        horizontal_flips: bool = True,
+        lossless_reference: bool = True,
+        **settings: Any,
+    ) -> None:
+        super().__init__(root, image_size, channels, horizontal_flips=horizontal_flips, **settings)
+        self.lossless_reference = lossless_reference
+        self._lossless: dict[bool, list[int]] = {}
+
+    def prepare_data(self) -> None:
+        """Downloads the original files where that is asked for and they are not there."""
+        if self.download:
+            CIFAR10(self.root, download=True)
+
+    def make_dataset(self, train: bool) -> TensorDataset:
+        """The images and labels of a split."""
+        original = self.root / CIFAR10.base_folder
+        if original.is_dir():
+            try:
+                dataset = CIFAR10(self.root, train)
+            except RuntimeError as error:
+                message = f"{original} lacks a file, or has one that is not the original (by its MD5)."
+                raise ValueError(f"{message} Get it from {self.home}.") from error
+            images, labels = dataset.data, np.asarray(dataset.targets, np.int64)
+        else:
+            path = self.root / ("train.npz" if train else "test.npz")
+            if not path.is_file():
+                raise self.missing(original, f"the original files there, or this split's images from {path}")
+            with np.load(path) as arrays:
+                if not {"images", "labels"} <= set(arrays):
+                    raise ValueError(f"{path} must hold images and labels; it holds {', '.join(arrays) or 'nothing'}.")
+                images, labels = arrays["images"], arrays["labels"].astype(np.int64)
+                lossless = arrays["lossless"] if "lossless" in arrays else np.ones(len(images), bool)
+            if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3):
+                raise ValueError(f"{path}: images {images.dtype}{images.shape} must be uint8 (n, 32, 32, 3).")
+            if not len(images) == len(labels) == len(lossless):
+                lengths = f"{len(images)} images, {len(labels)} labels and {len(lossless)} flags"
+                raise ValueError(f"{path}: {lengths} must be alike many.")
+            self._lossless[train] = np.flatnonzero(lossless).tolist()
+        return TensorDataset(torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))), torch.tensor(labels))
+
+    def reference_indices(self) -> list[int] | None:
+        """The lossless images, unless all are compared with."""
+        return self._lossless.get(self.reference == "train") if self.lossless_reference else None

@@ -1,0 +1,97 @@
+"""Images in folders."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
+
+from lightning_ddst.data.images import ImageDataModule
+
+
+class ImageFiles(Dataset[Any]):
+    """Images of files, read when they are needed.
+
+    Args:
+        paths: Of the files.
+        labels: Of the images.
+    """
+
+    def __init__(self, paths: Sequence[Path], labels: Sequence[int]) -> None:
+        self._samples = list(zip(paths, labels, strict=True))
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self._samples[index]
+        return opened(path), label
+
+
+def opened(path: str | Path) -> Image.Image:
+    """An image as it is in a file, in its own mode."""
+    image = Image.open(path)
+    image.load()
+    return image
+
+
+class ImageFolderDataModule(ImageDataModule):
+    """Images of a folder: in a subfolder a class, or all in it.
+
+    With subfolders, labels are their places in alphabetical order, as torchvision's ImageFolder has
+    them; without, all are 0. Images are read when they are needed, so that `num_workers` helps.
+
+    Args:
+        root: The folder to train on.
+        image_size: Height and width.
+        channels: 3, or 1 for gray.
+        test_root: The folder that ``reference="test"`` means, with the same subfolders.
+        **settings: As `ImageDataModule`'s.
+
+    Raises:
+        ValueError: For an argument outside what is allowed; in `setup`, for a folder without images, one
+            with images both in it and in subfolders, or a test folder with other classes.
+        FileNotFoundError: In `setup`, for a folder that is not there, or a subfolder without images.
+    """
+
+    def __init__(
+        self, root: str | Path, image_size: int, channels: int = 3, test_root: str | Path | None = None, **settings: Any
+    ) -> None:
+        super().__init__(root, image_size, channels, **settings)
+        if self.reference == "test" and test_root is None:
+            raise ValueError('test_root=None, but reference="test" needs a folder.')
+        self.test_root = None if test_root is None else Path(test_root).expanduser()
+
+    def make_dataset(self, train: bool) -> Dataset[Any]:
+        """The images and labels of a folder."""
+        if train or self.test_root is None:
+            return self._folder(self.root)
+        dataset = self._folder(self.test_root)
+        classes, own = self._classes(self.root), self._classes(self.test_root)
+        if classes != own:
+            raise ValueError(f"test_root={self.test_root} has the classes {own}, but root={self.root} has {classes}.")
+        return dataset
+
+    def _folder(self, folder: Path) -> Dataset[Any]:
+        if not folder.is_dir():
+            raise self.missing(folder, "a folder of images, or of one subfolder of images a class")
+        paths = sorted(
+            path
+            for path in folder.iterdir()
+            if path.is_file() and has_file_allowed_extension(path.name, IMG_EXTENSIONS)
+        )
+        if paths and self._classes(folder):
+            raise ValueError(f"{folder} must hold either images or subfolders of images; it holds both.")
+        if self._classes(folder):
+            dataset: Dataset[Any] = ImageFolder(folder, loader=opened)
+            return dataset
+        if not paths:
+            raise ValueError(f"{folder} holds no images ({', '.join(IMG_EXTENSIONS)}) and no subfolders.")
+        return ImageFiles(paths, [0] * len(paths))
+
+    @staticmethod
+    def _classes(folder: Path) -> list[str]:
+        return sorted(path.name for path in folder.iterdir() if path.is_dir())

@@ -1,0 +1,292 @@
+"""What data modules of images have in common."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torchvision.transforms.functional import pil_to_tensor
+
+from lightning_ddst import ranks
+from lightning_ddst.data.resumable import ResumableLoader
+from lightning_ddst.sparsity.checks import check_choice, check_count
+
+Split = Literal["train", "test"]
+
+_GRAY = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601, as in PIL
+_CHUNK = 1000
+_SUBSET_SEED = 0
+
+
+class ImageDataModule(LightningDataModule):
+    """Images from files, for training and for comparing samples with them.
+
+    Batches are tuples of images, float32 ``(batch, channels, size, size)`` in [-1, 1], and labels,
+    int64 ``(batch,)``. A value x of 8 bits becomes x / 127.5 - 1.
+
+    A subclass needs `make_dataset` alone. Nothing is downloaded unless `download` asks for it.
+
+    Args:
+        root: Where the files are.
+        image_size: Height and width. The middle square of images of another size is resized,
+            bilinearly with antialiasing.
+        channels: 1 for gray, 0.299 R + 0.587 G + 0.114 B where images are in colour; or 3, which are alike
+            where images are gray.
+        batch_size: Images a batch, in each process; in training the last, smaller one is left out.
+        batches_per_epoch: Length of an epoch, which may be more than one pass over the images; by
+            default one pass.
+        horizontal_flips: Whether the Trainer mirrors each training image, each time, with probability
+            1/2. Drawn from torch's random state on the batch's device.
+        images: Trains on that many, drawn once from all alike, whatever their class: always the same
+            ones, and more of them include fewer of them. By default all.
+        reference: What validation, test and prediction give, so what samples are compared with: "train"
+            or "test". The whole split in order, whatever `images` is, and never mirrored.
+        num_workers: Processes that read images; 0 reads them in the training process.
+        download: Whether to download what is not there, where torchvision can.
+
+    Raises:
+        ValueError: For an argument outside what is allowed; in `setup`, for `images` or `batch_size`
+            above the number of images.
+        FileNotFoundError: In `setup`, for files that are not there.
+    """
+
+    home: ClassVar[str | None] = None
+    """Where people get the data."""
+
+    downloads: ClassVar[bool] = False
+    """Whether `prepare_data` downloads."""
+
+    def __init__(
+        self,
+        root: str | Path,
+        image_size: int,
+        channels: int = 3,
+        batch_size: int = 64,
+        batches_per_epoch: int | None = None,
+        horizontal_flips: bool = False,
+        images: int | None = None,
+        reference: Split = "train",
+        num_workers: int = 0,
+        download: bool = False,
+    ) -> None:
+        super().__init__()
+        counts = {"image_size": image_size, "batch_size": batch_size}
+        counts |= {} if batches_per_epoch is None else {"batches_per_epoch": batches_per_epoch}
+        counts |= {} if images is None else {"images": images}
+        counts |= {} if num_workers == 0 else {"num_workers": num_workers}
+        for name, value in counts.items():
+            check_count(name, value)
+        if channels not in (1, 3):
+            raise ValueError(f"channels={channels!r} must be 1 or 3.")
+        check_choice("reference", reference, ("train", "test"))
+        if download and not self.downloads:
+            raise ValueError(f"download=True: {type(self).__name__} downloads nothing.{self._where_to_get_it()}")
+        self.root = Path(root).expanduser()
+        self.image_size = image_size
+        self.channels = channels
+        self.batch_size = batch_size
+        self.batches_per_epoch = batches_per_epoch
+        self.horizontal_flips = horizontal_flips
+        self.images = images
+        self.reference = reference
+        self.num_workers = num_workers
+        self.download = download
+        self._read: dict[bool, Dataset[Any]] = {}
+
+    # ---- what a subclass gives -------------------------------------------------------------------------
+
+    def make_dataset(self, train: bool) -> Dataset[Any]:
+        """The images and labels of a split, for training or comparing.
+
+        Args:
+            train: Whether of the training split, else of the test split.
+
+        Returns:
+            A data set with a length, of which a sample is an image, as PIL's or as a tensor
+            ``(channels, height, width)``, and a label, an integer. Tensors are uint8, or floats in
+            [-1, 1]. A TensorDataset, of images ``(n, channels, height, width)`` and labels ``(n,)``,
+            is resized once and kept in memory; anything else is read image by image, in every epoch.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override make_dataset.")
+
+    def reference_indices(self) -> Sequence[int] | None:
+        """Which of the reference split's images samples are compared with; None for all."""
+        return None
+
+    def missing(self, path: Path, expected: str) -> FileNotFoundError:
+        """The error to raise for a path that is not there.
+
+        Args:
+            path: What is not there.
+            expected: What belongs there.
+        """
+        message = f"{path} is not there: {type(self).__name__} reads {expected}.{self._where_to_get_it()}"
+        if self.downloads:
+            message += " Or let download=True download it, before training."
+        return FileNotFoundError(message)
+
+    def _where_to_get_it(self) -> str:
+        return "" if self.home is None else f" Get it from {self.home}."
+
+    # ---- reading ---------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Reads what the stage needs, so that whatever is wrong with it is known before training."""
+        if stage == "fit":
+            self._batches(len(self._training()))
+        self._compared()
+
+    def _dataset(self, train: bool) -> Any:
+        if train not in self._read:
+            dataset = self.make_dataset(train)
+            if len(dataset) == 0:  # type: ignore[arg-type]
+                raise ValueError(f"{self.root} holds no images to {'train on' if train else 'compare samples with'}.")
+            if isinstance(dataset, TensorDataset):
+                read: Dataset[Any] = _InMemory(dataset, self.image_size, self.channels)
+            else:
+                read = _OneByOne(dataset, self.image_size, self.channels)
+            _ = read[0]  # raises where images are none that can be read
+            self._read[train] = read
+        return self._read[train]
+
+    def _training(self) -> Any:
+        dataset = self._dataset(True)
+        if self.images is None:
+            return dataset
+        if self.images > len(dataset):
+            raise ValueError(f"images={self.images} must not be above the number of images, {len(dataset)}.")
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(_SUBSET_SEED))
+        return Subset(dataset, order[: self.images].tolist())
+
+    def _compared(self) -> Any:
+        dataset, indices = self._dataset(self.reference == "train"), self.reference_indices()
+        return dataset if indices is None else Subset(dataset, indices)
+
+    def _batches(self, images: int) -> int:
+        """Batches an epoch, of so many images."""
+        together = self.batch_size * ranks.number()
+        if self.batches_per_epoch is None and together > images:
+            processes = f" in each of {ranks.number()} processes" if ranks.several() else ""
+            raise ValueError(
+                f"batch_size={self.batch_size}{processes} must not be above the number of images, {images}."
+            )
+        return self.batches_per_epoch or images // together
+
+    # ---- loaders ---------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Batches of shuffled images and labels; resumes in the middle of an epoch."""
+        dataset = self._training()
+        batches = self._batches(len(dataset))
+        return ResumableLoader(dataset, self.batch_size, batches, num_workers=self.num_workers, collate_fn=batch_of)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Every image of the reference split once, in order."""
+        rng = torch.Generator()  # or the loader would draw from training's random state
+        return DataLoader(
+            self._compared(), batch_size=256, generator=rng, num_workers=self.num_workers, collate_fn=batch_of
+        )
+
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Mirrors some of the images in training."""
+        # Not in the loader, whose processes have random states that no checkpoint holds.
+        if not (self.horizontal_flips and self.trainer is not None and self.trainer.training):
+            return batch
+        images, labels = batch
+        flipped = torch.rand(len(images), device=images.device) < 0.5
+        return torch.where(flipped[:, None, None, None], images.flip(3), images), labels
+
+
+def fitted(images: Tensor, image_size: int, channels: int) -> Tensor:
+    """Images of the size and the number of channels asked for.
+
+    Args:
+        images: ``(n, 1 or 3, height, width)``, uint8 or float.
+        image_size: Height and width of the result: of the middle square, resized bilinearly with antialiasing.
+        channels: 1 or 3, of the result.
+
+    Returns:
+        ``(n, channels, image_size, image_size)``, uint8 and rounded where `images` are uint8, else float32.
+
+    Raises:
+        ValueError: If images have another shape.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"images of shape {tuple(images.shape)} must have shape (n, 1 or 3, height, width).")
+    given, height, width = images.shape[1:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    images = images[:, :, top : top + side, left : left + side]
+    if given == 1 and channels == 3 and side == image_size:
+        return images.expand(-1, 3, -1, -1)
+    if given == channels and side == image_size:
+        return images
+    values = images.float()
+    if given > channels:
+        values = (values * values.new_tensor(_GRAY)[:, None, None]).sum(1, keepdim=True)
+    if side != image_size:
+        values = F.interpolate(values, (image_size, image_size), mode="bilinear", antialias=True)
+    values = values.expand(-1, channels, -1, -1)
+    return values.round().to(torch.uint8) if images.dtype == torch.uint8 else values
+
+
+def batch_of(samples: Any) -> tuple[Tensor, Tensor]:
+    """A batch as networks take it.
+
+    Args:
+        samples: A list of images and labels, or images and labels that are stacked already.
+
+    Returns:
+        Images, float32 in [-1, 1], and labels, int64.
+    """
+    if isinstance(samples, tuple):
+        images, labels = samples
+    else:
+        images = torch.stack([image for image, _ in samples])
+        labels = torch.tensor([label for _, label in samples])
+    images = images / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
+    return images, labels.to(torch.int64)
+
+
+class _InMemory(Dataset[Any]):
+    """Images of a TensorDataset, resized once."""
+
+    def __init__(self, dataset: TensorDataset, image_size: int, channels: int) -> None:
+        images, self._labels = dataset.tensors
+        self._images = torch.cat([fitted(chunk, image_size, channels) for chunk in images.split(_CHUNK)])
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._images[index], int(self._labels[index])
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """A whole batch at once, which the loader asks for."""
+        return self._images[indices], self._labels[indices]
+
+
+class _OneByOne(Dataset[Any]):
+    """Images of a data set, resized each time."""
+
+    def __init__(self, dataset: Dataset[Any], image_size: int, channels: int) -> None:
+        self._dataset, self._image_size, self._channels = dataset, image_size, channels
+
+    def __len__(self) -> int:
+        return len(self._dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self._dataset[index]
+        if not isinstance(image, Tensor):
+            if image.mode.startswith(("I", "F")):
+                name = getattr(image, "filename", None) or f"image {index}"
+                raise ValueError(f"{name} must have 8 bits a channel; its mode is {image.mode}.")
+            image = pil_to_tensor(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+        return fitted(image[None], self._image_size, self._channels)[0], int(label)

@@ -1,0 +1,63 @@
+"""STL-10."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from torch.utils.data import Dataset
+from torchvision.datasets import STL10
+
+from lightning_ddst.data.images import ImageDataModule
+from lightning_ddst.sparsity.checks import check_choice
+
+TrainSplit = Literal["unlabeled", "train+unlabeled", "train"]
+
+
+class STL10DataModule(ImageDataModule):
+    """100,000 colour images without labels, and 5,000 and 8,000 in 10 classes (Coates et al. 2011).
+
+    Reads the original files as torchvision has them, ``root/stl10_binary``. Their check by MD5 takes some
+    seconds, and the images, 96x96, are held in memory: 2.8 GB of those without labels. Each is resized when
+    it is needed, so that `num_workers` helps.
+
+    Args:
+        root: Where the files are.
+        image_size: Height and width. GANs are mostly trained at 48.
+        channels: 3, or 1 for gray.
+        horizontal_flips: As `ImageDataModule`'s, but by default done.
+        split: What is trained on, and is ``reference="train"``: "unlabeled", "train+unlabeled" or "train".
+            Labels of images without one are -1.
+        **settings: As `ImageDataModule`'s; ``reference="test"`` is the 8,000.
+    """
+
+    home = "https://cs.stanford.edu/~acoates/stl10"
+    downloads = True
+
+    def __init__(
+        self,
+        root: str | Path,
+        image_size: int = 48,
+        channels: int = 3,
+        horizontal_flips: bool = True,
+        split: TrainSplit = "unlabeled",
+        **settings: Any,
+    ) -> None:
+        super().__init__(root, image_size, channels, horizontal_flips=horizontal_flips, **settings)
+        check_choice("split", split, ("unlabeled", "train+unlabeled", "train"))
+        self.split = split
+
+    def prepare_data(self) -> None:
+        """Downloads the files where that is asked for and they are not there."""
+        if self.download:
+            STL10(self.root, "test", download=True)
+
+    def make_dataset(self, train: bool) -> Dataset[Any]:
+        """The images and labels of a split."""
+        folder = self.root / STL10.base_folder
+        if not folder.is_dir():
+            raise self.missing(folder, "the original binary files there")
+        try:
+            dataset: Dataset[Any] = STL10(self.root, self.split if train else "test")
+        except RuntimeError as error:
+            message = f"{folder} lacks a file, or has one that is not the original (by its MD5)."
+            raise ValueError(f"{message} Get it from {self.home}.") from error
+        return dataset

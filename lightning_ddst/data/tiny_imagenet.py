@@ -1,0 +1,64 @@
+"""Tiny ImageNet."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning_ddst.data.folders import ImageFiles
+from lightning_ddst.data.images import ImageDataModule
+
+_FOLDER = "tiny-imagenet-200"
+
+
+class TinyImageNetDataModule(ImageDataModule):
+    """100,000 and 10,000 colour images, 64x64, in 200 classes of ImageNet (Stanford's course CS231n).
+
+    Reads the unpacked original zip file: ``wnids.txt``, ``train/<class>/images/*.JPEG``,
+    ``val/images/*.JPEG`` and ``val/val_annotations.txt``, in `root` or in ``root/tiny-imagenet-200``.
+    Labels are places in the sorted ``wnids.txt``. The original test images have none, and are not used.
+    Images are read when they are needed, so that `num_workers` helps.
+
+    Args:
+        root: Where the files are.
+        image_size: Height and width.
+        channels: 3, or 1 for gray.
+        horizontal_flips: As `ImageDataModule`'s, but by default done.
+        **settings: As `ImageDataModule`'s; ``reference="test"`` is the 10,000.
+    """
+
+    home = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+
+    def __init__(
+        self,
+        root: str | Path,
+        image_size: int = 64,
+        channels: int = 3,
+        horizontal_flips: bool = True,
+        **settings: Any,
+    ) -> None:
+        super().__init__(root, image_size, channels, horizontal_flips=horizontal_flips, **settings)
+
+    def make_dataset(self, train: bool) -> ImageFiles:
+        """The images and labels of a split."""
+        nested = self.root / _FOLDER
+        folder = nested if nested.is_dir() else self.root
+        wnids = sorted(self._existing(folder / "wnids.txt").read_text().split())
+        if train:
+            images = [
+                (path, label)
+                for label, wnid in enumerate(wnids)
+                for path in sorted(self._existing(folder / "train" / wnid / "images").glob("*.JPEG"))
+            ]
+        else:
+            table = self._existing(folder / "val" / "val_annotations.txt")
+            # The file's name, the class and four corners of a box.
+            names = [line.split("\t")[:2] for line in table.read_text().splitlines()]
+            unknown = sorted({wnid for _, wnid in names} - set(wnids))
+            if unknown:
+                raise ValueError(f"{table} names classes that are not in wnids.txt: {', '.join(unknown)}.")
+            images = [(self._existing(folder / "val" / "images" / name), wnids.index(wnid)) for name, wnid in names]
+        return ImageFiles([path for path, _ in images], [label for _, label in images])
+
+    def _existing(self, path: Path) -> Path:
+        if not path.exists():
+            raise self.missing(path, f"the files of {_FOLDER}.zip as they are unpacked, in {self.root / _FOLDER}")
+        return path

@@ -1,0 +1,64 @@
+"""The command ``lightning-ddst plot``: writes the figures of a run."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+from uuid import uuid4
+
+from jsonargparse import ArgumentParser
+
+from lightning_ddst.runs import read_run
+
+
+def plot(args: Sequence[str]) -> list[Path]:
+    """Writes the figures of a run, and prints where.
+
+    Args:
+        args: The command's arguments after ``plot``.
+
+    Returns:
+        The files. What is refused ends the process with its reason.
+    """
+    from lightning_ddst import plots  # Matplotlib, which training does without
+
+    formats = get_args(plots.Format)
+    parser = ArgumentParser(prog="lightning-ddst plot", description="Draws what a run logged for TensorBoard.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder, as lightning_logs/version_0")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where figures go (default: RUN/plots)")
+    parser.add_argument("--formats", nargs="+", choices=formats, default=list(formats), help="kinds of files")
+    given = parser.parse_args(list(args))
+    try:
+        series = read_run(given.run)
+        folder: Path = given.output or given.run / "plots"
+        _check(folder)
+        paths = []
+        for name, figure in plots.figures(series).items():
+            for form in given.formats:
+                path = folder / f"{name.replace('/', '-')}.{form}"
+                _write(path, plots.rendered(figure, form))
+                print(path)
+                paths.append(path)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return paths
+
+
+def _check(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"figures cannot be written to {folder}: {error}. Choose another folder, --output.") from error
+
+
+def _write(path: Path, contents: bytes) -> None:
+    """Writes a file; a reader never sees half of it."""
+    temporary = path.with_name(f"{path.name}.{uuid4().hex}")
+    try:
+        temporary.write_bytes(contents)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,25 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_ddst.sparsity.bits import count_bits, packed
+
+
+def test_eight_entries_are_a_byte():
+    assert packed(torch.tensor([True] + [False] * 7)).tolist() in ([1], [128])
+    assert packed(torch.ones(3, 8, dtype=torch.bool)).tolist() == [255] * 3
+    assert packed(torch.ones(9, dtype=torch.bool)).numel() == 2
+
+
+@given(st.lists(st.booleans(), max_size=70), st.lists(st.booleans(), max_size=70))
+def test_bits_of_a_union_are_the_union_of_bits(first, second):
+    length = min(len(first), len(second))
+    one, other = (torch.tensor(values[:length], dtype=torch.bool) for values in (first, second))
+    union = packed(one) | packed(other)
+    assert torch.equal(union, packed(one | other))
+    assert count_bits(union) == int((one | other).sum())
+
+
+def test_a_mask_that_is_not_contiguous():
+    mask = (torch.arange(24).view(4, 6) % 5 == 0).T
+    assert torch.equal(packed(mask), packed(mask.contiguous()))
