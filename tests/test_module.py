@@ -12,6 +12,7 @@ from toys import LATENT, PIXELS, toy_data, toy_trainer
 
 from lightning_ddst import DynamicSparsityCallback, GANModule, SampleGrid
 from lightning_ddst.losses import LOSSES
+from lightning_ddst.models import SmallDiscriminator, SmallGenerator
 
 CLASSES = 3
 
@@ -429,6 +430,47 @@ def test_prediction_makes_as_many_images_as_the_batch_holds(make) -> None:
     assert [images.shape for images in made] == [(2, PIXELS), (1, PIXELS)]
 
 
+# ---- augmentation --------------------------------------------------------------------------------------
+
+
+class Shown(SmallDiscriminator):
+    """Remembers the images it was called on."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 1, 4)
+        self.images: list[Tensor] = []
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        self.images.append(images.detach().clone())
+        return super().forward(images, labels)
+
+
+def bright_images() -> DataLoader:
+    return DataLoader(torch.ones(40, 1, 8, 8), batch_size=8)
+
+
+@pytest.mark.parametrize("augment", [[], ["cutout"], ["color", "translation", "cutout"]])
+def test_all_images_the_discriminator_is_trained_on_are_augmented(augment: list) -> None:
+    gan = GANModule(SmallGenerator(8, 1, 4, latent_dim=4), Shown(), augment=augment)
+    fitted(gan, data=bright_images())
+    shown = gan.discriminator.images
+    assert len(shown) == 5 * 3  # real, fake; fake
+    for real, fake, again in zip(shown[::3], shown[1::3], shown[2::3], strict=True):
+        for images in (real, fake, again):
+            black = (images == 0).flatten(1).any(1)
+            assert black.all() == bool(augment)  # a part of every image is cut out
+        assert (real == 1).all() == (not augment)
+
+
+def test_the_balance_is_measured_without_augmentation() -> None:
+    gan = GANModule(SmallGenerator(8, 1, 4, latent_dim=4), Shown(), augment=["color", "translation", "cutout"])
+    sparsity = DynamicSparsityCallback(0.5, interval=5, explore_interval=2, probe_interval=1)
+    fitted(gan, sparsity, data=bright_images())
+    assert sparsity.measurements == 5
+    of_probe = [images for images in gan.discriminator.images if (images == 1).all()]
+    assert len(of_probe) == 5  # the real images, as they are in the batch
+
+
 # ---- what is refused -----------------------------------------------------------------------------------
 
 
@@ -443,6 +485,8 @@ def test_prediction_makes_as_many_images_as_the_batch_holds(make) -> None:
         ({"r1": -0.1}, "r1=-0.1 must not be negative"),
         ({"latent_dim": None}, "latent_dim=None: Sequential has no latent_dim, so it must be given"),
         ({"latent_dim": 0}, "latent_dim=0 must be an integer, at least 1"),
+        ({"augment": "color"}, r"augment='color' must be a list of names"),
+        ({"augment": ["colour"]}, "augment='colour' is unknown; allowed are color, translation, cutout"),
         ({"num_classes": 0}, "num_classes=0 must be an integer, at least 1"),
     ],
 )

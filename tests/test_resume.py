@@ -15,6 +15,7 @@ METHODS = {
     "sdst": {"method": "sdst"},
     "ddst": {"method": "ddst", "bounds": (0.2, 0.3)},
     "strict": {"method": "ddst", "bounds": (0.2, 0.3), "max_discriminator_density": 0.4},
+    "auto": {"method": "ddst", "bounds": "auto"},
     "signal": {"method": "ddst", "signal": "real_sign", "bounds": (0.9, 0.95)},
     "ramp": {"method": "ramp"},
     "posthoc": {"method": "posthoc"},

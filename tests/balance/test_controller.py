@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_ddst.balance import Balance, Decision, DensityController, DensityRamp
+from lightning_ddst.balance import Balance, CalibratingController, Decision, DensityController, DensityRamp
+from lightning_ddst.balance.controller import _BOUNDS
 
 UNDECIDED = Balance(None, -0.1, 0.2, 0.0, 0.1, 8, "alpha = -0.1 +- 0.3")
 
@@ -299,3 +300,71 @@ def test_the_ramp_is_a_straight_line_whatever_the_balance():
         ("grow", 0.6),
         ("hold", 0.6),
     ]
+
+
+# ---- bounds that are found ---------------------------------------------------------------------------
+
+
+def calibrating():
+    return CalibratingController(DensityController(min_density=0.1))
+
+
+def test_bounds_are_found_once_the_ratio_stops_to_rise():
+    controller = calibrating()
+    steps = path(controller, 0.1, [0.1, None, 0.3, 0.55])
+    assert steps == [("hold", 0.1), ("undecided", 0.1), ("hold", 0.1), ("hold", 0.1)]
+    assert controller.bounds is None
+    found = controller.decide(balanced_at(0.6), 0.1)  # less than a tenth above the last
+    assert found.action == "hold"
+    assert controller.bounds == pytest.approx((_BOUNDS[0] * 0.575, _BOUNDS[1] * 0.575))
+    assert found.reason.startswith("BR has come to 0.575: it will be kept between ")
+    # From now on as with bounds that were given, whatever the ratio does.
+    fixed = DensityController(controller.bounds, min_density=0.1)
+    ratios = [0.6, 0.9, 0.1, 0.575 * sum(_BOUNDS) / 2, None, 2.0, 0.0]
+    assert path(controller, 0.1, ratios) == path(fixed, 0.1, ratios)
+
+
+def test_a_ratio_that_is_not_positive_gives_no_bounds():
+    controller = calibrating()
+    assert path(controller, 0.1, [-0.2, 0.0, -0.1]) == [("undecided", 0.1)] * 3
+    path(controller, 0.1, [0.4, 0.4])
+    assert controller.bounds == pytest.approx((_BOUNDS[0] * 0.4, _BOUNDS[1] * 0.4))
+
+
+def test_a_ratio_that_falls_gives_bounds_at_once():
+    controller = calibrating()
+    path(controller, 0.1, [0.8, 0.4])
+    assert controller.bounds == pytest.approx((_BOUNDS[0] * 0.6, _BOUNDS[1] * 0.6))
+
+
+@given(st.lists(st.floats(0.05, 2.0), min_size=2, max_size=20), st.integers(-6, 6).map(lambda power: 2.0**power))
+def test_found_bounds_follow_the_scale_of_the_ratio(ratios, scale):
+    one, other = calibrating(), calibrating()
+    assert path(one, 0.3, ratios)[0] == path(other, 0.3, [scale * ratio for ratio in ratios])[0]
+    assert (one.bounds is None) == (other.bounds is None)
+    if one.bounds is not None:
+        assert other.bounds == pytest.approx([scale * bound for bound in one.bounds])
+
+
+@pytest.mark.parametrize("saved_after", [1, 2, 3])
+def test_what_was_found_is_saved(saved_after):
+    ratios = [0.2, 0.5, 0.5, 0.8, 0.1]
+    whole, first, second = calibrating(), calibrating(), calibrating()
+    path(first, 0.3, ratios[:saved_after])
+    second.load_state_dict(first.state_dict())
+    assert path(whole, 0.3, ratios)[saved_after - 1 :][1:] == path(
+        second, path(calibrating(), 0.3, ratios)[saved_after - 1][1], ratios[saved_after:]
+    )
+    assert second.bounds == whole.bounds
+
+
+def test_what_is_logged_of_bounds():
+    controller = calibrating()
+    assert controller.readings(balanced_at(0.5)) == {"control/signal": 0.5}
+    path(controller, 0.1, [0.5, 0.5])
+    assert controller.readings(balanced_at(0.4)) == pytest.approx(
+        {"control/signal": 0.4, "control/lower": _BOUNDS[0] * 0.5, "control/upper": _BOUNDS[1] * 0.5}
+    )
+    assert controller.readings(UNDECIDED).keys() == {"control/lower", "control/upper"}
+    assert DensityController().readings(UNDECIDED) == {"control/lower": 0.45, "control/upper": 0.55}
+    assert DensityRamp(0.1).readings(balanced_at(0.4)) == {}
