@@ -29,6 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 METHODS: dict[str, dict[str, Any]] = {
     "bounds 0.45 to 0.55": {"method": "ddst"},
     "bounds auto": {"method": "ddst", "bounds": "auto"},
+    "real_sign 0.5 to 0.7": {"method": "ddst", "signal": "real_sign"},
     "ramp": {"method": "ramp"},
     "D balanced": {"method": "sdst"},
     "D dense": {"method": "sdst", "discriminator_density": 1.0},

@@ -13,9 +13,9 @@ from lightning_ddst.sparsity.checks import check_choice, check_density
 Action = Literal["grow", "prune", "explore", "hold", "undecided"]
 ACTIONS: tuple[Action, ...] = ("grow", "prune", "explore", "hold", "undecided")
 
-_BOUNDS = (0.75, 0.9)
+_BOUNDS = (0.6, 0.75)
 """Bounds that are found, in units of the balance ratio at the densities of the start."""
-_RISES = 1.1
+_RISES = 1.25
 """A balance ratio that is more than so many times the last one is still rising."""
 
 
@@ -133,10 +133,10 @@ class DensityController(Controller):
 class CalibratingController(Controller):
     """Keeps a signal between bounds that are found first, from what the signal is at the densities of the start.
 
-    What the balance ratio is depends on networks, losses, learning rates and densities. What is nearly the same
-    everywhere is how far it falls from a discriminator as sparse as the generator to a dense one (benchmarks): to
-    two thirds or three quarters. So the densities stay as they are until the signal has stopped to rise, as it does
-    from nearly 0 in the first few windows, and the bounds are `_BOUNDS` times what it is then.
+    What the balance ratio is depends on networks, losses, learning rates and densities. How far it falls from a
+    discriminator as sparse as the generator to a dense one is much the same in many settings: to about two thirds
+    (docs/bounds.md). So the densities stay as they are until the signal has stopped to rise, as it does from nearly 0
+    in the first few windows, and the bounds are `_BOUNDS` times what it is then.
 
     Args:
         controller: Everything but the bounds.

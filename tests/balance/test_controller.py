@@ -314,7 +314,7 @@ def test_bounds_are_found_once_the_ratio_stops_to_rise():
     steps = path(controller, 0.1, [0.1, None, 0.3, 0.55])
     assert steps == [("hold", 0.1), ("undecided", 0.1), ("hold", 0.1), ("hold", 0.1)]
     assert controller.bounds is None
-    found = controller.decide(balanced_at(0.6), 0.1)  # less than a tenth above the last
+    found = controller.decide(balanced_at(0.6), 0.1)  # less than a quarter above the last
     assert found.action == "hold"
     assert controller.bounds == pytest.approx((_BOUNDS[0] * 0.575, _BOUNDS[1] * 0.575))
     assert found.reason.startswith("BR has come to 0.575: it will be kept between ")
