@@ -6,7 +6,6 @@ from torch.nn import functional as F
 
 _GATHERS = 0x0102040810204080
 """Multiplied by eight bytes of 0 or 1, it has them side by side in the highest byte."""
-_COUNTS = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.uint8)
 
 
 def packed(mask: Tensor) -> Tensor:
@@ -16,15 +15,20 @@ def packed(mask: Tensor) -> Tensor:
         mask: Bool, of any shape.
 
     Returns:
-        uint8, one dimension, a byte for every eight entries; the last byte is filled up with zeros.
+        uint8, one dimension, eight bytes for every 64 entries; the last are filled up with zeros.
     """
     flat = mask.reshape(-1)
-    if flat.numel() % 8:
-        flat = F.pad(flat, (0, -flat.numel() % 8))
+    if flat.numel() % 64:
+        flat = F.pad(flat, (0, -flat.numel() % 64))
     bytes_of_eight = flat.view(torch.int64).mul(_GATHERS).bitwise_right_shift_(56)
     return bytes_of_eight.bitwise_and_(255).to(torch.uint8)
 
 
 def count_bits(bits: Tensor) -> int:
     """The number of ones in what `packed` gave; waits for the device."""
-    return int(_COUNTS.to(bits.device)[bits.long()].sum())
+    # In words of 64 bits: counts of two bits each, of four, of eight.
+    words = bits.view(torch.int64)
+    words = words - (words >> 1 & 0x5555555555555555)
+    words = (words & 0x3333333333333333) + (words >> 2 & 0x3333333333333333)
+    words = words + (words >> 4) & 0x0F0F0F0F0F0F0F0F
+    return int(words.view(torch.uint8).sum())

@@ -6,12 +6,12 @@ from lightning_ddst.sparsity.bits import count_bits, packed
 
 
 def test_eight_entries_are_a_byte():
-    assert packed(torch.tensor([True] + [False] * 7)).tolist() in ([1], [128])
-    assert packed(torch.ones(3, 8, dtype=torch.bool)).tolist() == [255] * 3
-    assert packed(torch.ones(9, dtype=torch.bool)).numel() == 2
+    assert sorted(packed(torch.tensor([True] + [False] * 7)).tolist())[:7] == [0] * 7
+    assert packed(torch.ones(3, 8, dtype=torch.bool)).tolist() == [255] * 3 + [0] * 5
+    assert packed(torch.ones(65, dtype=torch.bool)).numel() == 16
 
 
-@given(st.lists(st.booleans(), max_size=70), st.lists(st.booleans(), max_size=70))
+@given(st.lists(st.booleans(), max_size=200), st.lists(st.booleans(), max_size=200))
 def test_bits_of_a_union_are_the_union_of_bits(first, second):
     length = min(len(first), len(second))
     one, other = (torch.tensor(values[:length], dtype=torch.bool) for values in (first, second))
