@@ -62,7 +62,6 @@ _RESIZING = (*_CONTROLLED, "ramp")
 _PRUNED = ("posthoc", "imp")
 
 _UNKNOWN_LENGTH_INTERVAL = 1000
-_UNKNOWN_LENGTH_EXPLORE_INTERVAL = 500
 
 
 class DynamicSparsityCallback(Callback):
@@ -98,9 +97,10 @@ class DynamicSparsityCallback(Callback):
             the strict one, in which the discriminator explores where it may not grow.
         delta: Density that a decision adds or removes.
         interval: Generator updates between decisions on the discriminator. By default a 100th of the
-            run's, at least 10; 1,000 where the run's length is unknown.
-        explore_interval: Generator updates between explorations of the generator. By default a 200th
-            of the run's, at least 5; 500 where the run's length is unknown.
+            run's, but 100 in runs of less than 10,000 (BR takes as many measurements), and a tenth of less
+            than 1,000; 1,000 where the run's length is unknown.
+        explore_interval: Generator updates between explorations of the generator. By default half of
+            what `interval` is by default.
         probe_interval: Generator updates between measurements of BR; "auto" is a 100th of `interval`,
             at least 1; None measures nothing.
         generator: Dotted name of the generator in the module; by default the usual names are tried.
@@ -506,10 +506,10 @@ class DynamicSparsityCallback(Callback):
         if self._length.known:
             updates = self._length.updates
             if interval is None:
-                interval = _UNKNOWN_LENGTH_INTERVAL if updates is None else max(10, updates // 100)
+                interval = _default_interval(updates)
                 interval = max(interval, probe_interval if isinstance(probe_interval, int) else 1)
             if explore_interval is None:
-                explore_interval = _UNKNOWN_LENGTH_EXPLORE_INTERVAL if updates is None else max(5, updates // 200)
+                explore_interval = _default_interval(updates) // 2
         if probe_interval == "auto":
             probe_interval = max(1, (interval or 1) // 100)
         return Plan(interval, explore_interval, probe_interval, self._length.updates)
@@ -707,6 +707,13 @@ class DynamicSparsityCallback(Callback):
             self._saved = state_dict
             self._resumed = state_dict
             self._networks, self._training = {}, None
+
+
+def _default_interval(updates: int | None) -> int:
+    """Between decisions, for the length of a run."""
+    if updates is None:
+        return _UNKNOWN_LENGTH_INTERVAL
+    return max(10, min(updates // 10, 100), updates // 100)
 
 
 def _table(ledger: Mapping[str, LayerFlops]) -> str:
