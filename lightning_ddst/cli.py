@@ -94,7 +94,7 @@ def _with_paths(args: Sequence[str]) -> list[str]:
 
 
 def _path(config: str) -> str:
-    if Path(config).suffix or Path(config).exists():
+    if Path(config).suffix or Path(config).is_file():
         return config
     if config not in CONFIGS:
         names = ", ".join(CONFIGS)

@@ -13,9 +13,9 @@ from lightning_ddst.models import SmallDiscriminator, SmallGenerator
 METHODS = {
     "static": {"method": "static"},
     "sdst": {"method": "sdst"},
-    "ddst": {"method": "ddst", "bounds": (0.2, 0.3)},
-    "strict": {"method": "ddst", "bounds": (0.2, 0.3), "max_discriminator_density": 0.4},
-    "auto": {"method": "ddst", "bounds": "auto"},
+    "ddst": {"method": "ddst", "bounds": (0.01, 0.02)},
+    "strict": {"method": "ddst", "bounds": (0.01, 0.02), "max_discriminator_density": 0.4},
+    "auto": {"method": "ddst", "bounds": "auto", "interval": 2},
     "signal": {"method": "ddst", "signal": "real_sign", "bounds": (0.9, 0.95)},
     "ramp": {"method": "ramp"},
     "posthoc": {"method": "posthoc"},
@@ -48,6 +48,18 @@ CRASHES = {
 }
 
 
+MOVES = {
+    "static": set(),
+    "sdst": set(),
+    "ddst": {"grow"},
+    "strict": {"grow", "explore"},
+    "auto": {"hold", "grow"},
+    "signal": {"grow", "prune"},
+    "ramp": {"grow"},
+    "posthoc": {"prune"},
+    "imp": {"prune"},
+}
+"""Decisions that each makes at least once."""
 FEW = ("after a decision", "between discriminator steps")
 """Where methods that change masks at the same moments as others are killed."""
 
@@ -60,10 +72,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, crash, method
     kill, every = CRASHES[crash]
     # A batch is one step of an optimizer, or two: 3 in 2 batches.
     every = every * 3 // 2
-    callback = assert_resumed_alike(
-        small_gan, resumable, tmp_path, every=every, kill=kill, **SETTINGS, **METHODS[method]
-    )
+    settings = SETTINGS | METHODS[method]
+    callback = assert_resumed_alike(small_gan, resumable, tmp_path, every=every, kill=kill, **settings)
     assert callback.generator_updates == 24
+    assert MOVES[method] <= {decision.action for _, decision in callback.decisions}
 
 
 # ---- a GAN and a loader of the user's own -----------------------------------------------------------

@@ -228,8 +228,7 @@ def crash(folder: Path, method: str, kill: int, every: int) -> Any:
         kill=kill,
         devices=2,
         strategy="ddp",
-        **SETTINGS,
-        **METHODS[method],
+        **SETTINGS | METHODS[method],
     )
     return True
 

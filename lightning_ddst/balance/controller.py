@@ -183,7 +183,8 @@ class CalibratingController(Controller):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` gave."""
-        self.bounds, self._before = state["bounds"], state["before"]
+        # Of a run whose bounds were given there is nothing to take over.
+        self.bounds, self._before = state.get("bounds"), state.get("before")
 
 
 @dataclass(frozen=True)
@@ -195,10 +196,18 @@ class DensityRamp(Controller):
     Args:
         start: The density at the start, in (0, 1].
         end: The density at the end, in [start, 1].
+
+    Raises:
+        ValueError: For a density outside what is allowed.
     """
 
     start: float
     end: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_density("start", self.start)
+        if not self.start <= self.end <= 1:
+            raise ValueError(f"end={self.end} must be in [start={self.start}, 1].")
 
     def decide(self, balance: Balance, density: float, progress: float = 0.0) -> Decision:
         """Decides from the share of the run that is done."""

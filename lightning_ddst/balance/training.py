@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -253,7 +253,7 @@ class SparseTraining:
         if self._is_due(self.plan.interval):
             self.divergence.look_at(balance, self.updates)
         progress = self.updates / self.plan.updates if self.plan.updates else 0.0
-        decision = self._controller.decide(balance, self.discriminator.target, progress)
+        decision = self._allowed(self._controller.decide(balance, self.discriminator.target, progress))
         gradients = self._holds[self.discriminator].gradients.take()
         if decision.action in ("grow", "explore") and gradients is None:
             self._postponed("discriminator")
@@ -264,6 +264,13 @@ class SparseTraining:
             self.discriminator.resize(decision.density, gradients)
         self.decisions.append((self.updates, decision))
         self._decision_due = False
+
+    def _allowed(self, decision: Decision) -> Decision:
+        """What layers of given densities let of a decision."""
+        density = self.discriminator.reachable(decision.density)
+        if decision.action in ("grow", "prune") and density == self.discriminator.target:
+            return Decision("hold", density, f"{decision.reason}, but its layers' densities allow no other")
+        return replace(decision, density=density)
 
     def _explore_generator(self) -> None:
         gradients = self._holds[self.generator].gradients.take()

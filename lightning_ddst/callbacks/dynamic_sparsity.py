@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -207,6 +208,10 @@ class DynamicSparsityCallback(Callback):
                 f"min_discriminator_density={min_discriminator_density}."
             )
         dense = method in ("dense", *_PRUNED)
+        if dense and layer_densities:
+            raise ValueError(
+                f'layer_densities={dict(layer_densities)} with method="{method}": its networks are dense at the start.'
+            )
         self.method = method
         self._densities: dict[Role, float] = {
             "generator": 1.0 if dense else generator_density,
@@ -228,11 +233,12 @@ class DynamicSparsityCallback(Callback):
             "layer_floor": layer_floor,
         }
         self._min_density = min_discriminator_density
-        self._controller: Controller | None = None
+        self._new_controller: Controller | None = None
         if method in _CONTROLLED:
-            self._controller = CalibratingController(controller) if bounds == "auto" else controller
+            self._new_controller = CalibratingController(controller) if bounds == "auto" else controller
         elif method == "ramp":
-            self._controller = DensityRamp(discriminator_density, max_discriminator_density)
+            self._new_controller = DensityRamp(discriminator_density, max_discriminator_density)
+        self._controller: Controller | None = self._new_controller
         self._exploration = Exploration(exploration_rate, schedule)
         self._estimator = estimator
         self._intervals = (interval, explore_interval, probe_interval)
@@ -311,7 +317,10 @@ class DynamicSparsityCallback(Callback):
 
     @property
     def decisions(self) -> list[tuple[int, Decision]]:
-        """Every decision on the discriminator so far, with the generator update it was made at."""
+        """Every decision on densities so far, with the generator update it was made at.
+
+        They are on the discriminator's; with "posthoc" and "imp" on both networks'.
+        """
         return [] if self._training is None else list(self._training.decisions)
 
     @property
@@ -454,6 +463,8 @@ class DynamicSparsityCallback(Callback):
                 discriminator_output=self._discriminator_output,
                 module=pl_module if isinstance(pl_module, ScoresItself) else None,
             )
+        if self._saved is None:
+            self._controller = deepcopy(self._new_controller)  # which may have found bounds for other networks
         self._training = SparseTraining(
             generator,
             discriminator,
@@ -545,7 +556,7 @@ class DynamicSparsityCallback(Callback):
         if self._training.beginnings > beginnings:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, GeneratorEMA):
-                    callback.restart()
+                    callback.restart(self._networks["generator"].network)
         new = self._training.decisions[decided:]
         line_is_due = logs_at(trainer, self._training.updates)
         if line_is_due:
@@ -681,6 +692,7 @@ class DynamicSparsityCallback(Callback):
             for role, network in self._networks.items()
         }
         return {
+            "method": self.method,
             "networks": networks,
             "training": self._training.state_dict(),
             "length": self._length.state_dict(),
@@ -691,6 +703,12 @@ class DynamicSparsityCallback(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint that says nothing about this callback's masks, unless they come from its weights."""
         saved = checkpoint.get("callbacks", {})
+        method = saved.get(self.state_key, {}).get("method", self.method)
+        if trainer.state.fn == "fit" and method != self.method:
+            raise ValueError(
+                f'the checkpoint is of a run with method="{method}", and this one has method="{self.method}". To begin '
+                "another run from its weights, load them into the module and fit without ckpt_path."
+            )
         if trainer.state.fn != "fit" or saved.get(self.state_key) or self._masking["initial"] == "magnitude":
             return
         others = [key for key in saved if key.startswith(type(self).__name__)]

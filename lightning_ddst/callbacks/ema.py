@@ -73,10 +73,10 @@ class GeneratorEMA(Callback):
         for optimizer in updating(trained, trainer.optimizers):
             self._handles.append(optimizer.register_step_post_hook(partial(self._update, trained)))
 
-    def restart(self) -> None:
-        """Forgets the averages, and begins anew with the present weights."""
-        assert self._generator is not None
-        self._average = WeightAverage(self._generator, self._decay, self._buffers)
+    def restart(self, generator: nn.Module) -> None:
+        """Forgets the averages, if they are of this generator, and begins anew with its present weights."""
+        if self._generator is generator:
+            self._average = WeightAverage(generator, self._decay, self._buffers)
 
     @uncompiled
     def _update(self, trained: Mapping[str, Tensor], optimizer: Optimizer, *_: Any) -> None:

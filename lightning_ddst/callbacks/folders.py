@@ -7,8 +7,8 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-_COPIES = 4
-"""Of the weights in a checkpoint: themselves, two moments of Adam, an average."""
+_COPIES = 5
+"""Of the weights in a checkpoint: themselves, two moments of Adam, an average, the initial ones."""
 _LOGS = 2**20
 
 

@@ -178,8 +178,12 @@ class SampleQuality(Callback):
         """The features of every process's images, from this one's share of images."""
 
         def extract(images: Tensor) -> Tensor:
-            check_range(images, whose)
+            finite = images.flatten(1).isfinite().all(1)
+            check_range(images[finite], whose)
             features: Tensor = self._features(images.to(device, self._dtype))
+            features = features.to(torch.promote_types(features.dtype, torch.float32))
+            # An extractor may make bytes of its images, which are always finite.
+            features = features.masked_fill(~finite.to(features.device)[:, None], float("nan"))
             return features.cpu() if ranks.several() else features
 
         return (features.to(device) for features in in_turn(map(extract, own)))

@@ -70,7 +70,9 @@ def _sparsity(callback: DynamicSparsityCallback) -> list[tuple[str, str]]:
         last = f"{balance.ratio:.3f}" if balance.ratio is not None else f"undecided: {balance.reason}"
         rows.append(("balance ratio, last window", last))
     actions = [decision.action for _, decision in callback.decisions]
-    if actions:
+    if callback.method in ("posthoc", "imp"):
+        rows.append(("pruned by magnitude", f"{len(actions)} times"))
+    elif actions:
         counts = ", ".join(f"{action} {actions.count(action)}" for action in dict.fromkeys(actions))
         resized = actions.count("grow") + actions.count("prune")
         rows.append(("discriminator resized", f"{resized} times in {len(actions)} decisions ({counts})"))

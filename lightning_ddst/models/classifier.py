@@ -10,7 +10,7 @@ from tqdm import trange
 from lightning_ddst import stored
 from lightning_ddst.data.fashion_mnist import FashionMNISTDataModule
 from lightning_ddst.data.images import batch_of, fitted
-from lightning_ddst.models.features import FeatureExtractor
+from lightning_ddst.models.features import FeatureExtractor, seeded
 from lightning_ddst.sparsity.checks import check_count
 
 _BATCH = 64
@@ -122,8 +122,7 @@ def trained_classifier(
     path = None
     if cache is not None:
         path = Path(cache).expanduser() / f"classifier-{stored.digest(images, labels, settings)}.pt"
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-        torch.manual_seed(seed)
+    with seeded(seed):
         network = SmallClassifier(images.shape[-1], images.shape[1], int(labels.max()) + 1)
         weights = None if path is None else stored.load(path)
         if weights is not None:

@@ -1,9 +1,8 @@
 """A classifier of handwritten digits, whose features measure samples' quality."""
 
-import torch
-
 from lightning_ddst.data.digits import digits
 from lightning_ddst.models.classifier import SmallClassifier, train_classifier
+from lightning_ddst.models.features import seeded
 
 
 class DigitsCNN(SmallClassifier):
@@ -24,8 +23,7 @@ def trained_digits_cnn(epochs: int = 10, seed: int = 0) -> DigitsCNN:
         The frozen classifier, in evaluation mode.
     """
     images, labels = digits().tensors
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
+    with seeded(seed):
         network = DigitsCNN()
         train_classifier(network, images, labels, epochs)
     return network

@@ -1,10 +1,12 @@
 """Networks from images to features, for `SampleQuality`: Inception's, torchvision's, and a ResNet of CIFAR-10."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
@@ -47,6 +49,19 @@ class FeatureExtractor(nn.Module):
     def extra_repr(self) -> str:
         """The settings that decide on features, beside the weights."""
         return ", ".join(f"{name}={value!r}" for name, value in self._settings.items())
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """For making and training a network on the CPU, whatever else is going on; torch's random states stay as they are.
+
+    Args:
+        seed: Of what is drawn on the CPU.
+    """
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+        # Not torch.manual_seed, which would set those of all devices for good.
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 class InceptionFeatures(FeatureExtractor):
@@ -126,12 +141,11 @@ class TorchvisionFeatures(FeatureExtractor):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_choice("model", model, list_models())
+        check_choice("model", model, list_models(module=torchvision.models))  # others download a part of themselves
         check_count("image_size", image_size)
         if (weights is None) != random:
             raise ValueError(f"weights={weights!r}, random={random}: give a file, or have random ones by random=True.")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             network = get_model(model, weights=None, num_classes=num_classes)
         if weights is not None:
             _load(network, Path(weights).expanduser(), f"torchvision's weights of {model} belong there")

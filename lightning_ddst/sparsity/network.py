@@ -181,8 +181,7 @@ class SparseNetwork:
             ValueError: If the density is outside (0, 1] or below what the layers' floors allow.
         """
         check_density("density", density)
-        if self._given:
-            density = self._reachable(density)
+        density = self.reachable(density)
         total = round(density * self.total)
         before = self.active
         grows = total > before
@@ -376,8 +375,10 @@ class SparseNetwork:
         }
         return {name: max(0, count - floors[name]) for name, count in self._counts.items()}
 
-    def _reachable(self, density: float) -> float:
+    def reachable(self, density: float) -> float:
         """The density nearest to this one that layers of given densities allow."""
+        if not self._given:
+            return density
         given = sum(self._given.values())
         free = [mask.numel() for name, mask in self.masks.items() if name not in self._given]
         return min(max(density, (given + len(free)) / self.total), (given + sum(free)) / self.total)

@@ -27,19 +27,27 @@ def published_flops(network: nn.Module, *inputs: Tensor, densities: Mapping[str,
         network: Is run once, in evaluation mode, without gradients.
         inputs: Its arguments for one image.
         densities: Of its weights, by their names in ``network.named_parameters()``; 1 for those that are not there.
+
+    Raises:
+        ValueError: If there is a density of what is no maskable weight of the network.
     """
     weights = {layer: weight for weight in maskable_weights(network) for layer in weight.layers.values()}
+    densities = densities or {}
+    if unknown := densities.keys() - {weight.name for weight in weights.values()}:
+        raise ValueError(f"densities: {min(unknown)!r} is no maskable weight of {type(network).__name__}.")
     operations = 0.0
 
     def count(layer: nn.Module, _: object, output: Tensor) -> None:
         nonlocal operations
+        if not isinstance(layer, nn.Linear | nn.Conv2d | nn.BatchNorm2d):
+            return
         positions = output.shape[2:].numel()
         if isinstance(layer, nn.Linear | nn.Conv2d):
             groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-            density = (densities or {}).get(weights[layer].name, 1.0)
-            operations += density * weights[layer].parameter.numel() * groups * positions
+            density = densities.get(weights[layer].name, 1.0) if layer in weights else 1.0
+            operations += density * layer.weight.numel() * groups * positions
             operations += 0 if layer.bias is None else layer.bias.numel() * positions
-        elif isinstance(layer, nn.BatchNorm2d) and layer.affine:
+        elif layer.affine:
             operations += 2 * layer.num_features * positions
 
     handles = [layer.register_forward_hook(count) for layer in network.modules()]

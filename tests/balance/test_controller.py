@@ -282,6 +282,12 @@ def test_only_the_balance_ratio_has_no_negative_bounds():
         DensityController((-0.5, 0.5))
 
 
+@pytest.mark.parametrize(("start", "end"), [(0.0, 1.0), (0.5, 0.4), (0.5, 1.1)])
+def test_a_ramp_does_not_fall(start, end):
+    with pytest.raises(ValueError, match=r"start=|end="):
+        DensityRamp(start, end)
+
+
 # ---- without feedback --------------------------------------------------------------------------------
 
 

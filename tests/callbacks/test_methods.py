@@ -106,6 +106,87 @@ def test_the_average_begins_again_with_the_weights():
     assert torch.equal(seen[9][1], seen[9][2])
 
 
+class TwoPairs(ToyGAN):
+    """A second pair, trained like the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = ToyGAN(), ToyGAN()
+        del self.generator, self.discriminator
+
+    def training_step(self, batch, batch_idx):
+        optimizers = self.optimizers()
+        for pair, own in ((self.first, optimizers[:2]), (self.second, optimizers[2:])):
+            pair.optimizers, pair.manual_backward = lambda own=own: own, self.manual_backward
+            pair.training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        return [*self.first.configure_optimizers(), *self.second.configure_optimizers()]
+
+
+def test_only_the_average_of_the_pair_that_goes_back_begins_again():
+    callbacks, averages = [], []
+    for pair, method in (("first", "imp"), ("second", "static")):
+        names = {"generator": f"{pair}.generator", "discriminator": f"{pair}.discriminator"}
+        callbacks.append(DynamicSparsityCallback(0.64, method=method, **names))
+        averages.append(GeneratorEMA(0.9, generator=names["generator"]))
+    trained(*callbacks, *averages, gan=TwoPairs(), epochs=3)
+    assert [ema._average.updates for ema in averages] == [11, 30]
+
+
+def test_bounds_are_found_anew_for_another_module():
+    sparsity = DynamicSparsityCallback(0.25, bounds="auto", interval=5, explore_interval=5)
+    trained(sparsity, epochs=3)
+    found = sparsity._controller.bounds
+    assert found is not None
+    trained(sparsity, epochs=3, seed=1)
+    assert sparsity._controller.bounds is not None
+    assert sparsity._controller.bounds != found
+    assert "has come to" in "".join(decision.reason for _, decision in sparsity.decisions)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("ddst", "posthoc"), ("ddst", "dense"), ("dense", "posthoc"), ("ddst", "imp")]
+)
+def test_a_run_does_not_go_on_by_another_method(tmp_path, before, after):
+    trainer = toy_trainer(DynamicSparsityCallback(0.25, method=before), folder=tmp_path)
+    trainer.fit(ToyGAN(), toy_data())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    later = toy_trainer(DynamicSparsityCallback(0.25, method=after), epochs=2)
+    with pytest.raises(ValueError, match=f'of a run with method="{before}", and this one has method="{after}"'):
+        later.fit(ToyGAN(), toy_data(), ckpt_path=tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize(("before", "after"), [((0.4, 0.5), "auto"), ("auto", (0.4, 0.5))])
+def test_a_run_goes_on_with_other_bounds(tmp_path, before, after):
+    trainer = toy_trainer(DynamicSparsityCallback(0.25, bounds=before, interval=2), folder=tmp_path)
+    trainer.fit(ToyGAN(), toy_data())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    sparsity = DynamicSparsityCallback(0.25, bounds=after, interval=2)
+    toy_trainer(sparsity, epochs=3).fit(ToyGAN(), toy_data(), ckpt_path=tmp_path / "last.ckpt")
+    reasons = [decision.reason for update, decision in sparsity.decisions if update > 10]
+    assert ("has come to" in "".join(reasons)) == (after == "auto")
+
+
+@pytest.mark.parametrize("method", ["dense", "posthoc", "imp"])
+def test_densities_of_layers_are_refused_where_networks_start_dense(method):
+    with pytest.raises(ValueError, match=f'layer_densities=.*with method="{method}": its networks are dense'):
+        DynamicSparsityCallback(0.25, method=method, layer_densities={"*.0": 0.5})
+
+
+def test_a_layer_of_given_density_caps_the_discriminator_once():
+    sparsity = DynamicSparsityCallback(
+        0.25, method="dda", bounds=(0.0, 1e-9), interval=2, delta=0.1, layer_densities={"discriminator.0": 0.25}
+    )
+    trained(sparsity, epochs=2)
+    grown = [decision for _, decision in sparsity.decisions if decision.action == "grow"]
+    held = [decision for _, decision in sparsity.decisions if decision.action == "hold"]
+    assert grown
+    assert held
+    assert sparsity.discriminator_density == grown[-1].density == (128 + 32) / 544
+    assert held[-1].reason.endswith("but its layers' densities allow no other")
+
+
 @pytest.mark.parametrize("maximum", [1.0, 0.6])
 def test_the_ramp_raises_the_discriminator_in_a_straight_line(maximum):
     sparsity, watch = watched(

@@ -466,6 +466,36 @@ def test_samples_that_are_not_finite_give_nan() -> None:
     assert all(np.isfinite(history[-1][1]) for history in quality.history.values())
 
 
+class Bytes(ToyFeatures):
+    """Features of images as bytes, in which nothing is left of NaN."""
+
+    def forward(self, images):
+        return super().forward((images * 127.5 + 127.5).nan_to_num(0.0).clamp(0, 255).to(torch.uint8).float())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_samples_that_are_not_finite_give_nan_whatever_features_make_of_them(value) -> None:
+    quality = SampleQuality(Bytes(), "bytes")
+    gan = vector_gan()
+    nn.init.constant_(gan.generator[-1].bias, value)
+    toy_trainer(quality).validate(gan, toy_data(), verbose=False)
+    assert np.isnan(quality.history[FRECHET][-1][1])
+
+
+class Half(ToyFeatures):
+    def forward(self, images):
+        return super().forward(images).half()
+
+
+def test_features_in_half_precision_are_compared_in_single() -> None:
+    gan, distances = vector_gan(), []
+    for features in (ToyFeatures(), Half()):
+        quality = SampleQuality(features, "toy")
+        toy_trainer(quality).validate(gan, toy_data(), verbose=False)
+        distances.append(quality.history[FRECHET][-1][1])
+    assert distances[1] == pytest.approx(distances[0], rel=1e-2)
+
+
 def test_kept_features_bound_what_is_compared() -> None:
     quality = SampleQuality(ToyFeatures(), "toy", ["precision"], kept_features=30)
     toy_trainer(quality).validate(vector_gan(), toy_data(), verbose=False)

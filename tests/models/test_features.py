@@ -372,3 +372,18 @@ def test_the_fashion_classifier_reads_the_files(monkeypatch) -> None:
     assert drawn.max() <= 1
     assert labels.bincount().tolist() == [6000] * 10
     assert epochs == 2
+
+
+@pytest.mark.parametrize("make", [lambda: TorchvisionFeatures("resnet18", random=True), lambda: trained_digits_cnn(0)])
+def test_making_features_leaves_every_devices_random_state(make, monkeypatch) -> None:
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    make()
+    assert not seeded
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_detectors_are_no_classifiers() -> None:
+    with pytest.raises(ValueError, match="model='fasterrcnn_resnet50_fpn'"):
+        TorchvisionFeatures("fasterrcnn_resnet50_fpn", random=True)

@@ -23,6 +23,24 @@ def test_one_image_by_hand():
     assert not network[1].num_batches_tracked
 
 
+def test_densities_of_what_is_not_there_are_refused():
+    with pytest.raises(ValueError, match=r"'generator.weight' is no maskable weight of Linear"):
+        published_flops(nn.Linear(2, 3), torch.zeros(1, 2), densities={"generator.weight": 0.1})
+
+
+def test_modules_that_return_several_tensors_and_tied_weights():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.tied, self.free = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False), nn.Linear(3, 2)
+            self.tied.weight = self.embedding.weight
+
+        def forward(self, x):
+            return self.tied(x), self.free(x)
+
+    assert published_flops(Two(), torch.zeros(1, 3)) == 15 + 6 + 2
+
+
 def test_groups_are_ignored():
     network = nn.Conv2d(4, 8, 1, groups=2, bias=False)  # 16 weights, counted as 32
     assert published_flops(network, torch.zeros(1, 4, 3, 3)) == 32 * 9
