@@ -1,6 +1,7 @@
 """The command ``lightning-ddst``: a LightningCLI whose sparsity is set under ``--sparsity``."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ class SparseGANCLI(LightningCLI):
 
 def main() -> None:
     """Runs the command with the arguments of the process."""
+    # They are those of the process, with names of configurations in them resolved.
+    warnings.filterwarnings("ignore", ".*LightningCLI's args parameter")
     if sys.argv[1:2] == ["plot"]:
         plot(sys.argv[2:])
     else:

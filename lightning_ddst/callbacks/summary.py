@@ -71,7 +71,7 @@ def _sparsity(callback: DynamicSparsityCallback) -> list[tuple[str, str]]:
         rows.append(("balance ratio, last window", last))
     actions = [decision.action for _, decision in callback.decisions]
     if callback.method in ("posthoc", "imp"):
-        rows.append(("pruned by magnitude", f"{len(actions)} times"))
+        rows.append(("pruned by magnitude", f"{len(actions)} time{'' if len(actions) == 1 else 's'}"))
     elif actions:
         counts = ", ".join(f"{action} {actions.count(action)}" for action in dict.fromkeys(actions))
         resized = actions.count("grow") + actions.count("prune")

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.loggers import CSVLogger
@@ -205,3 +206,10 @@ def test_large_counts_are_easy_to_read(capsys) -> None:
     rows = dict(printed(capsys, sparsity, RunSummary(), gan=Wide()))
     # 8*500 + 500*16 weights.
     assert rows["generator"] == "density 0.5000 (6,000 of 12,000 weights active)"
+
+
+@pytest.mark.parametrize(("method", "said"), [("posthoc", "1 time"), ("imp", "7 times")])
+def test_networks_that_are_pruned_are_not_called_resized(capsys, method, said) -> None:
+    rows = dict(printed(capsys, DynamicSparsityCallback(0.25, method=method), RunSummary(), epochs=4))
+    assert rows["pruned by magnitude"] == said
+    assert "discriminator resized" not in rows
