@@ -60,7 +60,7 @@ MOVES = {
     "imp": {"prune"},
 }
 """Decisions that each makes at least once."""
-FEW = ("after a decision", "between discriminator steps")
+FEW = ("between discriminator steps",)
 """Where methods that change masks at the same moments as others are killed."""
 
 
