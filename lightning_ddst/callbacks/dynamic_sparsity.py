@@ -1,9 +1,9 @@
 """The callback that trains a GAN sparsely."""
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -61,6 +61,8 @@ _EXPLORING = ("sdst", "ddst", "ramp")
 _CONTROLLED = ("dda", "ddst")
 _RESIZING = (*_CONTROLLED, "ramp")
 _PRUNED = ("posthoc", "imp")
+
+T = TypeVar("T")
 
 _UNKNOWN_LENGTH_INTERVAL = 1000
 
@@ -326,23 +328,18 @@ class DynamicSparsityCallback(Callback):
     @property
     def flops_ratio(self) -> float | None:
         """Training operations so far, relative to dense training; None before the second generator update."""
-        return None if self._training is None else self._training.flops.ratio
+        flops = self._flops
+        return flops.ratio if flops.dense else None
 
     @property
     def flops_ledger(self) -> dict[str, LayerFlops]:
         """Training operations so far of every maskable weight, by its name in the module; empty where not counted."""
-        if self._training is None:
-            return {}
-        pairs = zip(self._networks, self._training.flops.layers, strict=True)
-        return {self._names_in_module(role)[name]: flops for role, layers in pairs for name, flops in layers.items()}
+        return {} if self._training is None else self._by_full_name(self._training.flops.layers)
 
     @property
     def mean_layer_densities(self) -> dict[str, float]:
         """The density of every maskable weight, by its name in the module, averaged over generator updates so far."""
-        if self._training is None:
-            return {}
-        pairs = zip(self._networks, self._training.flops.mean_densities, strict=True)
-        return {self._names_in_module(role)[name]: mean for role, layers in pairs for name, mean in layers.items()}
+        return {} if self._training is None else self._by_full_name(self._training.flops.mean_densities)
 
     @property
     def plan(self) -> Plan:
@@ -352,6 +349,16 @@ class DynamicSparsityCallback(Callback):
     def networks(self) -> dict[Role, SparseNetwork]:
         """Both sparse networks; empty before fitting, unless `attach` was called."""
         return dict(self._networks)
+
+    @property
+    def _flops(self) -> LayerFlops:
+        """Of both networks so far."""
+        return LayerFlops() if self._training is None else self._training.flops.together
+
+    def _by_full_name(self, of_networks: Iterable[Mapping[str, T]]) -> dict[str, T]:
+        """What is known of each network's maskable weights, by their names in the module."""
+        pairs = zip(self._networks, of_networks, strict=True)
+        return {self._names_in_module(role)[name]: value for role, values in pairs for name, value in values.items()}
 
     def _names_in_module(self, role: Role) -> dict[str, str]:
         """From the names of maskable weights in their network to those in ``pl_module.named_parameters()``."""
@@ -669,8 +676,8 @@ class DynamicSparsityCallback(Callback):
         if self.method in (*_RESIZING, *_PRUNED):
             actions = [decision.action for _, decision in self._training.decisions]
             values |= {f"decision/{action}": float(actions.count(action)) for action in ACTIONS}
-        if (ratio := self.flops_ratio) is not None:
-            values["flops/training_ratio"] = ratio
+        if (flops := self._flops).dense:
+            values |= {"flops/training_ratio": flops.ratio, "flops/measuring_ratio": flops.probes / flops.dense}
         return values
 
     # ---- saving ----------------------------------------------------------------------------------------
@@ -740,9 +747,7 @@ def _table(ledger: Mapping[str, LayerFlops]) -> str:
         "| layer | steps | dense gradients | measuring BR | dense training | share of dense |",
         "|---|---|---|---|---|---|",
     ]
-    parts = [(f.steps, f.dense_gradients, f.probes, f.dense) for f in ledger.values()]
-    total = LayerFlops(*map(sum, zip(*parts, strict=True)))
-    for name, f in [*ledger.items(), ("**all**", total)]:
+    for name, f in [*ledger.items(), ("**all**", LayerFlops.together(ledger.values()))]:
         cells = [f"{value:.4g}" for value in (f.steps, f.dense_gradients, f.probes, f.dense)]
         rows.append(f"| {name} | {' | '.join(cells)} | {f.ratio:.1%} |")
     return "\n".join(rows)

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -92,7 +92,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class LayerFlops:
-    """Floating-point operations of one weight in training.
+    """Floating-point operations of one weight in training, or of several together.
 
     Attributes:
         steps: Of its active entries, in forward and backward passes.
@@ -115,6 +115,11 @@ class LayerFlops:
     def ratio(self) -> float:
         """The total relative to dense training; NaN for a layer that does nothing."""
         return self.total / self.dense if self.dense else float("nan")
+
+    @classmethod
+    def together(cls, layers: Iterable["LayerFlops"]) -> "LayerFlops":
+        """The sum over layers."""
+        return cls(*(sum(parts) for parts in zip(*(astuple(layer) for layer in (cls(), *layers)), strict=True)))
 
 
 class TrainingFlops:
@@ -142,19 +147,9 @@ class TrainingFlops:
         return [tally.layers(self._updates) if self._measured else {} for tally in self._tallies]
 
     @property
-    def total(self) -> int:
-        """Operations of all layers so far: of active weights, dense gradients and probes."""
-        return sum(layer.total for layers in self.layers for layer in layers.values())
-
-    @property
-    def dense(self) -> int:
-        """Operations so far of the same training, dense and without probes."""
-        return sum(layer.dense for layers in self.layers for layer in layers.values())
-
-    @property
-    def ratio(self) -> float | None:
-        """Operations relative to dense training; None before the second update, and for compiled networks."""
-        return self.total / self.dense if self.dense else None
+    def together(self) -> LayerFlops:
+        """The operations of all weights so far; 0 before the second update, and for compiled networks."""
+        return LayerFlops.together(layer for layers in self.layers for layer in layers.values())
 
     @property
     def mean_densities(self) -> list[dict[str, float]]:

@@ -1,0 +1,158 @@
+"""Trains what a study asks for, and keeps a row of each run in results/<study>.jsonl.
+
+    python benchmarks/grid.py fashion --data FOLDER [--jobs 2] [--minutes 60] [--work benchmark_runs]
+
+A run is a call of `lightning-ddst fit` with the row's command, on one thread, several at once with --jobs. Runs that
+have a row are skipped; one that was interrupted goes on from its checkpoint. Rows are ranked: what matters most is
+trained first, so the study can be stopped at any time and finished later.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from studies import STUDIES, Cell
+
+from lightning_ddst.runs import Points, read_run
+
+HERE = Path(__file__).parent
+PACKAGES = ("lightning_ddst", "torch", "lightning", "torchmetrics")
+SERIES = {
+    "frechet_distance": "distance",
+    "flops/training_ratio": "flops",
+    "flops/measuring_ratio": "measuring",
+    "density/discriminator": "discriminator_density",
+    "balance/ratio": "balance_ratio",
+    "balance/alpha": "alpha",
+    "balance/beta": "beta",
+}
+"""What a row keeps of what a run logged: generator updates with a value at each."""
+
+
+def rows(study: str) -> list[dict[str, Any]]:
+    """The rows that a study has."""
+    path = HERE / "results" / f"{study}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def key(row: dict[str, Any]) -> tuple[str, str, float, int]:
+    """Of the cell that a row is of."""
+    return row["setting"], row["run"], row["density"], row["seed"]
+
+
+def train(cell: Cell, work: Path, machine: str) -> dict[str, Any]:
+    """Trains one GAN in a process of its own, or goes on with it, and reads what it logged.
+
+    Raises:
+        RuntimeError: If it fails; the reason is in its folder's log.txt.
+    """
+    folder = Path("runs") / "".join(c if c.isalnum() or c in ".-" else "_" for c in "-".join(map(str, cell.key)))
+    (work / folder).mkdir(parents=True, exist_ok=True)
+    command = [str(Path(sys.executable).with_name("lightning-ddst")), *shlex.split(cell.command)[1:]]
+    command += ["--trainer.logger.init_args.save_dir", str(folder)]
+    checkpoints = sorted((work / folder).glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if checkpoints:
+        command += ["--ckpt_path", str(checkpoints[-1].relative_to(work))]
+    start = time.perf_counter()
+    with (work / folder / "log.txt").open("a") as log:
+        finished = subprocess.run(
+            command, cwd=work, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+    if finished.returncode:
+        raise RuntimeError(f"ended with code {finished.returncode}: {work / folder / 'log.txt'}")
+    return {
+        **dict(zip(("setting", "run", "density", "seed"), cell.key, strict=True)),
+        "command": cell.command,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "commit": commit(),
+        "machine": machine,
+        "seconds": round(time.perf_counter() - start),
+        **kept(read_run(work / folder)),
+    }
+
+
+def kept(logged: dict[str, Points]) -> dict[str, list[tuple[int, float]]]:
+    """What a row keeps, to five digits."""
+    found = {}
+    for prefix, name in SERIES.items():
+        for logged_as, points in logged.items():
+            if logged_as == prefix or logged_as.startswith(f"{prefix}/"):
+                found[name] = [(update, float(f"{value:.5g}")) for update, value in points]
+    return found
+
+
+def commit() -> str:
+    """Of this repository."""
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
+    return described.stdout.strip()
+
+
+def machine_kind() -> str:
+    """What runs are trained on, one thread of a CPU or a GPU."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()}), 1 thread"
+
+
+def main() -> None:
+    """Trains what is missing, side by side."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--data", type=Path, required=True, help="the folder that holds the images")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no run is begun")
+    parser.add_argument("--work", type=Path, default=Path("benchmark_runs"), help="for logs and checkpoints")
+    options = parser.parse_args()
+
+    options.work.mkdir(parents=True, exist_ok=True)
+    for link, target in (("data", options.data), ("benchmarks", HERE)):
+        if not (options.work / link).exists():
+            (options.work / link).symlink_to(target.resolve(), target_is_directory=True)
+    cells = STUDIES[options.study]()
+    there = {key(row) for row in rows(options.study)}
+    missing = [cell for cell in cells if cell.key not in there]
+    print(f"{options.study}: {len(cells) - len(missing)} of {len(cells)} runs are done", flush=True)
+    begun, machine, results = time.monotonic(), machine_kind(), HERE / "results" / f"{options.study}.jsonl"
+    results.parent.mkdir(exist_ok=True)
+    stopped, done = Event(), 0
+
+    def one(cell: Cell) -> None:
+        nonlocal done
+        if stopped.is_set() or time.monotonic() - begun > 60 * options.minutes:
+            return
+        try:
+            row = train(cell, options.work, machine)
+        except (RuntimeError, OSError, ValueError) as error:
+            if not stopped.is_set():
+                print(f"{cell.key} failed: {error}", flush=True)
+            return
+        with results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        done += 1
+        left = (time.monotonic() - begun) / done * (len(missing) - done) / 3600
+        print(
+            f"{len(cells) - len(missing) + done}/{len(cells)} {cell.key}: distance {row['distance'][-1][1]:.2f}, "
+            f"training FLOPs {row['flops'][-1][1]:.0%}; {left:.1f} hours left",
+            flush=True,
+        )
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        try:
+            list(pool.map(one, missing))
+        except KeyboardInterrupt:
+            stopped.set()  # the runs were interrupted with this process, and save themselves
+            print("Interrupted; what was begun goes on from its checkpoint next time.", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The runs of each study: what `lightning-ddst fit` is asked for, those that matter most first."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import product
+
+DENSITIES = (0.1, 0.3, 0.05, 0.2, 0.5)
+"""Of the generator."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run.
+
+    Attributes:
+        setting: What it is trained on.
+        run: How, by the name that tables have.
+        density: The generator's; 1 for the dense pair.
+        seed: Of everything.
+        options: What `lightning-ddst fit` is asked for beside the seed.
+    """
+
+    setting: str
+    run: str
+    density: float
+    seed: int
+    options: str
+
+    @property
+    def key(self) -> tuple[str, str, float, int]:
+        """What it is in its study."""
+        return self.setting, self.run, self.density, self.seed
+
+    @property
+    def command(self) -> str:
+        """What trains it."""
+        return f"lightning-ddst fit {self.options} --seed_everything {self.seed}"
+
+
+# ---- Fashion-MNIST -------------------------------------------------------------------------------------
+
+FASHION = {
+    "60,000 images": "--config benchmarks/fashion.yaml",
+    "300 images": "--config benchmarks/fashion.yaml --data.init_args.images 300",
+    "100 images": "--config benchmarks/fashion.yaml --data.init_args.images 100",
+    "1,000 images": "--config benchmarks/fashion.yaml --data.init_args.images 1000",
+}
+_EXPLORES = "--sparsity.method ddst --sparsity.bounds [0,1.0e-6]"  # BR is always above: it explores at its maximum
+_FIXED = "--sparsity.discriminator_density {matched} --sparsity.max_discriminator_density {matched}"
+_LEARNING_RATE = "--model.init_args.discriminator_optimizer.init_args.lr"
+
+MATCHED = {("60,000 images", 0.1): 0.35, ("300 images", 0.1): 0.25, ("60,000 images", 0.3): 0.7}
+"""The discriminator's mean density in trial runs of DDST (seeds 10 and 11), where there were any."""
+
+METHODS: dict[str, str] = {
+    "DDST relaxed": "--config ddst_relaxed",
+    "ramp": "--config ramp",
+    "RigL, strong D": "--config sdst_rigl_strong",
+    "RigL, D explores at DDST's mean": f"{_EXPLORES} {_FIXED}",
+    "ramp to 0.5": "--config ramp --sparsity.max_discriminator_density 0.5",
+    "RigL, strong D, twice its learning rate": f"--config sdst_rigl_strong {_LEARNING_RATE} 2.0e-3",
+    "DDST strict": "--config ddst_strict --sparsity.interval 100",
+    "RigL, balanced D": "--config sdst_rigl_balanced",
+    "DDST auto": "--config ddst_relaxed --sparsity.bounds auto",
+    "SET, strong D": "--config sdst_set_strong",
+    "SET, balanced D": "--config sdst_set_balanced",
+    "static, strong D": "--config static_strong",
+    "static, balanced D": "--config static_balanced",
+}
+CLAIMS = tuple(METHODS)[:6]
+"""What the claim is judged by: DDST and what it has to be better than."""
+
+
+def fashion() -> list[Cell]:
+    """Round by round, so that what is done can be compared at any time."""
+
+    def options(setting: str, run: str, density: float) -> str:
+        method = METHODS[run].format(matched=MATCHED.get((setting, density), 0.35))
+        return f"{FASHION[setting]} {method} --sparsity.generator_density {density}"
+
+    def cells(
+        settings: Iterable[str], densities: Iterable[float], runs: Iterable[str], seeds: Iterable[int]
+    ) -> list[Cell]:
+        return [
+            Cell(setting, run, density, seed, options(setting, run, density))
+            for seed, setting, density, run in product(seeds, settings, densities, runs)
+        ]
+
+    def dense(settings: Iterable[str], seeds: Iterable[int]) -> list[Cell]:
+        return [Cell(s, "dense", 1.0, seed, f"{FASHION[s]} --config dense") for seed, s in product(seeds, settings)]
+
+    large, few, *others = FASHION
+    first, second, *rest = DENSITIES
+    rounds = [
+        *cells([large], [first], CLAIMS, range(3)),
+        *cells([few], [first], CLAIMS[:4], range(3)),
+        *dense([large, few], range(1)),
+        *cells([large], [second], CLAIMS[:4], range(3)),
+        *cells([large], [first], CLAIMS, range(3, 5)),
+        *cells([few], [first], CLAIMS[:4], range(3, 5)),
+        *cells([large], [second], CLAIMS[:4], range(3, 5)),
+    ]
+    rounds += cells([large], [first], METHODS, range(3))
+    rounds += cells(others, [first], CLAIMS[:4], range(3))
+    rounds += dense(FASHION, range(3))
+    rounds += cells([large, few], [first, second], CLAIMS, range(5))
+    rounds += cells([large, few], [*rest], METHODS, range(3))
+    rounds += cells([large, few], [second], METHODS, range(3))
+    return list({cell.key: cell for cell in rounds}.values())
+
+
+STUDIES: dict[str, Callable[[], list[Cell]]] = {"fashion": fashion}
+"""By name, the cells in the order of their rank."""
