@@ -14,6 +14,7 @@ from lightning_ddst import ranks
 from lightning_ddst.augmentation import DIFF_AUGMENTS, Policy, diff_augment
 from lightning_ddst.callbacks.logs import log_scalars, logs_at
 from lightning_ddst.losses import LOSSES, gradient_penalty, r1_penalty
+from lightning_ddst.modes import evaluating
 from lightning_ddst.sparsity.checks import check_choice, check_count
 
 LossName = Literal["hinge", "non-saturating", "wasserstein", "least-squares"]
@@ -145,18 +146,13 @@ class GANModule(LightningModule):
         Returns:
             Images on the module's device.
         """
-        modes = [(module, module.training) for module in self.generator.modules()]
-        self.generator.eval()
-        try:
+        with evaluating(self.generator):
             z = torch.randn(n, self.latent_dim, generator=rng)
             labels = self._draw_labels(n, rng) if labels is None else labels
             images: Tensor = self(
                 z.to(next(self.generator.parameters())), None if labels is None else labels.to(self.device)
             )
             return images
-        finally:
-            for module, training in modes:
-                module.training = training
 
     def _draw_labels(self, n: int, rng: torch.Generator | None = None) -> Tensor | None:
         return None if self.num_classes is None else torch.randint(self.num_classes, (n,), generator=rng)

@@ -1,14 +1,12 @@
 """The command ``lightning-ddst plot``: writes the figures of a run."""
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
-from uuid import uuid4
 
 from jsonargparse import ArgumentParser
 
+from lightning_ddst import stored
 from lightning_ddst.runs import read_run
 
 
@@ -37,7 +35,8 @@ def plot(args: Sequence[str]) -> list[Path]:
         for name, figure in plots.figures(series).items():
             for form in given.formats:
                 path = folder / f"{name.replace('/', '-')}.{form}"
-                _write(path, plots.rendered(figure, form))
+                with stored.whole(path) as temporary:
+                    temporary.write_bytes(plots.rendered(figure, form))
                 print(path)
                 paths.append(path)
     except (OSError, ValueError) as error:
@@ -47,18 +46,6 @@ def plot(args: Sequence[str]) -> list[Path]:
 
 def _check(folder: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        stored.try_folder(folder)
     except OSError as error:
         raise OSError(f"figures cannot be written to {folder}: {error}. Choose another folder, --output.") from error
-
-
-def _write(path: Path, contents: bytes) -> None:
-    """Writes a file; a reader never sees half of it."""
-    temporary = path.with_name(f"{path.name}.{uuid4().hex}")
-    try:
-        temporary.write_bytes(contents)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

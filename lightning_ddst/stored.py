@@ -2,7 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 from uuid import uuid4
@@ -44,6 +46,28 @@ def _add(hashed: Hash, tensor: Tensor) -> None:
         hashed.update(flat.view(torch.uint8).numpy().data)
 
 
+def try_folder(folder: Path) -> None:
+    """Makes a folder, and writes a byte there that leaves no trace.
+
+    Raises:
+        OSError: If it cannot be written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"0")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Gives a path to write to that becomes `path` afterwards; a reader never sees half a file."""
+    temporary = path.with_name(f"{path.name}.{uuid4().hex}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes tensors by name; a reader never sees half a file.
 
@@ -52,12 +76,8 @@ def save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     held = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    temporary = path.with_name(f"{path.name}.{uuid4().hex}")
-    try:
+    with whole(path) as temporary:
         torch.save({"digest": digest(held), "tensors": held}, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(path: Path) -> dict[str, Tensor] | None:

@@ -1,11 +1,12 @@
 """Whether a run can write what it will have to, asked before it starts."""
 
 import shutil
-import tempfile
 from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_ddst import stored
 
 _COPIES = 5
 """Of the weights in a checkpoint: themselves, two moments of Adam, an average, the initial ones."""
@@ -33,9 +34,7 @@ def check_folders(trainer: Trainer, module: LightningModule) -> None:
 def _check_folder(folder: Path, needed: int) -> None:
     advice = "Choose another, Trainer(default_root_dir=...)."
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"0")
+        stored.try_folder(folder)
     except OSError as error:
         raise OSError(f"the run cannot write to {folder}: {error}. {advice}") from error
     free = shutil.disk_usage(folder).free

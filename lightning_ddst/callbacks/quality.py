@@ -1,6 +1,5 @@
 """How good samples are, beside real images, on any features."""
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -124,9 +123,7 @@ class SampleQuality(Callback):
         if len(self._generators) > 1 and not _averages(trainer):
             raise ValueError("generators: average and raw are the same weights, for there is no GeneratorEMA.")
         if self._cache is not None and trainer.is_global_zero:
-            self._cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self._cache):
-                pass
+            stored.try_folder(self._cache)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures and logs."""

@@ -56,8 +56,7 @@ class CIFAR10DataModule(ImageDataModule):
             try:
                 dataset = CIFAR10(self.root, train)
             except RuntimeError as error:
-                message = f"{original} lacks a file, or has one that is not the original (by its MD5)."
-                raise ValueError(f"{message} Get it from {self.home}.") from error
+                raise self.not_original(original) from error
             images, labels = dataset.data, np.asarray(dataset.targets, np.int64)
         else:
             path = self.root / ("train.npz" if train else "test.npz")

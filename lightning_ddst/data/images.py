@@ -129,6 +129,11 @@ class ImageDataModule(LightningDataModule):
             message += " Or let download=True download it, before training."
         return FileNotFoundError(message)
 
+    def not_original(self, folder: Path) -> ValueError:
+        """The error to raise where torchvision finds other files than the original ones, whose MD5 it knows."""
+        message = f"{folder} lacks a file, or has one that is not the original (by its MD5)."
+        return ValueError(message + self._where_to_get_it())
+
     def _where_to_get_it(self) -> str:
         return "" if self.home is None else f" Get it from {self.home}."
 

@@ -58,6 +58,5 @@ class STL10DataModule(ImageDataModule):
         try:
             dataset: Dataset[Any] = STL10(self.root, self.split if train else "test")
         except RuntimeError as error:
-            message = f"{folder} lacks a file, or has one that is not the original (by its MD5)."
-            raise ValueError(f"{message} Get it from {self.home}.") from error
+            raise self.not_original(folder) from error
         return dataset

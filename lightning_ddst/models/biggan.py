@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_ddst.models.residual import UpBlock, check_image_size, down_blocks, initialize, normalize
+from lightning_ddst.models.residual import UpBlock, down_blocks, initialize, normalize
 from lightning_ddst.sparsity.checks import check_choice, check_count
 
 Initialization = Literal["orthogonal", "normal"]
@@ -214,7 +214,7 @@ class BigGANDiscriminator(nn.Module):
 
 def _check(image_size: int, channels: int, width: int | None, num_classes: int, initialization: str) -> int:
     """Checks what both networks are given, and returns the width."""
-    check_image_size(image_size, _WIDTHS)
+    check_choice("image_size", image_size, _WIDTHS)
     check_choice("initialization", initialization, INITIALIZATIONS)
     width = _WIDTHS[image_size] if width is None else width
     for name, value in (("channels", channels), ("width", width), ("num_classes", num_classes)):

@@ -87,9 +87,3 @@ def normalize(network: nn.Module, *kinds: type[nn.Module]) -> None:
     for layer in list(network.modules()):
         if isinstance(layer, kinds):
             spectral_norm(layer)
-
-
-def check_image_size(image_size: int, allowed: Collection[int]) -> None:
-    """Requires one of several sizes."""
-    if image_size not in allowed:
-        raise ValueError(f"image_size={image_size} is unknown; allowed are {', '.join(map(str, allowed))}.")

@@ -4,8 +4,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from lightning_ddst.models.residual import DownBlock, UpBlock, check_image_size, down_blocks, initialize, normalize
-from lightning_ddst.sparsity.checks import check_count
+from lightning_ddst.models.residual import DownBlock, UpBlock, down_blocks, initialize, normalize
+from lightning_ddst.sparsity.checks import check_choice, check_count
 
 _GENERATOR = {32: (256, (1, 1, 1, 1)), 48: (64, (8, 4, 2, 1))}
 _DISCRIMINATOR = {32: (128, (1, 1, 1, 1), 2), 48: (64, (1, 2, 4, 8, 16), 4)}
@@ -30,7 +30,7 @@ class SNGANGenerator(nn.Module):
         self, image_size: int = 32, channels: int = 3, width: int | None = None, latent_dim: int = 128
     ) -> None:
         super().__init__()
-        check_image_size(image_size, _GENERATOR)
+        check_choice("image_size", image_size, _GENERATOR)
         default, multiples = _GENERATOR[image_size]
         width = default if width is None else width
         for name, value in (("channels", channels), ("width", width), ("latent_dim", latent_dim)):
@@ -70,7 +70,7 @@ class SNGANDiscriminator(nn.Module):
 
     def __init__(self, image_size: int = 32, channels: int = 3, width: int | None = None) -> None:
         super().__init__()
-        check_image_size(image_size, _DISCRIMINATOR)
+        check_choice("image_size", image_size, _DISCRIMINATOR)
         default, multiples, halvings = _DISCRIMINATOR[image_size]
         width = default if width is None else width
         check_count("channels", channels)

@@ -1,6 +1,9 @@
 """Checks of arguments; each raises a ValueError that names the argument, its value and what is allowed."""
 
 from collections.abc import Collection
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def check_density(name: str, value: float) -> None:
@@ -21,7 +24,7 @@ def check_count(name: str, value: int) -> None:
         raise ValueError(f"{name}={value!r} must be an integer, at least 1.")
 
 
-def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
-    """Requires one of several names."""
+def check_choice(name: str, value: T, allowed: Collection[T]) -> None:
+    """Requires one of several names or numbers."""
     if value not in allowed:
-        raise ValueError(f"{name}={value!r} is unknown; allowed are {', '.join(allowed)}.")
+        raise ValueError(f"{name}={value!r} is unknown; allowed are {', '.join(map(str, allowed))}.")

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_ddst.modes import evaluating
 from lightning_ddst.sparsity.maskable import maskable_weights
 
 
@@ -51,13 +52,10 @@ def published_flops(network: nn.Module, *inputs: Tensor, densities: Mapping[str,
             operations += 2 * layer.num_features * positions
 
     handles = [layer.register_forward_hook(count) for layer in network.modules()]
-    training = network.training
-    network.eval()
     try:
-        with torch.no_grad():
+        with evaluating(network), torch.no_grad():
             network(*inputs)
     finally:
-        network.train(training)
         for handle in handles:
             handle.remove()
     return operations

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_ddst.models.residual import DownBlock, UpBlock, check_image_size, down_blocks, initialize, normalize
+from lightning_ddst.models.residual import DownBlock, UpBlock, down_blocks, initialize, normalize
 
 
 def test_an_up_block_doubles_both_branches() -> None:
@@ -62,9 +62,3 @@ def test_normalize_takes_the_given_kinds_only() -> None:
     normalize(network, nn.Linear, nn.Conv2d)
     names = [name for name, parameter in network.named_parameters() if parameter.dim() > 1]
     assert names == ["0.parametrizations.weight.original", "1.0.parametrizations.weight.original", "2.weight"]
-
-
-def test_other_image_sizes_are_refused() -> None:
-    check_image_size(48, {32: 1, 48: 2})
-    with pytest.raises(ValueError, match="image_size=33 is unknown; allowed are 32, 48"):
-        check_image_size(33, {32: 1, 48: 2})

@@ -47,3 +47,9 @@ def test_a_choice_that_is_allowed_passes():
 def test_an_unknown_choice_is_refused_with_every_allowed_one(value):
     with pytest.raises(ValueError, match=rf"^scope='{value}' is unknown; allowed are global, layer\.$"):
         check_choice("scope", value, ("global", "layer"))
+
+
+def test_choices_may_be_numbers():
+    check_choice("image_size", 48, {32: 1, 48: 2})
+    with pytest.raises(ValueError, match=r"^image_size=33 is unknown; allowed are 32, 48\.$"):
+        check_choice("image_size", 33, {32: 1, 48: 2})
