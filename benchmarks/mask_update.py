@@ -1,30 +1,40 @@
-"""What a mask update costs, against a dense training step of the same network.
+"""What a mask update costs, against a dense training step, other implementations, and the memory's bandwidth.
 
-    python benchmarks/mask_update.py
+    python benchmarks/mask_update.py [--authors CLONE] [--rigl-torch CLONE] [--sparsimony CLONE] [--millions 1 10 100]
 
-A multilayer perceptron of 10 million weights, batch 64, Adam. Dense steps and mask updates (prune
-and grow) take turns in one process; printed are ratios of medians, with the quartiles of the
-ratios turn by turn.
+A multilayer perceptron at batch 64 with Adam, density 0.1. A mask update prunes half of the active weights and grows
+as many by gradient. All take turns in one process; kept in results/mask_update.jsonl are medians, and the median and
+quartiles of the ratios turn by turn.
 """
 
+import argparse
+import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
-from itertools import pairwise, product
+from itertools import pairwise
+from typing import Any
 
+import peers
 import torch
+from rows import add, origin
 from torch import nn
 
 from lightning_ddst.sparsity import SparseNetwork
 
-TURNS = 15
-SIZES = (1000, 2500, 2500, 500)  # 2.5 + 6.25 + 1.25 million weights
+TURNS = {1: 31, 10: 15, 100: 3}
+DENSITY = 0.1
+WEIGHTS_READ, WRITTEN = 4 + 4 + 1, 1 + 4
+"""Bytes a weight that any update has to read (weight, gradient, mask) and write (mask, weight)."""
 
 
-def perceptron() -> nn.Sequential:
+def perceptron(millions: int) -> nn.Sequential:
+    """Three layers of 2.5, 6.25 and 1.25 million weights, times `millions` / 10."""
+    sizes = [round(size * math.sqrt(millions / 10)) for size in (1000, 2500, 2500, 500)]
     layers: list[nn.Module] = []
-    for n_in, n_out in pairwise(SIZES):
-        layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+    for n_in, n_out in pairwise(sizes):
+        layers += [nn.Linear(n_in, n_out, bias=False), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
@@ -34,45 +44,93 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-@torch.no_grad()
-def as_if_trained(sparse: SparseNetwork, values: dict[str, torch.Tensor]) -> None:
-    """Fills the active weights anew, so that no update finds those grown before at 0."""
-    for name, parameter in sparse.parameters.items():
-        parameter.copy_(values[name]).mul_(sparse.masks[name])
+def bandwidth(weights: int) -> float:
+    """Bytes a second of a copy of as many floats, reading and writing counted."""
+    source = torch.rand(weights)
+    target = torch.empty_like(source)
+    return 2 * 4 * weights / statistics.median(seconds(lambda: target.copy_(source)) for _ in range(7))
 
 
-def main() -> None:
+def compare(millions: int, clones: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    network = perceptron()
+    network = perceptron(millions)
     optimizer = torch.optim.Adam(network.parameters())
-    batch = torch.randn(64, SIZES[0])
+    batch = torch.randn(64, network[0].in_features)
+    gradients = {name: torch.randn_like(parameter) for name, parameter in network.named_parameters()}
 
     def step() -> None:
         optimizer.zero_grad()
         network(batch).square().mean().backward()
         optimizer.step()
 
-    for density, scope in product((0.1, 0.5), ("global", "layer")):
-        sparse = SparseNetwork(perceptron(), density, scope=scope)
-        values, gradients = (
-            {name: torch.randn_like(parameter) for name, parameter in sparse.parameters.items()} for _ in range(2)
-        )
-        steps, updates = [], []
-        for turn in range(TURNS + 1):
-            elapsed = seconds(step)
-            as_if_trained(sparse, values)
-            update = seconds(lambda: sparse.explore(0.5, gradients))  # noqa: B023
+    functions: dict[str, Callable[[], object]] = {"dense step": step}
+    networks: dict[str, SparseNetwork] = {}
+    for scope in ("global", "layer"):
+        sparse = SparseNetwork(perceptron(millions), DENSITY, scope=scope)
+        networks[f"lightning_ddst, {scope}"] = sparse
+        functions[f"lightning_ddst, {scope}"] = lambda sparse=sparse: sparse.explore(0.5, gradients)
+    values = {name: torch.randn_like(parameter) for name, parameter in network.named_parameters()}
+    theirs: dict[str, nn.Module] = {}
+    for peer, clone in clones.items():
+        theirs[peer] = perceptron(millions)
+        update = peers.mask_updates(clone, peer, theirs[peer], DENSITY)
+        functions[peer] = lambda update=update: update(gradients)
+
+    @torch.no_grad()
+    def as_if_trained() -> None:
+        """Fills the active weights anew, so that no update finds those grown before at 0."""
+        for sparse in networks.values():
+            for name, parameter in sparse.parameters.items():
+                parameter.copy_(values[name]).mul_(sparse.masks[name])
+        for each in theirs.values():
+            for parameter, value in zip(each.parameters(), values.values(), strict=True):
+                parameter.copy_(torch.where(parameter == 0, parameter, value))
+
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(TURNS[millions] + 1):
+        as_if_trained()
+        for name, function in functions.items():
+            elapsed = seconds(function)
             if turn:  # the first turn warms up
-                steps.append(elapsed)
-                updates.append(update)
-        ratio = statistics.median(updates) / statistics.median(steps)
-        low, _, high = statistics.quantiles([u / s for u, s in zip(updates, steps, strict=True)], n=4)
+                times[name].append(elapsed)
+    ours = times["lightning_ddst, global"]
+    weights = sum(parameter.numel() for parameter in network.parameters())
+    bound = (WEIGHTS_READ + WRITTEN) * weights / bandwidth(weights)
+    held = sum(mask.numel() * mask.element_size() for mask in networks["lightning_ddst, global"].masks.values())
+    for name, each in times.items():
+        ratios = [one / our for one, our in zip(each, ours, strict=True)]
+        row = {
+            "millions": millions,
+            "threads": torch.get_num_threads(),
+            "what": name,
+            "milliseconds": round(1e3 * statistics.median(each), 2),
+            "to_ours": [round(value, 3) for value in statistics.quantiles(ratios, n=4)],
+            "turns": len(each),
+            "bandwidth_bound_ms": round(1e3 * bound, 2),
+            "mask_bytes_a_weight": held / weights,
+        }
+        add("mask_update", {**row, "command": "python benchmarks/mask_update.py", **origin()})
+        low, middle, high = row["to_ours"]
         print(
-            f"density {density}, {scope:<6}  mask update / dense step {ratio:.2f} (quartiles {low:.2f} to {high:.2f}), "
-            f"dense step {1e3 * statistics.median(steps):.0f} ms"
+            f"{millions:>3} million  {name:<24} {row['milliseconds']:>9.1f} ms, {middle:.2f} of ours "
+            f"({low:.2f} to {high:.2f})",
+            flush=True,
         )
-    held = sum(mask.numel() * mask.element_size() for mask in sparse.masks.values())
-    print(f"masks: {held / sparse.total:.2f} bytes a weight ({sparse.total:,} weights)")
+    print(
+        f"{millions:>3} million  memory alone {1e3 * bound:.1f} ms; masks: {held / weights:.2f} bytes a weight",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    peers.add_arguments(parser)
+    parser.add_argument("--millions", type=int, nargs="+", choices=TURNS, default=list(TURNS), help="of weights")
+    options = vars(parser.parse_args())
+    clones = {peer: options[peer.replace("-", "_")] for peer in peers.PEERS}
+    for millions in options["millions"]:
+        compare(millions, {peer: clone for peer, clone in clones.items() if clone is not None})
+        gc.collect()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,130 @@
+"""Other implementations of mask updates, read from clones of their repositories.
+
+    git clone https://github.com/YiteWang/ADAPT authors            # the paper's
+    git clone https://github.com/nollied/rigl-torch rigl-torch
+    git clone https://github.com/mklasby/sparsimony sparsimony
+
+Nothing of theirs is changed but what they would not run without: `.cuda()` stays on the CPU, and modules that they
+import and do not use here (image readers, DeepSpeed) are empty.
+"""
+
+import argparse
+import contextlib
+import io
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+PEERS = ("authors", "rigl-torch", "sparsimony")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the clones are; those that are not named are left out."""
+    for name in PEERS:
+        parser.add_argument(f"--{name}", type=Path, metavar="CLONE", help=f"a clone of {name}'s repository")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The authors' code prints a lot."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def package(clone: Path, name: str) -> None:
+    """Makes a package of a clone importable without what its `__init__` imports."""
+    module = ModuleType(name)
+    module.__path__ = [str(clone / name)]
+    sys.modules[name] = module
+
+
+def authors(clone: Path) -> ModuleType:
+    """The paper's code; `Masking` is the class."""
+    package(clone, "sparselearning")
+    functions = ModuleType("sparselearning.gan_functions")
+    functions.copy_params = functions.copy_zero_params = None  # type: ignore[attr-defined]
+    sys.modules[functions.__name__] = functions
+    if not torch.cuda.is_available():
+        torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    import sparselearning.core
+
+    core: ModuleType = sparselearning.core
+    return core
+
+
+def authors_masking(clone: Path, network: nn.Module, optimizer: Optimizer, density: float, every: int) -> Any:
+    """The paper's masking of a network: RigL's exploration with global pruning and growth."""
+    core = authors(clone)
+    with quiet():
+        masking = core.Masking(
+            optimizer,
+            death_rate=0.5,
+            death_rate_decay=core.CosineDecay(0.5, 100_000),
+            death_mode="global_magnitude",
+            growth_mode="global_gradient",
+            redistribution_mode="none",
+            fix=False,
+            update_frequency=every,
+        )
+        masking.add_module(network, density=density, sparse_init="ERK")
+    return masking
+
+
+def mask_updates(
+    clone: Path, peer: str, network: nn.Module, density: float
+) -> Callable[[dict[str, torch.Tensor]], None]:
+    """One mask update of a peer: half of the active weights are pruned, as many grown.
+
+    Returns:
+        Called with the gradients of all weights by name, it updates the masks.
+    """
+    parameters = dict(network.named_parameters())
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+
+    if peer == "authors":
+        masking = authors_masking(clone, network, optimizer, density, 1)
+
+        def update(gradients: dict[str, torch.Tensor]) -> None:
+            for name, gradient in gradients.items():
+                parameters[name].grad = gradient
+            with quiet():
+                masking.truncate_weights()
+
+    elif peer == "rigl-torch":
+        package(clone, "rigl_torch")
+        from rigl_torch.RigL import RigLScheduler
+
+        scheduler = RigLScheduler(
+            network, optimizer, density, T_end=10**9, alpha=0.5, ignore_linear_layers=False, delta=10**6
+        )
+
+        def update(gradients: dict[str, torch.Tensor]) -> None:
+            for (name, gradient), hook in zip(gradients.items(), scheduler.backward_hook_objects, strict=True):
+                parameters[name].grad = gradient
+                if hook is not None:
+                    hook.dense_grad = gradient
+            scheduler._rigl_step()
+
+    else:
+        package(clone, "sparsimony")
+        sys.modules.setdefault("deepspeed", ModuleType("deepspeed"))
+        from sparsimony.api import rigl
+
+        sparsifier = rigl(optimizer, 1 - density, t_end=10**9, delta_t=1, pruning_ratio=0.5)
+        layers = [name.removesuffix(".weight") for name in parameters]
+        sparsifier.prepare(network, [{"tensor_fqn": f"{layer}.weight"} for layer in layers])
+
+        def update(gradients: dict[str, torch.Tensor]) -> None:
+            for layer in layers:
+                parametrization = network.get_submodule(layer).parametrizations.weight[0]  # type: ignore[union-attr]
+                parametrization.dense_grad = gradients[f"{layer}.weight"]
+            sparsifier.step()
+
+    return update
