@@ -10,6 +10,7 @@ import and do not use here (image readers, DeepSpeed) are empty.
 
 import argparse
 import contextlib
+import importlib
 import io
 import sys
 from collections.abc import Callable, Iterator
@@ -40,6 +41,8 @@ def quiet() -> Iterator[None]:
 
 def package(clone: Path, name: str) -> None:
     """Makes a package of a clone importable without what its `__init__` imports."""
+    if name in sys.modules:
+        return
     module = ModuleType(name)
     module.__path__ = [str(clone / name)]
     sys.modules[name] = module
@@ -50,13 +53,10 @@ def authors(clone: Path) -> ModuleType:
     package(clone, "sparselearning")
     functions = ModuleType("sparselearning.gan_functions")
     functions.copy_params = functions.copy_zero_params = None  # type: ignore[attr-defined]
-    sys.modules[functions.__name__] = functions
+    sys.modules.setdefault(functions.__name__, functions)
     if not torch.cuda.is_available():
         torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    import sparselearning.core
-
-    core: ModuleType = sparselearning.core
-    return core
+    return importlib.import_module("sparselearning.core")
 
 
 def authors_masking(clone: Path, network: nn.Module, optimizer: Optimizer, density: float, every: int) -> Any:
