@@ -6,6 +6,8 @@ from torch.nn import functional as F
 
 _GATHERS = 0x0102040810204080
 """Multiplied by eight bytes of 0 or 1, it has them side by side in the highest byte."""
+_PIECE = 2**16
+"""Words looked at together, for what is between the operations to stay in a processor's cache."""
 
 
 def packed(mask: Tensor) -> Tensor:
@@ -20,15 +22,20 @@ def packed(mask: Tensor) -> Tensor:
     flat = mask.reshape(-1)
     if flat.numel() % 64:
         flat = F.pad(flat, (0, -flat.numel() % 64))
-    bytes_of_eight = flat.view(torch.int64).mul(_GATHERS).bitwise_right_shift_(56)
-    return bytes_of_eight.bitwise_and_(255).to(torch.uint8)
+    bits = torch.empty(flat.numel() // 8, dtype=torch.uint8, device=mask.device)
+    for eights, part in zip(flat.view(torch.int64).split(_PIECE), bits.split(_PIECE), strict=True):
+        part.copy_(eights.mul(_GATHERS).bitwise_right_shift_(56).bitwise_and_(255))
+    return bits
 
 
 def count_bits(bits: Tensor) -> int:
     """The number of ones in what `packed` gave; waits for the device."""
+    return int(sum(_ones(words) for words in bits.view(torch.int64).split(_PIECE)))
+
+
+def _ones(words: Tensor) -> Tensor:
     # In words of 64 bits: counts of two bits each, of four, of eight.
-    words = bits.view(torch.int64)
     words = words - (words >> 1 & 0x5555555555555555)
     words = (words & 0x3333333333333333) + (words >> 2 & 0x3333333333333333)
     words = words + (words >> 4) & 0x0F0F0F0F0F0F0F0F
-    return int(words.view(torch.uint8).sum())
+    return words.view(torch.uint8).sum()

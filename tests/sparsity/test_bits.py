@@ -23,3 +23,14 @@ def test_bits_of_a_union_are_the_union_of_bits(first, second):
 def test_a_mask_that_is_not_contiguous():
     mask = (torch.arange(24).view(4, 6) % 5 == 0).T
     assert torch.equal(packed(mask), packed(mask.contiguous()))
+
+
+def test_masks_that_are_packed_and_counted_in_several_pieces():
+    mask = torch.zeros(5_000_003, dtype=torch.bool)  # 9.5 pieces to pack, 1.2 to count
+    mask[::7] = True
+    bits = packed(mask)
+    assert count_bits(bits) == 714_287
+    pieces = [packed(part) for part in mask[:5_000_000].view(50, 100_000)]  # whole words each, but for their filling
+    assert count_bits(torch.cat(pieces)) == 714_286
+    assert torch.equal(bits[: 64 * 12_500 // 8], packed(mask[: 64 * 12_500]))
+    assert torch.equal(bits[64 * 12_500 // 8 :], packed(mask[64 * 12_500 :]))
