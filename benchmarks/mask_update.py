@@ -23,7 +23,7 @@ from torch import nn
 
 from lightning_ddst.sparsity import SparseNetwork
 
-TURNS = {1: 31, 10: 15, 100: 3}
+TURNS = {1: 31, 10: 15, 100: 5}
 DENSITY = 0.1
 WEIGHTS_READ, WRITTEN = 4 + 4 + 1, 1 + 4
 """Bytes a weight that any update has to read (weight, gradient, mask) and write (mask, weight)."""
@@ -103,6 +103,7 @@ def compare(millions: int, clones: dict[str, Any]) -> None:
             "millions": millions,
             "threads": torch.get_num_threads(),
             "what": name,
+            "beside": list(theirs),
             "milliseconds": round(1e3 * statistics.median(each), 2),
             "to_ours": [round(value, 3) for value in statistics.quantiles(ratios, n=4)],
             "turns": len(each),
