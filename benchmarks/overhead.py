@@ -1,39 +1,47 @@
 """What DDST costs while training: the mean step time with the callback, against the same GAN without it.
 
-    python benchmarks/overhead.py
+    OMP_NUM_THREADS=1 python benchmarks/overhead.py [--authors CLONE] [--steps 1 5] [--updates 1000]
 
 A pair of convolutional networks with spectral norm on 16x16 images, under Lightning's Trainer, with the default
-intervals of a run of 100,000 generator updates. The dense run and the sparse one take turns of 5 batches in one
-process. Compared are means over a whole decision interval, so every probe, exploration and decision is in them.
+intervals of a run of 100,000 generator updates. The runs take turns of 5 batches in one process. Compared are means
+over a whole decision interval, so every probe, exploration and decision is in them. The paper's code masks and
+explores both networks and measures no balance ratio, which is part of its training loop and not of its masking.
 """
 
+import argparse
 import statistics
 import threading
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
+import peers
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from rows import add, origin
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ddst import DynamicSparsityCallback, GANModule
 from lightning_ddst.models import SmallDiscriminator, SmallGenerator
 
 INTERVAL, EXPLORE_INTERVAL = 1000, 500  # the defaults of 100,000 updates; so is BR every 10th
+DENSITY = 0.1
 TURN = 5
 WARM_UP = 100
 BATCH = 64
 
 
 class Turns(Callback):
-    """Lets two runs in two threads train in turns, and keeps the seconds of each turn."""
+    """Lets several runs in threads train in turns, and keeps the seconds of each turn."""
 
     lock = threading.Condition()
     whose = 0
+    runs = 0
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self) -> None:
+        self.number = Turns.runs
+        Turns.runs += 1
         self.seconds: list[float] = []
         self._batches = 0
         self._start = 0.0
@@ -49,18 +57,42 @@ class Turns(Callback):
         if self._batches % TURN == 0:
             self.seconds.append(time.perf_counter() - self._start)
             with Turns.lock:
-                Turns.whose = 1 - self.number
+                Turns.whose = (self.number + 1) % Turns.runs
                 Turns.lock.notify_all()
 
 
-def fit(callbacks: list[Callback], discriminator_steps: int) -> None:
+class AuthorsMasking(Callback):
+    """The paper's masking code: masks after every step of an optimizer, RigL's exploration of both networks."""
+
+    def __init__(self, clone: Path) -> None:
+        self._clone = clone
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for network, optimizer in zip((pl_module.generator, pl_module.discriminator), trainer.optimizers, strict=True):
+            masking = peers.authors_masking(self._clone, network, optimizer, DENSITY, EXPLORE_INTERVAL)
+            optimizer.register_step_post_hook(self._masked(masking))
+
+    @staticmethod
+    def _masked(masking: Any) -> Any:
+        def hook(*_: Any) -> None:
+            with torch.no_grad():
+                masking.apply_mask()
+                masking.steps += 1
+                if masking.steps % EXPLORE_INTERVAL == 0:
+                    with peers.quiet():
+                        masking.truncate_weights()
+
+        return hook
+
+
+def fit(callbacks: list[Callback], discriminator_steps: int, updates: int) -> None:
     gan = GANModule(
         SmallGenerator(image_size=16, width=32),
         SmallDiscriminator(image_size=16, width=32),
         loss="hinge",
         discriminator_steps=discriminator_steps,
     )
-    batches = (INTERVAL + WARM_UP) * discriminator_steps
+    batches = (updates + WARM_UP) * discriminator_steps
     images = TensorDataset(torch.rand(100 * BATCH, 1, 16, 16) * 2 - 1)
     trainer = Trainer(
         max_epochs=batches // 100,
@@ -74,30 +106,48 @@ def fit(callbacks: list[Callback], discriminator_steps: int) -> None:
     trainer.fit(gan, DataLoader(images, batch_size=BATCH))
 
 
-def compare(discriminator_steps: int) -> None:
+def compare(discriminator_steps: int, updates: int, authors: Path | None) -> None:
     seed_everything(0, verbose=False)
-    Turns.whose = 0
-    turns = [Turns(0), Turns(1)]
-    sparsity = DynamicSparsityCallback(0.1, interval=INTERVAL, explore_interval=EXPLORE_INTERVAL)
-    runs = [
-        threading.Thread(target=fit, args=(callbacks, discriminator_steps))
-        for callbacks in ([turns[0]], [turns[1], sparsity])
-    ]
-    for run in runs:
-        run.start()
-    for run in runs:
-        run.join()
-    dense, sparse = (turn.seconds[WARM_UP * discriminator_steps // TURN :] for turn in turns)
-    low, middle, high = statistics.quantiles([s / d for s, d in zip(sparse, dense, strict=True)], n=4)
-    print(
-        f"{discriminator_steps} D step(s) a G step: sparse / dense {sum(sparse) / sum(dense):.3f} over {INTERVAL} "
-        f"updates (turns: median {middle:.3f}, quartiles {low:.3f} to {high:.3f}), "
-        f"dense {1e3 * sum(dense) / INTERVAL:.0f} ms an update, "
-        f"{sparsity.measurements} measurements, {len(sparsity.decisions)} decision(s)"
-    )
+    Turns.whose = Turns.runs = 0
+    sparsity = DynamicSparsityCallback(DENSITY, interval=INTERVAL, explore_interval=EXPLORE_INTERVAL)
+    runs: dict[str, list[Callback]] = {"dense": [Turns()], "lightning_ddst": [Turns(), sparsity]}
+    if authors is not None:
+        runs["authors"] = [Turns(), AuthorsMasking(authors)]
+    threads = [threading.Thread(target=fit, args=(each, discriminator_steps, updates)) for each in runs.values()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    first = WARM_UP * discriminator_steps // TURN
+    seconds = {name: callbacks[0].seconds[first:] for name, callbacks in runs.items()}
+    dense = seconds.pop("dense")
+    for name, each in seconds.items():
+        quartiles = statistics.quantiles([one / d for one, d in zip(each, dense, strict=True)], n=4)
+        row = {
+            "what": name,
+            "discriminator_steps": discriminator_steps,
+            "updates": updates,
+            "threads": torch.get_num_threads(),
+            "ratio": round(sum(each) / sum(dense), 4),
+            "quartiles": [round(value, 4) for value in quartiles],
+            "dense_ms": round(1e3 * sum(dense) / updates, 1),
+            "command": f"python benchmarks/overhead.py --steps {discriminator_steps} --updates {updates}",
+        }
+        add("overhead", row | origin())
+        print(
+            f"{discriminator_steps} D step(s) a G step, {name} / dense: {row['ratio']:.3f} over {updates} updates "
+            f"(turns: quartiles {quartiles[0]:.3f}, {quartiles[1]:.3f}, {quartiles[2]:.3f}), "
+            f"dense {row['dense_ms']:.0f} ms an update",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--authors", type=Path, metavar="CLONE", help="a clone of the paper's code")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 5], help="discriminator steps a generator step")
+    parser.add_argument("--updates", type=int, default=INTERVAL, help="of the generator, that are compared")
+    options = parser.parse_args()
     warnings.simplefilter("ignore")
-    for steps in (1, 5):
-        compare(steps)
+    for steps in options.steps:
+        compare(steps, options.updates, options.authors)
