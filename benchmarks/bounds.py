@@ -102,21 +102,21 @@ def done() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
-def print_table() -> None:
-    """Means over seeds, in Markdown, with every seed's distance."""
+def table() -> str:
+    """Means over seeds, in Markdown, with every seed's distance; what there is no run of is left out."""
     rows = done()
-    print("| setting | run | seeds | Frechet distance | each | D's density at the end | training FLOPs |")
-    print("|---|---|---|---|---|---|---|")
+    lines = ["| setting | run | seeds | Frechet distance | each | D's density at the end | training FLOPs |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for setting, method in CELLS:
         cell = sorted((r for r in rows if (r["setting"], r["method"]) == (setting, method)), key=lambda r: r["seed"])
         if not cell:
-            print(f"| {setting} | {method} | 0 | missing | | | |")
             continue
         each = ", ".join(f"{row['distance']:.1f}" for row in cell)
         distance, density, flops = (
             mean(row[part] for row in cell) for part in ("distance", "discriminator_density", "flops")
         )
-        print(f"| {setting} | {method} | {len(cell)} | {distance:.2f} | {each} | {density:.2f} | {flops:.0%} |")
+        lines.append(f"| {setting} | {method} | {len(cell)} | {distance:.2f} | {each} | {density:.2f} | {flops:.0%} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -157,7 +157,7 @@ def main() -> None:
     if options.jobs:
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(one, missing))
-    print_table()
+    print(table())
 
 
 if __name__ == "__main__":

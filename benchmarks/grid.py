@@ -8,25 +8,21 @@ trained first, so the study can be stopped at any time and finished later.
 """
 
 import argparse
-import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from threading import Event
 from typing import Any
 
+from rows import HERE, add, origin, rows
 from studies import STUDIES, Cell
 
 from lightning_ddst.runs import Points, read_run
 
-HERE = Path(__file__).parent
-PACKAGES = ("lightning_ddst", "torch", "lightning", "torchmetrics")
 SERIES = {
     "frechet_distance": "distance",
     "flops/training_ratio": "flops",
@@ -39,18 +35,12 @@ SERIES = {
 """What a row keeps of what a run logged: generator updates with a value at each."""
 
 
-def rows(study: str) -> list[dict[str, Any]]:
-    """The rows that a study has."""
-    path = HERE / "results" / f"{study}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def key(row: dict[str, Any]) -> tuple[str, str, float, int]:
     """Of the cell that a row is of."""
     return row["setting"], row["run"], row["density"], row["seed"]
 
 
-def train(cell: Cell, work: Path, machine: str) -> dict[str, Any]:
+def train(cell: Cell, work: Path) -> dict[str, Any]:
     """Trains one GAN in a process of its own, or goes on with it, and reads what it logged.
 
     Raises:
@@ -63,19 +53,18 @@ def train(cell: Cell, work: Path, machine: str) -> dict[str, Any]:
     checkpoints = sorted((work / folder).glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
     if checkpoints:
         command += ["--ckpt_path", str(checkpoints[-1].relative_to(work))]
+    # One thread a run, and benchmarks/variants.py to be found.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     start = time.perf_counter()
     with (work / folder / "log.txt").open("a") as log:
-        finished = subprocess.run(
-            command, cwd=work, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
+        finished = subprocess.run(command, cwd=work, stdout=log, stderr=subprocess.STDOUT, env=environment)
     if finished.returncode:
         raise RuntimeError(f"ended with code {finished.returncode}: {work / folder / 'log.txt'}")
     return {
         **dict(zip(("setting", "run", "density", "seed"), cell.key, strict=True)),
         "command": cell.command,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "commit": commit(),
-        "machine": machine,
+        **origin(),
         "seconds": round(time.perf_counter() - start),
         **kept(read_run(work / folder)),
     }
@@ -91,24 +80,12 @@ def kept(logged: dict[str, Points]) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
-def commit() -> str:
-    """Of this repository."""
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
-    return described.stdout.strip()
-
-
-def machine_kind() -> str:
-    """What runs are trained on, one thread of a CPU or a GPU."""
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()}), 1 thread"
-
-
 def main() -> None:
     """Trains what is missing, side by side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--data", type=Path, required=True, help="the folder that holds the images")
+    parser.add_argument("--runs", nargs="+", help="only those whose name is one of these")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no run is begun")
     parser.add_argument("--work", type=Path, default=Path("benchmark_runs"), help="for logs and checkpoints")
@@ -118,12 +95,11 @@ def main() -> None:
     for link, target in (("data", options.data), ("benchmarks", HERE)):
         if not (options.work / link).exists():
             (options.work / link).symlink_to(target.resolve(), target_is_directory=True)
-    cells = STUDIES[options.study]()
+    cells = [cell for cell in STUDIES[options.study]() if not options.runs or cell.run in options.runs]
     there = {key(row) for row in rows(options.study)}
     missing = [cell for cell in cells if cell.key not in there]
     print(f"{options.study}: {len(cells) - len(missing)} of {len(cells)} runs are done", flush=True)
-    begun, machine, results = time.monotonic(), machine_kind(), HERE / "results" / f"{options.study}.jsonl"
-    results.parent.mkdir(exist_ok=True)
+    begun = time.monotonic()
     stopped, done = Event(), 0
 
     def one(cell: Cell) -> None:
@@ -131,13 +107,12 @@ def main() -> None:
         if stopped.is_set() or time.monotonic() - begun > 60 * options.minutes:
             return
         try:
-            row = train(cell, options.work, machine)
+            row = train(cell, options.work)
         except (RuntimeError, OSError, ValueError) as error:
             if not stopped.is_set():
                 print(f"{cell.key} failed: {error}", flush=True)
             return
-        with results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        add(options.study, row)
         done += 1
         left = (time.monotonic() - begun) / done * (len(missing) - done) / 3600
         print(

@@ -1,0 +1,231 @@
+"""Writes docs/results.md and its figures, and the table in docs/bounds.md, from what is in benchmarks/results.
+
+    python benchmarks/page.py
+
+The page is page.md, in which {{a name}} stands for a table.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean, stdev
+
+import bounds
+import figures
+from comparisons import Comparison, distance, flops, geometric_mean, mean_density, of
+from rows import HERE, rows
+from studies import ABLATIONS, DENSITIES, ESTIMATED, FASHION, FIXED, METHODS, STUDIES
+
+DOCS = HERE.parent / "docs"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """In Markdown."""
+    lines = [list(head), ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# ---- quality -------------------------------------------------------------------------------------------
+
+
+def claim() -> str:
+    """DDST beside the best fixed density and the ramps, cell by cell."""
+    found, body = rows("fashion"), []
+    for setting in FASHION:
+        for density in sorted(DENSITIES):
+            ours = of(found, setting, "DDST relaxed", density)
+            fixed = {run: cell for run in FIXED if (cell := of(found, setting, run, density))}
+            fixed = {run: cell for run, cell in fixed.items() if Comparison(ours, cell).seeds == len(ours)}
+            if not ours or not fixed:
+                continue
+            best = min(fixed, key=lambda run: geometric_mean(map(distance, fixed[run])))
+            line = [setting, percent(density), str(len(ours)), percent(fmean(map(flops, ours)))]
+            for run in (best, "ramp", "ramp to 0.5"):
+                others = of(found, setting, run, density)
+                cost = f"{percent(fmean(map(flops, others)))}; " if others else ""
+                line.append(
+                    f"{run if run == best else ''}{', ' if run == best else ''}{cost}{Comparison(ours, others)}"
+                )
+            body.append(line)
+    head = ["images", "generator", "seeds", "DDST's FLOPs", "the best fixed density", "the ramp", "the ramp to 0.5"]
+    return table(head, body)
+
+
+def quality(study: str, settings: Sequence[str]) -> str:
+    """What a study has, by setting and density, and what of it is missing."""
+    found = rows(study)
+    wanted = Counter((cell.setting, cell.density, cell.run) for cell in STUDIES[study]())
+    runs = ["dense", *METHODS]
+    body = []
+    for setting, density in sorted(
+        {place[:2] for place in wanted}, key=lambda place: (settings.index(place[0]), place[1])
+    ):
+        missing = []
+        for run in runs:
+            number, cell = wanted[setting, density, run], of(found, setting, run, density)
+            if len(cell) < number:
+                missing.append(f"{run} ({number - len(cell)})")
+            if not cell:
+                continue
+            values = [distance(row) for row in cell]
+            spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+            at_end = fmean(row["discriminator_density"][-1][1] for row in cell)
+            body.append(
+                [
+                    setting,
+                    percent(density),
+                    run,
+                    f"{len(cell)} of {number}",
+                    f"{fmean(values):.1f}{spread}",
+                    ", ".join(f"{value:.1f}" for value in values),
+                    percent(fmean(map(flops, cell))),
+                    f"{fmean(map(mean_density, cell)):.2f}",
+                    f"{at_end:.2f}",
+                ]
+            )
+        if missing:
+            body.append([setting, percent(density), f"missing: {', '.join(missing)}", "", "", "", "", "", ""])
+    head = [
+        "images",
+        "generator",
+        "run",
+        "seeds",
+        "distance",
+        "each",
+        "training FLOPs",
+        "mean `d_D`",
+        "`d_D` at the end",
+    ]
+    return table(head, body)
+
+
+def ablation() -> str:
+    """DDST changed in one thing, beside DDST."""
+    found, base = rows("ablations"), rows("fashion")
+    (setting, *_), density = FASHION, DENSITIES[0]
+    ours, body = of(base, setting, "DDST relaxed", density), []
+    for run in ABLATIONS:
+        cell = of(found, setting, run, density)
+        values = ", ".join(f"{distance(row):.1f}" for row in cell) or "missing"
+        cost = percent(fmean(map(flops, cell))) if cell else ""
+        body.append([run, f"{len(cell)} of 3", values, cost, str(Comparison(cell, ours))])
+    return table(["changed", "seeds", "distance", "training FLOPs", "beside DDST"], body)
+
+
+def estimators() -> str:
+    """BR of the same runs by both estimators: its mean over windows, and its spread from one window to the next."""
+    body = []
+    (setting, *_), density = FASHION, DENSITIES[0]
+    for run in ESTIMATED:
+        for name, cell in (
+            ("ratio of means", of(rows("fashion"), setting, run, density)),
+            ("mean of ratios", of(rows("ablations"), setting, f"{run}, mean of ratios", density)),
+        ):
+            line = [run, name]
+            if not cell or cell[0]["seed"] != 0:
+                body.append([*line, "missing", "", "", ""])
+                continue
+            values = [value for update, value in cell[0]["balance_ratio"] if update > 500]
+            steps = [abs(one - other) for one, other in zip(values[1:], values, strict=False)]
+            numbers = (fmean(values), fmean(steps), min(values), max(values))
+            body.append([*line, *(f"{number:.2f}" for number in numbers)])
+    return table(["run", "BR as", "mean", "change from window to window", "smallest", "largest"], body)
+
+
+# ---- cost ----------------------------------------------------------------------------------------------
+
+
+def mask_updates() -> str:
+    found, body = rows("mask_update"), []
+    for millions in sorted({row["millions"] for row in found}):
+        for row in found:
+            if row["millions"] == millions and row["beside"]:
+                low, middle, high = row["to_ours"]
+                ratio = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+                body.append([f"{millions}", row["what"], f"{row['milliseconds']:.0f}", ratio, str(row["turns"])])
+    return table(["million weights", "what", "ms", "over ours, quartiles", "turns"], body)
+
+
+def growth_of_mask_updates() -> str:
+    body = []
+    for row in rows("mask_update"):
+        if not row["beside"] and row["what"].startswith("lightning_ddst"):
+            each = 1e6 * row["milliseconds"] / (1e6 * row["millions"])
+            bound = row["bandwidth_bound_ms"]
+            body.append(
+                [
+                    str(row["millions"]),
+                    row["what"].partition(", ")[2],
+                    f"{row['milliseconds']:.0f}",
+                    f"{each:.1f}",
+                    f"{bound:.1f}",
+                    f"{row['mask_bytes_a_weight']:g}",
+                ]
+            )
+    head = ["million weights", "scope", "ms", "ns a weight", "memory's bandwidth alone, ms", "bytes of masks a weight"]
+    return table(head, body)
+
+
+def steps() -> str:
+    body = [
+        [
+            str(row["discriminator_steps"]),
+            row["what"],
+            f"{row['ratio']:.3f}",
+            f"{row['quartiles'][1]:.3f} ({row['quartiles'][0]:.3f} to {row['quartiles'][2]:.3f})",
+            f"{row['dense_ms']:.0f} ms",
+            str(row["updates"]),
+        ]
+        for row in rows("overhead")
+    ]
+    head = ["D steps a G step", "with", "over dense", "median and quartiles of turns", "dense update", "updates"]
+    return table(head, body)
+
+
+def origins() -> str:
+    """Where the rows are from: every kind of machine and set of versions once."""
+    seen: dict[str, int] = {}
+    for study in ("fashion", "ablations", "cifar10", "mask_update", "overhead"):
+        for row in rows(study):
+            versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
+            origin = f"{study}: {row['machine']}; {versions}"
+            seen[origin] = seen.get(origin, 0) + 1
+    return "\n".join(f"- {origin} ({count} rows)" for origin, count in seen.items())
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "claim": claim,
+    "fashion": lambda: quality("fashion", list(FASHION)),
+    "cifar10": lambda: quality("cifar10", ["CIFAR-10"]),
+    "ablations": ablation,
+    "estimators": estimators,
+    "mask updates": mask_updates,
+    "growth of mask updates": growth_of_mask_updates,
+    "steps": steps,
+    "origins": origins,
+}
+
+
+def results_page() -> str:
+    """The whole page."""
+    return re.sub(r"{{(.+?)}}", lambda found: TABLES[found[1]](), (HERE / "page.md").read_text())
+
+
+def bounds_page() -> str:
+    """docs/bounds.md with its table as the rows have it."""
+    pattern = re.compile(r"(<!-- bounds.py -->\n).*?(\n<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda found: found[1] + bounds.table() + found[2], (DOCS / "bounds.md").read_text())
+
+
+def main() -> None:
+    (DOCS / "results.md").write_text(results_page())
+    (DOCS / "bounds.md").write_text(bounds_page())
+    figures.write(DOCS / "figures")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""What the package does not do, to compare with: callbacks that take a part of it out.
+
+PYTHONPATH=benchmarks lightning-ddst fit ... --trainer.callbacks+=variants.PlainAverage
+"""
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_ddst.sparsity.averaging import WeightAverage
+from lightning_ddst.sparsity.enforcement import Enforcement
+
+
+class PlainAverage(Callback):
+    """An average of weights that does not know of masks, as in the paper's code.
+
+    A grown weight's average begins at 0; what was pruned is 0 in it.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        mask_aware = WeightAverage.update
+
+        @torch.no_grad()
+        def update(average: WeightAverage) -> None:
+            weights = average._ages
+            average._ages = {}
+            mask_aware(average)
+            average._ages = weights
+            live = average._live()
+            for name in weights:
+                average._averages[name].masked_fill_(live[name] == 0, 0)
+
+        WeightAverage.update = update  # type: ignore[method-assign]
+
+
+class KeptState(Callback):
+    """Optimizer state of inactive weights is left to the optimizer, as in the paper's code with Adam."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        Enforcement._mask_state = lambda self, optimizer: None  # type: ignore[method-assign]
