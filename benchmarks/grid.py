@@ -84,7 +84,7 @@ def main() -> None:
     """Trains what is missing, side by side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--data", type=Path, required=True, help="the folder that holds the images")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="the folder that holds the images")
     parser.add_argument("--runs", nargs="+", help="only those whose name is one of these")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no run is begun")

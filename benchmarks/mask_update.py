@@ -23,7 +23,7 @@ from torch import nn
 
 from lightning_ddst.sparsity import SparseNetwork
 
-TURNS = {1: 31, 10: 15, 100: 5}
+TURNS = {1: 31, 10: 15, 100: 3}
 DENSITY = 0.1
 WEIGHTS_READ, WRITTEN = 4 + 4 + 1, 1 + 4
 """Bytes a weight that any update has to read (weight, gradient, mask) and write (mask, weight)."""

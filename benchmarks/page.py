@@ -189,7 +189,7 @@ def steps() -> str:
 def origins() -> str:
     """Where the rows are from: every kind of machine and set of versions once."""
     seen: dict[str, int] = {}
-    for study in ("fashion", "ablations", "cifar10", "mask_update", "overhead"):
+    for study in (*STUDIES, "mask_update", "overhead"):
         for row in rows(study):
             versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
             origin = f"{study}: {row['machine']}; {versions}"

@@ -31,12 +31,21 @@ def add(study: str, row: dict[str, Any]) -> None:
 
 def origin() -> dict[str, Any]:
     """What every row says of where it is from."""
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
     return {
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "commit": described.stdout.strip(),
+        "commit": commit(),
         "machine": machine(),
     }
+
+
+def commit() -> str:
+    """Of the repository, with "-dirty" where a file differs, but for results."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
 def machine() -> str:

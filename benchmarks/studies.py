@@ -159,5 +159,21 @@ def cifar10() -> list[Cell]:
     return rounds
 
 
-STUDIES: dict[str, Callable[[], list[Cell]]] = {"fashion": fashion, "ablations": ablations, "cifar10": cifar10}
+# ---- the README's -------------------------------------------------------------------------------------
+
+
+def digits() -> list[Cell]:
+    """What `lightning-ddst fit` does without arguments, and the dense pair beside it."""
+    logger = "--trainer.logger lightning.pytorch.loggers.TensorBoardLogger"
+    logger += " --trainer.logger.init_args.name '' --trainer.logger.init_args.version ''"
+    runs = (("DDST", 0.1, "ddst"), ("dense", 1.0, "dense"))
+    return [Cell("digits", run, density, 0, f"{logger} --sparsity.method {method}") for run, density, method in runs]
+
+
+STUDIES: dict[str, Callable[[], list[Cell]]] = {
+    "fashion": fashion,
+    "ablations": ablations,
+    "cifar10": cifar10,
+    "digits": digits,
+}
 """By name, the cells in the order of their rank."""

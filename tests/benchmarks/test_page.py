@@ -1,0 +1,99 @@
+"""The results page against the result files it is made from."""
+
+import re
+
+import bounds
+import page
+import pytest
+from comparisons import Comparison, flops, mean_density, of
+from rows import path, rows
+
+
+def row(seed, distance, **more):
+    return {"setting": "s", "run": "r", "density": 0.1, "seed": seed, "distance": [[1, 99.0], [2, distance]], **more}
+
+
+@pytest.mark.parametrize(("name", "made"), [("results.md", page.results_page), ("bounds.md", page.bounds_page)])
+def test_the_tables_are_those_that_the_result_files_give(name, made):
+    assert (page.DOCS / name).read_text() == made()
+
+
+def test_the_bounds_page_has_the_table():
+    assert bounds.table() in (page.DOCS / "bounds.md").read_text()
+
+
+def test_every_picture_of_the_page_is_there():
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", page.results_page())
+    assert pictures
+    for picture in pictures:
+        assert "</svg>" in (page.DOCS / picture).read_text()
+
+
+def test_the_readmes_figures_are_those_of_the_rows():
+    by_run = {each["run"]: each for each in rows("digits")}
+    ddst, dense = by_run["DDST"], by_run["dense"]
+    readme = (page.DOCS.parent / "README.md").read_text()
+    said = dict(re.findall(r"^ *(\S.*?)  +(\S.*)$", readme, re.MULTILINE))
+    (_, before), *_, (updates, after) = ddst["distance"]
+    assert updates == 2500
+    assert said["after 0 generator updates"] == f"{before:.4g}"
+    assert said["after 2,500 generator updates"] == f"{after:.4g}"
+    assert said["dense pair, same seed and length"] == f"{dense['distance'][-1][1]:.4g}"
+    assert (
+        said["training FLOPs"]
+        == f"{ddst['flops'][-1][1]:.1%} of dense training (dense kernels do the arithmetic all the same)"
+    )
+    assert said["balance ratio, last window"] == f"{ddst['balance_ratio'][-1][1]:.3f}"
+    assert said["discriminator"].startswith(f"density {ddst['discriminator_density'][-1][1]:.4f} ")
+
+
+@pytest.mark.parametrize("study", ["fashion", "mask_update", "digits"])
+def test_rows_say_where_they_are_from(study):
+    assert rows(study)
+    for each in rows(study):
+        assert {"command", "versions", "commit", "machine"} <= each.keys()
+        assert "dirty" not in each["commit"]
+
+
+@pytest.mark.parametrize("study", ["fashion", "ablations", "cifar10", "digits"])
+def test_no_run_has_two_rows(study):
+    keys = [(each["setting"], each["run"], each["density"], each["seed"]) for each in rows(study)]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_comparison_is_paired_by_seed():
+    ones = [row(0, 2.0), row(1, 8.0), row(2, 1.0), row(3, 5.0)]
+    others = [row(2, 1.0), row(1, 2.0), row(0, 4.0), row(7, 9.0)]
+    found = Comparison(ones, others)  # ratios 1/2, 4 and 1
+    assert found.seeds == 3
+    assert found.ratio == pytest.approx(2 ** (1 / 3))
+    low, high = found.interval
+    # The logarithms to base 2 are -1, 2 and 0: mean 1/3, standard deviation 1.5275; Student's t is 4.3027.
+    assert (low, high) == pytest.approx(
+        (2 ** (1 / 3 - 4.3027 * 1.5275 / 3**0.5), 2 ** (1 / 3 + 4.3027 * 1.5275 / 3**0.5)), rel=1e-3
+    )
+    assert found.verdict == "equal within noise"
+
+
+def test_a_difference_beyond_the_noise_has_a_direction():
+    ones, others = [row(i, 1.0 + i / 100) for i in range(3)], [row(i, 2.0) for i in range(3)]
+    assert Comparison(ones, others).verdict == "better"
+    assert Comparison(others, ones).verdict == "worse"
+    assert Comparison(ones[:2], others).verdict == "too few seeds"
+    assert str(Comparison(ones, [])) == "missing"
+
+
+def test_measuring_counts_where_something_depends_on_it():
+    logged = {"flops": [[1, 0.5], [2, 0.4]], "measuring": [[2, 0.1]]}
+    assert flops(row(0, 1.0, **logged) | {"run": "DDST relaxed"}) == 0.4
+    assert flops(row(0, 1.0, **logged) | {"run": "RigL, D explores at DDST's mean"}) == pytest.approx(0.3)
+    assert mean_density(row(0, 1.0, discriminator_density=[[1, 0.1], [2, 0.3]])) == pytest.approx(0.2)
+
+
+def test_a_cell_is_in_the_order_of_seeds():
+    found = [row(1, 2.0), row(0, 3.0), row(0, 4.0) | {"density": 0.3}]
+    assert of(found, "s", "r", 0.1) == [found[1], found[0]]
+
+
+def test_result_files_are_beside_the_benchmarks():
+    assert path("fashion").is_file()
