@@ -97,7 +97,7 @@ def fashion() -> list[Cell]:
     rounds = cells([large], [first], CLAIMS, range(3))
     rounds += cells([few], [first], main, range(3))
     rounds += dense([large], range(1)) + cells([large], [first], balanced, range(1))
-    rounds += cells([large], [second], main, range(3))
+    rounds += cells([large], [second], [*main, *balanced], range(3))
     rounds += dense([few], range(1)) + cells([few], [first], balanced, range(1))
     rounds += cells([large, few], [first], main, range(3, 5))
     rounds += cells([large], [second], main, range(3, 5))
