@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_ddst.callbacks import DynamicSparsityCallback, InterruptCheckpoint
+from lightning_ddst.export_command import export
 from lightning_ddst.plot_command import plot
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
@@ -47,6 +48,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*LightningCLI's args parameter")
     if sys.argv[1:2] == ["plot"]:
         plot(sys.argv[2:])
+    elif sys.argv[1:2] == ["export"]:
+        export(sys.argv[2:])
     else:
         make_cli(sys.argv[1:])
 
@@ -67,7 +70,9 @@ def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"epilog": "lightning-ddst plot RUN draws what a run logged."},
+        parser_kwargs={
+            "epilog": "Others: lightning-ddst plot RUN draws what a run logged, export CKPT writes its generator."
+        },
         seed_everything_default=0,
         args=_with_default_config(_with_paths(args), run),
         run=run,

@@ -1,0 +1,99 @@
+"""The command ``lightning-ddst export``: writes a run's generator for use without this package."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightning_ddst import export as exports
+from lightning_ddst.callbacks.networks import find_network
+
+Format = Literal["dense", "compressed", "onnx"]
+_BATCH = 16
+
+
+def export(args: Sequence[str]) -> list[Path]:
+    """Writes a checkpoint's generator, and prints what became smaller.
+
+    Args:
+        args: The command's arguments after ``export``.
+
+    Returns:
+        The files. What is refused ends the process with its reason.
+    """
+    formats = get_args(Format)
+    parser = ArgumentParser(prog="lightning-ddst export", description="Writes a run's generator as files of its own.")
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CKPT", help="of a run, as lightning_logs/version_0/.../last.ckpt"
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="the run's config.yaml (default: beside CKPT or above)"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="where files go (default: export, beside config.yaml)"
+    )
+    parser.add_argument("--formats", nargs="+", choices=formats, default=["dense", "compressed"], help="kinds of files")
+    parser.add_argument(
+        "--weights", choices=get_args(exports.Weights), default="average", help="averaged, or training's own"
+    )
+    parser.add_argument(
+        "--generator", metavar="NAME", help="its name in the module (default: the usual ones are tried)"
+    )
+    given = parser.parse_args(list(args))
+    try:
+        config = given.config or _config_of(given.checkpoint)
+        module = _module_of(config)
+        generator = find_network(module, "generator", given.generator)
+        exports.load_generator(generator, given.checkpoint, given.generator, given.weights)
+        folder: Path = given.output or config.parent / "export"
+        writers: dict[str, tuple[str, Callable[[Path], object]]] = {
+            "dense": ("generator.safetensors", lambda path: exports.save_dense(generator, path)),
+            "compressed": ("generator.compressed.safetensors", lambda path: exports.save_compressed(generator, path)),
+            "onnx": ("generator.onnx", lambda path: exports.save_onnx(generator, path, *_example(module))),
+        }
+        paths = []
+        dense = sum(value.numel() * value.element_size() for value in generator.state_dict().values())
+        for form in given.formats:
+            name, write = writers[form]
+            write(folder / name)
+            paths.append(folder / name)
+            size = paths[-1].stat().st_size
+            print(f"{paths[-1]}  {size / 1e6:.3f} MB, {size / dense:.1%} of the dense weights")
+    except (OSError, ValueError, ImportError) as error:
+        parser.error(str(error))
+    return paths
+
+
+def _config_of(checkpoint: Path) -> Path:
+    """The ``config.yaml`` that ``lightning-ddst fit`` wrote."""
+    candidates = [folder / "config.yaml" for folder in (checkpoint.parent, checkpoint.parent.parent)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    places = " or ".join(str(folder) for folder in (checkpoint.parent, checkpoint.parent.parent))
+    raise FileNotFoundError(f"there is no config.yaml in {places}: name the run's with --config.")
+
+
+def _module_of(config: Path) -> LightningModule:
+    """The module that a configuration describes, with new weights."""
+    content = yaml.safe_load(config.read_text())
+    if not isinstance(content, dict) or "model" not in content:
+        raise ValueError(f"{config} is no configuration of a run: it has no model.")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningModule, "model")
+    model: LightningModule = parser.instantiate_classes(parser.parse_object({"model": content["model"]})).model
+    return model
+
+
+def _example(module: LightningModule) -> list[Tensor]:
+    """What a `GANModule`'s generator is called with."""
+    latent_dim, classes = getattr(module, "latent_dim", None), getattr(module, "num_classes", None)
+    if latent_dim is None:
+        raise ValueError(f"{type(module).__name__} has no latent_dim, so what its generator is called with is unknown.")
+    noise = torch.randn(_BATCH, latent_dim, generator=torch.Generator().manual_seed(0))
+    return [noise] if classes is None else [noise, torch.arange(_BATCH) % classes]
