@@ -95,9 +95,10 @@ def fashion() -> list[Cell]:
     first, second, *rest = DENSITIES
     balanced, main = ["RigL, balanced D"], CLAIMS[:5]
     rounds = cells([large], [first], CLAIMS, range(3))
-    rounds += cells([few], [first], main, range(3))
+    rounds += cells([few], [first], main, range(1))
     rounds += dense([large], range(1)) + cells([large], [first], balanced, range(1))
-    rounds += cells([large], [second], [*main, *balanced], range(3))
+    for seed in range(3):
+        rounds += cells([large], [second], [*main, *balanced], [seed]) + cells([few], [first], main, [seed])
     rounds += dense([few], range(1)) + cells([few], [first], balanced, range(1))
     rounds += cells([large, few], [first], main, range(3, 5))
     rounds += cells([large], [second], main, range(3, 5))
