@@ -8,17 +8,18 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ddst import export as exports
 from lightning_ddst.callbacks.networks import find_network
+from lightning_ddst.speed import sparse_linears
 
 Format = Literal["dense", "compressed", "onnx"]
 _BATCH = 16
 
 
 def export(args: Sequence[str]) -> list[Path]:
-    """Writes a checkpoint's generator, and prints what became smaller.
+    """Writes a checkpoint's generator, and prints what became smaller, and what faster.
 
     Args:
         args: The command's arguments after ``export``.
@@ -64,9 +65,26 @@ def export(args: Sequence[str]) -> list[Path]:
             paths.append(folder / name)
             size = paths[-1].stat().st_size
             print(f"{paths[-1]}  {size / 1e6:.3f} MB, {size / dense:.1%} of the dense weights")
+        print(_speed(module, generator))
     except (OSError, ValueError, ImportError) as error:
         parser.error(str(error))
     return paths
+
+
+def _speed(module: LightningModule, generator: nn.Module) -> str:
+    """What is faster: dense kernels multiply zeros, so at most Linear layers as sparse tensors."""
+    try:
+        example = _example(module)
+    except ValueError as error:
+        return f"speed was not measured: {error}"
+    ratios = sparse_linears(generator, *example)
+    faster = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items() if ratio < 1)
+    if not faster:
+        return "nothing is faster: dense kernels multiply zeros, and no Linear layer gains as a sparse tensor"
+    return (
+        f"as sparse tensors (lightning_ddst.speed.sparse_linears), at {_BATCH} images, these Linear layers take so much "
+        f"of their time: {faster}; all else is as fast as it was"
+    )
 
 
 def _config_of(checkpoint: Path) -> Path:

@@ -1,5 +1,6 @@
 """The command ``lightning-ddst export``."""
 
+import re
 import sys
 
 import pytest
@@ -46,7 +47,8 @@ def test_a_runs_generator_is_written_beside_its_config(run, checkpoint, capsys, 
     cli.main()
     dense, small = run / "export" / "generator.safetensors", run / "export" / "generator.compressed.safetensors"
     assert sorted((run / "export").iterdir()) == sorted([dense, small])
-    lines = capsys.readouterr().out.splitlines()
+    *lines, speed = capsys.readouterr().out.splitlines()
+    assert re.search(r"nothing is faster|these Linear layers take so much of their time: layers.0 0", speed)
     size = sum(value.nbytes for value in load_file(dense).values())
     for path, line in zip((dense, small), lines, strict=True):
         held = path.stat().st_size
