@@ -81,10 +81,8 @@ def _speed(module: LightningModule, generator: nn.Module) -> str:
     faster = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items() if ratio < 1)
     if not faster:
         return "nothing is faster: dense kernels multiply zeros, and no Linear layer gains as a sparse tensor"
-    return (
-        f"as sparse tensors (lightning_ddst.speed.sparse_linears), at {_BATCH} images, these Linear layers take so much "
-        f"of their time: {faster}; all else is as fast as it was"
-    )
+    how = f"as sparse tensors (lightning_ddst.speed.sparse_linears), at {_BATCH} images, these Linear layers"
+    return f"{how} take so much of their time: {faster}; all else is as fast as it was"
 
 
 def _config_of(checkpoint: Path) -> Path:
