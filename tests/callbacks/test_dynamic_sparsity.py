@@ -146,11 +146,14 @@ def test_the_masks_drawn_follow_the_seed_and_not_the_random_state() -> None:
         ({"epochs": 2}, Plan(interval=10, explore_interval=5, probe_interval=1, updates=20)),
         ({"epochs": 50}, Plan(interval=50, explore_interval=25, probe_interval=1, updates=500)),
         # 300 epochs of 10 updates, ended by the test after 2.
-        ({"epochs": 300}, Plan(interval=100, explore_interval=50, probe_interval=1, updates=3000)),
+        ({"epochs": 300}, Plan(interval=100, explore_interval=50, probe_interval=2, updates=3000)),
+        # 99 updates a decision have 99 measurements, 100 have 50.
+        ({"epochs": 99}, Plan(interval=99, explore_interval=49, probe_interval=1, updates=990)),
+        ({"epochs": 100}, Plan(interval=100, explore_interval=50, probe_interval=2, updates=1000)),
         # Both optimizers' steps count: 60,000 steps are 30,000 generator updates.
         ({"epochs": -1, "max_steps": 60000}, Plan(interval=300, explore_interval=150, probe_interval=3, updates=30000)),
         # The nearer of two ends.
-        ({"epochs": 300, "max_steps": 100000}, Plan(interval=100, explore_interval=50, probe_interval=1, updates=3000)),
+        ({"epochs": 300, "max_steps": 100000}, Plan(interval=100, explore_interval=50, probe_interval=2, updates=3000)),
         ({"epochs": -1, "max_time": {"hours": 1}}, Plan(interval=1000, explore_interval=500, probe_interval=10)),
     ],
 )
