@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 
 import bounds
 import figures
-from comparisons import Comparison, distance, flops, geometric_mean, mean_density, of
+from comparisons import Comparison, Row, distance, flops, geometric_mean, mean_density, of
 from rows import HERE, rows
 from studies import ABLATIONS, DENSITIES, ESTIMATED, FASHION, FIXED, METHODS, STUDIES
 
@@ -116,6 +116,45 @@ def ablation() -> str:
     return table(["changed", "seeds", "distance", "training FLOPs", "beside DDST"], body)
 
 
+def settled(row: Row) -> list[float]:
+    """BR of a run's windows after its first 500 updates."""
+    return [value for update, value in row["balance_ratio"] if update > 500]
+
+
+def balances() -> str:
+    """BR by the discriminator's density, over all seeds' windows."""
+    (setting, *_), body = FASHION, []
+    for density in DENSITIES[:2]:
+        for run in ("RigL, balanced D", "RigL, D explores at DDST's mean", "RigL, strong D", "ramp", "DDST relaxed"):
+            cell = of(rows("fashion"), setting, run, density)
+            if not cell:
+                continue
+            windows = [value for row in cell for value in settled(row)]
+            within = fmean(0.45 <= value <= 0.55 for value in windows)
+            turns = fmean(stdev(settled(row)) for row in cell)
+            body.append(
+                [
+                    percent(density),
+                    run,
+                    str(len(cell)),
+                    f"{fmean(map(mean_density, cell)):.2f}",
+                    f"{fmean(windows):.2f}",
+                    f"{turns:.2f}",
+                    percent(within),
+                ]
+            )
+    head = [
+        "generator",
+        "run",
+        "seeds",
+        "mean `d_D`",
+        "mean BR",
+        "its standard deviation in a run",
+        "windows in the band",
+    ]
+    return table(head, body)
+
+
 def estimators() -> str:
     """BR of the same runs by both estimators: its mean over windows, and its spread from one window to the next."""
     body = []
@@ -129,7 +168,7 @@ def estimators() -> str:
             if not cell or cell[0]["seed"] != 0:
                 body.append([*line, "missing", "", "", ""])
                 continue
-            values = [value for update, value in cell[0]["balance_ratio"] if update > 500]
+            values = settled(cell[0])
             steps = [abs(one - other) for one, other in zip(values[1:], values, strict=False)]
             numbers = (fmean(values), fmean(steps), min(values), max(values))
             body.append([*line, *(f"{number:.2f}" for number in numbers)])
@@ -202,6 +241,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fashion": lambda: quality("fashion", list(FASHION)),
     "cifar10": lambda: quality("cifar10", ["CIFAR-10"]),
     "ablations": ablation,
+    "balances": balances,
     "estimators": estimators,
     "mask updates": mask_updates,
     "growth of mask updates": growth_of_mask_updates,

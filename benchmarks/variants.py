@@ -3,9 +3,13 @@
 PYTHONPATH=benchmarks lightning-ddst fit ... --trainer.callbacks+=variants.PlainAverage
 """
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_ddst.balance import Decision, DensityController
 from lightning_ddst.sparsity.averaging import WeightAverage
 from lightning_ddst.sparsity.enforcement import Enforcement
 
@@ -37,3 +41,18 @@ class KeptState(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         Enforcement._mask_state = lambda self, optimizer: None  # type: ignore[method-assign]
+
+
+class ExploresInBand(Callback):
+    """Where BR is within its bounds, the discriminator explores at its density instead of keeping its mask."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        decide = DensityController.decide
+
+        def explore(controller: DensityController, *args: Any, **kwargs: Any) -> Decision:
+            decision = decide(controller, *args, **kwargs)
+            if decision.action == "hold" and "within" in decision.reason:
+                return replace(decision, action="explore", reason=f"{decision.reason}: the discriminator explores")
+            return decision
+
+        DensityController.decide = explore  # type: ignore[method-assign]
