@@ -116,6 +116,15 @@ def ablation() -> str:
     return table(["changed", "seeds", "distance", "training FLOPs", "beside DDST"], body)
 
 
+def trials() -> str:
+    """What settings and variants were chosen by, on seeds that are in no other table."""
+    body = [
+        [row["run"], str(row["seed"]), f"{distance(row):.1f}", percent(row["flops"]), f"`{row['command']}`"]
+        for row in rows("trials")
+    ]
+    return table(["run", "seed", "distance", "training FLOPs", "command"], body)
+
+
 def settled(row: Row) -> list[float]:
     """BR of a run's windows after its first 500 updates."""
     return [value for update, value in row["balance_ratio"] if update > 500]
@@ -228,7 +237,7 @@ def steps() -> str:
 def origins() -> str:
     """Where the rows are from: every kind of machine and set of versions once."""
     seen: dict[str, int] = {}
-    for study in (*STUDIES, "mask_update", "overhead"):
+    for study in (*STUDIES, "trials", "mask_update", "overhead"):
         for row in rows(study):
             versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
             origin = f"{study}: {row['machine']}; {versions}"
@@ -241,6 +250,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fashion": lambda: quality("fashion", list(FASHION)),
     "cifar10": lambda: quality("cifar10", ["CIFAR-10"]),
     "ablations": ablation,
+    "trials": trials,
     "balances": balances,
     "estimators": estimators,
     "mask updates": mask_updates,
