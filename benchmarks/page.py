@@ -234,10 +234,27 @@ def steps() -> str:
     return table(head, body)
 
 
+def exported() -> str:
+    body = [
+        [
+            percent(row["density"]),
+            f"{row['dense_bytes'] / 1e6:.2f} MB",
+            f"{row['compressed_bytes'] / 1e6:.2f} MB",
+            f"{row['of_maskable_fp32']:.1%}",
+            f"{row['onnx_bytes'] / 1e6:.2f} MB",
+            f"{row['onnx_time']:.2f}",
+            ", ".join(f"{name} {ratio:.2f}" for name, ratio in row["linear_times"].items()),
+        ]
+        for row in rows("exported")
+    ]
+    sizes = ["generator", "dense", "compressed", "of the maskable weights as fp32", "ONNX"]
+    return table([*sizes, "onnxruntime's time over torch's", "sparse Linear layers' time over dense"], body)
+
+
 def origins() -> str:
     """Where the rows are from: every kind of machine and set of versions once."""
     seen: dict[str, int] = {}
-    for study in (*STUDIES, "trials", "mask_update", "overhead"):
+    for study in (*STUDIES, "trials", "mask_update", "overhead", "exported"):
         for row in rows(study):
             versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
             origin = f"{study}: {row['machine']}; {versions}"
@@ -256,6 +273,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mask updates": mask_updates,
     "growth of mask updates": growth_of_mask_updates,
     "steps": steps,
+    "exported": exported,
     "origins": origins,
 }
 
