@@ -165,7 +165,7 @@ def cifar10() -> list[Cell]:
 
 def digits() -> list[Cell]:
     """What `lightning-ddst fit` does without arguments, and the dense pair beside it."""
-    logger = "--trainer.logger lightning.pytorch.loggers.TensorBoardLogger"
+    logger = "--trainer.logger lightning.pytorch.loggers.TensorBoardLogger --trainer.logger.init_args.save_dir run"
     logger += " --trainer.logger.init_args.name '' --trainer.logger.init_args.version ''"
     runs = (("DDST", 0.1, "ddst"), ("dense", 1.0, "dense"))
     return [Cell("digits", run, density, 0, f"{logger} --sparsity.method {method}") for run, density, method in runs]
