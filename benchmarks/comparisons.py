@@ -6,6 +6,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from scipy.stats import t as student
+from studies import UNCONTROLLED
 
 Row = dict[str, Any]
 
@@ -17,8 +18,8 @@ def distance(row: Row) -> float:
 
 def flops(row: Row) -> float:
     """Training FLOPs over those of dense training; without measuring BR where nothing depends on it."""
-    controlled = row["run"].startswith("DDST")
-    return float(row["flops"][-1][1]) - (0.0 if controlled or "measuring" not in row else row["measuring"][-1][1])
+    needless = row["run"] in UNCONTROLLED and "measuring" in row
+    return float(row["flops"][-1][1]) - (row["measuring"][-1][1] if needless else 0.0)
 
 
 def mean_density(row: Row) -> float:

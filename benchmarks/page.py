@@ -12,7 +12,7 @@ from statistics import fmean, stdev
 
 import bounds
 import figures
-from comparisons import Comparison, Row, distance, flops, geometric_mean, mean_density, of
+from comparisons import Comparison, Row, distance, flops, mean_density, of
 from rows import HERE, rows
 from studies import ABLATIONS, DENSITIES, ESTIMATED, FASHION, FIXED, METHODS, STUDIES
 
@@ -38,11 +38,12 @@ def claim() -> str:
     for setting in FASHION:
         for density in sorted(DENSITIES):
             ours = of(found, setting, "DDST relaxed", density)
-            fixed = {run: cell for run in FIXED if (cell := of(found, setting, run, density))}
-            fixed = {run: cell for run, cell in fixed.items() if Comparison(ours, cell).seeds == len(ours)}
-            if not ours or not fixed:
+            fixed = {run: of(found, setting, run, density) for run in FIXED}
+            shared = {run: Comparison(ours, cell).seeds for run, cell in fixed.items()}
+            fixed = {run: cell for run, cell in fixed.items() if 0 < shared[run] == max(shared.values())}
+            if not fixed:
                 continue
-            best = min(fixed, key=lambda run: geometric_mean(map(distance, fixed[run])))
+            best = max(fixed, key=lambda run: Comparison(ours, fixed[run]).ratio)
             line = [setting, percent(density), str(len(ours)), percent(fmean(map(flops, ours)))]
             for run in (best, "ramp", "ramp to 0.5"):
                 others = of(found, setting, run, density)
