@@ -13,11 +13,10 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "bounds.jsonl"
+from rows import add, rows
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "base": {},
@@ -97,18 +96,13 @@ def run(setting: str, method: str, seed: int, data: str, cache: str) -> dict[str
     }
 
 
-def done() -> list[dict[str, Any]]:
-    """The rows there are."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-
-
 def table() -> str:
     """Means over seeds, in Markdown, with every seed's distance; what there is no run of is left out."""
-    rows = done()
+    found = rows("bounds")
     lines = ["| setting | run | seeds | Frechet distance | each | D's density at the end | training FLOPs |"]
     lines.append("|---|---|---|---|---|---|---|")
     for setting, method in CELLS:
-        cell = sorted((r for r in rows if (r["setting"], r["method"]) == (setting, method)), key=lambda r: r["seed"])
+        cell = sorted((r for r in found if (r["setting"], r["method"]) == (setting, method)), key=lambda r: r["seed"])
         if not cell:
             continue
         each = ", ".join(f"{row['distance']:.1f}" for row in cell)
@@ -132,7 +126,7 @@ def main() -> None:
         setting, method, seed = options.cell
         print(json.dumps(run(setting, method, int(seed), options.data, options.cache)))
         return
-    there = {(row["setting"], row["method"], row["seed"]) for row in done()}
+    there = {(row["setting"], row["method"], row["seed"]) for row in rows("bounds")}
     cells = [(setting, method, seed) for seed in options.seeds for setting, method in CELLS]
     missing = [cell for cell in cells if cell not in there]
 
@@ -144,16 +138,13 @@ def main() -> None:
         if finished.returncode:
             print(f"{cell} failed: {finished.stderr[-500:]}", flush=True)
             return
-        line = finished.stdout.splitlines()[-1]
-        with RESULTS.open("a") as file:
-            file.write(line + "\n")
-        row = json.loads(line)
+        row = json.loads(finished.stdout.splitlines()[-1])
+        add("bounds", row)
         print(
-            f"{len(done())}/{len(cells)} {cell}: {row['distance']:.2f}, D {row['discriminator_density']:.2f}",
+            f"{len(rows('bounds'))}/{len(cells)} {cell}: {row['distance']:.2f}, D {row['discriminator_density']:.2f}",
             flush=True,
         )
 
-    RESULTS.parent.mkdir(exist_ok=True)
     if options.jobs:
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(one, missing))

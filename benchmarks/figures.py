@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, ScalarFormatter
 from rows import rows
-from studies import FASHION, METHODS
+from studies import BAND, FASHION, METHODS
 
 from lightning_ddst import plots
 
@@ -71,7 +71,7 @@ def balance(found: Sequence[Row]) -> Figure:
     setting = next(iter(FASHION))
     figure = Figure(figsize=(9, 6), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True)
-    top.axhspan(0.45, 0.55, color="0.85", label="DDST's band")
+    top.axhspan(*BAND, color="0.85", label="DDST's band")
     for run in _BALANCE:
         cell = of(found, setting, run, 0.1)
         if not cell:

@@ -14,7 +14,7 @@ import bounds
 import figures
 from comparisons import Comparison, Row, distance, flops, mean_density, of
 from rows import HERE, rows
-from studies import ABLATIONS, DENSITIES, ESTIMATED, FASHION, FIXED, METHODS, STUDIES
+from studies import ABLATIONS, BAND, DENSITIES, ESTIMATED, FASHION, FIXED, METHODS, STUDIES
 
 DOCS = HERE.parent / "docs"
 
@@ -38,19 +38,17 @@ def claim() -> str:
     for setting in FASHION:
         for density in sorted(DENSITIES):
             ours = of(found, setting, "DDST relaxed", density)
-            fixed = {run: of(found, setting, run, density) for run in FIXED}
-            shared = {run: Comparison(ours, cell).seeds for run, cell in fixed.items()}
-            fixed = {run: cell for run, cell in fixed.items() if 0 < shared[run] == max(shared.values())}
-            if not fixed:
+            beside = {run: Comparison(ours, of(found, setting, run, density)) for run in FIXED}
+            most = max(comparison.seeds for comparison in beside.values())
+            if not most:
                 continue
-            best = max(fixed, key=lambda run: Comparison(ours, fixed[run]).ratio)
+            best = max((run for run in FIXED if beside[run].seeds == most), key=lambda run: beside[run].ratio)
             line = [setting, percent(density), str(len(ours)), percent(fmean(map(flops, ours)))]
             for run in (best, "ramp", "ramp to 0.5"):
                 others = of(found, setting, run, density)
                 cost = f"{percent(fmean(map(flops, others)))}; " if others else ""
-                line.append(
-                    f"{run if run == best else ''}{', ' if run == best else ''}{cost}{Comparison(ours, others)}"
-                )
+                name = f"{run}, " if run == best else ""
+                line.append(f"{name}{cost}{Comparison(ours, others)}")
             body.append(line)
     head = ["images", "generator", "seeds", "DDST's FLOPs", "the best fixed density", "the ramp", "the ramp to 0.5"]
     return table(head, body)
@@ -133,14 +131,14 @@ def settled(row: Row) -> list[float]:
 
 def balances() -> str:
     """BR by the discriminator's density, over all seeds' windows."""
-    (setting, *_), body = FASHION, []
+    (setting, *_), (lower, upper), body = FASHION, BAND, []
     for density in DENSITIES[:2]:
         for run in ("RigL, balanced D", "RigL, D explores at DDST's mean", "RigL, strong D", "ramp", "DDST relaxed"):
             cell = of(rows("fashion"), setting, run, density)
             if not cell:
                 continue
             windows = [value for row in cell for value in settled(row)]
-            within = fmean(0.45 <= value <= 0.55 for value in windows)
+            within = fmean(lower <= value <= upper for value in windows)
             turns = fmean(stdev(settled(row)) for row in cell)
             body.append(
                 [
@@ -203,7 +201,7 @@ def growth_of_mask_updates() -> str:
     body = []
     for row in rows("mask_update"):
         if not row["beside"] and row["what"].startswith("lightning_ddst"):
-            each = 1e6 * row["milliseconds"] / (1e6 * row["millions"])
+            each = row["milliseconds"] / row["millions"]
             bound = row["bandwidth_bound_ms"]
             body.append(
                 [

@@ -4,6 +4,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product
 
+from lightning_ddst.balance import SIGNALS
+
+BAND = SIGNALS["balance_ratio"].bounds
+"""That DDST keeps BR in."""
 DENSITIES = (0.1, 0.3, 0.05, 0.2, 0.5)
 """Of the generator."""
 
@@ -75,18 +79,20 @@ CLAIMS = tuple(METHODS)[:6]
 """What the claim is judged by: DDST and what it has to be better than."""
 
 
+def _options(base: str, setting: str, run: str, density: float) -> str:
+    """Of a method in a setting."""
+    method = METHODS[run].format(matched=MATCHED.get((setting, density), 0.35))
+    return f"{base} {method} --sparsity.generator_density {density}"
+
+
 def fashion() -> list[Cell]:
     """Round by round, so that what is done can be compared at any time."""
-
-    def options(setting: str, run: str, density: float) -> str:
-        method = METHODS[run].format(matched=MATCHED.get((setting, density), 0.35))
-        return f"{FASHION[setting]} {method} --sparsity.generator_density {density}"
 
     def cells(
         settings: Iterable[str], densities: Iterable[float], runs: Iterable[str], seeds: Iterable[int]
     ) -> list[Cell]:
         return [
-            Cell(setting, run, density, seed, options(setting, run, density))
+            Cell(setting, run, density, seed, _options(FASHION[setting], setting, run, density))
             for seed, setting, density, run in product(seeds, settings, densities, runs)
         ]
 
@@ -127,7 +133,6 @@ ABLATIONS: dict[str, str] = {
 }
 """What DDST relaxed is changed to."""
 
-
 ESTIMATED = ("RigL, balanced D", "RigL, strong D")
 """Whose BR is estimated in both ways: nothing depends on it, so the runs are the same."""
 
@@ -135,15 +140,14 @@ ESTIMATED = ("RigL, balanced D", "RigL, strong D")
 def ablations() -> list[Cell]:
     """With the generator at 10 % and all images, as the row that they are compared with."""
     (setting, base), density = next(iter(FASHION.items())), DENSITIES[0]
-    common = f"{base} {METHODS['DDST relaxed']} --sparsity.generator_density {density}"
-    estimators = [
-        Cell(setting, f"{run}, mean of ratios", density, 0, common.replace(METHODS["DDST relaxed"], options))
-        for run, options in ((run, f"{METHODS[run]} --sparsity.estimator mean_of_ratios") for run in ESTIMATED)
-    ]
-    return estimators + [
-        Cell(setting, run, density, seed, f"{common} {change}")
-        for seed, (run, change) in product(range(3), ABLATIONS.items())
-    ]
+
+    def changed(run: str, name: str, change: str, seed: int) -> Cell:
+        return Cell(setting, name, density, seed, f"{_options(base, setting, run, density)} {change}")
+
+    cells = [changed(run, f"{run}, mean of ratios", ABLATIONS["mean of ratios"], 0) for run in ESTIMATED]
+    for seed, (name, change) in product(range(3), ABLATIONS.items()):
+        cells.append(changed("DDST relaxed", name, change, seed))
+    return cells
 
 
 # ---- CIFAR-10 ------------------------------------------------------------------------------------------
@@ -157,8 +161,7 @@ def cifar10() -> list[Cell]:
     for seed, density, run in product(range(3), densities, METHODS):
         if run == "RigL, strong D, twice its learning rate":
             continue  # SNGAN's optimizers are the package's default, whose rate is no argument
-        method = METHODS[run].format(matched=0.35)
-        rounds.append(Cell(setting, run, density, seed, f"{base} {method} --sparsity.generator_density {density}"))
+        rounds.append(Cell(setting, run, density, seed, _options(base, setting, run, density)))
     return rounds
 
 

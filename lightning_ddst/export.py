@@ -23,6 +23,7 @@ from lightning_ddst import stored
 from lightning_ddst.callbacks.ema import GeneratorEMA
 from lightning_ddst.callbacks.networks import USUAL_NAMES
 from lightning_ddst.modes import evaluating
+from lightning_ddst.sparsity.bits import as_integers
 from lightning_ddst.sparsity.checks import check_choice
 from lightning_ddst.sparsity.spectral import spectral_norms
 
@@ -32,7 +33,6 @@ FORMAT = "lightning_ddst.bitmask.1"
 """The compressed file's format, in its metadata under ``format``."""
 _BITS, _VALUES = ".bits", ".values"
 _ONNX_DIFFERS = 1e-3
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 # ---- out of a checkpoint ---------------------------------------------------------------------------------
@@ -82,8 +82,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever a damaged pickle leads to
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} is damaged, or no checkpoint: {reason}") from error
+        raise ValueError(f"{path} is damaged, or no checkpoint: {stored.reason(error)}") from error
     if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} is no checkpoint of Lightning's: it has no state_dict.")
     return checkpoint["state_dict"], checkpoint.get("callbacks", {})
@@ -118,7 +117,7 @@ def save_dense(generator: nn.Module, path: str | Path) -> None:
     Raises:
         OSError: If it cannot be written.
     """
-    _save({name: value.detach().cpu().contiguous() for name, value in generator.state_dict().items()}, Path(path), None)
+    _save(_state(generator), Path(path), None)
 
 
 def save_compressed(generator: nn.Module, path: str | Path) -> None:
@@ -133,17 +132,17 @@ def save_compressed(generator: nn.Module, path: str | Path) -> None:
     """
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
-    for name, value in generator.state_dict().items():
-        flat = value.detach().cpu().contiguous().flatten()
+    for name, value in _state(generator).items():
+        flat = value.flatten()
         # By their bits: a negative zero is something else than 0.
-        present = flat.view(_INTEGERS[flat.element_size()]) != 0
+        present = as_integers(flat) != 0
         bits = torch.from_numpy(np.packbits(present.numpy()))
         held = flat[present]
         if bits.nbytes + held.nbytes < flat.nbytes:
             shapes[name] = list(value.shape)
             tensors |= {name + _BITS: bits, name + _VALUES: held}
         else:
-            tensors[name] = value.detach().cpu().contiguous()
+            tensors[name] = value
     _save(tensors, Path(path), {"format": FORMAT, "shapes": json.dumps(shapes)})
 
 
@@ -203,8 +202,9 @@ def save_onnx(generator: nn.Module, path: str | Path, *inputs: Tensor) -> float:
             assert program is not None
             program.save(temporary)
         except Exception as error:  # whatever the exporter meets in somebody's network
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise ValueError(f"{type(generator).__name__} cannot be written for ONNX: {reason}") from error
+            raise ValueError(
+                f"{type(generator).__name__} cannot be written for ONNX: {stored.reason(error)}"
+            ) from error
         session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
         fed = {known.name: value.numpy() for known, value in zip(session.get_inputs(), example, strict=True)}
         difference = float(np.abs(session.run(None, fed)[0] - generator(*example).numpy()).max())
@@ -214,6 +214,11 @@ def save_onnx(generator: nn.Module, path: str | Path, *inputs: Tensor) -> float:
                 f"{difference:.2g}; allowed are {_ONNX_DIFFERS:g}."
             )
     return difference
+
+
+def _state(generator: nn.Module) -> dict[str, Tensor]:
+    """The ``state_dict`` as files hold it."""
+    return {name: value.detach().cpu().contiguous() for name, value in generator.state_dict().items()}
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:

@@ -1,9 +1,10 @@
-"""Evaluation mode for a while."""
+"""Evaluation mode, and hooks, for a while."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 @contextmanager
@@ -16,3 +17,13 @@ def evaluating(network: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Takes hooks away afterwards."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lightning_ddst.modes import evaluating
+from lightning_ddst.modes import evaluating, removing
 
 _TURNS = 15
 _WORTHWHILE = 0.95
@@ -59,12 +59,8 @@ def sparse_linears(network: nn.Module, *inputs: Tensor) -> dict[str, float]:
         seen.setdefault(name, args[0].detach())
 
     handles = [layer.register_forward_pre_hook(partial(keep, name)) for name, layer in layers.items()]
-    try:
-        with evaluating(network), torch.no_grad():
-            network(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removing(handles), evaluating(network), torch.no_grad():
+        network(*inputs)
     ratios = {}
     for name, x in seen.items():
         sparse = SparseLinear(layers[name])

@@ -46,6 +46,11 @@ def _add(hashed: Hash, tensor: Tensor) -> None:
         hashed.update(flat.view(torch.uint8).numpy().data)
 
 
+def reason(error: Exception) -> str:
+    """An error's first line, or what kind it is."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def try_folder(folder: Path) -> None:
     """Makes a folder, and writes a byte there that leaves no trace.
 
@@ -93,8 +98,8 @@ def load(path: Path) -> dict[str, Tensor] | None:
         tensors: dict[str, Tensor] = held["tensors"]
         if digest(tensors) == held["digest"]:
             return tensors
-        reason = "its contents are not what was written"
+        damage = "its contents are not what was written"
     except Exception as error:  # torch.load raises whatever a damaged pickle leads to
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    rank_zero_warn(f"{path} is damaged ({reason}); what it held is computed again.")
+        damage = reason(error)
+    rank_zero_warn(f"{path} is damaged ({damage}); what it held is computed again.")
     return None

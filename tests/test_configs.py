@@ -5,11 +5,12 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import yaml
+from commands import parsed
 from toys import toy_trainer
 
 from lightning_ddst import DynamicSparsityCallback
 from lightning_ddst.balance import DensityController, DensityRamp
-from lightning_ddst.cli import CONFIGS, SparseGANCLI, make_cli
+from lightning_ddst.cli import CONFIGS, make_cli
 
 SYSTEMS = {
     "cifar10_sngan": (32, 100_000, 6),
@@ -20,18 +21,6 @@ SYSTEMS = {
 """Their image size, generator updates, and batches' worth of optimizer steps a generator update."""
 METHODS = sorted(CONFIGS.keys() - SYSTEMS.keys() - {"digits", "paper"})
 DENSITIES = (0.1, 0.2, 0.3, 0.5)
-
-
-class ParsedOnly(SparseGANCLI):
-    """Makes nothing of what was parsed."""
-
-    def instantiate_classes(self) -> None:
-        pass
-
-
-def parsed(monkeypatch, *args):
-    monkeypatch.setattr("lightning_ddst.cli.SparseGANCLI", ParsedOnly)
-    return make_cli(args, run=False)
 
 
 def sparsity_of(name):

@@ -5,33 +5,20 @@ import sys
 
 import pytest
 import torch
+from commands import TINY
 from safetensors.torch import load_file
 
 from lightning_ddst import cli, export
 from lightning_ddst.export_command import export as export_run
 
-TINY = """
-model:
-  class_path: lightning_ddst.GANModule
-  init_args:
-    generator: {class_path: lightning_ddst.models.SmallGenerator, init_args: {width: 4}}
-    discriminator: {class_path: lightning_ddst.models.SmallDiscriminator, init_args: {width: 2}}
-data: {class_path: lightning_ddst.data.DigitsDataModule, init_args: {batches_per_epoch: 20}}
-sparsity: {generator_density: 0.1, interval: 10}
-trainer:
-  accelerator: cpu
-  max_epochs: 1
-  num_sanity_val_steps: 0
-  enable_progress_bar: false
-  callbacks: [{class_path: lightning_ddst.GeneratorEMA, init_args: {decay: 0.9}}]
-"""
+AVERAGED = "  callbacks: [{class_path: lightning_ddst.GeneratorEMA, init_args: {decay: 0.9}}]"
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The folder of a run, with its config.yaml and checkpoint."""
     folder = tmp_path_factory.mktemp("run")
-    (folder / "tiny.yaml").write_text(TINY)
+    (folder / "tiny.yaml").write_text(TINY + AVERAGED)
     cli.make_cli(["fit", "--config", str(folder / "tiny.yaml"), "--trainer.default_root_dir", str(folder)])
     return folder / "lightning_logs" / "version_0"
 

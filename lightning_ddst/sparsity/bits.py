@@ -1,4 +1,4 @@
-"""Bool tensors in an eighth of their memory."""
+"""Bits: bool tensors in an eighth of their memory, numbers as integers."""
 
 import torch
 from torch import Tensor
@@ -8,6 +8,14 @@ _GATHERS = 0x0102040810204080
 """Multiplied by eight bytes of 0 or 1, it has them side by side in the highest byte."""
 _PIECE = 2**16
 """Words looked at together, for what is between the operations to stay in a processor's cache."""
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes."""
+
+
+def as_integers(tensor: Tensor) -> Tensor:
+    """A view of a tensor in which every entry is the integer that its bits are; only of 0 it is 0, and not of -0.0."""
+    return tensor.view(_INTEGERS[tensor.element_size()])
 
 
 def packed(mask: Tensor) -> Tensor:

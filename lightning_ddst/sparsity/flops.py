@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_ddst.modes import removing
 from lightning_ddst.sparsity.compiled import is_compiled, uncompiled
 from lightning_ddst.sparsity.maskable import MaskableWeight
 from lightning_ddst.sparsity.network import SparseNetwork
@@ -47,11 +48,8 @@ class Workload:
             for weight in self._weights
             for layer in weight.layers.values()
         ]
-        try:
+        with removing(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @uncompiled
     def _forward(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ddst.sparsity.allocation import DISTRIBUTIONS, allocate, apportion
-from lightning_ddst.sparsity.bits import count_bits, packed
+from lightning_ddst.sparsity.bits import as_integers, count_bits, packed
 from lightning_ddst.sparsity.checks import check_choice, check_density, check_rate
 from lightning_ddst.sparsity.growth import GROWTH_RULES, GrowthRule, Layer
 from lightning_ddst.sparsity.maskable import MaskableWeight, maskable_weights
@@ -26,7 +26,6 @@ Moves = list[tuple[list[str], int]]
 """Numbers of weights to prune or to grow in pools of layers."""
 
 _PIECE = 2**20
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class SparseNetwork:
@@ -470,7 +469,7 @@ def zero_where_inactive(tensor: Tensor, mask: Tensor) -> None:
     # Bits times 0 or 1: several times faster than masked_fill_, which branches. In pieces, for what
     # mul_ makes of the mask to stay in a processor's cache.
     tensor = own(tensor)
-    bits = tensor.view(_INTEGERS[tensor.element_size()])
+    bits = as_integers(tensor)
     if tensor.numel() <= _PIECE:
         bits.mul_(mask)
         return

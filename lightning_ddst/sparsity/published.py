@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_ddst.modes import evaluating
+from lightning_ddst.modes import evaluating, removing
 from lightning_ddst.sparsity.maskable import maskable_weights
 
 
@@ -52,12 +52,8 @@ def published_flops(network: nn.Module, *inputs: Tensor, densities: Mapping[str,
             operations += 2 * layer.num_features * positions
 
     handles = [layer.register_forward_hook(count) for layer in network.modules()]
-    try:
-        with evaluating(network), torch.no_grad():
-            network(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removing(handles), evaluating(network), torch.no_grad():
+        network(*inputs)
     return operations
 
 

@@ -6,23 +6,10 @@ import grid
 import pytest
 import rows
 import studies
+from commands import TINY, parsed
 from studies import STUDIES, Cell
 
-from lightning_ddst import cli
-
-TINY = """
-model:
-  class_path: lightning_ddst.GANModule
-  init_args:
-    generator: {class_path: lightning_ddst.models.SmallGenerator, init_args: {width: 2}}
-    discriminator: {class_path: lightning_ddst.models.SmallDiscriminator, init_args: {width: 2}}
-data: {class_path: lightning_ddst.data.DigitsDataModule, init_args: {batches_per_epoch: 20}}
-sparsity: {generator_density: 0.5, interval: 10}
-trainer:
-  accelerator: cpu
-  max_epochs: 1
-  log_every_n_steps: 5
-  enable_progress_bar: false
+TRAINER = """
   logger: {class_path: lightning.pytorch.loggers.TensorBoardLogger, init_args: {save_dir: run, name: "", version: ""}}
   callbacks:
     - class_path: lightning_ddst.SampleQuality
@@ -36,7 +23,7 @@ trainer:
 @pytest.fixture
 def study(monkeypatch, tmp_path):
     """Two short runs and one that fails, with results in a folder of their own."""
-    (tmp_path / "tiny.yaml").write_text(TINY)
+    (tmp_path / "tiny.yaml").write_text(TINY + TRAINER)
     tiny = f"--config {tmp_path / 'tiny.yaml'}"
     cells = [
         Cell("digits", "DDST", 0.5, 0, tiny),
@@ -81,14 +68,8 @@ def test_no_run_is_begun_after_the_time_given(study, monkeypatch, tmp_path):
     assert not rows.rows("tiny")
 
 
-class ParsedOnly(cli.SparseGANCLI):
-    def instantiate_classes(self):
-        pass
-
-
 @pytest.mark.parametrize("name", ["fashion", "ablations", "cifar10", "digits"])
 def test_every_command_of_a_study_parses(name, monkeypatch):
-    monkeypatch.setattr(cli, "SparseGANCLI", ParsedOnly)
     monkeypatch.chdir(rows.HERE.parent)
     seen = set()
     for cell in STUDIES[name]():
@@ -96,7 +77,7 @@ def test_every_command_of_a_study_parses(name, monkeypatch):
             seen.add(cell.run)
             command, subcommand, *options = shlex.split(cell.command)
             assert (command, subcommand) == ("lightning-ddst", "fit")
-            config = cli.make_cli(options, run=False).config
+            config = parsed(monkeypatch, *options).config
             assert config.seed_everything == cell.seed
             if cell.density < 1:
                 assert config.sparsity.generator_density == cell.density
