@@ -54,7 +54,9 @@ _FIXED = "--sparsity.discriminator_density {matched} --sparsity.max_discriminato
 _LEARNING_RATE = "--model.init_args.discriminator_optimizer.init_args.lr"
 
 MATCHED = {("60,000 images", 0.1): 0.35, ("300 images", 0.1): 0.25, ("60,000 images", 0.3): 0.7}
-"""The discriminator's mean density in trial runs of DDST (seeds 10 and 11), where there were any."""
+"""The discriminator's mean density in trial runs of DDST (seeds 10 and 11; the study "matching"), to a 20th."""
+_UNMATCHED = 0.35
+"""Where there were none."""
 
 METHODS: dict[str, str] = {
     "DDST relaxed": "--config ddst_relaxed",
@@ -81,7 +83,7 @@ CLAIMS = tuple(METHODS)[:6]
 
 def _options(base: str, setting: str, run: str, density: float) -> str:
     """Of a method in a setting."""
-    method = METHODS[run].format(matched=MATCHED.get((setting, density), 0.35))
+    method = METHODS[run].format(matched=MATCHED.get((setting, density), _UNMATCHED))
     return f"{base} {method} --sparsity.generator_density {density}"
 
 
@@ -102,12 +104,14 @@ def fashion() -> list[Cell]:
     large, few, *others = FASHION
     first, second, *rest = DENSITIES
     balanced, main = ["RigL, balanced D"], CLAIMS[:5]
+    judged = ["DDST relaxed", "RigL, D explores at DDST's mean", "ramp"]
     rounds = cells([large], [first], CLAIMS, range(3))
-    rounds += cells([few], [first], main, range(1))
     rounds += dense([large], range(1)) + cells([large], [first], balanced, range(1))
+    for seed in range(3):  # every density and every number of images, before more of any
+        rounds += cells([large], DENSITIES, judged, [seed]) + cells([few, *others], [first], judged, [seed])
     for seed in range(3):
-        rounds += cells([large], [second], [*main, *balanced], [seed]) + cells([few], [first], main, [seed])
-    rounds += dense([few], range(1)) + cells([few], [first], balanced, range(1))
+        rounds += cells([large], DENSITIES, main, [seed]) + cells([few, *others], [first], main, [seed])
+    rounds += cells([large], [second], balanced, range(3)) + cells([few], [first], balanced, range(1))
     rounds += cells([large, few], [first], main, range(3, 5))
     rounds += cells([large], [second], main, range(3, 5))
     rounds += cells(others, [first], main, range(3))
@@ -117,6 +121,15 @@ def fashion() -> list[Cell]:
     rounds += cells([large, few], rest, METHODS, range(3))
     rounds += cells([large, few], [second], METHODS, range(3))
     return list({cell.key: cell for cell in rounds}.values())
+
+
+def matching() -> list[Cell]:
+    """Where DDST takes the discriminator, on a seed that is in no table of results: what `MATCHED` is from."""
+    large, _, *others = FASHION
+    first, _, *rest = DENSITIES
+    places = [(large, density) for density in rest] + [(setting, first) for setting in others]
+    run = "DDST relaxed"
+    return [Cell(s, run, density, 10, _options(FASHION[s], s, run, density)) for s, density in places]
 
 
 # ---- ablations -----------------------------------------------------------------------------------------
@@ -177,6 +190,7 @@ def digits() -> list[Cell]:
 
 
 STUDIES: dict[str, Callable[[], list[Cell]]] = {
+    "matching": matching,
     "fashion": fashion,
     "ablations": ablations,
     "cifar10": cifar10,
