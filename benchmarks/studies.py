@@ -53,7 +53,16 @@ _EXPLORES = "--sparsity.method ddst --sparsity.bounds [0,1.0e-6]"  # BR is alway
 _FIXED = "--sparsity.discriminator_density {matched} --sparsity.max_discriminator_density {matched}"
 _LEARNING_RATE = "--model.init_args.discriminator_optimizer.init_args.lr"
 
-MATCHED = {("60,000 images", 0.1): 0.35, ("300 images", 0.1): 0.25, ("60,000 images", 0.3): 0.7}
+MATCHED = {
+    ("60,000 images", 0.1): 0.35,
+    ("300 images", 0.1): 0.25,
+    ("60,000 images", 0.3): 0.7,
+    ("60,000 images", 0.05): 0.05,
+    ("60,000 images", 0.2): 0.75,
+    ("60,000 images", 0.5): 0.9,
+    ("100 images", 0.1): 0.15,
+    ("1,000 images", 0.1): 0.25,
+}
 """The discriminator's mean density in trial runs of DDST (seeds 10 and 11; the study "matching"), to a 20th."""
 _UNMATCHED = 0.35
 """Where there were none."""
