@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-import torch
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_ddst import export as exports
+from lightning_ddst.callbacks.examples import generator_example
 from lightning_ddst.callbacks.networks import find_network
 from lightning_ddst.speed import sparse_linears
 
@@ -55,7 +55,10 @@ def export(args: Sequence[str]) -> list[Path]:
         writers: dict[str, tuple[str, Callable[[Path], object]]] = {
             "dense": ("generator.safetensors", lambda path: exports.save_dense(generator, path)),
             "compressed": ("generator.compressed.safetensors", lambda path: exports.save_compressed(generator, path)),
-            "onnx": ("generator.onnx", lambda path: exports.save_onnx(generator, path, *_example(module))),
+            "onnx": (
+                "generator.onnx",
+                lambda path: exports.save_onnx(generator, path, *generator_example(module, _BATCH)),
+            ),
         }
         paths = []
         dense = sum(value.numel() * value.element_size() for value in generator.state_dict().values())
@@ -74,7 +77,7 @@ def export(args: Sequence[str]) -> list[Path]:
 def _speed(module: LightningModule, generator: nn.Module) -> str:
     """What is faster: dense kernels multiply zeros, so at most Linear layers as sparse tensors."""
     try:
-        example = _example(module)
+        example = generator_example(module, _BATCH)
     except ValueError as error:
         return f"speed was not measured: {error}"
     ratios = sparse_linears(generator, *example)
@@ -104,12 +107,3 @@ def _module_of(config: Path) -> LightningModule:
     parser.add_subclass_arguments(LightningModule, "model")
     model: LightningModule = parser.instantiate_classes(parser.parse_object({"model": content["model"]})).model
     return model
-
-
-def _example(module: LightningModule) -> list[Tensor]:
-    """What a `GANModule`'s generator is called with."""
-    latent_dim, classes = getattr(module, "latent_dim", None), getattr(module, "num_classes", None)
-    if latent_dim is None:
-        raise ValueError(f"{type(module).__name__} has no latent_dim, so what its generator is called with is unknown.")
-    noise = torch.randn(_BATCH, latent_dim, generator=torch.Generator().manual_seed(0))
-    return [noise] if classes is None else [noise, torch.arange(_BATCH) % classes]

@@ -14,16 +14,19 @@ from lightning_ddst.balance.divergence import Divergence
 from lightning_ddst.balance.probe import BalanceProbe
 from lightning_ddst.balance.window import BalanceWindow, Estimator
 from lightning_ddst.sparsity import (
+    ChannelNetwork,
     Enforcement,
     InitialWeights,
     MagnitudePruning,
-    SparseNetwork,
+    MaskedNetwork,
+    Narrowing,
     TrainingFlops,
     exploration_rate,
     made_update,
     updating,
 )
 from lightning_ddst.sparsity.enforcement import Unscaled, parameters_of
+from lightning_ddst.sparsity.narrow import can_narrow
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Exploration:
 class SparseTraining:
     """Masks two networks while they are trained, and changes the masks as the method says.
 
+    Networks with masks of whole channels compute without the inactive ones.
+
     In the paper's words: the generator explores (SDST), and the discriminator's density follows
     the balance ratio (DDA); DDST is both. Call `before_step` and `after_step` around every step of
     the generator's optimizers, `after_batch` at the end of a training step, and `detach` at the end.
@@ -101,8 +106,8 @@ class SparseTraining:
 
     def __init__(
         self,
-        generator: SparseNetwork,
-        discriminator: SparseNetwork,
+        generator: MaskedNetwork,
+        discriminator: MaskedNetwork,
         optimizers: Iterable[Optimizer],
         *,
         explores: bool,
@@ -140,6 +145,11 @@ class SparseTraining:
             for network in (generator, discriminator)
             if network.density < 1 or (network is discriminator and controller is not None) or pruning is not None
         }
+        self._narrow = [
+            Narrowing(network.network, network.kept)
+            for network in self._holds
+            if isinstance(network, ChannelNetwork) and can_narrow(network.network)
+        ]
         self._initial: InitialWeights | None = None
         if pruning is not None and pruning.rewinds:
             self._initial = InitialWeights([generator.network, discriminator.network])
@@ -156,6 +166,8 @@ class SparseTraining:
         self.flops.stop()
         for hold in self._holds.values():
             hold.remove()
+        for narrow in self._narrow:
+            narrow.remove()
         if self._probe is not None:
             self._probe.remove()
 
@@ -304,7 +316,7 @@ class SparseTraining:
                 self.plan.interval, ahead=1
             )
 
-    def _needs_gradients(self, network: SparseNetwork) -> bool:
+    def _needs_gradients(self, network: MaskedNetwork) -> bool:
         return network in self._holds and self._holds[network].gradients.wanted
 
     # ---- saving --------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
+from inspect import signature
 from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
@@ -32,6 +33,7 @@ from lightning_ddst.balance.entries import Place
 from lightning_ddst.balance.window import ESTIMATORS, Estimator
 from lightning_ddst.callbacks.accumulation import AccumulatedGradients
 from lightning_ddst.callbacks.ema import GeneratorEMA
+from lightning_ddst.callbacks.examples import examples
 from lightning_ddst.callbacks.folders import check_folders
 from lightning_ddst.callbacks.logs import log_scalars, logs_at, tensorboards
 from lightning_ddst.callbacks.networks import find_network, name_in, refuse_other_averages
@@ -42,19 +44,23 @@ from lightning_ddst.sparsity import (
     DISTRIBUTIONS,
     GROWTH_RULES,
     SCHEDULES,
+    ChannelNetwork,
     LayerFlops,
     MagnitudePruning,
+    MaskedNetwork,
     SparseNetwork,
     maskable_weights,
 )
 from lightning_ddst.sparsity.checks import check_choice, check_count, check_density, check_rate
 from lightning_ddst.sparsity.compiled import uncompiled
-from lightning_ddst.sparsity.network import INITIAL, SCOPES, Initial, Scope
+from lightning_ddst.sparsity.masked import INITIAL, Initial
+from lightning_ddst.sparsity.network import SCOPES, Scope
 from lightning_ddst.sparsity.patterns import matches, name_of_layer
 from lightning_ddst.sparsity.selection import count_true
 
 Method = Literal["dense", "static", "sdst", "dda", "ddst", "ramp", "posthoc", "imp"]
 Role = Literal["generator", "discriminator"]
+Granularity = Literal["weight", "channel"]
 
 METHODS = get_args(Method)
 _EXPLORING = ("sdst", "ddst", "ramp")
@@ -120,6 +126,9 @@ class DynamicSparsityCallback(Callback):
             matches counts. Those layers keep them, and their network's others share what is left.
         initial_masks: "random", or "magnitude" to prune the weights as they are when fitting starts: for
             a GAN that was trained dense and loaded.
+        granularity: What masks consist of: single "weight"s, or whole "channel"s, which training then computes without.
+            Of channels the densities are reached as nearly as whole ones allow; what grows is drawn, and `growth`,
+            `distribution`, `scope`, `layer_floor` and `layer_densities` are not for them.
         growth: Which inactive weights grow: "gradient" (RigL), "random" (SET), "momentum", or a rule
             registered with `growth_rule`.
         distribution: How active weights are spread over layers at first: "erk", "er" or "uniform".
@@ -162,6 +171,7 @@ class DynamicSparsityCallback(Callback):
         dense_layers: Sequence[str] = (),
         layer_densities: Mapping[str, float] | None = None,
         initial_masks: Initial = "random",
+        granularity: Granularity = "weight",
         growth: str = "gradient",
         distribution: str = "erk",
         scope: Scope = "global",
@@ -187,6 +197,7 @@ class DynamicSparsityCallback(Callback):
         for pattern, density in (layer_densities or {}).items():
             check_density(f"layer_densities[{pattern!r}]", density)
         check_choice("initial_masks", initial_masks, INITIAL)
+        check_choice("granularity", granularity, get_args(Granularity))
         check_choice("growth", growth, GROWTH_RULES)
         check_choice("distribution", distribution, DISTRIBUTIONS)
         check_choice("scope", scope, SCOPES)
@@ -225,15 +236,19 @@ class DynamicSparsityCallback(Callback):
             lowest = min(self._pruned_to)
             self._pruning = MagnitudePruning.post_hoc() if method == "posthoc" else MagnitudePruning.iterative(lowest)
         self._names: dict[Role, str | None] = {"generator": generator, "discriminator": discriminator}
-        self._masking: dict[str, Any] = {
-            "initial": initial_masks,
-            "dense_layers": tuple(dense_layers),
+        self._masking: dict[str, Any] = {"initial": initial_masks, "dense_layers": tuple(dense_layers)}
+        of_weights = {
             "layer_densities": dict(layer_densities or {}),
             "growth": growth,
             "distribution": distribution,
             "scope": scope,
             "layer_floor": layer_floor,
         }
+        self._granularity = granularity
+        if granularity == "channel":
+            _check_of_channels(of_weights)
+        else:
+            self._masking |= of_weights
         self._min_density = min_discriminator_density
         self._new_controller: Controller | None = None
         if method in _CONTROLLED:
@@ -249,7 +264,7 @@ class DynamicSparsityCallback(Callback):
         self._real = real
         self._discriminator_output = discriminator_output
         self._length = RunLength()
-        self._networks: dict[Role, SparseNetwork] = {}
+        self._networks: dict[Role, MaskedNetwork] = {}
         self._full_names: dict[int, str] = {}
         self._module: nn.Module | None = None
         self._training: SparseTraining | None = None
@@ -346,7 +361,7 @@ class DynamicSparsityCallback(Callback):
         """The intervals in force; None in it is never, or not known yet."""
         return Plan() if self._training is None else self._training.plan
 
-    def networks(self) -> dict[Role, SparseNetwork]:
+    def networks(self) -> dict[Role, MaskedNetwork]:
         """Both sparse networks; empty before fitting, unless `attach` was called."""
         return dict(self._networks)
 
@@ -391,14 +406,16 @@ class DynamicSparsityCallback(Callback):
         if found["generator"] is found["discriminator"]:
             raise ValueError(f"generator and discriminator are the same module, {self._names['discriminator']!r}.")
         self._check_patterns(module, found)
+        channels = self._granularity == "channel"
+        inputs = examples(module, found["generator"]) if channels else ((), ())
         for offset, (role, network) in enumerate(found.items()):
             # Of several pairs each has masks of its own.
             of_name = zlib.crc32((self._names[role] or "").encode())
             try:
-                self._networks[role] = SparseNetwork(
+                self._networks[role] = self._masked(
                     network,
                     self._densities[role],
-                    **self._masking,
+                    inputs[offset],
                     name=name_in(module, network),
                     seed=seed % 2**62 + offset + 2 * of_name,
                     state=None if self._saved is None else self._saved["networks"][role],
@@ -418,8 +435,14 @@ class DynamicSparsityCallback(Callback):
             except ValueError as error:
                 raise ValueError(f"{argument}={density}: {error}") from error
 
+    def _masked(self, network: nn.Module, density: float, inputs: Sequence[Any], **options: Any) -> MaskedNetwork:
+        """A network with masks, which is called with these inputs, known where masks are of channels."""
+        if self._granularity == "channel":
+            return ChannelNetwork(network, density, inputs, **self._masking, **options)
+        return SparseNetwork(network, density, **self._masking, **options)
+
     def _check_patterns(self, module: nn.Module, found: Mapping[Role, nn.Module]) -> None:
-        arguments = [argument for argument in ("dense_layers", "layer_densities") if self._masking[argument]]
+        arguments = [argument for argument in ("dense_layers", "layer_densities") if self._masking.get(argument)]
         if not arguments:
             return
         layers = {
@@ -764,6 +787,14 @@ def _unscaled(trainer: Trainer) -> Callable[[Tensor], Tensor]:
     if scaler is None:
         return torch.clone
     return lambda gradient: gradient / scaler.scale(torch.ones((), device=gradient.device))
+
+
+def _check_of_channels(given: Mapping[str, Any]) -> None:
+    """Refuses what says how single weights are masked; channels grow at random."""
+    defaults = signature(DynamicSparsityCallback).parameters
+    for name, value in given.items():
+        if value and value != defaults[name].default and (name, value) != ("growth", "random"):
+            raise ValueError(f'{name}={value!r} is for masks of single weights, and granularity="channel".')
 
 
 def _check_intervals(

@@ -1,10 +1,14 @@
 """Masks of one network: allocation, pruning and growing, schedules, enforcement. Needs torch only."""
 
 from lightning_ddst.sparsity.allocation import DISTRIBUTIONS, allocate
+from lightning_ddst.sparsity.channel_network import ChannelNetwork
+from lightning_ddst.sparsity.channels import Channels, trace_channels
 from lightning_ddst.sparsity.enforcement import Enforcement, made_update, updating
 from lightning_ddst.sparsity.flops import LayerFlops, TrainingFlops
 from lightning_ddst.sparsity.growth import GROWTH_RULES, Layer, growth_rule
 from lightning_ddst.sparsity.maskable import MASKABLE_LAYERS, MaskableWeight, maskable_weights
+from lightning_ddst.sparsity.masked import MaskedNetwork
+from lightning_ddst.sparsity.narrow import Narrowing
 from lightning_ddst.sparsity.network import SparseNetwork
 from lightning_ddst.sparsity.pruning import InitialWeights, MagnitudePruning
 from lightning_ddst.sparsity.published import published_flops, published_training_flops
@@ -16,12 +20,16 @@ __all__ = [
     "GROWTH_RULES",
     "MASKABLE_LAYERS",
     "SCHEDULES",
+    "ChannelNetwork",
+    "Channels",
     "Enforcement",
     "InitialWeights",
     "Layer",
     "LayerFlops",
     "MagnitudePruning",
     "MaskableWeight",
+    "MaskedNetwork",
+    "Narrowing",
     "SparseNetwork",
     "TrainingFlops",
     "allocate",
@@ -33,5 +41,6 @@ __all__ = [
     "published_flops",
     "published_training_flops",
     "select",
+    "trace_channels",
     "updating",
 ]

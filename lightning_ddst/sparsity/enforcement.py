@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_ddst import ranks
 from lightning_ddst.sparsity.compiled import uncompiled
-from lightning_ddst.sparsity.network import SparseNetwork, zero_where_inactive
+from lightning_ddst.sparsity.masked import MaskedNetwork, zero_where_inactive
 from lightning_ddst.sparsity.sharding import copy_like, is_split, own, whole
 
 Unscaled = Callable[[Tensor], Tensor]
@@ -39,7 +39,7 @@ class Enforcement:
     """
 
     def __init__(
-        self, network: SparseNetwork, optimizers: Iterable[Optimizer], unscaled: Unscaled = torch.clone
+        self, network: MaskedNetwork, optimizers: Iterable[Optimizer], unscaled: Unscaled = torch.clone
     ) -> None:
         self.gradients = DenseGradients(network, unscaled)
         self._network = network
@@ -166,7 +166,7 @@ class DenseGradients:
             average need every update's.
     """
 
-    def __init__(self, network: SparseNetwork, unscaled: Unscaled = torch.clone) -> None:
+    def __init__(self, network: MaskedNetwork, unscaled: Unscaled = torch.clone) -> None:
         self.armed = False
         self._unscaled = unscaled
         self._kind = network.growth.gradient

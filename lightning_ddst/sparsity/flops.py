@@ -5,17 +5,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_ddst.modes import removing
 from lightning_ddst.sparsity.compiled import is_compiled, uncompiled
-from lightning_ddst.sparsity.maskable import MaskableWeight
-from lightning_ddst.sparsity.network import SparseNetwork
-
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+from lightning_ddst.sparsity.maskable import TRANSPOSED_LAYERS, MaskableWeight, channel_dim
+from lightning_ddst.sparsity.masked import MaskedNetwork
 
 
 class Workload:
@@ -57,12 +55,9 @@ class Workload:
     ) -> None:
         images: Tensor = args[0] if args else kwargs["input"]
         # A weight is used once per output position; in a transposed convolution, per input position.
-        if isinstance(layer, _TRANSPOSED):
-            positions = images.numel() // layer.in_channels
-        elif isinstance(layer, nn.Linear):
-            positions = output.numel() // layer.out_features
-        else:
-            positions = output.numel() // cast(int, layer.out_channels)
+        maps = images if isinstance(layer, TRANSPOSED_LAYERS) else output
+        # Channels as there are: inactive ones may have been left out (`Narrowing`).
+        positions = maps.numel() // maps.shape[channel_dim(layer)]
         self.uses[weight.name] += positions
         if output.requires_grad and torch.is_grad_enabled():
             trains, input_trains = weight.parameter.requires_grad, images.requires_grad
@@ -130,7 +125,7 @@ class TrainingFlops:
         networks: The networks.
     """
 
-    def __init__(self, networks: Iterable[SparseNetwork]) -> None:
+    def __init__(self, networks: Iterable[MaskedNetwork]) -> None:
         networks = list(networks)
         self._tallies = [_Tally(network) for network in networks]
         # Compiled calls pass by the hooks of layers.
@@ -224,7 +219,7 @@ class TrainingFlops:
 class _Tally:
     """One network's sums over updates, in weights: how many were used in steps, in probes and in dense gradients."""
 
-    def __init__(self, network: SparseNetwork) -> None:
+    def __init__(self, network: MaskedNetwork) -> None:
         self.step = Workload(network.weights.values())
         self.probe = Workload(network.weights.values())
         self._network = network

@@ -10,16 +10,16 @@ from torch.nn.utils.spectral_norm import SpectralNorm as _SpectralNormHook
 
 from lightning_ddst.sparsity.spectral import SpectralVectors, spectral_norms
 
-MASKABLE_LAYERS = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
+TRANSPOSED_LAYERS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+"""Layers whose weight has its inputs first."""
+
+MASKABLE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED_LAYERS)
 """Layers whose weight is masked; biases, norms, embeddings and learned constants never are."""
+
+
+def channel_dim(layer: nn.Module) -> int:
+    """The dimension that counts channels in what a maskable layer takes and gives, from the end."""
+    return -1 - len(layer.kernel_size) if hasattr(layer, "kernel_size") else -1  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class MaskableWeight:
     parameter: nn.Parameter
     layers: dict[str, nn.Module]
     spectral: tuple[SpectralVectors, ...]
+
+    @property
+    def out_dim(self) -> int:
+        """The dimension that counts what the layers compute; the other of the first two counts what they read."""
+        return int(isinstance(next(iter(self.layers.values())), TRANSPOSED_LAYERS))
 
 
 def maskable_weights(network: nn.Module) -> list[MaskableWeight]:

@@ -1,39 +1,29 @@
-"""The masks of one network and the ways they change: drawn, resized, explored."""
+"""Masks of single weights, and the ways they change: drawn, resized, explored."""
 
-import hashlib
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_ddst.sparsity.allocation import DISTRIBUTIONS, allocate, apportion
-from lightning_ddst.sparsity.bits import as_integers, count_bits, packed
 from lightning_ddst.sparsity.checks import check_choice, check_density, check_rate
-from lightning_ddst.sparsity.growth import GROWTH_RULES, GrowthRule, Layer
-from lightning_ddst.sparsity.maskable import MaskableWeight, maskable_weights
-from lightning_ddst.sparsity.patterns import matches, name_of_layer
+from lightning_ddst.sparsity.growth import GROWTH_RULES, Layer
+from lightning_ddst.sparsity.maskable import MaskableWeight
+from lightning_ddst.sparsity.masked import Gradients, Initial, MaskedNetwork, check_finite, first_match
 from lightning_ddst.sparsity.selection import count_true, largest, select
-from lightning_ddst.sparsity.sharding import is_split, own, reshard, split_like, whole
+from lightning_ddst.sparsity.sharding import whole
 
 Scope = Literal["global", "layer"]
 SCOPES = ("global", "layer")
-Initial = Literal["random", "magnitude"]
-INITIAL = ("random", "magnitude")
-Gradients = Mapping[str, Tensor]
 Moves = list[tuple[list[str], int]]
 """Numbers of weights to prune or to grow in pools of layers."""
 
-_PIECE = 2**20
 
+class SparseNetwork(MaskedNetwork):
+    """A network whose maskable weights are partly inactive, one by one; weights that grow start from 0.
 
-class SparseNetwork:
-    """A network whose maskable weights are partly inactive.
-
-    The network itself keeps its modules and parameter names; only values change. Weights that
-    become inactive are set to 0, and weights that grow start from 0. What keeps them at 0 while
-    an optimizer runs is `Enforcement`.
+    What it has is said at `MaskedNetwork`.
 
     Args:
         network: The module to sparsify.
@@ -53,18 +43,6 @@ class SparseNetwork:
         seed: Of everything that is drawn here.
         state: What `state_dict` gave for a network of the same shapes, to go on from; its masks
             replace those that would be drawn.
-
-    Attributes:
-        network: The module.
-        weights: The maskable weights by name.
-        masks: A bool mask by name, true where active, one byte a weight.
-        growth: The growth rule.
-        listeners: Called whenever weights were pruned, before others grow.
-        target: The density last asked for, as far as layers of given densities allow it; `density` is
-            what there is, a whole number of weights.
-        coverage: The share of maskable weights that were ever active, in [density, 1].
-        overlap: Of the mask before and after its last change: weights active in both over weights active in
-            either, in [0, 1]; 1 before the first.
 
     Raises:
         ValueError: For an argument outside what is allowed, or a network with nothing to mask.
@@ -86,87 +64,29 @@ class SparseNetwork:
         seed: int = 0,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        check_density("density", density)
         check_density("layer_floor", layer_floor)
-        check_choice("initial", initial, INITIAL)
         check_choice("distribution", distribution, DISTRIBUTIONS)
         check_choice("scope", scope, SCOPES)
         check_choice("growth", growth, GROWTH_RULES)
-        self.network = network
-        self.weights: dict[str, MaskableWeight] = {
-            weight.name: weight for weight in maskable_weights(network) if not _first(dense_layers, weight, name)
-        }
-        if not self.weights:
-            raise ValueError(f"dense_layers={list(dense_layers)} leaves nothing to mask.")
+        super().__init__(
+            network,
+            density,
+            initial=initial,
+            growth=GROWTH_RULES[growth],
+            dense_layers=dense_layers,
+            name=name,
+            seed=seed,
+        )
         self._given = _given_counts(self.weights, layer_densities or {}, name)
-        self.target = density
-        self.growth: GrowthRule = GROWTH_RULES[growth]
         self._distribution = distribution
         self._scope = scope
         self._layer_floor = layer_floor
-        # Not the seed itself: weights may have been drawn from it, and masks must not follow them.
-        digest = hashlib.sha256(f"masks {seed}".encode()).digest()
-        self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") // 2)
-        self.listeners: list[Callable[[], None]] = []
-        self.masks: dict[str, Tensor]
-        self._parts: dict[str, Tensor] = {}
-        self._ever: dict[str, Tensor] = {}
-        self.coverage = 0.0
-        self.overlap = 1.0
         if state is None:
             self._begin(density, initial)
         else:
             self.load_state_dict(state)
 
-    # ---- what there is -------------------------------------------------------------------------
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that hold the maskable weights, by name."""
-        return {name: weight.parameter for name, weight in self.weights.items()}
-
-    @property
-    def total(self) -> int:
-        """Number of maskable weights."""
-        return sum(weight.parameter.numel() for weight in self.weights.values())
-
-    @property
-    def active(self) -> int:
-        """Number of active weights."""
-        return sum(self._counts.values())
-
-    @property
-    def density(self) -> float:
-        """Active over maskable weights."""
-        return self.active / self.total
-
-    @property
-    def layer_counts(self) -> dict[str, int]:
-        """Active weights by name."""
-        return dict(self._counts)
-
-    @property
-    def layer_densities(self) -> dict[str, float]:
-        """Density by name."""
-        return {name: count / self.masks[name].numel() for name, count in self._counts.items()}
-
-    def own_mask(self, name: str) -> Tensor:
-        """The mask of what this process holds of a weight: all of it, unless weights are split over processes."""
-        return self._parts.get(name, self.masks[name])
-
-    def to_weights(self) -> None:
-        """Moves the masks to where their weights are."""
-        for held in (self.masks, self._ever):
-            held |= {name: values.to(self.weights[name].parameter.device) for name, values in held.items()}
-        self._split(self.masks)
-
     # ---- the changes ---------------------------------------------------------------------------
-
-    def apply_masks(self) -> None:
-        """Sets what is inactive to 0, after something else gave the network other weights."""
-        self._zero_inactive()
-        self._tell_listeners()
-        self._refresh_spectral()
 
     def resize(self, density: float, gradients: Gradients | None = None) -> None:
         """Grows or prunes, only one of them, to a new density.
@@ -266,7 +186,7 @@ class SparseNetwork:
         """
         whole_weights = {name: whole(parameter.detach()) for name, parameter in self.parameters.items()}
         for name, weight in whole_weights.items():
-            _check_finite(f"the weights of {name!r}", weight)
+            check_finite(f"the weights of {name!r}", weight)
         pruned: dict[str, Tensor] = {}
         for pool, number in moves:
             weights = [whole_weights[name] for name in pool]
@@ -276,10 +196,6 @@ class SparseNetwork:
         self._zero_inactive()
         self._tell_listeners()
         return pruned
-
-    def _tell_listeners(self) -> None:
-        for listener in self.listeners:
-            listener()
 
     def _growth_scores(self, gradients: Gradients | None) -> dict[str, Tensor]:
         """The growth rule's, taken before anything changes, so that an error leaves all as it was."""
@@ -292,7 +208,7 @@ class SparseNetwork:
                 gradient = gradients[name]
             layer = Layer(whole(weight.parameter.detach()), self.masks[name], gradient, self._generator)
             scores[name] = self.growth.score(layer)
-            _check_finite(f"the growth rule's scores of {name!r}", scores[name])
+            check_finite(f"the growth rule's scores of {name!r}", scores[name])
         return scores
 
     def _grow(self, moves: Moves, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -318,30 +234,6 @@ class SparseNetwork:
             self._counts[name] += sign * count
         self._split(pool)
         return {name: marks for name, marks, count in zip(pool, chosen, counts, strict=True) if count}
-
-    def _cover(self, names: Iterable[str]) -> None:
-        """Remembers what is active now."""
-        for name in names:
-            bits = packed(self.masks[name])
-            self._ever[name] = self._ever[name] | bits if name in self._ever else bits
-        self.coverage = sum(count_bits(bits) for bits in self._ever.values()) / self.total
-
-    def _split(self, names: Iterable[str]) -> None:
-        for name in names:
-            if is_split(parameter := self.weights[name].parameter):
-                self._parts[name] = own(split_like(self.masks[name], parameter))
-
-    def _refresh_spectral(self) -> None:
-        for weight in self.weights.values():
-            for spectral in weight.spectral:
-                spectral.refresh()
-
-    def _zero_inactive(self) -> None:
-        for name, weight in self.weights.items():
-            # Past autograd's version counter: a discriminator's loss from before a change that comes with a
-            # generator update may still have to be differentiated.
-            zero_where_inactive(weight.parameter.data, self.own_mask(name))
-        reshard(self.network)
 
     def _begin(self, density: float, initial: Initial) -> None:
         counts = self.allocation(density)
@@ -393,60 +285,13 @@ class SparseNetwork:
         shares = [float(count) for count in self.allocation(density).values()]
         return dict(zip(self._counts, apportion(shares, total, lower, upper), strict=True))
 
-    # ---- saving --------------------------------------------------------------------------------
-
-    @property
-    def checksum(self) -> int:
-        """Of the masks; 32 bits."""
-        value = 0
-        for mask in self.masks.values():
-            value = zlib.crc32(mask.cpu().numpy().tobytes(), value)
-        return value
-
-    def state_dict(self) -> dict[str, Any]:
-        """Masks and random state, on the CPU; loads with ``weights_only=True``."""
-        masks, ever = (
-            {name: values.to("cpu", copy=True) for name, values in held.items()} for held in (self.masks, self._ever)
-        )
-        rng = self._generator.get_state()
-        return {"target": self.target, "rng": rng, "masks": masks, "ever": ever, "overlap": self.overlap}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` gave.
-
-        Raises:
-            ValueError: If it is of a network with other maskable weights.
-        """
-        saved = state["masks"]
-        for name in sorted(self.weights.keys() | saved.keys()):
-            if name not in self.weights or name not in saved or saved[name].shape != self.weights[name].parameter.shape:
-                raise ValueError(f"the saved masks are another network's: {name!r} is missing or differs in shape.")
-        self.masks = {name: saved[name].to(weight.parameter.device, copy=True) for name, weight in self.weights.items()}
-        self._counts = {name: count_true(mask) for name, mask in self.masks.items()}
-        ever = state.get("ever", {})
-        self._ever = {name: bits.to(self.masks[name].device, copy=True) for name, bits in ever.items()}
-        self._cover(self.masks)
-        self.target, self.overlap = state["target"], state.get("overlap", 1.0)
-        self._generator.set_state(state["rng"].cpu())
-        self._split(self.masks)
-        self._zero_inactive()  # spectral norm's vectors were saved with the weights and fit these masks
-
-
-def _first(patterns: Iterable[str], weight: MaskableWeight, network: str) -> str | None:
-    """The first pattern that matches a layer of this weight."""
-    for pattern in patterns:
-        for name, layer in weight.layers.items():
-            if matches(pattern, name_of_layer(network, name), layer):
-                return pattern
-    return None
-
 
 def _given_counts(
     weights: Mapping[str, MaskableWeight], densities: Mapping[str, float], network: str
 ) -> dict[str, int]:
     for pattern, density in densities.items():
         check_density(f"layer_densities[{pattern!r}]", density)
-    found = {name: _first(densities, weight, network) for name, weight in weights.items()}
+    found = {name: first_match(densities, weight, network) for name, weight in weights.items()}
     return {
         name: max(1, round(densities[pattern] * weights[name].parameter.numel()))
         for name, pattern in found.items()
@@ -456,26 +301,6 @@ def _given_counts(
 
 def _smallness(weights: Tensor) -> Tensor:
     return weights.copysign(-1.0)
-
-
-def _check_finite(what: str, values: Tensor) -> None:
-    if not all(extreme.isfinite() for extreme in values.aminmax()):
-        raise ValueError(f"{what} must be finite to compare, and some are not.")
-
-
-@torch.no_grad()
-def zero_where_inactive(tensor: Tensor, mask: Tensor) -> None:
-    """Sets a tensor to 0 in place where the mask is false, whatever was there (NaN, too)."""
-    # Bits times 0 or 1: several times faster than masked_fill_, which branches. In pieces, for what
-    # mul_ makes of the mask to stay in a processor's cache.
-    tensor = own(tensor)
-    bits = as_integers(tensor)
-    if tensor.numel() <= _PIECE:
-        bits.mul_(mask)
-        return
-    rows = max(1, _PIECE * len(tensor) // tensor.numel())
-    for part, piece in zip(bits.split(rows), mask.split(rows), strict=True):
-        part.mul_(piece)
 
 
 def _all_active(parameter: Tensor) -> Tensor:

@@ -1,0 +1,272 @@
+"""Masks of whole channels, and the ways they change: drawn, resized, explored."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ddst.sparsity.channels import trace_channels
+from lightning_ddst.sparsity.checks import check_density, check_rate
+from lightning_ddst.sparsity.growth import GROWTH_RULES
+from lightning_ddst.sparsity.maskable import maskable_weights
+from lightning_ddst.sparsity.masked import Gradients, Initial, MaskedNetwork, check_finite, first_match
+from lightning_ddst.sparsity.selection import largest
+from lightning_ddst.sparsity.sharding import own, reshard, split_like, whole
+
+
+class ChannelNetwork(MaskedNetwork):
+    """A network whose channels are partly inactive: a weight is active where what it computes and what it reads is.
+
+    Every group of channels (those that are in the same layers) has the same share of active ones, as near as whole
+    channels allow. Of a group the channels of smallest magnitude are pruned: the sum, over the weights that compute or
+    read it, of its part of their squares. Which of its inactive channels grow is drawn: with all weights at 0 nothing
+    tells them apart, gradients neither. A channel that grows begins with random weights as large as the others' where
+    it is computed, and with 0 where it is read, so that the network computes the same as before.
+
+    What it has is said at `MaskedNetwork`.
+
+    Args:
+        network: The module to sparsify.
+        density: Active over maskable weights at the start, in (0, 1], as near as whole channels allow.
+        inputs: What the network is called with: an example, the batch first.
+        initial: "random" draws the first channels; "magnitude" prunes those of the network as it is.
+        dense_layers: Layers whose weights all stay, and are out of every density: patterns as in `matches`.
+        name: The network's name, in front of its layers' where patterns are compared.
+        seed: Of everything that is drawn here.
+        state: What `state_dict` gave for a network of the same shapes, to go on from; its channels
+            replace those that would be drawn.
+
+    Attributes:
+        kept: What stays of parameters and buffers, for `Narrowing`; changed in place.
+
+    Raises:
+        ValueError: For an argument outside what is allowed, or a network whose channels cannot be traced.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        density: float,
+        inputs: Sequence[Any],
+        *,
+        initial: Initial = "random",
+        dense_layers: Sequence[str] = (),
+        name: str = "",
+        seed: int = 0,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            network,
+            density,
+            initial=initial,
+            growth=GROWTH_RULES["random"],
+            dense_layers=dense_layers,
+            name=name,
+            seed=seed,
+        )
+        dense = [weight.name for weight in maskable_weights(network) if first_match(dense_layers, weight, name)]
+        self.kept: dict[str, dict[int, Tensor]] = {}
+        self._channels = trace_channels(network, *inputs, whole=dense)
+        self._sizes = torch.tensor(self._channels.sizes)
+        self._path = _path(self._channels.sizes)
+        self.masks = {
+            name: torch.ones(p.shape, dtype=torch.bool, device=p.device) for name, p in self.parameters.items()
+        }
+        self._active = torch.ones(int(self._sizes.sum()), dtype=torch.bool)
+        if state is None:
+            drawn = torch.rand(len(self._active), generator=self._generator)
+            self._apply(self._best(drawn if initial == "random" else self._magnitudes(), self._numbers(density)))
+            self._zero_inactive()
+            self._cover(self.masks)
+            self._refresh_spectral()
+        else:
+            self.load_state_dict(state)
+
+    @property
+    def channel_counts(self) -> list[tuple[int, int]]:
+        """Active channels, and all, of each group."""
+        return [(int(group.sum()), len(group)) for group in self._groups(self._active)]
+
+    # ---- the changes ---------------------------------------------------------------------------
+
+    def resize(self, density: float, gradients: Gradients | None = None) -> None:
+        """Grows or prunes channels, only one of them, to the density nearest to a new one; see `MaskedNetwork`."""
+        numbers = self._numbers(density)
+        before = self._active
+        now = torch.tensor([active for active, _ in self.channel_counts])
+        self.target = density
+        if (numbers > now).any():
+            self._grow(numbers - now)
+        elif (numbers < now).any():
+            self._prune(numbers)
+        else:
+            return
+        self._compare(before)
+        self._refresh_spectral()
+
+    def explore(self, rate: float, gradients: Gradients | None = None) -> int:
+        """Prunes a share of every group's active channels and grows as many; see `MaskedNetwork`.
+
+        No more are pruned than there are inactive, and one of a group at least stays.
+        """
+        check_rate("rate", rate)
+        before = self._active
+        moved = [min(int(rate * n + 1e-9), size - n, n - 1) for n, size in self.channel_counts]
+        if not any(moved):
+            return 0
+        now = torch.tensor([active for active, _ in self.channel_counts])
+        weights = self.active
+        self._prune(now - torch.tensor(moved))
+        pruned = weights - self.active
+        self._grow(torch.tensor(moved))
+        self._compare(before)
+        self._refresh_spectral()
+        return pruned
+
+    def allocation(self, density: float) -> dict[str, int]:
+        """How many weights are active at a density, by name; see `MaskedNetwork`."""
+        active = self._best(torch.zeros(len(self._active)), self._numbers(density))
+        return self._entries(active)
+
+    def reachable(self, density: float) -> float:
+        """Every density from that of one channel a group on."""
+        return max(density, self._density(0))
+
+    # ---- how they are made ---------------------------------------------------------------------
+
+    def _groups(self, values: Tensor) -> Sequence[Tensor]:
+        groups: Sequence[Tensor] = values.split(list(self._channels.sizes))
+        return groups
+
+    def _entries(self, active: Tensor) -> dict[str, int]:
+        """Active weights by name."""
+        return {name: self._channels.entries(name, p.shape, active) for name, p in self.parameters.items()}
+
+    def _density(self, step: int) -> float:
+        """At a step of the way from one channel a group to all."""
+        active = self._best(torch.zeros(len(self._active)), self._path[step])
+        return sum(self._entries(active).values()) / self.total
+
+    def _numbers(self, density: float) -> Tensor:
+        """The number of channels of each group at which the density is nearest; of two as near, the smaller."""
+        check_density("density", density)
+        if density < (lowest := self._density(0)):
+            raise ValueError(
+                f"density={density} leaves less than one channel a group; it must be at least {lowest:.4g}."
+            )
+        low, high = 0, len(self._path) - 1
+        while low < high:  # to the first step that is not below
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if self._density(middle) < density else (low, middle)
+        if low and density - self._density(low - 1) <= self._density(low) - density:
+            low -= 1
+        return self._path[low]
+
+    def _best(self, scores: Tensor, numbers: Tensor) -> Tensor:
+        """The channels of largest scores, so many of each group; bool ``(channels,)``."""
+        groups = zip(self._groups(scores), numbers.tolist(), strict=True)
+        return torch.cat([largest(group, number) for group, number in groups])
+
+    def _magnitudes(self) -> Tensor:
+        """Of every channel."""
+        scores = torch.zeros(len(self._active) + 1)  # the last is of what belongs to none
+        for name, parameter in self.parameters.items():
+            weight = whole(parameter.detach()).float().cpu()
+            check_finite(f"the weights of {name!r}", weight)
+            squares = weight.square()
+            for dim, channels in self._channels.axes.get(name, {}).items():
+                part = squares.sum([i for i in range(weight.dim()) if i != dim]) / squares.sum().clamp(min=1e-30)
+                scores.index_add_(0, channels.where(channels >= 0, len(self._active)), part)
+        return scores[:-1]
+
+    def _prune(self, numbers: Tensor) -> None:
+        """Leaves so many channels of each group."""
+        self._apply(self._best(self._magnitudes().masked_fill(~self._active, -1.0), numbers))
+        self._zero_inactive()
+        self._tell_listeners()
+
+    def _grow(self, numbers: Tensor) -> None:
+        """Activates so many more channels of each group."""
+        drawn = torch.rand(len(self._active), generator=self._generator).masked_fill(self._active, -1.0)
+        new = self._best(drawn, numbers)
+        scales = {name: self._scale(name) for name in self.weights}
+        self._zero_inactive()  # in case something else wrote there
+        self._apply(self._active | new)
+        for name, parameter in self.parameters.items():
+            self._begin_anew(name, parameter, new, scales[name])
+        reshard(self.network)
+        self._cover(self.masks)
+
+    def _scale(self, name: str) -> float:
+        """The root of the mean square of a weight's active entries."""
+        return float((whole(self.parameters[name].detach()).float().square().sum() / self._counts[name]).sqrt())
+
+    @torch.no_grad()
+    def _begin_anew(self, name: str, parameter: nn.Parameter, new: Tensor, scale: float) -> None:
+        """Gives new channels their first weights."""
+        axes = self._channels.axes.get(name, {})
+        gives = self.weights[name].out_dim
+        values = whole(parameter.data).clone()
+        for dim in sorted(axes, key=lambda dim: dim != gives):  # what a channel is read by comes last
+            index = ((axes[dim] >= 0) & new[axes[dim].clamp(min=0)]).nonzero().squeeze(1).to(values.device)
+            fresh = torch.zeros_like(values.index_select(dim, index))
+            if dim == gives:
+                fresh = torch.randn(fresh.shape, generator=self._generator).mul_(scale).to(values)
+            values.index_copy_(dim, index, fresh)
+        values.mul_(self.masks[name])
+        own(parameter.data).copy_(own(split_like(values, parameter)))  # past autograd's version counter
+
+    def _apply(self, active: Tensor) -> None:
+        """Makes masks of channels."""
+        self._active = active
+        self._counts = self._entries(active)
+        for name, mask in self.masks.items():
+            mask.copy_(self._channels.mask(name, mask.shape, active))
+        self._split(self.masks)
+        self._keep()
+
+    def _keep(self) -> None:
+        devices = {n: t.device for n, t in [*self.network.named_parameters(), *self.network.named_buffers()]}
+        self.kept.clear()
+        for name, dims in self._channels.kept(self._active).items():
+            self.kept[name] = {dim: index.to(devices[name]) for dim, index in dims.items()}
+
+    def _compare(self, before: Tensor) -> None:
+        """Works out how much of the masks stayed."""
+        both = sum(self._entries(before & self._active).values())
+        was = sum(self._entries(before).values())
+        self.overlap = both / (was + self.active - both)
+
+    def to_weights(self) -> None:
+        """Moves the masks, and what stays, to where their weights are."""
+        super().to_weights()
+        self._keep()
+
+    # ---- saving --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `MaskedNetwork` has, and the active channels; loads with ``weights_only=True``."""
+        return super().state_dict() | {"channels": self._active.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` gave.
+
+        Raises:
+            ValueError: If it is of masks of single weights, or of a network with other channels.
+        """
+        saved = state.get("channels")
+        if saved is None or saved.shape != self._active.shape:
+            raise ValueError("the saved masks are of single weights, or of a network with other channels.")
+        super().load_state_dict(state)
+        self._apply(saved.cpu().clone())
+
+
+def _path(sizes: Sequence[int]) -> list[Tensor]:
+    """Numbers of channels of each group from one to all, one more at every step, the emptiest group first."""
+    numbers = torch.ones(len(sizes), dtype=torch.int64)
+    path = [numbers.clone()]
+    for _, group in sorted((number / size, group) for group, size in enumerate(sizes) for number in range(1, size)):
+        numbers[group] += 1
+        path.append(numbers.clone())
+    return path
