@@ -3,6 +3,7 @@
 from lightning_ddst.sparsity.allocation import DISTRIBUTIONS, allocate
 from lightning_ddst.sparsity.channel_network import ChannelNetwork
 from lightning_ddst.sparsity.channels import Channels, trace_channels
+from lightning_ddst.sparsity.compact import compact
 from lightning_ddst.sparsity.enforcement import Enforcement, made_update, updating
 from lightning_ddst.sparsity.flops import LayerFlops, TrainingFlops
 from lightning_ddst.sparsity.growth import GROWTH_RULES, Layer, growth_rule
@@ -33,6 +34,7 @@ __all__ = [
     "SparseNetwork",
     "TrainingFlops",
     "allocate",
+    "compact",
     "exploration_rate",
     "growth_rule",
     "largest",

@@ -19,8 +19,11 @@ _NORMS = (nn.modules.batchnorm._NormBase,)
 """Layers that keep channels apart and have an entry for each: BatchNorm, InstanceNorm."""
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 """Layers that give channels, too, and are not masked: those of a class-conditional BatchNorm."""
-_DIFFERS = 1e-3
-"""What the network without channels may differ by from the one in which they are 0, relative to its largest output."""
+_DIFFERS = 0.05
+"""What the network without channels may differ by from the one in which they are 0, relative to its largest output.
+
+With random weights rounding grows to a thousandth in deep networks; channels that were mistaken change everything.
+"""
 
 Axis = tuple[str, int]
 """A dimension of a weight, by its name; or, by a module's name and 0, of all that a norm or an embedding has."""
@@ -146,21 +149,15 @@ def _agrees(network: nn.Module, inputs: Sequence[Any], channels: Channels, group
     active[first + 1 : first + channels.sizes[group] : 2] = False
     if active.all():
         return False  # its only channel
-    body = Body(network)
-    parameters, buffers = dict(network.named_parameters()), dict(network.named_buffers())
     kept = channels.kept(active)
-    zeroed = {
-        name: parameters[name] * channels.mask(name, parameters[name].shape, active).to(parameters[name].device)
-        for name in kept.keys() & parameters.keys()
-        if parameters[name].dim() > 1
-    }
-    held = parameters | buffers | zeroed
-    cut = {
-        name: narrowed(held[name], {dim: index.to(held[name].device) for dim, index in dims.items()})
+    zeroed = _drawn(network, channels, active)
+    cut = zeroed | {
+        name: narrowed(zeroed[name], {dim: index.to(zeroed[name].device) for dim, index in dims.items()})
         for name, dims in kept.items()
     }
+    body = Body(network)
     try:
-        there, here = (_tensors(body.call_with(tensors, *inputs)) for tensors in (zeroed, cut))
+        there, here = (floats_in(body.call_with(tensors, *inputs)) for tensors in (zeroed, cut))
     except Exception:  # whatever somebody's network does with a shape of fixed size
         return False
     return len(there) == len(here) and all(
@@ -169,13 +166,32 @@ def _agrees(network: nn.Module, inputs: Sequence[Any], channels: Channels, group
     )
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def _drawn(network: nn.Module, channels: Channels, active: Tensor) -> dict[str, Tensor]:
+    """Random parameters, so that nothing hides behind a 0, but weights of inactive channels; and all buffers."""
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in network.named_parameters():
+        scale = max(1, parameter[:1].numel()) ** -0.5  # what a layer gives is about as large as what it takes
+        tensors[name] = (torch.randn(parameter.shape, generator=generator) * scale).to(parameter)
+    buffers = dict(network.named_buffers())
+    names = {id(buffer): name for name, buffer in buffers.items()}
+    for weight in maskable_weights(network):
+        tensor = tensors[weight.name]
+        tensor *= channels.mask(weight.name, tensor.shape, active).to(tensor.device)
+        for spectral in weight.spectral:
+            left, right = (names[id(vector)] for vector in spectral.vectors())
+            matrix = tensor.movedim(spectral.dim, 0).flatten(1)
+            buffers[left] = nn.functional.normalize(matrix @ buffers[right], dim=0)  # for a norm that is not near 0
+    return tensors | buffers
+
+
+def floats_in(output: Any) -> list[Tensor]:
     """The floating-point tensors of whatever a network returns."""
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() and output.numel() else []
     if isinstance(output, Mapping):
         output = output.values()
-    return [tensor for part in output for tensor in _tensors(part)] if isinstance(output, Iterable) else []
+    return [tensor for part in output for tensor in floats_in(part)] if isinstance(output, Iterable) else []
 
 
 # ---- following -------------------------------------------------------------------------------------------
@@ -381,7 +397,7 @@ def _marked(
     hooks = [norm.register_forward_pre_hook(partial(note, name)) for name, norm in norms.items()]
     with removing(hooks), _replacing(layers, replaced):
         output = Body(network)(*repeated)
-    return [*seen, *(("", tensor.reshape(len(tensor), -1), 1) for tensor in _tensors(output) if tensor.dim())]
+    return [*seen, *(("", tensor.reshape(len(tensor), -1), 1) for tensor in floats_in(output) if tensor.dim())]
 
 
 @contextmanager
