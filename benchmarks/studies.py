@@ -172,6 +172,33 @@ def ablations() -> list[Cell]:
     return cells
 
 
+# ---- whole channels ------------------------------------------------------------------------------------
+
+_WIDE = "--model.init_args.generator.init_args.width 16 --model.init_args.discriminator.init_args.width 16"
+CHANNELS = {
+    "weights": "--config ddst_relaxed",
+    "channels": "--config ddst_relaxed --sparsity.granularity channel",
+    "channels, a smaller pair": "--config static_balanced --sparsity.granularity channel",
+}
+"""What masks consist of; static and balanced, channels are a smaller pair of networks."""
+CHANNEL_RATES = (0.5, 0.2, 0.1, 0.05)
+"""Of exploration, that were tried on seeds of their own."""
+
+
+def channels() -> list[Cell]:
+    """Masks of whole channels beside masks of weights, in wider networks; first the trials."""
+    setting = "60,000 images, 16 wide"
+    base = f"{FASHION['60,000 images']} {_WIDE}"
+    rounds = []
+    for seed, rate in product((10, 11), CHANNEL_RATES):
+        options = f"{CHANNELS['channels']} --sparsity.exploration_rate {rate}"
+        name = f"channels, exploring {rate}"
+        rounds.append(Cell(setting, name, 0.3, seed, f"{base} {options} --sparsity.generator_density 0.3"))
+    for seed, density, (run, options) in product(range(3), (0.3, 0.1), CHANNELS.items()):
+        rounds.append(Cell(setting, run, density, seed, f"{base} {options} --sparsity.generator_density {density}"))
+    return rounds + [Cell(setting, "dense", 1.0, seed, f"{base} --config dense") for seed in range(3)]
+
+
 # ---- CIFAR-10 ------------------------------------------------------------------------------------------
 
 
@@ -202,6 +229,7 @@ STUDIES: dict[str, Callable[[], list[Cell]]] = {
     "matching": matching,
     "fashion": fashion,
     "ablations": ablations,
+    "channels": channels,
     "cifar10": cifar10,
     "digits": digits,
 }

@@ -4,12 +4,17 @@
 - **compressed**: a safetensors file in which tensors with many zeros are held as one bit for every entry and
   the other entries' values. ``docs/export.md`` has a decoder of a few lines.
 - **onnx**: the generator in evaluation mode, for onnxruntime and others.
+- **program**: the same for torch, with `torch.export`; it needs no class of the generator either.
+
+The last two hold computations, so layers can be smaller in them: see `lightning_ddst.sparsity.compact`.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +27,6 @@ from torch import Tensor, nn
 from lightning_ddst import stored
 from lightning_ddst.callbacks.ema import GeneratorEMA
 from lightning_ddst.callbacks.networks import USUAL_NAMES
-from lightning_ddst.modes import evaluating
 from lightning_ddst.sparsity.bits import as_integers
 from lightning_ddst.sparsity.checks import check_choice
 from lightning_ddst.sparsity.spectral import spectral_norms
@@ -191,14 +195,10 @@ def save_onnx(generator: nn.Module, path: str | Path, *inputs: Tensor) -> float:
         import onnxscript  # noqa: F401 -- torch's exporter needs it
     except ImportError as error:
         raise ImportError(f"{error}: for ONNX install lightning-ddst[onnx].") from error
-    example = tuple(value.detach().cpu() for value in inputs)
-    batch = torch.export.Dim("batch")
-    generator = generator.cpu()
-    with evaluating(generator), torch.no_grad(), _written(Path(path)) as temporary:
+    generator, example, shapes = _on_cpu(generator, inputs)
+    with torch.no_grad(), _written(Path(path)) as temporary:
         try:
-            program = torch.onnx.export(
-                generator, example, dynamo=True, dynamic_shapes=tuple({0: batch} for _ in example), verbose=False
-            )
+            program = torch.onnx.export(generator, example, dynamo=True, dynamic_shapes=shapes, verbose=False)
             assert program is not None
             program.save(temporary)
         except Exception as error:  # whatever the exporter meets in somebody's network
@@ -214,6 +214,38 @@ def save_onnx(generator: nn.Module, path: str | Path, *inputs: Tensor) -> float:
                 f"{difference:.2g}; allowed are {_ONNX_DIFFERS:g}."
             )
     return difference
+
+
+def save_program(generator: nn.Module, path: str | Path, *inputs: Tensor) -> None:
+    """Writes the generator in evaluation mode as a program, which ``torch.export.load(path).module()`` runs.
+
+    Args:
+        generator: From `inputs` to images.
+        path: Where to; its name ends with ".pt2".
+        inputs: An example; their first dimension is the batch, which stays free.
+
+    Raises:
+        ValueError: If the generator cannot be expressed as a program.
+        OSError: If the file cannot be written.
+    """
+    generator, example, shapes = _on_cpu(generator, inputs)
+    with torch.no_grad(), _written(Path(path)) as temporary:
+        buffer = BytesIO()
+        try:
+            torch.export.save(torch.export.export(generator, example, dynamic_shapes=shapes), buffer)
+        except Exception as error:  # whatever torch meets in somebody's network
+            raise ValueError(
+                f"{type(generator).__name__} cannot be written as a program: {stored.reason(error)}"
+            ) from error
+        temporary.write_bytes(buffer.getvalue())
+
+
+def _on_cpu(
+    generator: nn.Module, inputs: Sequence[Tensor]
+) -> tuple[nn.Module, tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
+    """A copy of a generator in evaluation mode, an example, and that its first dimension is free."""
+    batch = torch.export.Dim("batch")
+    return deepcopy(generator).cpu().eval(), tuple(i.detach().cpu() for i in inputs), tuple({0: batch} for _ in inputs)
 
 
 def _state(generator: nn.Module) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """The command ``lightning-ddst export``: writes a run's generator for use without this package."""
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -12,9 +13,11 @@ from torch import nn
 from lightning_ddst import export as exports
 from lightning_ddst.callbacks.examples import generator_example
 from lightning_ddst.callbacks.networks import find_network
-from lightning_ddst.speed import sparse_linears
+from lightning_ddst.modes import evaluating
+from lightning_ddst.sparsity import compact
+from lightning_ddst.speed import WORTHWHILE, onnx_time_ratio, sparse_linears, time_ratio
 
-Format = Literal["dense", "compressed", "onnx"]
+Format = Literal["dense", "compressed", "onnx", "program"]
 _BATCH = 16
 
 
@@ -52,13 +55,13 @@ def export(args: Sequence[str]) -> list[Path]:
         generator = find_network(module, "generator", given.generator)
         exports.load_generator(generator, given.checkpoint, given.generator, given.weights)
         folder: Path = given.output or config.parent / "export"
+        inputs = _example(module, needed=bool({"onnx", "program"} & {*given.formats}))
+        small, found = _smaller(generator, inputs)
         writers: dict[str, tuple[str, Callable[[Path], object]]] = {
             "dense": ("generator.safetensors", lambda path: exports.save_dense(generator, path)),
             "compressed": ("generator.compressed.safetensors", lambda path: exports.save_compressed(generator, path)),
-            "onnx": (
-                "generator.onnx",
-                lambda path: exports.save_onnx(generator, path, *generator_example(module, _BATCH)),
-            ),
+            "onnx": ("generator.onnx", lambda path: exports.save_onnx(small, path, *inputs)),
+            "program": ("generator.pt2", lambda path: exports.save_program(small, path, *inputs)),
         }
         paths = []
         dense = sum(value.numel() * value.element_size() for value in generator.state_dict().values())
@@ -68,24 +71,49 @@ def export(args: Sequence[str]) -> list[Path]:
             paths.append(folder / name)
             size = paths[-1].stat().st_size
             print(f"{paths[-1]}  {size / 1e6:.3f} MB, {size / dense:.1%} of the dense weights")
-        print(_speed(module, generator))
+            if form == "onnx":
+                ratio = onnx_time_ratio(paths[-1], small, *inputs)
+                found.append(f"onnxruntime takes {ratio:.2f} of torch's time for it")
+        print("\n".join([*found, _linears(small, inputs)]))
     except (OSError, ValueError, ImportError) as error:
         parser.error(str(error))
     return paths
 
 
-def _speed(module: LightningModule, generator: nn.Module) -> str:
-    """What is faster: dense kernels multiply zeros, so at most Linear layers as sparse tensors."""
+def _example(module: LightningModule, *, needed: bool) -> tuple[Any, ...]:
+    """What the generator is called with; nothing where that is unknown, unless it is needed."""
     try:
-        example = generator_example(module, _BATCH)
+        return generator_example(module, _BATCH)
+    except ValueError:
+        if needed:
+            raise
+        return ()
+
+
+def _smaller(generator: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, list[str]]:
+    """The generator with smaller layers, where there are channels that nothing reads, and what that gains."""
+    if not inputs:
+        return generator, ["nothing was measured: what the generator is called with is unknown"]
+    try:
+        small, left, channels = compact(generator, *inputs)
     except ValueError as error:
-        return f"speed was not measured: {error}"
-    ratios = sparse_linears(generator, *example)
-    faster = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items() if ratio < 1)
+        return generator, [f"its layers are as large as they were: {error}"]
+    if left == channels:
+        return generator, [f"its layers are as large as they were: each of its {channels} channels is read"]
+    with evaluating(generator):
+        ratio = time_ratio(lambda: small(*inputs), lambda: generator(*inputs))
+    gain = f"at {_BATCH} images it takes {ratio:.2f} of the time"
+    return small, [f"as onnx and program its layers are smaller, {left} of {channels} channels: {gain}"]
+
+
+def _linears(generator: nn.Module, inputs: Sequence[Any]) -> str:
+    """What Linear layers gain as sparse tensors."""
+    ratios = sparse_linears(deepcopy(generator), *inputs) if inputs else {}
+    faster = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items() if ratio < WORTHWHILE)
     if not faster:
-        return "nothing is faster: dense kernels multiply zeros, and no Linear layer gains as a sparse tensor"
+        return "nothing else is faster: dense kernels multiply zeros, and no Linear layer gains as a sparse tensor"
     how = f"as sparse tensors (lightning_ddst.speed.sparse_linears), at {_BATCH} images, these Linear layers"
-    return f"{how} take so much of their time: {faster}; all else is as fast as it was"
+    return f"{how} take so much of their time: {faster}"
 
 
 def _config_of(checkpoint: Path) -> Path:

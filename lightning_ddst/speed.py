@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from lightning_ddst.modes import evaluating, removing
 
 _TURNS = 15
-_WORTHWHILE = 0.95
+WORTHWHILE = 0.95
 """A layer is replaced where it takes less than this share of its time."""
 
 
@@ -65,7 +66,7 @@ def sparse_linears(network: nn.Module, *inputs: Tensor) -> dict[str, float]:
     for name, x in seen.items():
         sparse = SparseLinear(layers[name])
         ratios[name] = time_ratio(partial(sparse, x), partial(layers[name], x))
-        if ratios[name] < _WORTHWHILE:
+        if ratios[name] < WORTHWHILE:
             parent, _, attribute = name.rpartition(".")
             setattr(network.get_submodule(parent), attribute, sparse)
     return ratios
@@ -83,6 +84,24 @@ def time_ratio(one: Callable[[], object], other: Callable[[], object]) -> float:
             _finish()
             times.append(time.perf_counter() - start)
     return statistics.median(seconds[0][1:]) / statistics.median(seconds[1][1:])
+
+
+def onnx_time_ratio(path: str | Path, generator: nn.Module, *inputs: Tensor) -> float:
+    """The time of an ONNX file under onnxruntime over that of the generator in it, with as many threads as torch has.
+
+    Args:
+        path: What `lightning_ddst.export.save_onnx` wrote.
+        generator: The generator, on the CPU.
+        inputs: What both are called with.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    fed = {known.name: value.numpy() for known, value in zip(session.get_inputs(), inputs, strict=True)}
+    with evaluating(generator):
+        return time_ratio(lambda: session.run(None, fed), lambda: generator(*inputs))
 
 
 def _finish() -> None:

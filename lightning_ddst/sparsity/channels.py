@@ -19,11 +19,8 @@ _NORMS = (nn.modules.batchnorm._NormBase,)
 """Layers that keep channels apart and have an entry for each: BatchNorm, InstanceNorm."""
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 """Layers that give channels, too, and are not masked: those of a class-conditional BatchNorm."""
-_DIFFERS = 0.05
-"""What the network without channels may differ by from the one in which they are 0, relative to its largest output.
-
-With random weights rounding grows to a thousandth in deep networks; channels that were mistaken change everything.
-"""
+_DIFFERS = 0.01
+"""What the network without channels may differ by from the one in which they are 0, relative to its largest output."""
 
 Axis = tuple[str, int]
 """A dimension of a weight, by its name; or, by a module's name and 0, of all that a norm or an embedding has."""
@@ -106,7 +103,8 @@ def trace_channels(network: nn.Module, *inputs: Any, whole: Collection[str] = ()
         ValueError: If the network cannot be called with these inputs, or has no channels that can be taken out.
     """
     kind = type(network).__name__
-    with evaluating(network), torch.no_grad():
+    devices = {parameter.device.index for parameter in network.parameters() if parameter.is_cuda}
+    with evaluating(network), torch.no_grad(), torch.random.fork_rng(devices=devices):
         try:
             links = _follow(network, inputs)
         except Exception as error:  # whatever somebody's network meets with these inputs, or with other batches
@@ -155,15 +153,26 @@ def _agrees(network: nn.Module, inputs: Sequence[Any], channels: Channels, group
         name: narrowed(zeroed[name], {dim: index.to(zeroed[name].device) for dim, index in dims.items()})
         for name, dims in kept.items()
     }
-    body = Body(network)
     try:
-        there, here = (floats_in(body.call_with(tensors, *inputs)) for tensors in (zeroed, cut))
+        there, here = (_outputs(network, tensors, inputs) for tensors in (zeroed, cut))
     except Exception:  # whatever somebody's network does with a shape of fixed size
         return False
     return len(there) == len(here) and all(
         one.shape == other.shape and bool((one - other).abs().max() <= _DIFFERS * one.abs().max())
         for one, other in zip(there, here, strict=True)
     )
+
+
+def _outputs(network: nn.Module, tensors: Mapping[str, Tensor], inputs: Sequence[Any]) -> list[Tensor]:
+    """What a network gives with these tensors, if it can in double precision: deep ones make much of rounding."""
+    body = Body(network)
+    torch.manual_seed(0)  # for noise of its own
+    try:
+        doubles = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+        floats = [i.double() if isinstance(i, Tensor) and i.is_floating_point() else i for i in inputs]
+        return floats_in(body.call_with(doubles, *floats))
+    except Exception:  # its code may convert to a type by itself
+        return floats_in(body.call_with(tensors, *inputs))
 
 
 def _drawn(network: nn.Module, channels: Channels, active: Tensor) -> dict[str, Tensor]:

@@ -22,11 +22,12 @@ def narrowed(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
 
 
 class Narrowing:
-    """Has a network compute with what stays of its parameters and buffers, until `remove`.
+    """Has a network in training mode compute with what stays of its parameters and buffers, until `remove`.
 
     The network keeps all of them: they are cut at every call, gradients arrive at the whole parameters (0 at what
     was left out), and what the call writes into buffers is written into the whole ones. So optimizers, checkpoints
-    and gradient synchronisation see nothing of it.
+    and gradient synchronisation see nothing of it. In evaluation mode the whole network computes: what it gives is,
+    bit for bit, what it gives without this package.
 
     Args:
         network: Whose ``forward`` is replaced.
@@ -44,7 +45,7 @@ class Narrowing:
         self._network.__dict__.pop("forward", None)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._kept:
+        if not (self._kept and self._network.training):
             return self._body(*args, **kwargs)
         parameters, buffers = dict(self._network.named_parameters()), dict(self._network.named_buffers())
         held = parameters | buffers
