@@ -20,6 +20,7 @@ METHODS = {
     "ramp": {"method": "ramp"},
     "posthoc": {"method": "posthoc"},
     "imp": {"method": "imp"},
+    "channels": {"method": "ddst", "bounds": (0.01, 0.02), "granularity": "channel"},
 }
 # With D stepping twice an update: explorations at batches 10, 20, ..., decisions at 14, 28, 42; 12 batches an epoch.
 SETTINGS = {"generator_density": 0.3, "interval": 7, "explore_interval": 5, "probe_interval": 1, "seed": 1}
@@ -58,6 +59,7 @@ MOVES = {
     "ramp": {"grow"},
     "posthoc": {"prune"},
     "imp": {"prune"},
+    "channels": {"grow"},
 }
 """Decisions that each makes at least once."""
 FEW = ("between discriminator steps",)
@@ -66,7 +68,7 @@ FEW = ("between discriminator steps",)
 
 @pytest.mark.parametrize(
     ("crash", "method"),
-    [(c, m) for c in CRASHES for m in METHODS if m in ("static", "sdst", "ddst", "strict") or c in FEW],
+    [(c, m) for c in CRASHES for m in METHODS if m in ("static", "sdst", "ddst", "strict", "channels") or c in FEW],
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, crash, method):
     kill, every = CRASHES[crash]

@@ -22,6 +22,7 @@ class ToyGAN(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.names = names
+        self.example_input_array = torch.zeros(2, LATENT)  # which masks of whole channels are traced with
         generator = nn.Sequential(nn.Linear(LATENT, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, PIXELS))
         discriminator = nn.Sequential(
             spectral_norm(nn.Linear(PIXELS, 32)), nn.ReLU(), nn.Dropout(0.1), spectral_norm(nn.Linear(32, 1))

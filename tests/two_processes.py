@@ -280,6 +280,7 @@ CASES = {
     "distance": distance,
     "crash strict": lambda folder: crash(folder, "strict", 21, 5),
     "crash sdst": lambda folder: crash(folder, "sdst", 25, 4),
+    "crash channels": lambda folder: crash(folder, "channels", 21, 5),
 }
 LONG_CASES = {
     f"crash {method} {kill} {every}": lambda folder, m=method, k=kill, e=every: crash(folder, m, k, e)

@@ -12,7 +12,6 @@ from lightning_ddst.sparsity.growth import GROWTH_RULES
 from lightning_ddst.sparsity.maskable import maskable_weights
 from lightning_ddst.sparsity.masked import Gradients, Initial, MaskedNetwork, check_finite, first_match
 from lightning_ddst.sparsity.selection import largest
-from lightning_ddst.sparsity.sharding import own, reshard, split_like, whole
 
 
 class ChannelNetwork(MaskedNetwork):
@@ -131,7 +130,7 @@ class ChannelNetwork(MaskedNetwork):
 
     def reachable(self, density: float) -> float:
         """Every density from that of one channel a group on."""
-        return max(density, self._density(0))
+        return max(density, self._weights_at(0) / self.total)
 
     # ---- how they are made ---------------------------------------------------------------------
 
@@ -143,23 +142,23 @@ class ChannelNetwork(MaskedNetwork):
         """Active weights by name."""
         return {name: self._channels.entries(name, p.shape, active) for name, p in self.parameters.items()}
 
-    def _density(self, step: int) -> float:
-        """At a step of the way from one channel a group to all."""
-        active = self._best(torch.zeros(len(self._active)), self._path[step])
-        return sum(self._entries(active).values()) / self.total
+    def _weights_at(self, step: int) -> int:
+        """Active weights at a step of the way from one channel a group to all."""
+        return sum(self._entries(self._best(torch.zeros(len(self._active)), self._path[step])).values())
 
     def _numbers(self, density: float) -> Tensor:
         """The number of channels of each group at which the density is nearest; of two as near, the smaller."""
         check_density("density", density)
-        if density < (lowest := self._density(0)):
+        wanted = density * self.total
+        if wanted < (least := self._weights_at(0)) - 1e-6:
             raise ValueError(
-                f"density={density} leaves less than one channel a group; it must be at least {lowest:.4g}."
+                f"density={density} leaves less than one channel a group; it must be at least {least / self.total:.4g}."
             )
         low, high = 0, len(self._path) - 1
         while low < high:  # to the first step that is not below
             middle = (low + high) // 2
-            low, high = (middle + 1, high) if self._density(middle) < density else (low, middle)
-        if low and density - self._density(low - 1) <= self._density(low) - density:
+            low, high = (middle + 1, high) if self._weights_at(middle) < wanted else (low, middle)
+        if low and wanted - self._weights_at(low - 1) <= self._weights_at(low) - wanted:
             low -= 1
         return self._path[low]
 
@@ -172,7 +171,7 @@ class ChannelNetwork(MaskedNetwork):
         """Of every channel."""
         scores = torch.zeros(len(self._active) + 1)  # the last is of what belongs to none
         for name, parameter in self.parameters.items():
-            weight = whole(parameter.detach()).float().cpu()
+            weight = parameter.detach().float().cpu()
             check_finite(f"the weights of {name!r}", weight)
             squares = weight.square()
             for dim, channels in self._channels.axes.get(name, {}).items():
@@ -195,19 +194,18 @@ class ChannelNetwork(MaskedNetwork):
         self._apply(self._active | new)
         for name, parameter in self.parameters.items():
             self._begin_anew(name, parameter, new, scales[name])
-        reshard(self.network)
         self._cover(self.masks)
 
     def _scale(self, name: str) -> float:
         """The root of the mean square of a weight's active entries."""
-        return float((whole(self.parameters[name].detach()).float().square().sum() / self._counts[name]).sqrt())
+        return float((self.parameters[name].detach().float().square().sum() / self._counts[name]).sqrt())
 
     @torch.no_grad()
     def _begin_anew(self, name: str, parameter: nn.Parameter, new: Tensor, scale: float) -> None:
         """Gives new channels their first weights."""
         axes = self._channels.axes.get(name, {})
         gives = self.weights[name].out_dim
-        values = whole(parameter.data).clone()
+        values = parameter.data  # past autograd's version counter
         for dim in sorted(axes, key=lambda dim: dim != gives):  # what a channel is read by comes last
             index = ((axes[dim] >= 0) & new[axes[dim].clamp(min=0)]).nonzero().squeeze(1).to(values.device)
             fresh = torch.zeros_like(values.index_select(dim, index))
@@ -215,7 +213,6 @@ class ChannelNetwork(MaskedNetwork):
                 fresh = torch.randn(fresh.shape, generator=self._generator).mul_(scale).to(values)
             values.index_copy_(dim, index, fresh)
         values.mul_(self.masks[name])
-        own(parameter.data).copy_(own(split_like(values, parameter)))  # past autograd's version counter
 
     def _apply(self, active: Tensor) -> None:
         """Makes masks of channels."""
@@ -223,7 +220,6 @@ class ChannelNetwork(MaskedNetwork):
         self._counts = self._entries(active)
         for name, mask in self.masks.items():
             mask.copy_(self._channels.mask(name, mask.shape, active))
-        self._split(self.masks)
         self._keep()
 
     def _keep(self) -> None:

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from lightning_ddst.modes import evaluating, removing
 from lightning_ddst.sparsity.maskable import MaskableWeight, channel_dim, maskable_weights
 from lightning_ddst.sparsity.narrow import Body, narrowed
+from lightning_ddst.sparsity.sharding import is_split
 
 _NORMS = (nn.modules.batchnorm._NormBase,)
 """Layers that keep channels apart and have an entry for each: BatchNorm, InstanceNorm."""
@@ -103,6 +104,8 @@ def trace_channels(network: nn.Module, *inputs: Any, whole: Collection[str] = ()
         ValueError: If the network cannot be called with these inputs, or has no channels that can be taken out.
     """
     kind = type(network).__name__
+    if any(map(is_split, network.parameters())):
+        raise ValueError(f"the channels of {kind} cannot be traced: its parameters are split over processes (FSDP2).")
     devices = {parameter.device.index for parameter in network.parameters() if parameter.is_cuda}
     with evaluating(network), torch.no_grad(), torch.random.fork_rng(devices=devices):
         try:

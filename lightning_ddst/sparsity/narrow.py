@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_ddst.sparsity.compiled import is_compiled
-from lightning_ddst.sparsity.sharding import is_split
 
 Kept = Mapping[str, Mapping[int, Tensor]]
 """Of parameters and buffers by name, for each dimension that becomes smaller, the indices that stay: int64."""
@@ -79,8 +78,8 @@ class Body(nn.Module):
 
 
 def can_narrow(network: nn.Module) -> bool:
-    """Whether a network can be run so: not where it is compiled, or its parameters are split over processes."""
-    return not is_compiled(network) and not any(is_split(parameter) for parameter in network.parameters())
+    """Whether a network can be run so: not where it is compiled, since every change would be compiled anew."""
+    return not is_compiled(network)
 
 
 @contextmanager
