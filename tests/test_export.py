@@ -16,7 +16,7 @@ from toys import LATENT, PIXELS, ToyGAN, toy_data, toy_trainer, trained
 
 from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA, export
 from lightning_ddst.models import SNGANGenerator
-from lightning_ddst.sparsity import SparseNetwork
+from lightning_ddst.sparsity import SparseNetwork, compact
 
 NOISE = torch.randn(20, LATENT, generator=torch.Generator().manual_seed(3))
 
@@ -189,18 +189,53 @@ def test_onnx_gives_the_same_images(tmp_path):
     assert torch.allclose(torch.from_numpy(images), network.eval()(NOISE), atol=1e-5)
 
 
-def test_a_generator_that_onnx_cannot_express_is_refused(tmp_path):
+class Unclear(nn.Module):
+    def forward(self, z):
+        return z if float(z.sum()) > 0 else -z
+
+
+@pytest.mark.parametrize(
+    ("save", "kind"), [(export.save_onnx, "for ONNX"), (export.save_program, "as a program")], ids=["onnx", "program"]
+)
+def test_a_generator_that_cannot_be_expressed_is_refused(tmp_path, save, kind):
     pytest.importorskip("onnxruntime")
+    (tmp_path / "generator").write_text("before")
+    with pytest.raises(ValueError, match=rf"^Unclear cannot be written {kind}: "):
+        save(Unclear(), tmp_path / "generator", NOISE)
+    assert [path.name for path in tmp_path.iterdir()] == ["generator"]
+    assert (tmp_path / "generator").read_text() == "before"
 
-    class Unclear(nn.Module):
-        def forward(self, z):
-            return z if float(z.sum()) > 0 else -z
 
-    (tmp_path / "generator.onnx").write_text("before")
-    with pytest.raises(ValueError, match=r"^Unclear cannot be written for ONNX: "):
-        export.save_onnx(Unclear(), tmp_path / "generator.onnx", NOISE)
-    assert [path.name for path in tmp_path.iterdir()] == ["generator.onnx"]
-    assert (tmp_path / "generator.onnx").read_text() == "before"
+# ---- smaller layers ------------------------------------------------------------------------------------
+
+PROGRAM = """
+import sys
+import torch
+
+torch.save(torch.export.load("generator.pt2").module()(torch.load("noise.pt")).detach(), "images.pt")
+assert not any(name.startswith("lightning") for name in sys.modules)
+"""
+
+
+def test_a_smaller_program_gives_the_runs_images_in_a_script_without_this_package(tmp_path):
+    gan, evaluated = ValidatedToy(), Evaluated()
+    sparsity = DynamicSparsityCallback(0.3, granularity="channel", interval=5)
+    trainer = toy_trainer(sparsity, GeneratorEMA(0.9), evaluated, epochs=3, folder=tmp_path)
+    trainer.fit(gan, toy_data(), toy_data(1))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    network = generator()
+    export.load_generator(network, tmp_path / "end.ckpt")
+    assert torch.equal(network(NOISE), evaluated.images)
+    small, left, channels = compact(network, NOISE)
+    assert (left, channels) == (10, 32)
+    export.save_program(small, tmp_path / "generator.pt2", NOISE[:4])
+    torch.save(NOISE, tmp_path / "noise.pt")
+    (tmp_path / "script.py").write_text(PROGRAM)
+    subprocess.run([sys.executable, "script.py"], cwd=tmp_path, check=True)
+    images = torch.load(tmp_path / "images.pt")
+    torch.testing.assert_close(images, evaluated.images, rtol=1e-4, atol=1e-5)
+    weights = torch.export.load(tmp_path / "generator.pt2").state_dict
+    assert sum(value.numel() for value in weights.values() if value.dim() > 1) == 10 * (LATENT + PIXELS)
 
 
 # ---- what is refused -----------------------------------------------------------------------------------

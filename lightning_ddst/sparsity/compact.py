@@ -36,6 +36,7 @@ def compact(network: nn.Module, *inputs: Any) -> tuple[nn.Module, int, int]:
         ValueError: If channels cannot be traced, or the copy does not compute the same.
     """
     with evaluating(network):
+        expected = floats_in(network(*inputs))
         copy = deepcopy(network)
     for module in copy.modules():
         if parametrize.is_parametrized(module):
@@ -62,21 +63,20 @@ def compact(network: nn.Module, *inputs: Any) -> tuple[nn.Module, int, int]:
             module._buffers[attribute] = small
     for module in copy.modules():
         _say_sizes(module)
-    with evaluating(network):
-        for whole, small in zip(floats_in(network(*inputs)), floats_in(copy(*inputs)), strict=True):
-            if not bool((whole - small).abs().max() <= _DIFFERS * whole.abs().max()):
-                raise ValueError(f"{type(network).__name__} without the channels that nothing reads computes another.")
+    for whole, small in zip(expected, floats_in(copy(*inputs)), strict=True):
+        if not bool((whole - small).abs().max() <= _DIFFERS * whole.abs().max()):
+            raise ValueError(
+                f"{type(network).__name__} without the channels that nothing reads computes something else."
+            )
     return copy, int(active.sum()), len(active)
 
 
 def _read(network: nn.Module, channels: Channels) -> Tensor:
-    """The channels that something reads, and of each group the first in any case; bool ``(channels,)``."""
+    """The channels that something reads, and the first of a group of which nothing is; bool ``(channels,)``."""
     weights = maskable_weights(network)
-    firsts = torch.tensor([0, *channels.sizes[:-1]]).cumsum(0)
     active = torch.ones(sum(channels.sizes), dtype=torch.bool)
     while True:
         read = torch.zeros_like(active)
-        read[firsts] = True
         for weight in weights:
             reads = 1 - weight.out_dim
             if (of := channels.axes.get(weight.name, {}).get(reads)) is None:
@@ -86,6 +86,8 @@ def _read(network: nn.Module, channels: Channels) -> Tensor:
             used = (weight.parameter.cpu() != 0) & mask
             used = used.movedim(reads, 0).flatten(1).any(1)
             read[of[used & (of >= 0)]] = True
+        for group in read.split(list(channels.sizes)):
+            group[0] |= not group.any()
         if torch.equal(read & active, active):
             return active
         active &= read

@@ -1,0 +1,169 @@
+"""Masks of whole channels, in training."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback, seed_everything
+from toys import ToyGAN, toy_data, toy_trainer, trained
+
+from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA
+from lightning_ddst.callbacks.examples import generator_example
+from lightning_ddst.models import SmallDiscriminator, SmallGenerator
+
+CHANNELS = {"granularity": "channel", "interval": 5, "explore_interval": 4, "bounds": (0.01, 0.02), "seed": 1}
+
+
+class EveryUpdate(Callback):
+    """Notes channels, how many the layers computed, and whether all that is inactive is 0."""
+
+    def __init__(self):
+        self.counts, self.widths, self.checksums, self.clean = [], [], [], []
+
+    def on_train_start(self, trainer, pl_module):
+        generator, _ = pl_module.networks()
+        self.handle = generator[0].register_forward_hook(
+            lambda layer, args, output: self.widths.append(output.shape[1])
+        )
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        (sparsity,) = (c for c in trainer.callbacks if isinstance(c, DynamicSparsityCallback))
+        networks = sparsity.networks()
+        self.counts.append({role: network.channel_counts for role, network in networks.items()})
+        self.checksums.append(networks["generator"].checksum)
+        for network in networks.values():
+            assert network.active == sum(int(mask.sum()) for mask in network.masks.values())
+            for name, mask in network.masks.items():
+                state = [own["exp_avg"] for o in trainer.optimizers if (own := o.state.get(network.parameters[name]))]
+                self.clean += [not tensor[~mask].any() for tensor in (network.parameters[name].detach(), *state)]
+
+
+@pytest.mark.parametrize("method", ["static", "sdst", "dda", "ddst", "ramp", "posthoc"])
+def test_counts_are_exact_layers_smaller_and_inactive_weights_zero(method):
+    every, sparsity = EveryUpdate(), DynamicSparsityCallback(0.3, method=method, **CHANNELS)
+    gan = trained(sparsity, every, epochs=2)
+    every.handle.remove()
+    assert all(every.clean)
+    # 8 x 32 + 32 x 16 weights of the generator's, and 16 x 32 + 32 of the discriminator's; n of 32 channels each.
+    last = every.counts[-1]
+    assert last["generator"] == [(10, 32)]  # 10 of 32 are nearest to 30 %
+    assert sparsity.generator_density == 10 * 24 / (32 * 24)
+    grown = {"dda": 16, "ddst": 16, "ramp": 32, "posthoc": 32}.get(method, 10)  # four decisions, 5 % each
+    assert last["discriminator"] == [(grown, 32)]
+    assert set(every.widths) == ({10} if method != "posthoc" else {10, 32})
+    assert "forward" not in gan.generator.__dict__
+    assert (len(set(every.checksums)) > 2) == (method in ("sdst", "ddst", "ramp"))
+
+
+def test_a_checkpoint_loads_into_the_plain_module(tmp_path):
+    gan = trained(DynamicSparsityCallback(0.3, **CHANNELS), folder=tmp_path)
+    gan.trainer.save_checkpoint(tmp_path / "end.ckpt")
+    plain = ToyGAN()
+    plain.load_state_dict(torch.load(tmp_path / "end.ckpt")["state_dict"])
+    z = torch.randn(3, 8)
+    assert torch.equal(plain.generator.eval()(z), gan.generator.eval()(z))
+
+
+def test_training_is_that_of_the_whole_network_with_zeros(monkeypatch):
+    """Up to rounding, for a few updates."""
+
+    def weights(narrow):
+        monkeypatch.setattr("lightning_ddst.balance.training.can_narrow", lambda network: narrow)
+        sparsity = DynamicSparsityCallback(0.3, **CHANNELS)
+        seed_everything(0, verbose=False)
+        gan = ToyGAN()
+        gan.discriminator[2].p = 0.0  # draws another mask for fewer channels
+        toy_trainer(sparsity, limit_train_batches=5).fit(gan, toy_data())
+        return {full: gan.get_parameter(full).detach() * mask for full, mask in sparsity.masks("generator").items()}
+
+    whole, narrow = weights(False), weights(True)
+    for name, value in whole.items():
+        torch.testing.assert_close(narrow[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_averages_of_channels_that_grew_do_not_remember_that_they_were_0():
+    average = GeneratorEMA(0.9)
+    sparsity = DynamicSparsityCallback(0.3, **CHANNELS)
+    trained(sparsity, average, epochs=2)
+    for name, mask in sparsity.networks()["generator"].masks.items():
+        assert torch.equal(average.averages()[name] != 0, mask & (average.averages()[name] != 0))
+
+
+# ---- what the networks are called with ----------------------------------------------------------------
+
+
+def test_examples_are_a_gan_modules_noise_or_lightnings_example():
+    def module(classes):
+        return GANModule(
+            SmallGenerator(num_classes=classes), SmallDiscriminator(num_classes=classes), num_classes=classes
+        )
+
+    (noise,) = generator_example(module(None))
+    assert noise.shape == (2, 64)
+    noise, labels = generator_example(module(3), batch=5)
+    assert noise.shape == (5, 64)
+    assert labels.tolist() == [0, 1, 2, 0, 1]
+    (example,) = generator_example(ToyGAN())
+    assert example.shape == (2, 8)
+
+
+class Unknown(ToyGAN):
+    def __init__(self):
+        super().__init__()
+        self.example_input_array = None
+
+
+class Wrong(ToyGAN):
+    def __init__(self):
+        super().__init__()
+        self.example_input_array = torch.zeros(2, 9)
+
+
+@pytest.mark.parametrize(
+    ("gan", "message"),
+    [
+        (
+            Unknown,
+            "Unknown has no latent_dim, so what its generator is called with is unknown: set its example_input_array",
+        ),
+        (Wrong, "the generator cannot be called with the module's example: "),
+    ],
+)
+def test_networks_that_cannot_be_called_are_refused_before_training(gan, message):
+    with pytest.raises(ValueError, match=message):
+        trained(DynamicSparsityCallback(0.3, **CHANNELS), gan=gan())
+
+
+def test_a_density_below_a_channel_a_group_names_network_and_argument():
+    with pytest.raises(
+        ValueError, match=r"generator with generator_density=0.01: density=0.01 leaves less than one chan"
+    ):
+        trained(DynamicSparsityCallback(0.01, **CHANNELS))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"growth": "momentum"},
+        {"distribution": "uniform"},
+        {"scope": "layer"},
+        {"layer_floor": 0.5},
+        {"layer_densities": {"generator.0": 0.5}},
+    ],
+)
+def test_what_is_for_single_weights_is_refused(given):
+    (name,) = given
+    with pytest.raises(ValueError, match=rf'{name}=.* is for masks of single weights, and granularity="channel"'):
+        DynamicSparsityCallback(0.3, granularity="channel", **given)
+    DynamicSparsityCallback(0.3, granularity="channel", growth="random")
+
+
+def test_another_granularity_is_refused():
+    with pytest.raises(ValueError, match=r"granularity='row' is unknown; allowed are weight, channel"):
+        DynamicSparsityCallback(0.3, granularity="row")
+
+
+def test_a_run_with_masks_of_single_weights_does_not_go_on_with_channels(tmp_path):
+    gan = trained(DynamicSparsityCallback(0.3, seed=1), folder=tmp_path)
+    gan.trainer.save_checkpoint(tmp_path / "end.ckpt")
+    trainer = toy_trainer(DynamicSparsityCallback(0.3, **CHANNELS), epochs=2)
+    with pytest.raises(ValueError, match="the saved masks are of single weights"):
+        trainer.fit(ToyGAN(), toy_data(), ckpt_path=tmp_path / "end.ckpt")
