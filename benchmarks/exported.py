@@ -1,4 +1,4 @@
-"""Sizes and speeds of an exported generator: the paper's SNGAN at 32 pixels, by density.
+"""Sizes and speeds of an exported generator: the paper's SNGAN at 32 pixels, by what its masks consist of, and density.
 
     OMP_NUM_THREADS=1 python benchmarks/exported.py
 
@@ -9,45 +9,46 @@ turn, for a batch of 16; kept in results/exported.jsonl.
 import tempfile
 from pathlib import Path
 
-import onnxruntime
 import torch
 from rows import add, origin
 
 from lightning_ddst import export
 from lightning_ddst.models import SNGANGenerator
-from lightning_ddst.sparsity import SparseNetwork
-from lightning_ddst.speed import sparse_linears, time_ratio
+from lightning_ddst.sparsity import ChannelNetwork, SparseNetwork, compact
+from lightning_ddst.speed import onnx_time_ratio, sparse_linears, time_ratio
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5)
 BATCH = 16
 
 
-def measure(density: float, folder: Path) -> None:
+def measure(granularity: str, density: float, folder: Path) -> None:
     torch.manual_seed(0)
     generator = SNGANGenerator(32).eval()
-    sparse = SparseNetwork(generator, density)
     noise = torch.randn(BATCH, generator.latent_dim)
-    dense, small, onnx = (folder / name for name in ("dense", "small", "generator.onnx"))
-    export.save_dense(generator, dense)
-    export.save_compressed(generator, small)
-    difference = export.save_onnx(generator, onnx, noise)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
-    fed = {session.get_inputs()[0].name: noise.numpy()}
-    by_onnx = time_ratio(lambda: session.run(None, fed), lambda: generator(noise))
-    linears = sparse_linears(generator, noise)
+    sparse = (
+        ChannelNetwork(generator, density, (noise,)) if granularity == "channel" else SparseNetwork(generator, density)
+    )
+    small, left, channels = compact(generator, noise)
+    files = {name: folder / name for name in ("dense", "compressed", "onnx", "program")}
+    export.save_dense(generator, files["dense"])
+    export.save_compressed(generator, files["compressed"])
+    difference = export.save_onnx(small, files["onnx"], noise)
+    export.save_program(small, files["program"], noise)
+    with torch.no_grad():
+        by_torch = time_ratio(lambda: small(noise), lambda: generator(noise))
+        by_onnx = onnx_time_ratio(files["onnx"], generator, noise)
     row = {
+        "granularity": granularity,
         "density": density,
         "batch": BATCH,
         "threads": torch.get_num_threads(),
-        "dense_bytes": dense.stat().st_size,
-        "compressed_bytes": small.stat().st_size,
-        "of_maskable_fp32": round(small.stat().st_size / (4 * sparse.total), 4),
-        "onnx_bytes": onnx.stat().st_size,
+        "channels": [left, channels],
+        **{f"{name}_bytes": path.stat().st_size for name, path in files.items()},
+        "of_maskable_fp32": round(files["compressed"].stat().st_size / (4 * sparse.total), 4),
         "onnx_differs": float(f"{difference:.2g}"),
+        "torch_time": round(by_torch, 3),
         "onnx_time": round(by_onnx, 3),
-        "linear_times": {name: round(ratio, 3) for name, ratio in linears.items()},
+        "linear_times": {name: round(ratio, 3) for name, ratio in sparse_linears(generator, noise).items()},
         "command": "OMP_NUM_THREADS=1 python benchmarks/exported.py",
     }
     add("exported", row | origin())
@@ -55,6 +56,7 @@ def measure(density: float, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    for density in DENSITIES:
-        with tempfile.TemporaryDirectory() as folder:
-            measure(density, Path(folder))
+    for granularity in ("weight", "channel"):
+        for density in DENSITIES:
+            with tempfile.TemporaryDirectory() as folder:
+                measure(granularity, density, Path(folder))

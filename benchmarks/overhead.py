@@ -33,13 +33,14 @@ BATCH = 64
 
 
 class Turns(Callback):
-    """Lets several runs in threads train in turns, and keeps the seconds of each turn."""
+    """Lets several runs in threads train in turns of so many batches, and keeps the seconds of each turn."""
 
     lock = threading.Condition()
     whose = 0
     runs = 0
 
-    def __init__(self) -> None:
+    def __init__(self, batches: int = TURN) -> None:
+        self.length = batches
         self.number = Turns.runs
         Turns.runs += 1
         self.seconds: list[float] = []
@@ -47,14 +48,14 @@ class Turns(Callback):
         self._start = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._batches % TURN == 0:
+        if self._batches % self.length == 0:
             with Turns.lock:
                 Turns.lock.wait_for(lambda: Turns.whose == self.number)
             self._start = time.perf_counter()
 
     def on_train_batch_end(self, *args: Any) -> None:
         self._batches += 1
-        if self._batches % TURN == 0:
+        if self._batches % self.length == 0:
             self.seconds.append(time.perf_counter() - self._start)
             with Turns.lock:
                 Turns.whose = (self.number + 1) % Turns.runs

@@ -8,13 +8,14 @@ The page is page.md, in which {{a name}} stands for a table.
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from statistics import fmean, stdev
 
 import bounds
 import figures
 from comparisons import Comparison, Row, distance, flops, mean_density, of
 from rows import HERE, rows
-from studies import ABLATIONS, BAND, DENSITIES, ESTIMATED, FASHION, FIXED, METHODS, STUDIES
+from studies import ABLATIONS, BAND, CHANNEL_RATES, CHANNELS, DENSITIES, ESTIMATED, FASHION, FIXED, METHODS, STUDIES
 
 DOCS = HERE.parent / "docs"
 
@@ -183,6 +184,35 @@ def estimators() -> str:
     return table(["run", "BR as", "mean", "change from window to window", "smallest", "largest"], body)
 
 
+# ---- whole channels ------------------------------------------------------------------------------------
+
+
+def channels() -> str:
+    """Masks of channels beside masks of weights."""
+    found = rows("channels")
+    body = []
+    for density, run in [(1.0, "dense"), *product((0.1, 0.3), CHANNELS)]:
+        cell = [row for row in found if (row["run"], row["density"]) == (run, density)]
+        if not cell:
+            body.append([percent(density), run, "missing", "", "", ""])
+            continue
+        values = [distance(row) for row in cell]
+        at_end = f"{fmean(row['discriminator_density'][-1][1] for row in cell):.2f}"
+        mean = f"{fmean(values):.1f}"
+        each = ", ".join(f"{value:.1f}" for value in values)
+        body.append([percent(density), run, mean, each, percent(fmean(map(flops, cell))), at_end])
+    return table(["generator", "run", "distance", "each", "training FLOPs", "`d_D` at the end"], body)
+
+
+def channel_trials() -> str:
+    """Distances by the share that an exploration replaces at first."""
+    body = []
+    for rate in CHANNEL_RATES:
+        cell = [row for row in rows("channels") if row["run"] == f"channels, exploring {rate}"]
+        body.append([f"{rate:g}", ", ".join(f"{distance(row):.1f} (seed {row['seed']})" for row in cell) or "missing"])
+    return table(["`exploration_rate`", "distance, generator at 30 %"], body)
+
+
 # ---- cost ----------------------------------------------------------------------------------------------
 
 
@@ -236,24 +266,54 @@ def steps() -> str:
 def exported() -> str:
     body = [
         [
+            f"{row['granularity']}s",
             percent(row["density"]),
-            f"{row['dense_bytes'] / 1e6:.2f} MB",
-            f"{row['compressed_bytes'] / 1e6:.2f} MB",
+            f"{row['channels'][0]} of {row['channels'][1]}",
+            *(f"{row[f'{name}_bytes'] / 1e6:.2f} MB" for name in ("dense", "compressed", "onnx", "program")),
             f"{row['of_maskable_fp32']:.1%}",
-            f"{row['onnx_bytes'] / 1e6:.2f} MB",
+            f"{row['torch_time']:.2f}",
             f"{row['onnx_time']:.2f}",
             ", ".join(f"{name} {ratio:.2f}" for name, ratio in row["linear_times"].items()),
         ]
         for row in rows("exported")
     ]
-    sizes = ["generator", "dense", "compressed", "of the maskable weights as fp32", "ONNX"]
-    return table([*sizes, "onnxruntime's time over torch's", "sparse Linear layers' time over dense"], body)
+    head = ["masks of", "generator", "channels left", "dense", "compressed", "ONNX", "program"]
+    head += [
+        "compressed, of the maskable weights as fp32",
+        "time, torch",
+        "time, onnxruntime",
+        "time, sparse Linear layers",
+    ]
+    return table(head, body)
+
+
+def smaller() -> str:
+    body = [
+        [
+            percent(row["density"]),
+            str(row["discriminator_steps"]),
+            f"{row['ratio']:.3f}",
+            f"{row['quartiles'][1]:.3f} ({row['quartiles'][0]:.3f} to {row['quartiles'][2]:.3f})",
+            f"{row['dense_ms']} ms",
+            str(row["updates"]),
+        ]
+        for row in rows("smaller")
+    ]
+    head = [
+        "both networks",
+        "D steps a G step",
+        "over dense",
+        "median and quartiles of updates",
+        "dense update",
+        "updates",
+    ]
+    return table(head, body)
 
 
 def origins() -> str:
     """Where the rows are from: every kind of machine and set of versions once."""
     seen: dict[str, int] = {}
-    for study in (*STUDIES, "trials", "mask_update", "overhead", "exported"):
+    for study in (*STUDIES, "trials", "mask_update", "overhead", "exported", "smaller"):
         for row in rows(study):
             versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
             origin = f"{study}: {row['machine']}; {versions}"
@@ -273,6 +333,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "growth of mask updates": growth_of_mask_updates,
     "steps": steps,
     "exported": exported,
+    "smaller": smaller,
+    "channels": channels,
+    "channel trials": channel_trials,
     "origins": origins,
 }
 
