@@ -9,10 +9,13 @@ explores both networks and measures no balance ratio, which is part of its train
 """
 
 import argparse
+import os
 import statistics
 import threading
 import time
+import traceback
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +63,23 @@ class Turns(Callback):
             with Turns.lock:
                 Turns.whose = (self.number + 1) % Turns.runs
                 Turns.lock.notify_all()
+
+
+def together(fit: Callable[..., None], runs: Iterable[tuple[Any, ...]]) -> None:
+    """Has several runs train in turns, in a thread each; where one fails, the process ends."""
+
+    def one(*arguments: Any) -> None:
+        try:
+            fit(*arguments)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)  # the others would wait for its turn
+
+    threads = [threading.Thread(target=one, args=arguments) for arguments in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 class AuthorsMasking(Callback):
@@ -114,11 +134,7 @@ def compare(discriminator_steps: int, updates: int, authors: Path | None) -> Non
     runs: dict[str, list[Callback]] = {"dense": [Turns()], "lightning_ddst": [Turns(), sparsity]}
     if authors is not None:
         runs["authors"] = [Turns(), AuthorsMasking(authors)]
-    threads = [threading.Thread(target=fit, args=(each, discriminator_steps, updates)) for each in runs.values()]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    together(fit, [(each, discriminator_steps, updates) for each in runs.values()])
     first = WARM_UP * discriminator_steps // TURN
     seconds = {name: callbacks[0].seconds[first:] for name, callbacks in runs.items()}
     dense = seconds.pop("dense")

@@ -8,11 +8,10 @@ without the callback takes turns with it, update by update, in one process. No m
 
 import argparse
 import statistics
-import threading
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from overhead import Turns
+from overhead import Turns, together
 from rows import add, origin
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -45,11 +44,7 @@ def compare(density: float, discriminator_steps: int, updates: int) -> None:
         density, granularity="channel", interval=1000, explore_interval=500, probe_interval=10
     )
     runs: list[list[Callback]] = [[Turns(discriminator_steps)], [Turns(discriminator_steps), sparsity]]
-    threads = [threading.Thread(target=fit, args=(each, discriminator_steps, updates)) for each in runs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    together(fit, [(each, discriminator_steps, updates) for each in runs])
     dense, small = (callbacks[0].seconds[WARM_UP:] for callbacks in runs)
     quartiles = statistics.quantiles([one / other for one, other in zip(small, dense, strict=True)], n=4)
     row = {
