@@ -44,12 +44,19 @@ class SpectralVectors:
         matrix = whole(self.parameter.detach()).movedim(self.dim, 0).flatten(1).float()
         if not matrix.isfinite().all():
             return  # training has diverged, and no vectors would help
+        # Without empty rows and columns: so many eigenvalues of 0 can keep LAPACK from converging.
+        rows, columns = matrix.any(1), matrix.any(0)
+        matrix = matrix[rows][:, columns]
+        if not matrix.numel():
+            return  # nothing is active
         wide = matrix.shape[0] <= matrix.shape[1]
         gram = matrix @ matrix.t() if wide else matrix.t() @ matrix
         leading = torch.linalg.eigh(gram).eigenvectors[:, -1]  # eigenvalues ascend
         other = nn.functional.normalize((matrix.t() if wide else matrix) @ leading, dim=0)
-        for buffer, vector in zip(self.vectors(), (leading, other) if wide else (other, leading), strict=True):
-            buffer.data.copy_(vector)  # past autograd's version counter, as the masks' changes are
+        found = (leading, other) if wide else (other, leading)
+        for buffer, vector, present in zip(self.vectors(), found, (rows, columns), strict=True):
+            # Past autograd's version counter, as the masks' changes are.
+            buffer.data.zero_().masked_scatter_(present, vector.to(buffer.dtype))
 
 
 def spectral_norms(network: nn.Module) -> Iterator[SpectralVectors]:

@@ -176,3 +176,30 @@ def test_a_shared_weight_is_normalised_in_each_of_its_layers(norm):
     sparse = SparseNetwork(nn.Sequential(norm(first), norm(second)), 0.2, seed=1)
     for layer in (first, second):
         assert_normalised(sparse, layer, torch.zeros(1, 16))
+
+
+@pytest.mark.parametrize("seed", [20, 23, 29, 35, 43])
+def test_empty_rows_and_columns_do_not_keep_the_vectors_from_being_found(seed):
+    """With them the eigenvalues of these did not converge."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = (torch.rand(128, generator=generator) < 0.31 for _ in range(2))
+    layer = parametrizations.spectral_norm(nn.Conv2d(128, 128, 3))
+    (spectral,) = spectral_norms(layer)
+    with torch.no_grad():
+        weight = torch.randn(128, 128, 3, 3, generator=generator) * 0.03
+        spectral.parameter.copy_(weight * rows[:, None, None, None] * columns[:, None, None])
+    spectral.refresh()
+    assert largest_singular_value(normalised(layer, torch.zeros(1, 128, 3, 3)), layer) == pytest.approx(1, abs=1e-5)
+    left, right = spectral.vectors()
+    assert not left[~rows].any()
+    assert not right.view(128, 9)[~columns].any()
+
+
+def test_vectors_of_a_weight_without_active_entries_stay():
+    layer = parametrizations.spectral_norm(nn.Linear(4, 3))
+    (spectral,) = spectral_norms(layer)
+    before = buffers(layer)
+    with torch.no_grad():
+        spectral.parameter.zero_()
+    spectral.refresh()
+    assert all(torch.equal(value, before[name]) for name, value in buffers(layer).items())
