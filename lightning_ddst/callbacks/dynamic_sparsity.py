@@ -82,8 +82,8 @@ class DynamicSparsityCallback(Callback):
     two bounds ("Double Dynamic Sparse Training for GANs", 2022; "Balanced Training for Sparse
     GANs", NeurIPS 2023, arXiv 2302.14670). Every interval counts generator updates.
 
-    Masks simulate unstructured sparsity: inactive weights are exactly 0, and dense kernels do the
-    arithmetic.
+    Masks of single weights simulate unstructured sparsity: inactive weights are exactly 0, and dense
+    kernels do the arithmetic. With masks of whole channels training computes without inactive ones.
 
     Args:
         generator_density: The generator's density: active over maskable weights, in (0, 1].

@@ -7,6 +7,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_ddst.callbacks.dynamic_sparsity import DynamicSparsityCallback
 from lightning_ddst.callbacks.logs import tensorboards
 from lightning_ddst.callbacks.quality import SampleQuality
+from lightning_ddst.sparsity import ChannelNetwork
 
 
 class RunSummary(Callback):
@@ -65,7 +66,11 @@ def _title(metric: str) -> str:
 def _sparsity(callback: DynamicSparsityCallback) -> list[tuple[str, str]]:
     rows = [("method", f"{callback.method}, {callback.generator_updates:,} generator updates")]
     for role, network in callback.networks().items():
-        rows.append((role, f"density {network.density:.4f} ({network.active:,} of {network.total:,} weights active)"))
+        active = f"{network.active:,} of {network.total:,} weights active"
+        if isinstance(network, ChannelNetwork):
+            counts = (sum(numbers) for numbers in zip(*network.channel_counts, strict=True))
+            active = f"{' of '.join(map(str, counts))} channels, {active}"
+        rows.append((role, f"density {network.density:.4f} ({active})"))
     if (balance := callback.balance) is not None:
         last = f"{balance.ratio:.3f}" if balance.ratio is not None else f"undecided: {balance.reason}"
         rows.append(("balance ratio, last window", last))
@@ -77,5 +82,8 @@ def _sparsity(callback: DynamicSparsityCallback) -> list[tuple[str, str]]:
         resized = actions.count("grow") + actions.count("prune")
         rows.append(("discriminator resized", f"{resized} times in {len(actions)} decisions ({counts})"))
     if (ratio := callback.flops_ratio) is not None:
-        rows.append(("training FLOPs", f"{ratio:.1%} of dense training (dense kernels do the arithmetic all the same)"))
+        whole = "dense kernels do the arithmetic all the same"
+        if any(isinstance(network, ChannelNetwork) for network in callback.networks().values()):
+            whole = "inactive channels are left out, where networks are not compiled"
+        rows.append(("training FLOPs", f"{ratio:.1%} of dense training ({whole})"))
     return rows
