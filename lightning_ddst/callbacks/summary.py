@@ -68,8 +68,8 @@ def _sparsity(callback: DynamicSparsityCallback) -> list[tuple[str, str]]:
     for role, network in callback.networks().items():
         active = f"{network.active:,} of {network.total:,} weights active"
         if isinstance(network, ChannelNetwork):
-            counts = (sum(numbers) for numbers in zip(*network.channel_counts, strict=True))
-            active = f"{' of '.join(map(str, counts))} channels, {active}"
+            left, channels = map(sum, zip(*network.channel_counts, strict=True))
+            active = f"{left} of {channels} channels, {active}"
         rows.append((role, f"density {network.density:.4f} ({active})"))
     if (balance := callback.balance) is not None:
         last = f"{balance.ratio:.3f}" if balance.ratio is not None else f"undecided: {balance.reason}"
