@@ -72,7 +72,7 @@ T = TypeVar("T")
 
 _UNKNOWN_LENGTH_INTERVAL = 1000
 _EXPLORATION_RATES: dict[Granularity, float] = {"weight": 0.5, "channel": 0.1}
-"""By default: the paper's; and of those that were tried on channels, one of the two that were best (docs/results.md)."""
+"""By default: the paper's, and of those that were tried on channels one of the two best (docs/results.md)."""
 
 
 class DynamicSparsityCallback(Callback):
