@@ -221,8 +221,9 @@ def test_whatever_changes_masks_are_of_channels_and_counts_exact(widths, changes
         getattr(sparse, change)(value)
         if change == "resize":
             # No other step of the way is nearer.
-            densities = [sparse._weights_at(step) / sparse.total for step in range(len(sparse._path))]
-            assert abs(sparse.density - value) == min(abs(density - value) for density in densities)
+            counts = [sparse._weights_at(step) for step in range(len(sparse._path))]
+            wanted = value * sparse.total
+            assert abs(sparse.active - wanted) == min(abs(count - wanted) for count in counts)
         else:
             assert sparse.channel_counts == before
         assert sparse.layer_counts == {name: int(mask.sum()) for name, mask in sparse.masks.items()}
