@@ -141,6 +141,24 @@ def matching() -> list[Cell]:
     return [Cell(s, run, density, 10, _options(FASHION[s], s, run, density)) for s, density in places]
 
 
+FLOORS = (0.1, 0.2, 0.3)
+"""Lower limits of the discriminator's density, and where it starts, that were tried."""
+
+
+def floors() -> list[Cell]:
+    """DDST that starts at a floor above the generator's density, where that is low; on seeds of their own."""
+    setting = next(iter(FASHION))
+    cells = []
+    for seed in (10, 11):
+        for density, floor in [*product((0.05,), FLOORS), (0.1, 0.2)]:
+            limits = f"--sparsity.discriminator_density {floor} --sparsity.min_discriminator_density {floor}"
+            options = f"{_options(FASHION[setting], setting, 'DDST relaxed', density)} {limits}"
+            cells.append(Cell(setting, f"DDST relaxed, D from {floor}", density, seed, options))
+        for run, density in product(("ramp", "DDST relaxed"), (0.05, 0.1)):
+            cells.append(Cell(setting, run, density, seed, _options(FASHION[setting], setting, run, density)))
+    return cells
+
+
 # ---- ablations -----------------------------------------------------------------------------------------
 
 ABLATIONS: dict[str, str] = {
@@ -227,6 +245,7 @@ def digits() -> list[Cell]:
 
 STUDIES: dict[str, Callable[[], list[Cell]]] = {
     "matching": matching,
+    "floors": floors,
     "fashion": fashion,
     "ablations": ablations,
     "channels": channels,
