@@ -2,7 +2,7 @@
 
 from lightning_ddst.sparsity.allocation import DISTRIBUTIONS, allocate
 from lightning_ddst.sparsity.channel_network import ChannelNetwork
-from lightning_ddst.sparsity.channels import Channels, trace_channels
+from lightning_ddst.sparsity.channels import Channels
 from lightning_ddst.sparsity.compact import compact
 from lightning_ddst.sparsity.enforcement import Enforcement, made_update, updating
 from lightning_ddst.sparsity.flops import LayerFlops, TrainingFlops
@@ -15,6 +15,7 @@ from lightning_ddst.sparsity.pruning import InitialWeights, MagnitudePruning
 from lightning_ddst.sparsity.published import published_flops, published_training_flops
 from lightning_ddst.sparsity.schedules import SCHEDULES, exploration_rate
 from lightning_ddst.sparsity.selection import largest, select
+from lightning_ddst.sparsity.tracing import trace_channels
 
 __all__ = [
     "DISTRIBUTIONS",

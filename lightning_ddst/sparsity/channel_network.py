@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ddst.sparsity.channels import trace_channels
 from lightning_ddst.sparsity.checks import check_density, check_rate
 from lightning_ddst.sparsity.growth import GROWTH_RULES
 from lightning_ddst.sparsity.maskable import maskable_weights
 from lightning_ddst.sparsity.masked import Gradients, Initial, MaskedNetwork, check_finite, first_match
 from lightning_ddst.sparsity.selection import largest
+from lightning_ddst.sparsity.tracing import trace_channels
 
 
 class ChannelNetwork(MaskedNetwork):

@@ -9,9 +9,11 @@ from torch.nn.utils import parametrize, remove_spectral_norm
 from torch.nn.utils.spectral_norm import SpectralNorm as SpectralNormHook
 
 from lightning_ddst.modes import evaluating
-from lightning_ddst.sparsity.channels import Channels, floats_in, trace_channels
+from lightning_ddst.sparsity.channels import Channels
+from lightning_ddst.sparsity.following import floats_in
 from lightning_ddst.sparsity.maskable import TRANSPOSED_LAYERS, maskable_weights
 from lightning_ddst.sparsity.narrow import narrowed, widen
+from lightning_ddst.sparsity.tracing import trace_channels
 
 _DIFFERS = 1e-3
 """From the whole network, relative to its largest output."""
