@@ -115,7 +115,15 @@ class Links:
 
 
 def follow(network: nn.Module, inputs: Sequence[Any]) -> Links:
-    """Follows every layer's channels to where they are read."""
+    """Follows every layer's channels to where they are read.
+
+    Args:
+        network: Called in its present mode, without gradients.
+        inputs: What it is called with: an example, the batch first.
+
+    Returns:
+        What belongs together, and what stays.
+    """
     links = Links(network)
     gives = {name: (weight.name, weight.out_dim) for weight in links.weights.values() for name in weight.layers}
     reads = {name: (weight, 1 - dim) for name, (weight, dim) in gives.items()}

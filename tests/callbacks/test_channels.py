@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
+from torch import nn
 from toys import ToyGAN, toy_data, toy_trainer, trained
 
 from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA
@@ -130,6 +131,16 @@ class Wrong(ToyGAN):
 def test_networks_that_cannot_be_called_are_refused_before_training(gan, message):
     with pytest.raises(ValueError, match=message):
         trained(DynamicSparsityCallback(0.3, **CHANNELS), gan=gan())
+
+
+def test_a_network_whose_channels_cannot_be_traced_is_refused_before_training():
+    gan = ToyGAN()
+    gan.generator = nn.Sequential(nn.Linear(8, 16), nn.Tanh())
+    before = {name: value.clone() for name, value in gan.state_dict().items()}
+    message = "generator with generator_density=0.3: Sequential has no channels that can be taken out"
+    with pytest.raises(ValueError, match=message):
+        trained(DynamicSparsityCallback(0.3, **CHANNELS), gan=gan)
+    assert all(torch.equal(value, before[name]) for name, value in gan.state_dict().items())
 
 
 def test_a_density_below_a_channel_a_group_names_network_and_argument():
