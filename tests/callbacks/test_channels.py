@@ -10,7 +10,14 @@ from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA
 from lightning_ddst.callbacks.examples import generator_example
 from lightning_ddst.models import SmallDiscriminator, SmallGenerator
 
-CHANNELS = {"granularity": "channel", "interval": 5, "explore_interval": 4, "bounds": (0.01, 0.02), "seed": 1}
+CHANNELS = {
+    "granularity": "channel",
+    "interval": 5,
+    "explore_interval": 4,
+    "bounds": (0.01, 0.02),
+    "exploration_rate": 0.5,
+    "seed": 1,
+}
 
 
 class EveryUpdate(Callback):
