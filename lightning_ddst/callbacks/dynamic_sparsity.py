@@ -40,7 +40,7 @@ from lightning_ddst.callbacks.networks import find_network, name_in, refuse_othe
 from lightning_ddst.callbacks.random_states import random_states, resume_randomness
 from lightning_ddst.callbacks.run_length import RunLength
 from lightning_ddst.callbacks.strategies import check_backward_passes, check_strategy, loads_late
-from lightning_ddst.callbacks.tensorboard import in_words, write_page
+from lightning_ddst.callbacks.tensorboard import compared, in_words, write_page
 from lightning_ddst.sparsity import (
     DISTRIBUTIONS,
     GROWTH_RULES,
@@ -186,7 +186,7 @@ class DynamicSparsityCallback(Callback):
         seed: int | None = None,
         stop_on_divergence: bool = False,
     ) -> None:
-        self._arguments = {name: value for name, value in locals().items() if name != "self"}
+        self._compared = compared(locals())
         check_choice("method", method, METHODS)
         check_choice("granularity", granularity, get_args(Granularity))
         check_density("generator_density", generator_density)
@@ -531,7 +531,7 @@ class DynamicSparsityCallback(Callback):
             ]
         pairs = [self, *self._others(trainer)]
         if all(pair._module is pl_module for pair in pairs):  # the last one
-            write_page(trainer, pl_module, {pair._prefix(trainer): pair._arguments for pair in pairs})
+            write_page(trainer, pl_module, {pair._prefix(trainer): pair._compared for pair in pairs})
 
     def _refuse_shared(self, trainer: Trainer, module: LightningModule) -> None:
         others = self._others(trainer)
@@ -664,7 +664,7 @@ class DynamicSparsityCallback(Callback):
         if self._training is not None:
             words = in_words(self.method, self._training, self._densities["discriminator"])
             for writer in tensorboards(trainer):
-                writer.add_text(f"{self._prefix(trainer)}summary", words, self.generator_updates)
+                writer.add_text(f"{self._prefix(trainer)}about/what_happened", words, self.generator_updates)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps evaluation out of what is counted as training."""

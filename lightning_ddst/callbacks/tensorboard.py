@@ -14,8 +14,9 @@ from lightning_ddst.callbacks.quality import SampleQuality
 Layout: TypeAlias = dict[str, dict[str, list[Any]]]
 
 _MOST_ROWS = 40
-_NUMBERS = ("balance/ratio", "density/generator", "density/discriminator", "flops/training_ratio")
+_NUMBERS = ("balance/ratio", "density/discriminator", "flops/training_ratio")
 """What a run comes to, beside its samples' quality."""
+_COMPARED = ("method", "generator_density", "discriminator_density", "bounds", "growth")
 _VERBS = {"grow": "grown", "prune": "pruned", "explore": "explored", "hold": "left", "undecided": "undecided"}
 _BECAUSE = {"grow": " because it was too weak", "prune": " because it was too strong"}
 _BR = (
@@ -37,24 +38,38 @@ def layout(prefixes: Sequence[str], metrics: Sequence[str]) -> Layout:
     """
     page: Layout = {}
     for prefix in prefixes:
-        whose = f" of {prefix.rstrip('/')}" if prefix else ""
-        start = f"^{re.escape(prefix)}"
-        page[f"1. The controller{whose}"] = {
-            "what the discriminator is resized by, within its bounds": [
+        whose = f", {prefix.rstrip('/')}" if prefix else ""
+        # TensorBoard puts the other charts of a category before those with margins.
+        page[f"1. Are the networks in balance{whose}?"] = {
+            "control signal within its bounds": [
                 "Margin",
-                [f"{prefix}control/{name}" for name in ("signal", "lower", "upper")],
-            ],
-            "density: active over maskable weights": ["Multiline", [f"{start}density/(generator|discriminator)$"]],
-            "how often each was decided so far": ["Multiline", [f"{start}decision/"]],
-            "mean scores: of real images, and of generated ones": ["Multiline", [f"{start}balance/(real|fake)$"]],
+                [f"{prefix}control/{n}" for n in ("signal", "lower", "upper")],
+            ]
         }
-    page |= {"2. Samples": {name: ["Multiline", [f"^{re.escape(name)}$"]] for name in metrics}} if metrics else {}
-    page["3. Costs and losses"] = {
-        "training FLOPs so far over those of dense training": ["Multiline", ["^(.+/)?flops/"]],
+        start = f"^{re.escape(prefix)}"
+        page[f"2. What follows from it{whose}"] = {
+            "density of the discriminator": ["Multiline", [f"{start}density/discriminator$"]],
+            "density of the generator": ["Multiline", [f"{start}density/generator$"]],
+            "mean scores of real and of generated images": ["Multiline", [f"{start}balance/(real|fake)$"]],
+        }
+    page |= {"3. Samples": {name: ["Multiline", [f"^{re.escape(name)}$"]] for name in metrics}} if metrics else {}
+    page["4. Costs and losses"] = {
+        "FLOPs so far over those of dense training": ["Multiline", ["^(.+/)?flops/"]],
         "losses": ["Multiline", ["^loss/"]],
-        "weights that were ever active, over maskable ones": ["Multiline", ["^(.+/)?coverage/"]],
+        "weights that were ever active": ["Multiline", ["^(.+/)?coverage/"]],
     }
     return page
+
+
+def compared(arguments: Mapping[str, Any]) -> dict[str, float | str]:
+    """Of a callback's arguments, those that runs are compared by: the same ones, of the same types, for every run."""
+    # TensorBoard's columns are the first run's.
+    values = {name: _told(arguments[name]) for name in _COMPARED}
+    return values | {"generator_density": float(arguments["generator_density"])}
+
+
+def _told(value: Any) -> str:
+    return "by default" if value is None else str(tuple(value) if isinstance(value, list) else value)
 
 
 def write_page(trainer: Trainer, module: LightningModule, arguments: Mapping[str, Mapping[str, Any]]) -> None:
@@ -66,7 +81,7 @@ def write_page(trainer: Trainer, module: LightningModule, arguments: Mapping[str
     Args:
         trainer: The Trainer, before training.
         module: Its module.
-        arguments: By the prefix of every pair of networks, the arguments that it is trained by.
+        arguments: By the prefix of every pair of networks, those that are `compared`.
     """
     writers = tensorboards(trainer) if trainer.is_global_zero else []
     if not writers:
@@ -76,7 +91,9 @@ def write_page(trainer: Trainer, module: LightningModule, arguments: Mapping[str
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     metrics = [name for c in callbacks if isinstance(c, SampleQuality) for name in c.names]
     numbers = [f"{prefix}{name}" for prefix in arguments for name in _NUMBERS]
-    settings = dict(module.hparams) | {f"{prefix}{k}": v for prefix, own in arguments.items() for k, v in own.items()}
+    settings = dict(module.hparams)
+    for prefix, own in arguments.items():
+        settings |= {f"{prefix}{name}": value for name, value in own.items()}
     shown = {name: v if isinstance(v, int | float | str) else str(v) for name, v in settings.items() if v is not None}
     for writer in writers:
         writer.add_custom_scalars(layout(list(arguments), metrics))

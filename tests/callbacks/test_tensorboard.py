@@ -103,7 +103,7 @@ def test_a_ramp_does_not_claim_to_judge() -> None:
 
 def test_a_run_tells_its_story_at_every_epochs_end(tmp_path) -> None:
     sparsity = DynamicSparsityCallback(0.2, interval=5, explore_interval=5, probe_interval=1)
-    (step, words), *others = texts(events_of(tmp_path, sparsity), "summary")
+    (step, words), *others = texts(events_of(tmp_path, sparsity), "about/what_happened")
     assert (step, others) == (10, [])
     assert words == in_words("ddst", sparsity._training, 0.2)
     assert f"**{sparsity.decisions[-1][1].action}**, since {sparsity.decisions[-1][1].reason}." in words
@@ -113,7 +113,11 @@ def test_every_chart_of_the_layout_has_what_it_shows(tmp_path) -> None:
     events = events_of(tmp_path, DynamicSparsityCallback(0.2, interval=5, explore_interval=5, probe_interval=1))
     (event,) = events.Tensors("custom_scalars__config__")
     page = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    assert [category.title for category in page.category] == ["1. The controller", "3. Costs and losses"]
+    assert [category.title for category in page.category] == [
+        "1. Are the networks in balance?",
+        "2. What follows from it",
+        "4. Costs and losses",
+    ]
     logged = events.Tags()["scalars"]
     for category in page.category:
         for chart in category.chart:
@@ -126,25 +130,26 @@ def test_every_chart_of_the_layout_has_what_it_shows(tmp_path) -> None:
 def test_pairs_have_charts_of_their_own() -> None:
     page = layout(["first/", "second.g/"], ["frechet_distance/cnn"])
     assert list(page) == [
-        "1. The controller of first",
-        "1. The controller of second.g",
-        "2. Samples",
-        "3. Costs and losses",
+        "1. Are the networks in balance, first?",
+        "2. What follows from it, first",
+        "1. Are the networks in balance, second.g?",
+        "2. What follows from it, second.g",
+        "3. Samples",
+        "4. Costs and losses",
     ]
-    (_, series) = page["1. The controller of second.g"]["what the discriminator is resized by, within its bounds"]
+    (_, series) = page["1. Are the networks in balance, second.g?"]["control signal within its bounds"]
     assert series == ["second.g/control/signal", "second.g/control/lower", "second.g/control/upper"]
-    assert page["2. Samples"] == {"frechet_distance/cnn": ["Multiline", ["^frechet_distance/cnn$"]]}
+    assert page["3. Samples"] == {"frechet_distance/cnn": ["Multiline", ["^frechet_distance/cnn$"]]}
 
 
 @pytest.mark.parametrize("module", [ToyGAN, WithHyperparameters])
 def test_hyperparameters_stand_beside_the_final_numbers(module, tmp_path) -> None:
-    sparsity = DynamicSparsityCallback(0.2, bounds=(0.3, 0.4), interval=5, explore_interval=5, probe_interval=1)
+    sparsity = DynamicSparsityCallback(0.2, bounds=[0.3, 0.4], interval=5, explore_interval=5, probe_interval=1)
     events = events_of(tmp_path, sparsity, module=module)
     of_plugin = events.PluginTagToContent("hparams")
     experiment = metadata.parse_experiment_plugin_data(of_plugin[metadata.EXPERIMENT_TAG])
     assert [info.name.tag for info in experiment.metric_infos] == [
         "balance/ratio",
-        "density/generator",
         "density/discriminator",
         "flops/training_ratio",
     ]
@@ -154,7 +159,7 @@ def test_hyperparameters_stand_beside_the_final_numbers(module, tmp_path) -> Non
     assert settings["generator_density"].number_value == 0.2
     assert settings["bounds"].string_value == "(0.3, 0.4)"
     assert settings["method"].string_value == "ddst"
-    assert settings["stop_on_divergence"].bool_value is False
-    assert "min_discriminator_density" not in settings  # not given
+    assert settings["growth"].string_value == "gradient"
+    assert settings["discriminator_density"].string_value == "by default"
     if module is WithHyperparameters:
         assert (settings["width"].number_value, settings["loss"].string_value) == (32, "hinge")
