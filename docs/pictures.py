@@ -27,10 +27,10 @@ from lightning_ddst.runs import Series, read_run
 from lightning_ddst.sparsity import SparseNetwork
 
 FIGURES = Path(__file__).parent / "figures"
-TABS = {  # the pages of TensorBoard, of one run or of all, and the window that shows what is worth a look
-    "custom_scalars": ("custom_scalars&_smoothingWeight=0", "run", (1280, 1000)),
-    "text": ("text", "run", (1280, 1000)),
-    "hparams": ("hparams", "all", (2000, 400)),
+TABS = {  # the pages of TensorBoard, of one run or of all, the window, and what of it is worth a look
+    "custom_scalars": ("custom_scalars&_smoothingWeight=0", "run", (1280, 1080), (0, 0, 1280, 1080)),
+    "text": ("text", "run", (1280, 900), (0, 0, 1280, 760)),
+    "hparams": ("hparams", "all", (2150, 400), (430, 128, 2150, 300)),
 }
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "0.88"
 
@@ -127,9 +127,9 @@ def screenshots(run: Path, chromium: str) -> None:
     """Has a browser take pictures of TensorBoard's pages."""
     for shown, folder in (("run", run), ("all", run.parent)):
         with _tensorboard(folder) as address:
-            for name, (tab, of, size) in TABS.items():
+            for name, (tab, of, size, box) in TABS.items():
                 if of == shown:
-                    _screenshot(chromium, f"{address}#{tab}", size).save(
+                    _screenshot(chromium, f"{address}#{tab}", size).crop(box).save(
                         FIGURES / f"tensorboard_{name}.png", optimize=True
                     )
 
@@ -140,8 +140,10 @@ def _tensorboard(folder: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    options = ["--logdir", str(folder), "--port", str(port), "--load_fast", "false"]
-    server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", *options], stderr=subprocess.DEVNULL)
+    start = folder.parents[1]  # the page shows the folder as it is given
+    options = ["--logdir", str(folder.relative_to(start)), "--port", str(port), "--load_fast", "false"]
+    command = [sys.executable, "-m", "tensorboard.main", *options]
+    server = subprocess.Popen(command, cwd=start, stderr=subprocess.DEVNULL)
     try:
         _wait_for(f"http://localhost:{port}/data/runs")
         time.sleep(10)  # until the event files are read

@@ -61,7 +61,7 @@ def test_decisions_are_told_with_their_reasons() -> None:
         "### After 1,200 generator updates, method ddst",
         "- The **generator** has 10.0% of its weights, and tries others: 25.0% were active at some time.",
         "- The **discriminator** has 20.0% of its weights, after 10.0% at the start: grown twice because it was "
-        "too weak, left twice.",
+        "too weak, left as it was twice.",
         "- The last decision, at update 1,200: **hold**, since BR 0.510 is within 0.45 to 0.55.",
         "- Training took 40.0% of the operations of dense training, 5.0% for measuring BR. Dense kernels do all of "
         "them the same.",
