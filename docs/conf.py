@@ -1,9 +1,12 @@
 """How Sphinx makes the pages: ``sphinx-build -W docs site``."""
 
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 
@@ -27,7 +30,9 @@ linkcheck_timeout = 30
 
 html_theme = "furo"
 html_title = f"lightning_ddst {release}"
-html_static_path = []
+html_static_path = ["static"]
+html_css_files = ["formulas.css"]
+html_math_renderer = "mathml"
 
 
 def _leave_the_site(app: Sphinx, document: nodes.document) -> None:
@@ -42,6 +47,13 @@ def _leave_the_site(app: Sphinx, document: nodes.document) -> None:
             link.replace_self(link.children)
 
 
+def _formula(writer: Any, node: nodes.Element, as_block: bool = False) -> None:
+    """Writes a formula as MathML, which browsers show without a script from elsewhere."""
+    writer.body.append(tex2mathml(node.astext(), as_block))
+    raise nodes.SkipNode
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    app.add_html_math_renderer("mathml", (_formula, None), (partial(_formula, as_block=True), None))
     app.connect("doctree-read", _leave_the_site)

@@ -30,7 +30,7 @@ from lightning_ddst.balance import (
 )
 from lightning_ddst.balance.controller import ACTIONS
 from lightning_ddst.balance.entries import Place
-from lightning_ddst.balance.window import ESTIMATORS, Estimator
+from lightning_ddst.balance.ratio import ESTIMATORS, Estimator
 from lightning_ddst.callbacks.accumulation import AccumulatedGradients
 from lightning_ddst.callbacks.ema import GeneratorEMA
 from lightning_ddst.callbacks.examples import examples
