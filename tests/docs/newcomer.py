@@ -1,6 +1,5 @@
 """A newcomer: the README's commands one after the other in an empty folder, with what is installed (.ci/newcomer)."""
 
-import shutil
 import subprocess
 import sys
 import time
@@ -14,8 +13,8 @@ ELSEWHERE = ("sphinx-build", "pytest")
 PORT = 6123
 
 
-def run(line: str) -> None:
-    """Runs a command of the environment that this is run in."""
+def run(line: str) -> str:
+    """Runs a command of the environment that this is run in, and gives what it prints."""
     print(f"$ {line}", flush=True)
     start = time.monotonic()
     words = line.split()
@@ -26,6 +25,7 @@ def run(line: str) -> None:
     print(f"({time.monotonic() - start:.0f} s)\n", flush=True)
     if done.returncode:
         sys.exit(f"{line} failed:\n{done.stderr[-5000:]}")
+    return done.stdout
 
 
 def look(line: str) -> None:
@@ -92,8 +92,8 @@ def main() -> None:
             elif line.startswith("tensorboard"):
                 look(line)
             elif not line.startswith(ELSEWHERE):
-                if "my.yaml" in line and not Path("my.yaml").exists():
-                    shutil.copy("lightning_logs/version_0/config.yaml", "my.yaml")
+                if "my.yaml" in line:
+                    Path("my.yaml").write_text(run("lightning-ddst fit --print_config"))
                 run(line)
     assert len(list(Path("lightning_logs/version_0/plots").iterdir())) == 10
     export = next(line for b in blocks("bash") if b.page == "docs/export.md" for line in commands(b))
