@@ -233,6 +233,7 @@ class DynamicSparsityCallback(Callback):
                 f'layer_densities={dict(layer_densities)} with method="{method}": its networks are dense at the start.'
             )
         self.method = method
+        self._signal = signal if method in _CONTROLLED else None
         self._densities: dict[Role, float] = {
             "generator": 1.0 if dense else generator_density,
             "discriminator": 1.0 if dense else discriminator_density,
@@ -662,7 +663,7 @@ class DynamicSparsityCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says in words what happened so far."""
         if self._training is not None:
-            words = in_words(self.method, self._training, self._densities["discriminator"])
+            words = in_words(self.method, self._signal, self._training, self._densities["discriminator"])
             for writer in tensorboards(trainer):
                 writer.add_text(f"{self._prefix(trainer)}about/what_happened", words, self.generator_updates)
 

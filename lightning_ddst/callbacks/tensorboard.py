@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_ddst.balance import Decision, SparseTraining
+from lightning_ddst.balance import SIGNALS, Decision, SparseTraining
 from lightning_ddst.callbacks.logs import tensorboards
 from lightning_ddst.callbacks.quality import SampleQuality
 
@@ -21,8 +21,7 @@ _VERBS = {"grow": "grown", "prune": "pruned", "explore": "explored", "hold": "le
 _BECAUSE = {"grow": " because it was too weak", "prune": " because it was too strong"}
 _BR = (
     "BR, the balance ratio, is the share of the gap between the scores of real and of generated images that one "
-    "generator update closes. Above its bounds the discriminator is too weak and gets weights, below it is too strong "
-    "and loses some."
+    "generator update closes. "
 )
 
 
@@ -65,7 +64,7 @@ def compared(arguments: Mapping[str, Any]) -> dict[str, float | str]:
     """Of a callback's arguments, those that runs are compared by: the same ones, of the same types, for every run."""
     # TensorBoard's columns are the first run's.
     values = {name: _told(arguments[name]) for name in _COMPARED}
-    return values | {"generator_density": float(arguments["generator_density"])}
+    return values | {"generator_density": arguments["generator_density"]}
 
 
 def _told(value: Any) -> str:
@@ -101,11 +100,12 @@ def write_page(trainer: Trainer, module: LightningModule, arguments: Mapping[str
             writer._get_file_writer().add_summary(summary)
 
 
-def in_words(method: str, training: SparseTraining, start: float) -> str:
+def in_words(method: str, signal: str | None, training: SparseTraining, start: float) -> str:
     """What happened so far, and why.
 
     Args:
         method: As in `DynamicSparsityCallback`.
+        signal: What the discriminator is resized by, a key of `SIGNALS`; None where it is by nothing.
         training: The run.
         start: The discriminator's density at the start.
 
@@ -113,7 +113,6 @@ def in_words(method: str, training: SparseTraining, start: float) -> str:
         Markdown: a few sentences, and the decisions, those alike in a row together.
     """
     generator, discriminator = training.generator, training.discriminator
-    controlled = method in ("dda", "ddst")
     line = f"- The **generator** has {generator.density:.1%} of its weights"
     if generator.coverage > generator.density:
         line += f", and tries others: {generator.coverage:.1%} were active at some time"
@@ -121,7 +120,7 @@ def in_words(method: str, training: SparseTraining, start: float) -> str:
     line = f"- The **discriminator** has {discriminator.density:.1%} of its weights, after {start:.1%} at the start"
     actions = [decision.action for _, decision in training.decisions]
     counts = [
-        f"{verb} {_times(actions.count(action))}" + (_BECAUSE.get(action, "") if controlled else "")
+        f"{verb} {_times(actions.count(action))}" + (_BECAUSE.get(action, "") if signal else "")
         for action, verb in _VERBS.items()
         if action in actions
     ]
@@ -135,9 +134,19 @@ def in_words(method: str, training: SparseTraining, start: float) -> str:
             f"- Training took {flops.ratio:.1%} of the operations of dense training, {flops.probes / flops.dense:.1%} "
             "for measuring BR. Dense kernels do all of them the same."
         )
-    if controlled:
-        lines.append(f"- {_BR}")
+    if signal:
+        lines.append(f"- {_meaning(signal)}")
     return "\n".join([*lines, "", *_table(training.decisions)])
+
+
+def _meaning(signal: str) -> str:
+    label, above = SIGNALS[signal].label, SIGNALS[signal].high_means
+    below = "weak" if above == "strong" else "strong"
+    does = {"weak": "gets weights", "strong": "loses weights"}
+    return (
+        f"{_BR if signal == 'balance_ratio' else ''}Where {label} is above its bounds, the discriminator is too "
+        f"{above} and {does[above]}; below, it is too {below} and {does[below]}."
+    )
 
 
 def _table(decisions: Sequence[tuple[int, Decision]]) -> list[str]:

@@ -56,7 +56,7 @@ def test_decisions_are_told_with_their_reasons() -> None:
         (900, "grow", 0.2, "BR 0.700 > 0.55: the discriminator is too weak"),
         (1200, "hold", 0.2, "BR 0.510 is within 0.45 to 0.55"),
     )
-    words = in_words("ddst", run, 0.1).splitlines()
+    words = in_words("ddst", "balance_ratio", run, 0.1).splitlines()
     assert words[:5] == [
         "### After 1,200 generator updates, method ddst",
         "- The **generator** has 10.0% of its weights, and tries others: 25.0% were active at some time.",
@@ -66,7 +66,11 @@ def test_decisions_are_told_with_their_reasons() -> None:
         "- Training took 40.0% of the operations of dense training, 5.0% for measuring BR. Dense kernels do all of "
         "them the same.",
     ]
-    assert words[5].startswith("- BR, the balance ratio, is the share of the gap")
+    assert words[5] == (
+        "- BR, the balance ratio, is the share of the gap between the scores of real and of generated images that one "
+        "generator update closes. Where BR is above its bounds, the discriminator is too weak and gets weights; below, "
+        "it is too strong and loses weights."
+    )
     assert words[6:] == [
         "",
         "| generator updates | decided | density then | why (the last time) |",
@@ -79,7 +83,7 @@ def test_decisions_are_told_with_their_reasons() -> None:
 
 def test_a_long_story_is_cut_at_its_beginning() -> None:
     run = training(*[(update, ("hold", "grow")[update % 2], 0.1, "because") for update in range(1, 101)])
-    words = in_words("ddst", run, 0.1)
+    words = in_words("ddst", "balance_ratio", run, 0.1)
     assert words.count("because |") == 40
     assert "| 100 | hold |" in words
     assert "| 60 |" not in words
@@ -88,14 +92,23 @@ def test_a_long_story_is_cut_at_its_beginning() -> None:
 
 @pytest.mark.parametrize("method", ["dense", "static"])
 def test_where_nothing_is_decided_there_is_no_table(method: str) -> None:
-    words = in_words(method, training(), 0.2)
+    words = in_words(method, None, training(), 0.2)
     assert "- The **discriminator** has 20.0% of its weights, after 20.0% at the start.\n" in words
     assert "|" not in words
     assert "BR, the balance ratio" not in words
 
 
+def test_another_signal_says_what_it_means_itself() -> None:
+    words = in_words("dda", "real_sign", training((600, "hold", 0.1, "because")), 0.1)
+    assert (
+        "\n- Where E[sign D(x)] is above its bounds, the discriminator is too strong and loses weights; below, it is "
+        "too weak and gets weights.\n"
+    ) in words
+    assert "BR, the balance ratio" not in words
+
+
 def test_a_ramp_does_not_claim_to_judge() -> None:
-    assert "grown once.\n" in in_words("ramp", training((600, "grow", 0.5, "50% of the run is done")), 0.1)
+    assert "grown once.\n" in in_words("ramp", None, training((600, "grow", 0.5, "50% of the run is done")), 0.1)
 
 
 # ---- a run's page --------------------------------------------------------------------------------------
@@ -105,7 +118,7 @@ def test_a_run_tells_its_story_at_every_epochs_end(tmp_path) -> None:
     sparsity = DynamicSparsityCallback(0.2, interval=5, explore_interval=5, probe_interval=1)
     (step, words), *others = texts(events_of(tmp_path, sparsity), "about/what_happened")
     assert (step, others) == (10, [])
-    assert words == in_words("ddst", sparsity._training, 0.2)
+    assert words == in_words("ddst", "balance_ratio", sparsity._training, 0.2)
     assert f"**{sparsity.decisions[-1][1].action}**, since {sparsity.decisions[-1][1].reason}." in words
 
 
