@@ -16,7 +16,7 @@ Layout: TypeAlias = dict[str, dict[str, list[Any]]]
 _MOST_ROWS = 40
 _NUMBERS = ("balance/ratio", "density/discriminator", "flops/training_ratio")
 """What a run comes to, beside its samples' quality."""
-_COMPARED = ("method", "generator_density", "discriminator_density", "bounds", "growth")
+_COMPARED = ("method", "generator_density", "discriminator_density", "bounds", "granularity", "growth")
 _VERBS = {"grow": "grown", "prune": "pruned", "explore": "explored", "hold": "left as it was", "undecided": "undecided"}
 _BECAUSE = {"grow": " because it was too weak", "prune": " because it was too strong"}
 _BR = (

@@ -14,7 +14,7 @@ import torch
 import yaml
 from commands import parsed
 from pages import PAGES, ROOT, Block, blocks, commands
-from toys import ToyGAN, toy_data, toy_trainer
+from toys import LATENT, ToyGAN, toy_data, toy_trainer
 
 from lightning_ddst import DynamicSparsityCallback, cli
 from lightning_ddst.cli import DEFAULT_CONFIG
@@ -156,6 +156,7 @@ def names(beside_a_run: Path) -> dict[str, Any]:
         "gan": gan,
         "my_gan": gan,
         "generator": ToyGAN().generator,
+        "noise": torch.randn(4, LATENT),
         "data": data,
         "my_data": data,
         "trainer": quiet_trainer(max_epochs=2, callbacks=[DynamicSparsityCallback(0.2)]),
