@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -26,11 +27,14 @@ from lightning_ddst import plots
 from lightning_ddst.runs import Series, read_run
 from lightning_ddst.sparsity import SparseNetwork
 
+Box: TypeAlias = tuple[int, int, int, int]
+
 FIGURES = Path(__file__).parent / "figures"
-TABS = {  # the pages of TensorBoard, of one run or of all, the window, and what of it is worth a look
-    "custom_scalars": ("custom_scalars&_smoothingWeight=0", "run", (1280, 1080), (0, 0, 1280, 1080)),
-    "text": ("text", "run", (1280, 900), (0, 0, 1280, 760)),
-    "hparams": ("hparams", "all", (2150, 400), (430, 128, 2150, 300)),
+TABS: dict[str, tuple[str, str, tuple[int, int], list[Box]]] = {
+    # The pages of TensorBoard, of one run or of all, the window, and the parts of it that are worth a look.
+    "custom_scalars": ("custom_scalars&_smoothingWeight=0", "run", (1280, 1080), [(0, 0, 1280, 1080)]),
+    "text": ("text", "run", (1280, 900), [(0, 0, 1280, 760)]),
+    "hparams": ("hparams", "all", (2300, 400), [(430, 128, 1350, 300), (1350, 128, 2270, 300)]),
 }
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "0.88"
 
@@ -127,11 +131,10 @@ def screenshots(run: Path, chromium: str) -> None:
     """Has a browser take pictures of TensorBoard's pages."""
     for shown, folder in (("run", run), ("all", run.parent)):
         with _tensorboard(folder) as address:
-            for name, (tab, of, size, box) in TABS.items():
+            for name, (tab, of, size, boxes) in TABS.items():
                 if of == shown:
-                    _screenshot(chromium, f"{address}#{tab}", size).crop(box).save(
-                        FIGURES / f"tensorboard_{name}.png", optimize=True
-                    )
+                    page = _screenshot(chromium, f"{address}#{tab}", size)
+                    _below_each_other(page, boxes).save(FIGURES / f"tensorboard_{name}.png", optimize=True)
 
 
 @contextmanager
@@ -154,7 +157,7 @@ def _tensorboard(folder: Path) -> Iterator[str]:
 
 
 def _screenshot(chromium: str, address: str, size: tuple[int, int]) -> Image.Image:
-    """A page as an image of few colours."""
+    """A page as an image."""
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "page.png"
         options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --hide-scrollbars"
@@ -162,7 +165,18 @@ def _screenshot(chromium: str, address: str, size: tuple[int, int]) -> Image.Ima
         options += f" --user-data-dir={folder}/profile --window-size={size[0]},{size[1]} --virtual-time-budget=30000"
         command = [chromium, *options.split(), f"--screenshot={picture}", address]
         subprocess.run(command, check=True, capture_output=True)
-        return Image.open(io.BytesIO(picture.read_bytes())).convert("RGB").quantize(64)
+        return Image.open(io.BytesIO(picture.read_bytes())).convert("RGB")
+
+
+def _below_each_other(page: Image.Image, boxes: list[Box]) -> Image.Image:
+    """Parts of a page, in few colours."""
+    parts = [page.crop(box) for box in boxes]
+    picture = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
+    top = 0
+    for part in parts:
+        picture.paste(part, (0, top))
+        top += part.height
+    return picture.quantize(64)
 
 
 def _wait_for(address: str, seconds: float = 60) -> None:
