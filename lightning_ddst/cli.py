@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={
-            "epilog": "Others: lightning-ddst plot RUN draws what a run logged, export CKPT writes its generator."
+            "epilog": "Others: lightning-ddst plot RUN draws what a run logged, export CKPT writes its generator.",
+            "version": version("lightning-ddst"),
         },
         seed_everything_default=0,
         args=_with_default_config(_with_paths(args), run),

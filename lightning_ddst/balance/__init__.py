@@ -1,4 +1,8 @@
-"""The balance ratio: its measurement without side effects, its window, and the density controller."""
+"""The balance ratio: its measurement without side effects, its window, and the density controller.
+
+BR is computed in `ratio`, from what `probe` measured. `controller` decides by it, or by another of the `signals`.
+`training` does all of it at every generator update, and has masks changed.
+"""
 
 from lightning_ddst.balance.controller import (
     CalibratingController,
@@ -8,9 +12,9 @@ from lightning_ddst.balance.controller import (
     DensityRamp,
 )
 from lightning_ddst.balance.probe import BalanceProbe, ScoresItself
+from lightning_ddst.balance.ratio import Balance, BalanceWindow
 from lightning_ddst.balance.signals import SIGNALS, control_signal
 from lightning_ddst.balance.training import Exploration, Plan, SparseTraining
-from lightning_ddst.balance.window import Balance, BalanceWindow
 
 __all__ = [
     "SIGNALS",

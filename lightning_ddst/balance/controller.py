@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from lightning_ddst.balance.ratio import Balance
 from lightning_ddst.balance.signals import SIGNALS
-from lightning_ddst.balance.window import Balance
 from lightning_ddst.sparsity.checks import check_choice, check_density
 
 Action = Literal["grow", "prune", "explore", "hold", "undecided"]

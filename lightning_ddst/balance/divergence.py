@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_ddst import ranks
-from lightning_ddst.balance.window import Balance
+from lightning_ddst.balance.ratio import Balance
 from lightning_ddst.sparsity.sharding import own
 
 _WINDOWS = 10

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lightning_ddst.balance.window import Balance
+from lightning_ddst.balance.ratio import Balance
 from lightning_ddst.sparsity.checks import check_choice
 
 Meaning = Literal["weak", "strong"]

@@ -12,7 +12,7 @@ from lightning_ddst import ranks
 from lightning_ddst.balance.controller import Controller, Decision
 from lightning_ddst.balance.divergence import Divergence
 from lightning_ddst.balance.probe import BalanceProbe
-from lightning_ddst.balance.window import BalanceWindow, Estimator
+from lightning_ddst.balance.ratio import BalanceWindow, Estimator
 from lightning_ddst.sparsity import (
     ChannelNetwork,
     Enforcement,

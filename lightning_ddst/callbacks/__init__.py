@@ -1,4 +1,7 @@
-"""Lightning callbacks: dynamic sparsity, and what shows how a run went."""
+"""Lightning callbacks: dynamic sparsity, and what shows how a run went.
+
+A run is saved by `DynamicSparsityCallback.state_dict` in `dynamic_sparsity`: masks, counters, BR, random states.
+"""
 
 from lightning_ddst.callbacks.dynamic_sparsity import DynamicSparsityCallback
 from lightning_ddst.callbacks.ema import GeneratorEMA

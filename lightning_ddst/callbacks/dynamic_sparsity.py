@@ -30,7 +30,7 @@ from lightning_ddst.balance import (
 )
 from lightning_ddst.balance.controller import ACTIONS
 from lightning_ddst.balance.entries import Place
-from lightning_ddst.balance.window import ESTIMATORS, Estimator
+from lightning_ddst.balance.ratio import ESTIMATORS, Estimator
 from lightning_ddst.callbacks.accumulation import AccumulatedGradients
 from lightning_ddst.callbacks.ema import GeneratorEMA
 from lightning_ddst.callbacks.examples import examples
@@ -40,6 +40,7 @@ from lightning_ddst.callbacks.networks import find_network, name_in, refuse_othe
 from lightning_ddst.callbacks.random_states import random_states, resume_randomness
 from lightning_ddst.callbacks.run_length import RunLength
 from lightning_ddst.callbacks.strategies import check_backward_passes, check_strategy, loads_late
+from lightning_ddst.callbacks.tensorboard import compared, in_words, write_page
 from lightning_ddst.sparsity import (
     DISTRIBUTIONS,
     GROWTH_RULES,
@@ -185,6 +186,7 @@ class DynamicSparsityCallback(Callback):
         seed: int | None = None,
         stop_on_divergence: bool = False,
     ) -> None:
+        self._compared = compared(locals())
         check_choice("method", method, METHODS)
         check_choice("granularity", granularity, get_args(Granularity))
         check_density("generator_density", generator_density)
@@ -231,6 +233,7 @@ class DynamicSparsityCallback(Callback):
                 f'layer_densities={dict(layer_densities)} with method="{method}": its networks are dense at the start.'
             )
         self.method = method
+        self._signal = signal if method in _CONTROLLED else None
         self._densities: dict[Role, float] = {
             "generator": 1.0 if dense else generator_density,
             "discriminator": 1.0 if dense else discriminator_density,
@@ -527,6 +530,9 @@ class DynamicSparsityCallback(Callback):
                 optimizer.register_step_pre_hook(lambda stepping, *_: self._before_step(stepping)),
                 optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(trainer, stepped)),
             ]
+        pairs = [self, *self._others(trainer)]
+        if all(pair._module is pl_module for pair in pairs):  # the last one
+            write_page(trainer, pl_module, {pair._prefix(trainer): pair._compared for pair in pairs})
 
     def _refuse_shared(self, trainer: Trainer, module: LightningModule) -> None:
         others = self._others(trainer)
@@ -653,6 +659,13 @@ class DynamicSparsityCallback(Callback):
             raise ValueError(f'{unknown}, and method="{self.method}" is spread over the run\'s length.')
         if self.method in _EXPLORING:
             rank_zero_warn(f"{unknown}: the exploration rate stays what it is at the start.")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says in words what happened so far."""
+        if self._training is not None:
+            words = in_words(self.method, self._signal, self._training, self._densities["discriminator"])
+            for writer in tensorboards(trainer):
+                writer.add_text(f"{self._prefix(trainer)}about/what_happened", words, self.generator_updates)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps evaluation out of what is counted as training."""

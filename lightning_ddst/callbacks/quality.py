@@ -117,6 +117,12 @@ class SampleQuality(Callback):
         self._dtype = next((p.dtype for p in features.parameters()), torch.float32)
         self._reals: dict[bool, tuple[RealImages, RealStatistics]] = {}  # of testing, and of validation
 
+    @property
+    def names(self) -> list[str]:
+        """What is logged, ``<metric>/<name>`` and ``<metric>_raw/<name>``."""
+        suffixes = ["_raw" if generator == "raw" else "" for generator in self._generators]
+        return [f"{metric}{suffix}/{self.name}" for metric in self._metrics for suffix in suffixes]
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that the module can be sampled from, and what else would be missing later."""
         check_sample(self, pl_module)

@@ -71,8 +71,9 @@ class WeightAverage:
                 decays = (age / (age + 1)).clamp_(max=self._decay).to(average.dtype)
                 average.sub_(value).mul_(decays).add_(value)
                 inactive = value == 0
-                average.masked_fill_(inactive, 0)
-                age.add_(1).masked_fill_(inactive, 0)
+                # As masked_fill_ does, which torch 2.8 lacks for tensors that are split over processes.
+                average.copy_(torch.where(inactive, 0, average))
+                age.add_(1).mul_(~inactive)
             else:
                 average.lerp_(value, 1 - decay)
 

@@ -7,7 +7,7 @@ from toys import ToyGAN, toy_data, toy_trainer
 
 from lightning_ddst import DynamicSparsityCallback
 from lightning_ddst.balance.divergence import Divergence
-from lightning_ddst.balance.window import Balance, BalanceWindow
+from lightning_ddst.balance.ratio import Balance, BalanceWindow
 
 DEFINED = Balance(0.5, 1.0, 0.5, 1.0, 0.0, 8, "")
 UNDEFINED = Balance(None, -0.1, 0.2, 0.0, 0.1, 8, "alpha = -0.1 +- 0.3")

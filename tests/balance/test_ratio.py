@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_ddst.balance import Balance, BalanceWindow
-from lightning_ddst.balance.window import ESTIMATORS
+from lightning_ddst.balance.ratio import ESTIMATORS
 
 ALPHA_2_BETA_1 = (2.0, 0.0, 1.0)
 ALPHA_4_BETA_1 = (3.0, -1.0, 0.0)
