@@ -10,6 +10,7 @@ import torch
 import two_processes
 
 HERE = Path(__file__).parent
+NEEDS_FSDP2 = pytest.mark.skipif(not two_processes.FSDP2, reason="FSDP2 works on CPUs from torch 2.7 on")
 
 
 def run(folder, *cases):
@@ -109,6 +110,7 @@ def test_plain_ddp_is_refused_with_the_strategy_that_works(results):
         assert 'Trainer(strategy="ddp_find_unused_parameters_true")' in message
 
 
+@NEEDS_FSDP2
 @pytest.mark.parametrize("growth", ["gradient", "momentum"])
 def test_parameters_that_are_split_over_processes_are_masked_alike(results, growth):
     first, second = results(f"sharded {growth}")
@@ -119,6 +121,7 @@ def test_parameters_that_are_split_over_processes_are_masked_alike(results, grow
         assert all(torch.equal(mask, masks[name]) for name, mask in own.items())
 
 
+@NEEDS_FSDP2
 def test_layers_that_are_split_over_processes_are_refused(results):
     for message in results("tensor parallel"):
         assert message.startswith("ValueError: tensor_parallel_size=2 splits single layers' arithmetic")

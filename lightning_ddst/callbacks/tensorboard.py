@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_ddst.balance import SIGNALS, Decision, SparseTraining
 from lightning_ddst.callbacks.logs import tensorboards
 from lightning_ddst.callbacks.quality import SampleQuality
+from lightning_ddst.sparsity import ChannelNetwork
 
 Layout: TypeAlias = dict[str, dict[str, list[Any]]]
 
@@ -129,10 +130,11 @@ def in_words(method: str, signal: str | None, training: SparseTraining, start: f
         update, last = training.decisions[-1]
         lines.append(f"- The last decision, at update {update:,}: **{last.action}**, since {last.reason}.")
     flops = training.flops.together
+    channels = isinstance(generator, ChannelNetwork)
     if flops.dense:
         lines.append(
             f"- Training took {flops.ratio:.1%} of the operations of dense training, {flops.probes / flops.dense:.1%} "
-            "for measuring BR. Dense kernels do all of them the same."
+            "for measuring BR." + ("" if channels else " Dense kernels do all of them the same.")
         )
     if signal:
         lines.append(f"- {_meaning(signal)}")

@@ -19,6 +19,8 @@ from toys import LATENT, ToyGAN, toy_data, toy_trainer
 from lightning_ddst import DynamicSparsityCallback, cli
 from lightning_ddst.cli import DEFAULT_CONFIG
 
+pytest.importorskip("onnxruntime", reason="the pages' commands write ONNX files, with the extra onnx")
+
 LANGUAGES = {"bash", "python", "diff", "yaml"}
 NOT_CODE = {"text", "{include}", "{toctree}", "{eval-rst}"}
 NOTES = {"main job", "test command"}

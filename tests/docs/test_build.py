@@ -13,6 +13,8 @@ from pages import PAGES, ROOT
 import lightning_ddst
 from lightning_ddst import balance, callbacks, data, models
 
+pytest.importorskip("sphinx", reason="pages are built with the extra docs")
+
 COMMAND = "sphinx-build -W docs site"
 
 
