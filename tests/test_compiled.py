@@ -149,7 +149,8 @@ def trained(compiled: Any, backend: str = "aot_eager", gan: type[ToyGAN] = Small
     clear_compilation_metrics()
     set_compilation_metrics_limit(1000)  # by default only the last 64 are kept
     # At the limit nothing is compiled any more, and a count of graphs would say that all is well.
-    with dynamo.patch(recompile_limit=64, accumulated_recompile_limit=512, fail_on_recompile_limit_hit=True):
+    # The settings' names are torch 2.6's, which later ones know as well.
+    with dynamo.patch(cache_size_limit=64, accumulated_cache_size_limit=512, fail_on_cache_limit_hit=True):
         toy_trainer(sparsity, watch, epochs=EPOCHS).fit(made, toy_data())
     places = [str(m.compile_id).strip("[]").split("/") for m in get_compilation_metrics() if m.compile_id]
     return Run(made, sparsity, watch, 1 + max((int(place[1].split("_")[0]) for place in places), default=-1))

@@ -17,7 +17,8 @@ Layout: TypeAlias = dict[str, dict[str, list[Any]]]
 _MOST_ROWS = 40
 _NUMBERS = ("balance/ratio", "density/discriminator", "flops/training_ratio")
 """What a run comes to, beside its samples' quality."""
-_COMPARED = ("method", "generator_density", "discriminator_density", "bounds", "granularity", "growth")
+_COMPARED = ("method", "generator_density", "discriminator_density", "granularity", "growth")
+"""Arguments that stand beside the numbers; TensorBoard shows five at first."""
 _VERBS = {"grow": "grown", "prune": "pruned", "explore": "explored", "hold": "left as it was", "undecided": "undecided"}
 _BECAUSE = {"grow": " because it was too weak", "prune": " because it was too strong"}
 _BR = (
@@ -64,12 +65,8 @@ def layout(prefixes: Sequence[str], metrics: Sequence[str]) -> Layout:
 def compared(arguments: Mapping[str, Any]) -> dict[str, float | str]:
     """Of a callback's arguments, those that runs are compared by: the same ones, of the same types, for every run."""
     # TensorBoard's columns are the first run's.
-    values = {name: _told(arguments[name]) for name in _COMPARED}
+    values = {name: "by default" if arguments[name] is None else str(arguments[name]) for name in _COMPARED}
     return values | {"generator_density": arguments["generator_density"]}
-
-
-def _told(value: Any) -> str:
-    return "by default" if value is None else str(tuple(value) if isinstance(value, list) else value)
 
 
 def write_page(trainer: Trainer, module: LightningModule, arguments: Mapping[str, Mapping[str, Any]]) -> None:

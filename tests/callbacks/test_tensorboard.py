@@ -157,7 +157,7 @@ def test_pairs_have_charts_of_their_own() -> None:
 
 @pytest.mark.parametrize("module", [ToyGAN, WithHyperparameters])
 def test_hyperparameters_stand_beside_the_final_numbers(module, tmp_path) -> None:
-    sparsity = DynamicSparsityCallback(0.2, bounds=[0.3, 0.4], interval=5, explore_interval=5, probe_interval=1)
+    sparsity = DynamicSparsityCallback(0.2, interval=5, explore_interval=5, probe_interval=1)
     events = events_of(tmp_path, sparsity, module=module)
     of_plugin = events.PluginTagToContent("hparams")
     experiment = metadata.parse_experiment_plugin_data(of_plugin[metadata.EXPERIMENT_TAG])
@@ -170,9 +170,8 @@ def test_hyperparameters_stand_beside_the_final_numbers(module, tmp_path) -> Non
     assert {info.name.tag for info in experiment.metric_infos} <= set(events.Tags()["scalars"])
     settings = metadata.parse_session_start_info_plugin_data(of_plugin[metadata.SESSION_START_INFO_TAG]).hparams
     assert settings["generator_density"].number_value == 0.2
-    assert settings["bounds"].string_value == "(0.3, 0.4)"
     assert settings["method"].string_value == "ddst"
-    assert settings["growth"].string_value == "gradient"
+    assert (settings["granularity"].string_value, settings["growth"].string_value) == ("weight", "gradient")
     assert settings["discriminator_density"].string_value == "by default"
     if module is WithHyperparameters:
         assert (settings["width"].number_value, settings["loss"].string_value) == (32, "hinge")

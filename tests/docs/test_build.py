@@ -44,7 +44,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = [places.get(word, word) for word in COMMAND.split()[1:]]
     # In a process of its own: autodoc imports the package anew, with TYPE_CHECKING.
     done = subprocess.run([sys.executable, "-m", "sphinx", "-q", *arguments], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert not done.stderr, done.stderr
+    assert done.returncode == 0
     return folder
 
 
