@@ -212,9 +212,11 @@ def channels() -> list[Cell]:
         options = f"{CHANNELS['channels']} --sparsity.exploration_rate {rate}"
         name = f"channels, exploring {rate}"
         rounds.append(Cell(setting, name, 0.3, seed, f"{base} {options} --sparsity.generator_density 0.3"))
-    for seed, density, (run, options) in product(range(3), (0.3, 0.1), CHANNELS.items()):
-        rounds.append(Cell(setting, run, density, seed, f"{base} {options} --sparsity.generator_density {density}"))
-    return rounds + [Cell(setting, "dense", 1.0, seed, f"{base} --config dense") for seed in range(3)]
+    for seed in range(3):
+        rounds.append(Cell(setting, "dense", 1.0, seed, f"{base} --config dense"))
+        for density, (run, options) in product((0.3, 0.1), CHANNELS.items()):
+            rounds.append(Cell(setting, run, density, seed, f"{base} {options} --sparsity.generator_density {density}"))
+    return rounds
 
 
 # ---- CIFAR-10 ------------------------------------------------------------------------------------------
