@@ -15,7 +15,19 @@ import bounds
 import figures
 from comparisons import Comparison, Row, distance, flops, mean_density, of
 from rows import HERE, rows
-from studies import ABLATIONS, BAND, CHANNEL_RATES, CHANNELS, DENSITIES, ESTIMATED, FASHION, FIXED, METHODS, STUDIES
+from studies import (
+    ABLATIONS,
+    BAND,
+    CHANNEL_RATES,
+    CHANNELS,
+    DENSITIES,
+    ESTIMATED,
+    FASHION,
+    FIXED,
+    METHODS,
+    STUDIES,
+    Cell,
+)
 
 DOCS = HERE.parent / "docs"
 
@@ -123,6 +135,24 @@ def trials() -> str:
         for row in rows("trials")
     ]
     return table(["run", "seed", "distance", "training FLOPs", "command"], body)
+
+
+def floors() -> str:
+    """Where the discriminator starts, for generators that are very sparse."""
+    body = []
+    for density, run in dict.fromkeys(
+        (cell.density, cell.run) for cell in sorted(STUDIES["floors"](), key=_by_density)
+    ):
+        cell = [row for row in rows("floors") if (row["density"], row["run"]) == (density, run)]
+        if cell:
+            each = ", ".join(f"{distance(row):.1f} (seed {row['seed']})" for row in cell)
+            at_end = f"{fmean(row['discriminator_density'][-1][1] for row in cell):.2f}"
+            body.append([percent(density), run, each, percent(fmean(map(flops, cell))), at_end])
+    return table(["generator", "run", "distance", "training FLOPs", "`d_D` at the end"], body)
+
+
+def _by_density(cell: Cell) -> float:
+    return cell.density
 
 
 def settled(row: Row) -> list[float]:
@@ -327,6 +357,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cifar10": lambda: quality("cifar10", ["CIFAR-10"]),
     "ablations": ablation,
     "trials": trials,
+    "floors": floors,
     "balances": balances,
     "estimators": estimators,
     "mask updates": mask_updates,
