@@ -26,7 +26,6 @@ from studies import (
     FIXED,
     METHODS,
     STUDIES,
-    Cell,
 )
 
 DOCS = HERE.parent / "docs"
@@ -139,20 +138,13 @@ def trials() -> str:
 
 def floors() -> str:
     """Where the discriminator starts, for generators that are very sparse."""
-    body = []
-    for density, run in dict.fromkeys(
-        (cell.density, cell.run) for cell in sorted(STUDIES["floors"](), key=_by_density)
-    ):
-        cell = [row for row in rows("floors") if (row["density"], row["run"]) == (density, run)]
-        if cell:
-            each = ", ".join(f"{distance(row):.1f} (seed {row['seed']})" for row in cell)
-            at_end = f"{fmean(row['discriminator_density'][-1][1] for row in cell):.2f}"
-            body.append([percent(density), run, each, percent(fmean(map(flops, cell))), at_end])
-    return table(["generator", "run", "distance", "training FLOPs", "`d_D` at the end"], body)
-
-
-def _by_density(cell: Cell) -> float:
-    return cell.density
+    found, body = rows("floors"), []
+    for setting, density, run in sorted({(row["setting"], row["density"], row["run"]) for row in found}):
+        cell = of(found, setting, run, density)
+        each = ", ".join(f"{distance(row):.1f} (seed {row['seed']})" for row in cell)
+        at_end = f"{fmean(row['discriminator_density'][-1][1] for row in cell):.2f}"
+        body.append([setting, percent(density), run, each, percent(fmean(map(flops, cell))), at_end])
+    return table(["images", "generator", "run", "distance", "training FLOPs", "`d_D` at the end"], body)
 
 
 def settled(row: Row) -> list[float]:

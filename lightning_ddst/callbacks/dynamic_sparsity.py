@@ -72,8 +72,6 @@ _PRUNED = ("posthoc", "imp")
 T = TypeVar("T")
 
 _UNKNOWN_LENGTH_INTERVAL = 1000
-_LOWEST_DENSITY = 0.2
-"""Of a discriminator that is resized: below it very sparse generators failed (docs/bounds.md)."""
 _EXPLORATION_RATES: dict[Granularity, float] = {"weight": 0.5, "channel": 0.1}
 """By default: the paper's, and of those that were tried on channels one of the two best (docs/results.md)."""
 
@@ -93,8 +91,7 @@ class DynamicSparsityCallback(Callback):
     Args:
         generator_density: The generator's density: active over maskable weights, in (0, 1].
         discriminator_density: The discriminator's: where "dda", "ddst" and "ramp" start, what the
-            others have or come to. By default the generator's, where "dda" and "ddst" start not below
-            `min_discriminator_density`; with "posthoc" 1.
+            others have or come to. By default the generator's; with "posthoc" 1.
         method: "dense" (no masks), "static" (masks never change), "sdst" (the generator explores),
             "dda" (the discriminator is resized), "ddst" (both), "ramp" (the generator explores, the
             discriminator's density rises in a straight line to its maximum), "posthoc" (dense, pruned by
@@ -104,8 +101,8 @@ class DynamicSparsityCallback(Callback):
             real images, as in ADA), or a signal registered with `control_signal`.
         bounds: The signal is kept between these; by default the signal's own, 0.45 and 0.55 for BR. "auto"
             finds them from what BR is at the densities of the start.
-        min_discriminator_density: Lower limit of resizing. By default the generator's density, at least
-            0.2, at most the discriminator's at the start. (The paper's is 0.05. BR starts near 0, so
+        min_discriminator_density: Lower limit of resizing. By default the smaller of the generator's
+            density and the discriminator's at the start. (The paper's is 0.05. BR starts near 0, so
             the first decisions prune, and a discriminator that is too small to learn is never grown
             again.)
         max_discriminator_density: Upper limit of resizing. 1 is the paper's relaxed setting; below 1
@@ -194,14 +191,8 @@ class DynamicSparsityCallback(Callback):
         check_choice("granularity", granularity, get_args(Granularity))
         check_density("generator_density", generator_density)
         check_choice("signal", signal, SIGNALS)
-        if min_discriminator_density is None:
-            lowest = max(generator_density, _LOWEST_DENSITY) if method in _CONTROLLED else generator_density
-            highest = max_discriminator_density if discriminator_density is None else discriminator_density
-            min_discriminator_density = min(lowest, highest, max_discriminator_density)
         if discriminator_density is None:
             balanced = min(generator_density, max_discriminator_density)
-            if method in _CONTROLLED:
-                balanced = max(balanced, min_discriminator_density)
             discriminator_density = 1.0 if method == "posthoc" else balanced
         check_density("discriminator_density", discriminator_density)
         if exploration_rate is None:
@@ -219,6 +210,8 @@ class DynamicSparsityCallback(Callback):
         check_choice("scope", scope, SCOPES)
         check_density("layer_floor", layer_floor)
         _check_intervals(method, interval, explore_interval, probe_interval)
+        if min_discriminator_density is None:
+            min_discriminator_density = min(generator_density, discriminator_density)
         if isinstance(bounds, str) and (bounds != "auto" or signal != "balance_ratio"):
             raise ValueError(f'bounds={bounds!r} with signal={signal!r} must be two numbers; only BR\'s can be "auto".')
         fixed = SIGNALS[signal].bounds if bounds is None or isinstance(bounds, str) else bounds
