@@ -14,6 +14,9 @@ from lightning_ddst.data import ResumableLoader
 @pytest.fixture(autouse=True)
 def _handlers_as_before():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # As in a new process: another test's run may have left them ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)  # Lightning leaves Ctrl-C ignored
