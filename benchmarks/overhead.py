@@ -106,6 +106,29 @@ class AuthorsMasking(Callback):
         return hook
 
 
+def trainer(callbacks: list[Callback], epochs: int) -> Trainer:
+    """One that does nothing but train."""
+    return Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+    )
+
+
+def over(each: list[float], dense: list[float]) -> dict[str, Any]:
+    """Seconds over those of the dense pair, turn by turn and together, as rows have it."""
+    quartiles = statistics.quantiles([one / d for one, d in zip(each, dense, strict=True)], n=4)
+    return {
+        "threads": torch.get_num_threads(),
+        "ratio": round(sum(each) / sum(dense), 4),
+        "quartiles": [round(value, 4) for value in quartiles],
+    }
+
+
 def fit(callbacks: list[Callback], discriminator_steps: int, updates: int) -> None:
     gan = GANModule(
         SmallGenerator(image_size=16, width=32),
@@ -115,16 +138,7 @@ def fit(callbacks: list[Callback], discriminator_steps: int, updates: int) -> No
     )
     batches = (updates + WARM_UP) * discriminator_steps
     images = TensorDataset(torch.rand(100 * BATCH, 1, 16, 16) * 2 - 1)
-    trainer = Trainer(
-        max_epochs=batches // 100,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=callbacks,
-    )
-    trainer.fit(gan, DataLoader(images, batch_size=BATCH))
+    trainer(callbacks, batches // 100).fit(gan, DataLoader(images, batch_size=BATCH))
 
 
 def compare(discriminator_steps: int, updates: int, authors: Path | None) -> None:
@@ -139,18 +153,16 @@ def compare(discriminator_steps: int, updates: int, authors: Path | None) -> Non
     seconds = {name: callbacks[0].seconds[first:] for name, callbacks in runs.items()}
     dense = seconds.pop("dense")
     for name, each in seconds.items():
-        quartiles = statistics.quantiles([one / d for one, d in zip(each, dense, strict=True)], n=4)
         row = {
             "what": name,
             "discriminator_steps": discriminator_steps,
             "updates": updates,
-            "threads": torch.get_num_threads(),
-            "ratio": round(sum(each) / sum(dense), 4),
-            "quartiles": [round(value, 4) for value in quartiles],
+            **over(each, dense),
             "dense_ms": round(1e3 * sum(dense) / updates, 1),
             "command": f"python benchmarks/overhead.py --steps {discriminator_steps} --updates {updates}",
         }
         add("overhead", row | origin())
+        quartiles = row["quartiles"]
         print(
             f"{discriminator_steps} D step(s) a G step, {name} / dense: {row['ratio']:.3f} over {updates} updates "
             f"(turns: quartiles {quartiles[0]:.3f}, {quartiles[1]:.3f}, {quartiles[2]:.3f}), "

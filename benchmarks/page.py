@@ -41,6 +41,16 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def at_end(cell: Sequence[Row]) -> str:
+    """The discriminator's density at the end."""
+    return f"{fmean(row['discriminator_density'][-1][1] for row in cell):.2f}"
+
+
+def with_seeds(cell: Sequence[Row]) -> str:
+    """Every distance, and whose it is."""
+    return ", ".join(f"{distance(row):.1f} (seed {row['seed']})" for row in cell)
+
+
 # ---- quality -------------------------------------------------------------------------------------------
 
 
@@ -84,7 +94,6 @@ def quality(study: str, settings: Sequence[str]) -> str:
                 continue
             values = [distance(row) for row in cell]
             spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-            at_end = fmean(row["discriminator_density"][-1][1] for row in cell)
             body.append(
                 [
                     setting,
@@ -95,7 +104,7 @@ def quality(study: str, settings: Sequence[str]) -> str:
                     ", ".join(f"{value:.1f}" for value in values),
                     percent(fmean(map(flops, cell))),
                     f"{fmean(map(mean_density, cell)):.2f}",
-                    f"{at_end:.2f}",
+                    at_end(cell),
                 ]
             )
         if missing:
@@ -141,9 +150,7 @@ def floors() -> str:
     found, body = rows("floors"), []
     for setting, density, run in sorted({(row["setting"], row["density"], row["run"]) for row in found}):
         cell = of(found, setting, run, density)
-        each = ", ".join(f"{distance(row):.1f} (seed {row['seed']})" for row in cell)
-        at_end = f"{fmean(row['discriminator_density'][-1][1] for row in cell):.2f}"
-        body.append([setting, percent(density), run, each, percent(fmean(map(flops, cell))), at_end])
+        body.append([setting, percent(density), run, with_seeds(cell), percent(fmean(map(flops, cell))), at_end(cell)])
     return table(["images", "generator", "run", "distance", "training FLOPs", "`d_D` at the end"], body)
 
 
@@ -219,10 +226,9 @@ def channels() -> str:
             body.append([percent(density), run, "missing", "", "", ""])
             continue
         values = [distance(row) for row in cell]
-        at_end = f"{fmean(row['discriminator_density'][-1][1] for row in cell):.2f}"
         mean = f"{fmean(values):.1f}"
         each = ", ".join(f"{value:.1f}" for value in values)
-        body.append([percent(density), run, mean, each, percent(fmean(map(flops, cell))), at_end])
+        body.append([percent(density), run, mean, each, percent(fmean(map(flops, cell))), at_end(cell)])
     return table(["generator", "run", "distance", "each", "training FLOPs", "`d_D` at the end"], body)
 
 
@@ -231,7 +237,7 @@ def channel_trials() -> str:
     body = []
     for rate in CHANNEL_RATES:
         cell = [row for row in rows("channels") if row["run"] == f"channels, exploring {rate}"]
-        body.append([f"{rate:g}", ", ".join(f"{distance(row):.1f} (seed {row['seed']})" for row in cell) or "missing"])
+        body.append([f"{rate:g}", with_seeds(cell) or "missing"])
     return table(["`exploration_rate`", "distance, generator at 30 %"], body)
 
 
@@ -269,15 +275,19 @@ def growth_of_mask_updates() -> str:
     return table(head, body)
 
 
+def over_dense(row: Row) -> list[str]:
+    """A training step's time over the dense one: the mean, quartiles, the dense one, and of how many updates."""
+    low, middle, high = row["quartiles"]
+    quartiles = f"{middle:.3f} ({low:.3f} to {high:.3f})"
+    return [f"{row['ratio']:.3f}", quartiles, f"{row['dense_ms']:.0f} ms", str(row["updates"])]
+
+
 def steps() -> str:
     body = [
         [
             str(row["discriminator_steps"]),
             row["what"],
-            f"{row['ratio']:.3f}",
-            f"{row['quartiles'][1]:.3f} ({row['quartiles'][0]:.3f} to {row['quartiles'][2]:.3f})",
-            f"{row['dense_ms']:.0f} ms",
-            str(row["updates"]),
+            *over_dense(row),
         ]
         for row in rows("overhead")
     ]
@@ -314,10 +324,7 @@ def smaller() -> str:
         [
             percent(row["density"]),
             str(row["discriminator_steps"]),
-            f"{row['ratio']:.3f}",
-            f"{row['quartiles'][1]:.3f} ({row['quartiles'][0]:.3f} to {row['quartiles'][2]:.3f})",
-            f"{row['dense_ms']} ms",
-            str(row["updates"]),
+            *over_dense(row),
         ]
         for row in rows("smaller")
     ]

@@ -7,11 +7,10 @@ without the callback takes turns with it, update by update, in one process. No m
 """
 
 import argparse
-import statistics
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
-from overhead import Turns, together
+from lightning.pytorch import Callback, seed_everything
+from overhead import Turns, over, together, trainer
 from rows import add, origin
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -25,16 +24,8 @@ WARM_UP = 2
 def fit(callbacks: list[Callback], discriminator_steps: int, updates: int) -> None:
     gan = GANModule(SNGANGenerator(), SNGANDiscriminator(), loss="hinge", discriminator_steps=discriminator_steps)
     batches = (updates + WARM_UP) * discriminator_steps
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=callbacks,
-    )
-    trainer.fit(gan, DataLoader(TensorDataset(torch.rand(batches * BATCH, 3, 32, 32) * 2 - 1), batch_size=BATCH))
+    images = TensorDataset(torch.rand(batches * BATCH, 3, 32, 32) * 2 - 1)
+    trainer(callbacks, epochs=1).fit(gan, DataLoader(images, batch_size=BATCH))
 
 
 def compare(density: float, discriminator_steps: int, updates: int) -> None:
@@ -46,16 +37,13 @@ def compare(density: float, discriminator_steps: int, updates: int) -> None:
     runs: list[list[Callback]] = [[Turns(discriminator_steps)], [Turns(discriminator_steps), sparsity]]
     together(fit, [(each, discriminator_steps, updates) for each in runs])
     dense, small = (callbacks[0].seconds[WARM_UP:] for callbacks in runs)
-    quartiles = statistics.quantiles([one / other for one, other in zip(small, dense, strict=True)], n=4)
     row = {
         "density": density,
         "actual": [round(network.density, 4) for network in sparsity.networks().values()],
         "discriminator_steps": discriminator_steps,
         "updates": updates,
         "batch": BATCH,
-        "threads": torch.get_num_threads(),
-        "ratio": round(sum(small) / sum(dense), 4),
-        "quartiles": [round(value, 4) for value in quartiles],
+        **over(small, dense),
         "dense_ms": round(1e3 * sum(dense) / updates),
         "command": f"benchmarks/smaller.py --densities {density} --steps {discriminator_steps} --updates {updates}",
     }

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_ddst.sparsity.checks import check_density, check_rate
 from lightning_ddst.sparsity.growth import GROWTH_RULES
 from lightning_ddst.sparsity.maskable import maskable_weights
-from lightning_ddst.sparsity.masked import Gradients, Initial, MaskedNetwork, check_finite, first_match
+from lightning_ddst.sparsity.masked import Gradients, Initial, MaskedNetwork, all_active, check_finite, first_match
 from lightning_ddst.sparsity.selection import largest
 from lightning_ddst.sparsity.tracing import trace_channels
 
@@ -67,12 +67,9 @@ class ChannelNetwork(MaskedNetwork):
         dense = [weight.name for weight in maskable_weights(network) if first_match(dense_layers, weight, name)]
         self.kept: dict[str, dict[int, Tensor]] = {}
         self._channels = trace_channels(network, *inputs, whole=dense)
-        self._sizes = torch.tensor(self._channels.sizes)
         self._path = _path(self._channels.sizes)
-        self.masks = {
-            name: torch.ones(p.shape, dtype=torch.bool, device=p.device) for name, p in self.parameters.items()
-        }
-        self._active = torch.ones(int(self._sizes.sum()), dtype=torch.bool)
+        self.masks = {name: all_active(parameter) for name, parameter in self.parameters.items()}
+        self._active = torch.ones(sum(self._channels.sizes), dtype=torch.bool)
         if state is None:
             drawn = torch.rand(len(self._active), generator=self._generator)
             self._apply(self._best(drawn if initial == "random" else self._magnitudes(), self._numbers(density)))
@@ -93,7 +90,7 @@ class ChannelNetwork(MaskedNetwork):
         """Grows or prunes channels, only one of them, to the density nearest to a new one; see `MaskedNetwork`."""
         numbers = self._numbers(density)
         before = self._active
-        now = torch.tensor([active for active, _ in self.channel_counts])
+        now = self._now()
         self.target = density
         if (numbers > now).any():
             self._grow(numbers - now)
@@ -114,9 +111,8 @@ class ChannelNetwork(MaskedNetwork):
         moved = [min(int(rate * n + 1e-9), size - n, n - 1) for n, size in self.channel_counts]
         if not any(moved):
             return 0
-        now = torch.tensor([active for active, _ in self.channel_counts])
         weights = self.active
-        self._prune(now - torch.tensor(moved))
+        self._prune(self._now() - torch.tensor(moved))
         pruned = weights - self.active
         self._grow(torch.tensor(moved))
         self._compare(before)
@@ -137,6 +133,10 @@ class ChannelNetwork(MaskedNetwork):
     def _groups(self, values: Tensor) -> Sequence[Tensor]:
         groups: Sequence[Tensor] = values.split(list(self._channels.sizes))
         return groups
+
+    def _now(self) -> Tensor:
+        """Active channels of each group."""
+        return torch.tensor([active for active, _ in self.channel_counts])
 
     def _entries(self, active: Tensor) -> dict[str, int]:
         """Active weights by name."""

@@ -246,6 +246,14 @@ def _replacing(layers: Mapping[str, nn.Module], forward: Callable[..., Tensor]) 
             del layer.forward
 
 
+def alike(ones: Sequence[Tensor], others: Sequence[Tensor], differs: float) -> bool:
+    """Whether tensors are the same up to a share of the largest entry of each of the first; NaN is like nothing."""
+    return len(ones) == len(others) and all(
+        one.shape == other.shape and bool((one - other).abs().max() <= differs * one.abs().max())
+        for one, other in zip(ones, others, strict=True)
+    )
+
+
 def floats_in(output: Any) -> list[Tensor]:
     """The floating-point tensors of whatever a network returns."""
     if isinstance(output, Tensor):

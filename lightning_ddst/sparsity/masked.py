@@ -272,3 +272,8 @@ def zero_where_inactive(tensor: Tensor, mask: Tensor) -> None:
     rows = max(1, _PIECE * len(tensor) // tensor.numel())
     for part, piece in zip(bits.split(rows), mask.split(rows), strict=True):
         part.mul_(piece)
+
+
+def all_active(parameter: Tensor) -> Tensor:
+    """A mask with every entry active."""
+    return torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)

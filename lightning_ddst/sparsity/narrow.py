@@ -1,6 +1,6 @@
 """Runs a network without some of its channels: every layer physically smaller, the network's own code unchanged."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +14,9 @@ Kept = Mapping[str, Mapping[int, Tensor]]
 
 
 def narrowed(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
-    """What stays of a tensor; gradients go back to the whole one."""
+    """What stays of a tensor, by indices on any device; gradients go back to the whole one."""
     for dim, index in kept.items():
-        tensor = tensor.index_select(dim, index)
+        tensor = tensor.index_select(dim, index.to(tensor.device))
     return tensor
 
 
@@ -66,6 +66,7 @@ class Body(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+        self._unflattens = [layer for layer in network.modules() if isinstance(layer, nn.Unflatten)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the network computes."""
@@ -73,7 +74,7 @@ class Body(nn.Module):
 
     def call_with(self, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """What the network computes with other parameters and buffers, by their names in it; also with smaller ones."""
-        with unflattening_any(self.network):
+        with _widened(self._unflattens):
             return functional_call(self, {f"network.{name}": tensor for name, tensor in tensors.items()}, args, kwargs)
 
 
@@ -83,9 +84,8 @@ def can_narrow(network: nn.Module) -> bool:
 
 
 @contextmanager
-def unflattening_any(network: nn.Module) -> Iterator[None]:
-    """Lets a network's `torch.nn.Unflatten` make as many channels as there are."""
-    layers = [layer for layer in network.modules() if isinstance(layer, nn.Unflatten)]
+def _widened(layers: Sequence[nn.Unflatten]) -> Iterator[None]:
+    """Has layers make as many channels as there are, for a while."""
     sizes = [layer.unflattened_size for layer in layers]
     for layer in layers:
         widen(layer)

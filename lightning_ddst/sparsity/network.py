@@ -10,7 +10,7 @@ from lightning_ddst.sparsity.allocation import DISTRIBUTIONS, allocate, apportio
 from lightning_ddst.sparsity.checks import check_choice, check_density, check_rate
 from lightning_ddst.sparsity.growth import GROWTH_RULES, Layer
 from lightning_ddst.sparsity.maskable import MaskableWeight
-from lightning_ddst.sparsity.masked import Gradients, Initial, MaskedNetwork, check_finite, first_match
+from lightning_ddst.sparsity.masked import Gradients, Initial, MaskedNetwork, all_active, check_finite, first_match
 from lightning_ddst.sparsity.selection import count_true, largest, select
 from lightning_ddst.sparsity.sharding import whole
 
@@ -243,7 +243,7 @@ class SparseNetwork(MaskedNetwork):
             self._split(self.masks)
             self._zero_inactive()
         else:
-            self.masks = {name: _all_active(p) for name, p in self.parameters.items()}
+            self.masks = {name: all_active(p) for name, p in self.parameters.items()}
             self._counts = {name: mask.numel() for name, mask in self.masks.items()}
             self._prune(self._moves(counts), self._prunable(density))
         self._cover(self.masks)
@@ -253,7 +253,7 @@ class SparseNetwork(MaskedNetwork):
     def _drawn(self, name: str, number: int) -> Tensor:
         parameter = self.weights[name].parameter
         if number == parameter.numel():
-            return _all_active(parameter)
+            return all_active(parameter)
         return largest(torch.rand(parameter.shape, generator=self._generator), number).to(parameter.device)
 
     def _prunable(self, density: float) -> dict[str, int]:
@@ -301,7 +301,3 @@ def _given_counts(
 
 def _smallness(weights: Tensor) -> Tensor:
     return weights.copysign(-1.0)
-
-
-def _all_active(parameter: Tensor) -> Tensor:
-    return torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_ddst.modes import evaluating
 from lightning_ddst.sparsity.channels import Channels
-from lightning_ddst.sparsity.following import floats_in, follow
+from lightning_ddst.sparsity.following import alike, floats_in, follow
 from lightning_ddst.sparsity.maskable import maskable_weights
 from lightning_ddst.sparsity.narrow import Body, narrowed
 from lightning_ddst.sparsity.sharding import is_split
@@ -52,7 +52,8 @@ def trace_channels(network: nn.Module, *inputs: Any, whole: Collection[str] = ()
             links.fix((name, 0))
             links.fix((name, 1))
         channels = links.channels()
-        works = [_agrees(network, inputs, channels, group) for group in range(len(channels.sizes))]
+        drawn = _drawn(network)
+        works = [_agrees(network, drawn, inputs, channels, group) for group in range(len(channels.sizes))]
     if not any(works):
         raise ValueError(
             f"{kind} has no channels that can be taken out: each of its layers is grouped, has its outputs mixed by "
@@ -77,7 +78,9 @@ def _selected(channels: Channels, wanted: Sequence[bool]) -> Channels:
     return Channels(sizes, {name: dims for name, dims in axes.items() if dims})
 
 
-def _agrees(network: nn.Module, inputs: Sequence[Any], channels: Channels, group: int) -> bool:
+def _agrees(
+    network: nn.Module, drawn: Mapping[str, Tensor], inputs: Sequence[Any], channels: Channels, group: int
+) -> bool:
     """Whether the network is the same without every second channel of a group as with their weights at 0."""
     first = sum(channels.sizes[:group])
     active = torch.ones(sum(channels.sizes), dtype=torch.bool)
@@ -85,19 +88,13 @@ def _agrees(network: nn.Module, inputs: Sequence[Any], channels: Channels, group
     if active.all():
         return False  # its only channel
     kept = channels.kept(active)
-    zeroed = _drawn(network, channels, active)
-    cut = zeroed | {
-        name: narrowed(zeroed[name], {dim: index.to(zeroed[name].device) for dim, index in dims.items()})
-        for name, dims in kept.items()
-    }
+    zeroed = _zeroed(network, drawn, channels, active)
+    cut = zeroed | {name: narrowed(zeroed[name], dims) for name, dims in kept.items()}
     try:
         there, here = (_outputs(network, tensors, inputs) for tensors in (zeroed, cut))
     except Exception:  # whatever somebody's network does with a shape of fixed size
         return False
-    return len(there) == len(here) and all(
-        one.shape == other.shape and bool((one - other).abs().max() <= _DIFFERS * one.abs().max())
-        for one, other in zip(there, here, strict=True)
-    )
+    return alike(there, here, _DIFFERS)
 
 
 def _outputs(network: nn.Module, tensors: Mapping[str, Tensor], inputs: Sequence[Any]) -> list[Tensor]:
@@ -112,18 +109,23 @@ def _outputs(network: nn.Module, tensors: Mapping[str, Tensor], inputs: Sequence
         return floats_in(body.call_with(tensors, *inputs))
 
 
-def _drawn(network: nn.Module, channels: Channels, active: Tensor) -> dict[str, Tensor]:
-    """Random parameters, so that nothing hides behind a 0, but weights of inactive channels; and all buffers."""
+def _drawn(network: nn.Module) -> dict[str, Tensor]:
+    """Random parameters, so that nothing hides behind a 0."""
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, Tensor] = {}
     for name, parameter in network.named_parameters():
         scale = max(1, parameter[:1].numel()) ** -0.5  # what a layer gives is about as large as what it takes
         tensors[name] = (torch.randn(parameter.shape, generator=generator) * scale).to(parameter)
-    buffers = dict(network.named_buffers())
+    return tensors
+
+
+def _zeroed(network: nn.Module, drawn: Mapping[str, Tensor], channels: Channels, active: Tensor) -> dict[str, Tensor]:
+    """These parameters, with 0 at weights of inactive channels; and buffers that fit them."""
+    tensors, buffers = dict(drawn), dict(network.named_buffers())
     names = {id(buffer): name for name, buffer in buffers.items()}
     for weight in maskable_weights(network):
-        tensor = tensors[weight.name]
-        tensor *= channels.mask(weight.name, tensor.shape, active).to(tensor.device)
+        tensor = drawn[weight.name]
+        tensor = tensors[weight.name] = tensor * channels.mask(weight.name, tensor.shape, active).to(tensor.device)
         for spectral in weight.spectral:
             left, right = (names[id(vector)] for vector in spectral.vectors())
             matrix = tensor.movedim(spectral.dim, 0).flatten(1)
