@@ -166,6 +166,31 @@ def floors() -> list[Cell]:
     return cells + [cell(density, 0.2, "0.2", seed) for seed, density in product(range(3), (0.05, 0.1))]
 
 
+_BRAKE = "--trainer.callbacks+=variants.Brake --trainer.callbacks.lower {} --trainer.callbacks.upper {}"
+_AS_A_RAMP = "--config ddst_relaxed --sparsity.delta 0.03"
+RULES: dict[str, str] = {
+    "ramp": METHODS["ramp"],
+    "ramp to 0.5": METHODS["ramp to 0.5"],
+    "DDST relaxed": METHODS["DDST relaxed"],
+    "brake, 0.6 to 0.75": f"{_AS_A_RAMP} {_BRAKE.format(0.6, 0.75)} --trainer.callbacks.explores true",
+    "brake, 0.75 to 0.9": f"{_AS_A_RAMP} {_BRAKE.format(0.75, 0.9)} --trainer.callbacks.explores true",
+    "DDST that explores": "--config ddst_relaxed --trainer.callbacks+=variants.ExploresInBand "
+    "--trainer.callbacks.limits true",
+    "brake, 0.6 to 0.75, masks kept": f"{_AS_A_RAMP} {_BRAKE.format(0.6, 0.75)} --trainer.callbacks.explores false",
+}
+"""Of control, that were tried."""
+
+
+def rules() -> list[Cell]:
+    """Ways of control, where the right discriminators differ, on seeds that are in no table of results."""
+    large, few, fewest, _ = FASHION
+    places = ((large, 0.05), (fewest, 0.1), (large, 0.3), (large, 0.1), (few, 0.1))
+    return [
+        Cell(s, run, density, seed, f"{FASHION[s]} {options} --sparsity.generator_density {density}")
+        for seed, (run, options), (s, density) in product((10, 11), RULES.items(), places)
+    ]
+
+
 # ---- ablations -----------------------------------------------------------------------------------------
 
 ABLATIONS: dict[str, str] = {
@@ -255,6 +280,7 @@ def digits() -> list[Cell]:
 STUDIES: dict[str, Callable[[], list[Cell]]] = {
     "matching": matching,
     "floors": floors,
+    "rules": rules,
     "fashion": fashion,
     "ablations": ablations,
     "channels": channels,

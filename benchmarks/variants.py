@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_ddst.balance import Decision, DensityController
+from lightning_ddst.balance import Balance, Decision, DensityController
 from lightning_ddst.sparsity.averaging import WeightAverage
 from lightning_ddst.sparsity.enforcement import Enforcement
 
@@ -44,15 +44,54 @@ class KeptState(Callback):
 
 
 class ExploresInBand(Callback):
-    """Where BR is within its bounds, the discriminator explores at its density instead of keeping its mask."""
+    """Where BR is within its bounds, the discriminator explores at its density instead of keeping its mask.
+
+    Args:
+        limits: Also at its smallest and largest density, where it keeps its mask otherwise.
+    """
+
+    def __init__(self, limits: bool = False) -> None:
+        self._limits = limits
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         decide = DensityController.decide
 
         def explore(controller: DensityController, *args: Any, **kwargs: Any) -> Decision:
             decision = decide(controller, *args, **kwargs)
-            if decision.action == "hold" and "within" in decision.reason:
+            if decision.action == "hold" and (self._limits or "within" in decision.reason):
                 return replace(decision, action="explore", reason=f"{decision.reason}: the discriminator explores")
             return decision
 
         DensityController.decide = explore  # type: ignore[method-assign]
+
+
+class Brake(Callback):
+    """The discriminator grows unless BR has fallen, from the highest that it was, to bounds that are shares of that.
+
+    It does not go on from checkpoints.
+
+    Args:
+        lower: Below this share of the highest BR the discriminator is pruned.
+        upper: Above it, it grows.
+        explores: Between the two, and at its limits, it explores instead of keeping its mask.
+    """
+
+    def __init__(self, lower: float, upper: float, explores: bool) -> None:
+        self._lower, self._upper, self._explores = lower, upper, explores
+        self._last = self._highest = 0.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        decide = DensityController.decide
+
+        def braked(controller: DensityController, balance: Balance, density: float, progress: float = 0.0) -> Decision:
+            if balance.ratio is not None:
+                self._highest = max(self._highest, (self._last + balance.ratio) / 2)
+                self._last = balance.ratio
+                bounds = self._lower * self._highest, self._upper * self._highest
+                controller = replace(controller, bounds=bounds)
+            decision = decide(controller, balance, density, progress)
+            if decision.action == "hold" and self._explores:
+                return replace(decision, action="explore")
+            return decision
+
+        DensityController.decide = braked  # type: ignore[method-assign]
