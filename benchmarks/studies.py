@@ -177,6 +177,10 @@ RULES: dict[str, str] = {
     "DDST that explores": "--config ddst_relaxed --trainer.callbacks+=variants.ExploresInBand "
     "--trainer.callbacks.limits true",
     "brake, 0.6 to 0.75, masks kept": f"{_AS_A_RAMP} {_BRAKE.format(0.6, 0.75)} --trainer.callbacks.explores false",
+    "brake, 0.75 to 0.9, steps of 0.02, BR every 5th update": "--config ddst_relaxed --sparsity.delta 0.02 "
+    f"--sparsity.probe_interval 5 {_BRAKE.format(0.75, 0.9)} --trainer.callbacks.explores true",
+    "brake, 0.75 to 0.9, masks kept, BR every 5th update": f"{_AS_A_RAMP} --sparsity.probe_interval 5 "
+    f"{_BRAKE.format(0.75, 0.9)} --trainer.callbacks.explores false",
 }
 """Of control, that were tried."""
 
