@@ -169,6 +169,9 @@ def floors() -> list[Cell]:
 _BRAKE = "--trainer.callbacks+=variants.Brake --trainer.callbacks.lower {} --trainer.callbacks.upper {}"
 _AS_A_RAMP = "--config ddst_relaxed --sparsity.delta 0.03"
 RULES: dict[str, str] = {
+    "brake, 0.6 to 0.9, steps of 0.05, masks kept": f"--config ddst_relaxed {_BRAKE.format(0.6, 0.9)} "
+    "--trainer.callbacks.explores false",
+    "brake, 0.6 to 0.9, masks kept": f"{_AS_A_RAMP} {_BRAKE.format(0.6, 0.9)} --trainer.callbacks.explores false",
     "ramp": METHODS["ramp"],
     "ramp to 0.5": METHODS["ramp to 0.5"],
     "DDST relaxed": METHODS["DDST relaxed"],
