@@ -1,7 +1,7 @@
 """What rows say: single numbers, and runs of one kind against those of another with the same seeds."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from statistics import fmean, stdev
 from typing import Any
 
@@ -37,24 +37,35 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(fmean(map(math.log, values)))
 
 
+def pair(row: Row) -> tuple[str, float, int]:
+    """What a run has in common with the runs that it is compared with."""
+    return row["setting"], row["density"], row["seed"]
+
+
 class Comparison:
-    """Distances of one kind of run over those of another with the same seeds.
+    """Runs of one kind beside those of another, of the same settings, densities and seeds.
 
     Attributes:
-        seeds: How many there are.
-        ratio: The geometric mean of the ratios; below 1 the first is better.
-        interval: Its 95 % confidence interval, by Student's t on logarithms; None with less than three seeds.
+        pairs: How many there are.
+        ratio: The geometric mean of the ratios of distances; below 1 the first is better.
+        interval: Its 95 % confidence interval, by Student's t on logarithms; None with less than three pairs.
+        flops: The geometric mean of the ratios of training FLOPs.
     """
 
-    def __init__(self, ones: Sequence[Row], others: Sequence[Row]) -> None:
-        by_seed = {row["seed"]: distance(row) for row in others}
-        logs = [math.log(distance(row) / by_seed[row["seed"]]) for row in ones if row["seed"] in by_seed]
-        self.seeds = len(logs)
+    def __init__(self, ones: Iterable[Row], others: Iterable[Row]) -> None:
+        beside = {pair(row): row for row in others}
+        self._pairs = [(row, beside[pair(row)]) for row in ones if pair(row) in beside]
+        self.pairs = len(self._pairs)
+        logs = [math.log(distance(one) / distance(other)) for one, other in self._pairs]
         self.ratio = math.exp(fmean(logs)) if logs else math.nan
         self.interval: tuple[float, float] | None = None
         if len(logs) > 2:
             half = float(student.ppf(0.975, len(logs) - 1)) * stdev(logs) / math.sqrt(len(logs))
             self.interval = math.exp(fmean(logs) - half), math.exp(fmean(logs) + half)
+
+    @property
+    def flops(self) -> float:
+        return geometric_mean(flops(one) / flops(other) for one, other in self._pairs)
 
     @property
     def verdict(self) -> str:
@@ -65,7 +76,7 @@ class Comparison:
         return "better" if high < 1 else "worse" if low > 1 else "equal within noise"
 
     def __str__(self) -> str:
-        if not self.seeds:
+        if not self.pairs:
             return "missing"
         span = "" if self.interval is None else f" ({self.interval[0]:.2f} to {self.interval[1]:.2f})"
         return f"x {self.ratio:.2f}{span}, {self.verdict}"

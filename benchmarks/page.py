@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 
 import bounds
 import figures
-from comparisons import Comparison, Row, distance, flops, mean_density, of
+from comparisons import Comparison, Row, distance, flops, mean_density, of, pair
 from rows import HERE, rows
 from studies import (
     ABLATIONS,
@@ -54,26 +54,43 @@ def with_seeds(cell: Sequence[Row]) -> str:
 # ---- quality -------------------------------------------------------------------------------------------
 
 
+CONTROLLED = ("DDST auto", "DDST relaxed")
+"""That follow BR."""
+
+
 def claim() -> str:
     """DDST beside the best fixed density and the ramps, cell by cell."""
     found, body = rows("fashion"), []
-    for setting in FASHION:
-        for density in sorted(DENSITIES):
-            ours = of(found, setting, "DDST relaxed", density)
-            beside = {run: Comparison(ours, of(found, setting, run, density)) for run in FIXED}
-            most = max(comparison.seeds for comparison in beside.values())
-            if not most:
-                continue
-            best = max((run for run in FIXED if beside[run].seeds == most), key=lambda run: beside[run].ratio)
-            line = [setting, percent(density), str(len(ours)), percent(fmean(map(flops, ours)))]
-            for run in (best, "ramp", "ramp to 0.5"):
-                others = of(found, setting, run, density)
-                cost = f"{percent(fmean(map(flops, others)))}; " if others else ""
-                name = f"{run}, " if run == best else ""
-                line.append(f"{name}{cost}{Comparison(ours, others)}")
-            body.append(line)
-    head = ["images", "generator", "seeds", "DDST's FLOPs", "the best fixed density", "the ramp", "the ramp to 0.5"]
+    for setting, density, run in product(FASHION, sorted(DENSITIES), CONTROLLED):
+        ours = of(found, setting, run, density)
+        beside = {other: Comparison(ours, of(found, setting, other, density)) for other in FIXED}
+        most = max(comparison.pairs for comparison in beside.values())
+        if not most:
+            continue
+        best = max((other for other in FIXED if beside[other].pairs == most), key=lambda other: beside[other].ratio)
+        line = [setting, percent(density), run, str(len(ours)), percent(fmean(map(flops, ours)))]
+        for other in (best, "ramp", "ramp to 0.5"):
+            others = of(found, setting, other, density)
+            cost = f"{percent(fmean(map(flops, others)))}; " if others else ""
+            name = f"{other}, " if other == best else ""
+            line.append(f"{name}{cost}{Comparison(ours, others)}")
+        body.append(line)
+    head = ["images", "generator", "run", "seeds", "FLOPs", "the best fixed density", "the ramp", "the ramp to 0.5"]
     return table(head, body)
+
+
+def overall() -> str:
+    """DDST beside everything else, over all cells and seeds that both were trained in."""
+    found, body = rows("fashion"), []
+    for run, other in product(CONTROLLED, METHODS):
+        comparison = Comparison(*([row for row in found if row["run"] == name] for name in (run, other)))
+        if other == run or not comparison.pairs:
+            continue
+        places = {pair(row)[:2] for row in found if row["run"] == run} & {
+            pair(row)[:2] for row in found if row["run"] == other
+        }
+        body.append([run, other, f"{comparison.pairs} in {len(places)}", str(comparison), f"x {comparison.flops:.2f}"])
+    return table(["run", "beside", "pairs in cells", "distance", "training FLOPs"], body)
 
 
 def quality(study: str, settings: Sequence[str]) -> str:
@@ -352,6 +369,7 @@ def origins() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "claim": claim,
+    "overall": overall,
     "fashion": lambda: quality("fashion", list(FASHION)),
     "cifar10": lambda: quality("cifar10", ["CIFAR-10"]),
     "ablations": ablation,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_ddst.balance import Balance, Decision, DensityController
+from lightning_ddst.balance import Balance, Decision, DensityController, controller
 from lightning_ddst.sparsity.averaging import WeightAverage
 from lightning_ddst.sparsity.enforcement import Enforcement
 
@@ -56,8 +56,8 @@ class ExploresInBand(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         decide = DensityController.decide
 
-        def explore(controller: DensityController, *args: Any, **kwargs: Any) -> Decision:
-            decision = decide(controller, *args, **kwargs)
+        def explore(controls: DensityController, *args: Any, **kwargs: Any) -> Decision:
+            decision = decide(controls, *args, **kwargs)
             if decision.action == "hold" and (self._limits or "within" in decision.reason):
                 return replace(decision, action="explore", reason=f"{decision.reason}: the discriminator explores")
             return decision
@@ -83,15 +83,29 @@ class Brake(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         decide = DensityController.decide
 
-        def braked(controller: DensityController, balance: Balance, density: float, progress: float = 0.0) -> Decision:
+        def braked(controls: DensityController, balance: Balance, density: float, progress: float = 0.0) -> Decision:
             if balance.ratio is not None:
                 self._highest = max(self._highest, (self._last + balance.ratio) / 2)
                 self._last = balance.ratio
                 bounds = self._lower * self._highest, self._upper * self._highest
-                controller = replace(controller, bounds=bounds)
-            decision = decide(controller, balance, density, progress)
+                controls = replace(controls, bounds=bounds)
+            decision = decide(controls, balance, density, progress)
             if decision.action == "hold" and self._explores:
                 return replace(decision, action="explore")
             return decision
 
         DensityController.decide = braked  # type: ignore[method-assign]
+
+
+class Even(Callback):
+    """With bounds "auto" another share of its highest at which BR leaves the discriminator's density as it is.
+
+    Args:
+        share: In (0, 1).
+    """
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        controller._EVEN = self._share

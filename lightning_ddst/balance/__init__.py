@@ -5,11 +5,11 @@ BR is computed in `ratio`, from what `probe` measured. `controller` decides by i
 """
 
 from lightning_ddst.balance.controller import (
-    CalibratingController,
     Controller,
     Decision,
     DensityController,
     DensityRamp,
+    RelativeController,
 )
 from lightning_ddst.balance.probe import BalanceProbe, ScoresItself
 from lightning_ddst.balance.ratio import Balance, BalanceWindow
@@ -21,13 +21,13 @@ __all__ = [
     "Balance",
     "BalanceProbe",
     "BalanceWindow",
-    "CalibratingController",
     "Controller",
     "Decision",
     "DensityController",
     "DensityRamp",
     "Exploration",
     "Plan",
+    "RelativeController",
     "ScoresItself",
     "SparseTraining",
     "control_signal",

@@ -3,7 +3,8 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from statistics import median
 from typing import Any, Literal
 
 from lightning_ddst.balance.ratio import Balance
@@ -13,10 +14,12 @@ from lightning_ddst.sparsity.checks import check_choice, check_density
 Action = Literal["grow", "prune", "explore", "hold", "undecided"]
 ACTIONS: tuple[Action, ...] = ("grow", "prune", "explore", "hold", "undecided")
 
-_BOUNDS = (0.6, 0.75)
-"""Bounds that are found, in units of the balance ratio at the densities of the start."""
-_RISES = 1.25
-"""A balance ratio that is more than so many times the last one is still rising."""
+_EVEN = 0.6
+"""The share of its highest at which the signal leaves the density as it is."""
+_FULL = 0.3
+"""How far above, or below, that share steps are as large as they get."""
+_WINDOWS = 3
+"""In a row, whose median counts as a level that the signal has been at: BR may jump while training begins."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,14 @@ class Decision:
 
 class Controller(ABC):
     """Decides on the discriminator's density."""
+
+    def observe(self, balance: Balance, progress: float) -> None:  # noqa: B027 -- most have nothing to remember
+        """Takes note of a window, once, before anything is decided by it.
+
+        Args:
+            balance: What the window says.
+            progress: The share of the run that is done, in [0, 1]; 0 where the run's length is unknown.
+        """
 
     @abstractmethod
     def decide(self, balance: Balance, density: float, progress: float = 0.0) -> Decision:
@@ -104,9 +115,9 @@ class DensityController(Controller):
             return Decision("undecided", density, balance.reason or f"{signal.label} is undecided")
         lower, upper = self.bounds
         if lower <= value <= upper:
-            return Decision("hold", density, f"{signal.label} {value:.3f} is within {lower:g} to {upper:g}")
+            return Decision("hold", density, f"{signal.label} {value:.3f} is within {lower:.3g} to {upper:.3g}")
         strength = signal.high_means if value > upper else ("strong" if signal.high_means == "weak" else "weak")
-        comparison = f"> {upper:g}" if value > upper else f"< {lower:g}"
+        comparison = f"> {upper:.3g}" if value > upper else f"< {lower:.3g}"
         reason = f"{signal.label} {value:.3f} {comparison}: the discriminator is too {strength}"
         if strength == "weak":
             if density < self.max_density:
@@ -130,61 +141,70 @@ class DensityController(Controller):
         return decided | {"control/lower": self.bounds[0], "control/upper": self.bounds[1]}
 
 
-class CalibratingController(Controller):
-    """Keeps a signal between bounds that are found first, from what the signal is at the densities of the start.
+class RelativeController(Controller):
+    """Lets the discriminator grow by how near the balance ratio is to the highest that it has been.
 
-    What the balance ratio is depends on networks, losses, learning rates and densities. How far it falls from a
-    discriminator as sparse as the generator to a dense one is much the same in many settings: to about two thirds
-    (docs/bounds.md). So the densities stay as they are until the signal has stopped to rise, as it does from nearly 0
-    in the first few windows, and the bounds are `_BOUNDS` times what it is then.
+    What BR is depends on networks, losses, learning rates and the generator's density; that it falls when the
+    discriminator gets ahead does not (docs/bounds.md). Where BR is at its highest the density rises as in a straight
+    line from the smallest to the largest over the run; with BR lower it rises more slowly, and below `_EVEN` of the
+    highest it falls. The highest is that of medians of `_WINDOWS` windows in a row.
 
     Args:
-        controller: Everything but the bounds.
+        limits: Smallest and largest density, smallest <= largest, in (0, 1].
+        delta: The largest step of a decision, in (0, 1]; None for what a straight line adds meanwhile.
 
-    Attributes:
-        bounds: Once they are found.
+    Raises:
+        ValueError: For an argument outside what is allowed.
     """
 
-    def __init__(self, controller: DensityController) -> None:
-        self.bounds: tuple[float, float] | None = None
-        self._controller = controller
-        self._before: float | None = None
+    def __init__(self, limits: tuple[float, float], delta: float | None = None) -> None:
+        DensityController(min_density=limits[0], max_density=limits[1], delta=1.0 if delta is None else delta)
+        self._limits = limits
+        self._delta = delta
+        self._last: list[float] = []
+        self._highest = self._progress = self._passed = 0.0
+
+    def observe(self, balance: Balance, progress: float) -> None:
+        """Follows BR, and what a decision stands for of the run."""
+        passed, self._progress = progress - self._progress, progress
+        if passed > 0:  # not where the run was made longer when it was resumed
+            self._passed = passed
+        if balance.ratio is not None:
+            self._last = [*self._last, balance.ratio][-_WINDOWS:]
+            self._highest = max(self._highest, median(self._last))
 
     def decide(self, balance: Balance, density: float, progress: float = 0.0) -> Decision:
-        """Decides, or finds the bounds."""
-        if self.bounds is not None:
-            return replace(self._controller, bounds=self.bounds).decide(balance, density, progress)
-        value = self._controller.value(balance)
-        if value is None or value <= 0:
-            return Decision("undecided", density, balance.reason or "nothing to derive bounds from yet")
-        before, self._before = self._before, value
-        label = SIGNALS[self._controller.signal].label
-        if before is None or value > _RISES * before:
-            return Decision(
-                "hold", density, f"{label} {value:.3f}, and its bounds are not known before it stops to rise"
-            )
-        level = (before + value) / 2
-        self.bounds = (_BOUNDS[0] * level, _BOUNDS[1] * level)
-        reason = (
-            f"{label} has come to {level:.3f}: it will be kept between {self.bounds[0]:.3f} and {self.bounds[1]:.3f}"
-        )
-        return Decision("hold", density, reason)
+        """Decides by what was observed."""
+        smallest, largest = self._limits
+        if balance.ratio is None or self._highest <= 0:
+            return Decision("undecided", density, balance.reason or "BR has not been above 0 yet")
+        share = balance.ratio / self._highest
+        full = (largest - smallest) * self._passed if self._delta is None else self._delta
+        step = full * min(max((share - _EVEN) / _FULL, -1.0), 1.0)
+        planned = min(max(_tidy(density + step), smallest), largest)
+        reason = f"BR {balance.ratio:.3f} is {share:.0%} of the highest, {self._highest:.3f}"
+        action: Action = "grow" if planned > density else "prune" if planned < density else "hold"
+        return Decision(action, planned, reason)
 
     def readings(self, balance: Balance) -> dict[str, float]:
-        """The signal, where it is decided, and its bounds, once they are found."""
-        if self.bounds is not None:
-            return replace(self._controller, bounds=self.bounds).readings(balance)
-        value = self._controller.value(balance)
-        return {} if value is None else {"control/signal": value}
+        """BR, where it is decided, and the highest."""
+        decided = {} if balance.ratio is None else {"control/signal": balance.ratio}
+        return decided | {"control/highest": self._highest}
 
     def state_dict(self) -> dict[str, Any]:
-        """The bounds, and what is needed to find them; loads with ``weights_only=True``."""
-        return {"bounds": self.bounds, "before": self._before}
+        """What was observed; loads with ``weights_only=True``."""
+        return {
+            "last": self._last,
+            "highest": self._highest,
+            "progress": self._progress,
+            "passed": self._passed,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` gave."""
-        # Of a run whose bounds were given there is nothing to take over.
-        self.bounds, self._before = state.get("bounds"), state.get("before")
+        if state:  # of a run whose bounds were given there is nothing to take over
+            self._last, self._highest = list(state["last"]), state["highest"]
+            self._progress, self._passed = state["progress"], state["passed"]
 
 
 @dataclass(frozen=True)

@@ -262,9 +262,10 @@ class SparseTraining:
     def _decide(self) -> None:
         assert self._controller is not None
         balance = self.window.read()
-        if self._is_due(self.plan.interval):
-            self.divergence.look_at(balance, self.updates)
         progress = self.updates / self.plan.updates if self.plan.updates else 0.0
+        if self._is_due(self.plan.interval):  # a decision that was put off is made by the same window
+            self.divergence.look_at(balance, self.updates)
+            self._controller.observe(balance, progress)
         decision = self._allowed(self._controller.decide(balance, self.discriminator.target, progress))
         gradients = self._holds[self.discriminator].gradients.take()
         if decision.action in ("grow", "explore") and gradients is None:

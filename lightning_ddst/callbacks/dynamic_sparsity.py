@@ -18,13 +18,13 @@ from lightning_ddst.balance import (
     SIGNALS,
     Balance,
     BalanceProbe,
-    CalibratingController,
     Controller,
     Decision,
     DensityController,
     DensityRamp,
     Exploration,
     Plan,
+    RelativeController,
     ScoresItself,
     SparseTraining,
 )
@@ -100,14 +100,15 @@ class DynamicSparsityCallback(Callback):
         signal: What the discriminator is resized by: "balance_ratio", "real_sign" (the sign of its scores of
             real images, as in ADA), or a signal registered with `control_signal`.
         bounds: The signal is kept between these; by default the signal's own, 0.45 and 0.55 for BR. "auto"
-            finds them from what BR is at the densities of the start.
+            takes shares of the highest that BR has been, and follows it.
         min_discriminator_density: Lower limit of resizing. By default the smaller of the generator's
             density and the discriminator's at the start. (The paper's is 0.05. BR starts near 0, so
             the first decisions prune, and a discriminator that is too small to learn is never grown
             again.)
         max_discriminator_density: Upper limit of resizing. 1 is the paper's relaxed setting; below 1
             the strict one, in which the discriminator explores where it may not grow.
-        delta: Density that a decision adds or removes.
+        delta: Density that a decision adds or removes. By default 0.05, the paper's; with bounds "auto" so much that
+            it takes the whole run from the lower limit to the upper.
         interval: Generator updates between decisions on the discriminator. By default a 100th of the
             run's, but 100 in runs of less than 10,000 (BR takes as many measurements), and a tenth of less
             than 1,000; 1,000 where the run's length is unknown.
@@ -164,7 +165,7 @@ class DynamicSparsityCallback(Callback):
         bounds: tuple[float, float] | Literal["auto"] | None = None,
         min_discriminator_density: float | None = None,
         max_discriminator_density: float = 1.0,
-        delta: float = 0.05,
+        delta: float | None = None,
         interval: int | None = None,
         explore_interval: int | None = None,
         probe_interval: int | Literal["auto"] | None = "auto",
@@ -216,7 +217,8 @@ class DynamicSparsityCallback(Callback):
             raise ValueError(f'bounds={bounds!r} with signal={signal!r} must be two numbers; only BR\'s can be "auto".')
         fixed = SIGNALS[signal].bounds if bounds is None or isinstance(bounds, str) else bounds
         fixed = cast(tuple[float, float], tuple(fixed))  # YAML gives a list
-        controller = DensityController(fixed, delta, min_discriminator_density, max_discriminator_density, signal)
+        step = DensityController.delta if delta is None else delta
+        controller = DensityController(fixed, step, min_discriminator_density, max_discriminator_density, signal)
         if discriminator_density > max_discriminator_density and method in _RESIZING:
             raise ValueError(
                 f"discriminator_density={discriminator_density} must not be above "
@@ -260,7 +262,10 @@ class DynamicSparsityCallback(Callback):
         self._min_density = min_discriminator_density
         self._new_controller: Controller | None = None
         if method in _CONTROLLED:
-            self._new_controller = CalibratingController(controller) if bounds == "auto" else controller
+            self._new_controller = controller
+            if bounds == "auto":
+                limits = (min_discriminator_density, max_discriminator_density)
+                self._new_controller = RelativeController(limits, delta)
         elif method == "ramp":
             self._new_controller = DensityRamp(discriminator_density, max_discriminator_density)
         self._controller: Controller | None = self._new_controller
@@ -502,7 +507,7 @@ class DynamicSparsityCallback(Callback):
                 module=pl_module if isinstance(pl_module, ScoresItself) else None,
             )
         if self._saved is None:
-            self._controller = deepcopy(self._new_controller)  # which may have found bounds for other networks
+            self._controller = deepcopy(self._new_controller)  # which may have followed other networks' BR
         self._training = SparseTraining(
             generator,
             discriminator,

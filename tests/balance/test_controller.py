@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_ddst.balance import Balance, CalibratingController, Decision, DensityController, DensityRamp
-from lightning_ddst.balance.controller import _BOUNDS
+from lightning_ddst.balance import Balance, Decision, DensityController, DensityRamp, RelativeController
 
 UNDECIDED = Balance(None, -0.1, 0.2, 0.0, 0.1, 8, "alpha = -0.1 +- 0.3")
 
@@ -22,6 +21,7 @@ def path(controller, density, ratios):
     """(action, density) of one decision after the other, each from the density of the one before."""
     steps = []
     for ratio in ratios:
+        controller.observe(balanced_at(ratio), 0.0)
         decision = controller.decide(balanced_at(ratio), density)
         density = decision.density
         steps.append((decision.action, density))
@@ -311,65 +311,111 @@ def test_the_ramp_is_a_straight_line_whatever_the_balance():
 # ---- bounds that are found ---------------------------------------------------------------------------
 
 
-def calibrating():
-    return CalibratingController(DensityController(min_density=0.1))
+def relative():
+    return RelativeController(DensityController(min_density=0.1))
 
 
-def test_bounds_are_found_once_the_ratio_stops_to_rise():
-    controller = calibrating()
-    steps = path(controller, 0.1, [0.1, None, 0.3, 0.55])
-    assert steps == [("hold", 0.1), ("undecided", 0.1), ("hold", 0.1), ("hold", 0.1)]
+def test_bounds_are_shares_of_the_highest_mean_of_two_windows():
+    controller = relative()
     assert controller.bounds is None
-    found = controller.decide(balanced_at(0.6), 0.1)  # less than a quarter above the last
-    assert found.action == "hold"
-    assert controller.bounds == pytest.approx((_BOUNDS[0] * 0.575, _BOUNDS[1] * 0.575))
-    assert found.reason.startswith("BR has come to 0.575: it will be kept between ")
-    # From now on as with bounds that were given, whatever the ratio does.
-    fixed = DensityController(controller.bounds, min_density=0.1)
-    ratios = [0.6, 0.9, 0.1, 0.575 * sum(_BOUNDS) / 2, None, 2.0, 0.0]
-    assert path(controller, 0.1, ratios) == path(fixed, 0.1, ratios)
+    steps = path(controller, 0.1, [0.4, 0.6, 0.35, None, 0.46, 0.29, 0.29, 0.8])
+    # Highest: 0.2 (the first window beside 0), then 0.5; its bounds are 0.3 and 0.45. At the end 0.545: 0.327, 0.4905.
+    assert steps == [
+        ("grow", 0.15),
+        ("grow", 0.2),
+        ("hold", 0.2),
+        ("undecided", 0.2),
+        ("grow", 0.25),
+        ("prune", 0.2),
+        ("prune", 0.15),
+        ("grow", 0.2),
+    ]
+    assert controller.bounds == pytest.approx((0.327, 0.4905))
+
+
+def test_what_is_decided_twice_is_decided_alike():
+    controller = relative()
+    path(controller, 0.1, [0.4, 0.6])
+    controller.observe(balanced_at(0.7), 0.0)
+    bounds = controller.bounds
+    assert controller.decide(balanced_at(0.7), 0.2) == controller.decide(balanced_at(0.7), 0.2)
+    assert controller.bounds == bounds
+
+
+def test_a_pace_is_what_the_whole_run_may_add():
+    controller, density, steps = RelativeController(DensityController(min_density=0.1), pace=0.8), 0.1, []
+    # After half of it the run is made longer, at the end its length is unknown: steps stay what they were.
+    for progress in (0.25, 0.5, 0.3, 0.35, 0.0):
+        controller.observe(balanced_at(0.5), progress)
+        decision = controller.decide(balanced_at(0.5), density)
+        steps.append(round(decision.density - density, 9))
+        density = decision.density
+    assert steps == [0.2, 0.2, 0.2, 0.04, 0.04]
+
+
+@pytest.mark.parametrize(("delta", "pace", "progress"), [(0.07, 0.0, 0.5), (0.05, 0.5, 0.0)])
+def test_without_a_pace_or_a_known_length_steps_are_delta(delta, pace, progress):
+    controller = RelativeController(DensityController(delta=delta), pace)
+    controller.observe(balanced_at(0.5), progress)
+    assert controller.decide(balanced_at(0.5), 0.3).density == pytest.approx(0.3 + delta)
+
+
+def test_a_single_high_window_counts_half():
+    controller = relative()
+    path(controller, 0.1, [0.4, 0.4, 2.0, 0.4])
+    assert controller.bounds == pytest.approx((0.6 * 1.2, 0.9 * 1.2))
+
+
+def test_a_ratio_that_rises_grows_the_discriminator():
+    assert path(relative(), 0.1, [0.01, 0.1, 0.3, 0.5]) == [
+        ("grow", 0.15),
+        ("grow", 0.2),
+        ("grow", 0.25),
+        ("grow", 0.3),
+    ]
 
 
 def test_a_ratio_that_is_not_positive_gives_no_bounds():
-    controller = calibrating()
-    assert path(controller, 0.1, [-0.2, 0.0, -0.1]) == [("undecided", 0.1)] * 3
+    controller = relative()
+    assert path(controller, 0.1, [-0.2, 0.0, None, -0.1]) == [("undecided", 0.1)] * 4
+    assert controller.bounds is None
+    assert controller.decide(UNDECIDED, 0.1).reason == UNDECIDED.reason
     path(controller, 0.1, [0.4, 0.4])
-    assert controller.bounds == pytest.approx((_BOUNDS[0] * 0.4, _BOUNDS[1] * 0.4))
+    assert controller.bounds == pytest.approx((0.24, 0.36))
 
 
-def test_a_ratio_that_falls_gives_bounds_at_once():
-    controller = calibrating()
-    path(controller, 0.1, [0.8, 0.4])
-    assert controller.bounds == pytest.approx((_BOUNDS[0] * 0.6, _BOUNDS[1] * 0.6))
+def test_reasons_say_the_highest():
+    controller = relative()
+    path(controller, 0.1, [0.5, 0.5])
+    assert controller.decide(balanced_at(0.2), 0.3).reason == (
+        "BR 0.200 < 0.3: the discriminator is too strong (it has been at 0.500)"
+    )
+    assert controller.decide(balanced_at(0.4), 0.3).reason == ("BR 0.400 is within 0.3 to 0.45 (it has been at 0.500)")
+    assert controller.decide(UNDECIDED, 0.3).reason == UNDECIDED.reason
 
 
-@given(st.lists(st.floats(0.05, 2.0), min_size=2, max_size=20), st.integers(-6, 6).map(lambda power: 2.0**power))
-def test_found_bounds_follow_the_scale_of_the_ratio(ratios, scale):
-    one, other = calibrating(), calibrating()
-    assert path(one, 0.3, ratios)[0] == path(other, 0.3, [scale * ratio for ratio in ratios])[0]
-    assert (one.bounds is None) == (other.bounds is None)
-    if one.bounds is not None:
-        assert other.bounds == pytest.approx([scale * bound for bound in one.bounds])
+@given(st.lists(st.floats(0.05, 2.0), max_size=20), st.integers(-6, 6).map(lambda power: 2.0**power))
+def test_decisions_do_not_depend_on_the_scale_of_the_ratio(ratios, scale):
+    assert path(relative(), 0.3, ratios) == path(relative(), 0.3, [scale * ratio for ratio in ratios])
 
 
 @pytest.mark.parametrize("saved_after", [1, 2, 3])
-def test_what_was_found_is_saved(saved_after):
-    ratios = [0.2, 0.5, 0.5, 0.8, 0.1]
-    whole, first, second = calibrating(), calibrating(), calibrating()
-    path(first, 0.3, ratios[:saved_after])
+def test_what_was_seen_is_saved(saved_after):
+    ratios = [0.2, 0.5, 0.5, 0.8, 0.4]
+    whole, first, second = relative(), relative(), relative()
+    expected = path(whole, 0.3, ratios)
+    begun = path(first, 0.3, ratios[:saved_after])
     second.load_state_dict(first.state_dict())
-    assert path(whole, 0.3, ratios)[saved_after - 1 :][1:] == path(
-        second, path(calibrating(), 0.3, ratios)[saved_after - 1][1], ratios[saved_after:]
-    )
+    assert begun + path(second, begun[-1][1], ratios[saved_after:]) == expected
     assert second.bounds == whole.bounds
 
 
 def test_what_is_logged_of_bounds():
-    controller = calibrating()
+    controller = relative()
     assert controller.readings(balanced_at(0.5)) == {"control/signal": 0.5}
     path(controller, 0.1, [0.5, 0.5])
     assert controller.readings(balanced_at(0.4)) == pytest.approx(
-        {"control/signal": 0.4, "control/lower": _BOUNDS[0] * 0.5, "control/upper": _BOUNDS[1] * 0.5}
+        {"control/signal": 0.4, "control/lower": 0.3, "control/upper": 0.45}
     )
     assert controller.readings(UNDECIDED).keys() == {"control/lower", "control/upper"}
     assert DensityController().readings(UNDECIDED) == {"control/lower": 0.45, "control/upper": 0.55}

@@ -65,7 +65,7 @@ def test_a_comparison_is_paired_by_seed():
     ones = [row(0, 2.0), row(1, 8.0), row(2, 1.0), row(3, 5.0)]
     others = [row(2, 1.0), row(1, 2.0), row(0, 4.0), row(7, 9.0)]
     found = Comparison(ones, others)  # ratios 1/2, 4 and 1
-    assert found.seeds == 3
+    assert found.pairs == 3
     assert found.ratio == pytest.approx(2 ** (1 / 3))
     low, high = found.interval
     # The logarithms to base 2 are -1, 2 and 0: mean 1/3, standard deviation 1.5275; Student's t is 4.3027.
