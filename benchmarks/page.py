@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from statistics import fmean, stdev
 
-import bounds
 import figures
 from comparisons import Comparison, Row, distance, flops, mean_density, of, pair
 from rows import HERE, rows
@@ -169,6 +168,25 @@ def floors() -> str:
         cell = of(found, setting, run, density)
         body.append([setting, percent(density), run, with_seeds(cell), percent(fmean(map(flops, cell))), at_end(cell)])
     return table(["images", "generator", "run", "distance", "training FLOPs", "`d_D` at the end"], body)
+
+
+def rules() -> str:
+    """Ways of control: distances, and training FLOPs, where the right discriminators differ."""
+    found, wanted = rows("rules"), STUDIES["rules"]()
+    places = list(dict.fromkeys((cell.setting, cell.density) for cell in wanted))
+    ramps = [row for row in found if row["run"] == "ramp"]
+    body = []
+    for run in dict.fromkeys(cell.run for cell in wanted):
+        line = [run]
+        for place in places:
+            cell = of(found, place[0], run, place[1])
+            each = ", ".join(f"{distance(row):.1f}" for row in cell)
+            line.append(f"{each}; {percent(fmean(map(flops, cell)))}" if cell else "")
+        beside = Comparison([row for row in found if row["run"] == run], ramps)
+        line += ["", ""] if run == "ramp" or not beside.pairs else [str(beside), f"x {beside.flops:.2f}"]
+        body.append(line)
+    head = ["run", *(f"{setting}, {percent(density)}" for setting, density in places)]
+    return table([*head, "distance beside the ramp", "FLOPs beside the ramp"], body)
 
 
 def settled(row: Row) -> list[float]:
@@ -395,8 +413,8 @@ def results_page() -> str:
 
 def bounds_page() -> str:
     """docs/bounds.md with its table as the rows have it."""
-    pattern = re.compile(r"(<!-- bounds.py -->\n).*?(\n<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda found: found[1] + bounds.table() + found[2], (DOCS / "bounds.md").read_text())
+    pattern = re.compile(r"(<!-- rules -->\n).*?(\n<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda found: found[1] + rules() + found[2], (DOCS / "bounds.md").read_text())
 
 
 def main() -> None:

@@ -164,8 +164,8 @@ _BRAKE = "--trainer.callbacks+=variants.Brake --trainer.callbacks.lower {} --tra
 _AS_A_RAMP = "--config ddst_relaxed --sparsity.delta 0.03"
 RULES: dict[str, str] = {
     "DDST auto": METHODS["DDST auto"],
-    "DDST auto, even at 0.65": f"{METHODS['DDST auto']} --trainer.callbacks+=variants.Even "
-    "--trainer.callbacks.share 0.65",
+    "DDST auto, even at 0.6": f"{METHODS['DDST auto']} --trainer.callbacks+=variants.Even "
+    "--trainer.callbacks.share 0.6",
     "brake, 0.6 to 0.9, steps of 0.05, masks kept": f"--config ddst_relaxed {_BRAKE.format(0.6, 0.9)} "
     "--trainer.callbacks.explores false",
     "brake, 0.6 to 0.9, masks kept": f"{_AS_A_RAMP} {_BRAKE.format(0.6, 0.9)} --trainer.callbacks.explores false",

@@ -351,7 +351,9 @@ def _draw_signal(ax: Axes, series: Series, name: str, label: str, meanings: tupl
     values = _arrays(points)[1]
     if lower[0].size and lower[0].size == upper[0].size:
         low, high = lower[1][-1], upper[1][-1]
-        bounds: Looks = {"color": _BAND, "alpha": 0.25, "linewidth": 0, "label": f"kept within {low:g} and {high:g}"}
+        moving = len(set(lower[1])) > 1  # with bounds "auto"
+        band = f"band, {low:.2g} to {high:.2g} at last" if moving else f"kept within {low:g} and {high:g}"
+        bounds: Looks = {"color": _BAND, "alpha": 0.25, "linewidth": 0, "label": band}
         ax.fill_between(lower[0], lower[1], upper[1], step="post", **bounds)
         values = np.concatenate([values, lower[1], upper[1]])
         if meanings:

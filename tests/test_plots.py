@@ -188,6 +188,14 @@ def test_the_bounds_are_a_band() -> None:
     assert {"kept within 0.45 and 0.55", "D too weak", "D too strong"} <= set(texts(figure))
 
 
+def test_bounds_that_move_are_a_band_of_their_own() -> None:
+    lower = {"control/lower": [(10, 0.2), (40, 0.3)], "control/upper": [(10, 0.3), (40, 0.45)]}
+    figure = plots.balance(BALANCE | lower)
+    (band,) = figure.axes[0].collections
+    assert set(band.get_paths()[0].vertices[:, 1]) == {0.2, 0.3, 0.45}
+    assert "band, 0.3 to 0.45 at last" in texts(figure)
+
+
 def test_spikes_leave_the_picture_and_are_marked() -> None:
     steps = range(1, 101)
     ratio = {step: 0.4 + 0.002 * step for step in steps} | {50: 37.5, 70: -12.0, 80: 5.0}

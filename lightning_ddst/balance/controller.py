@@ -14,7 +14,7 @@ from lightning_ddst.sparsity.checks import check_choice, check_density
 Action = Literal["grow", "prune", "explore", "hold", "undecided"]
 ACTIONS: tuple[Action, ...] = ("grow", "prune", "explore", "hold", "undecided")
 
-_EVEN = 0.6
+_EVEN = 0.65
 """The share of its highest at which the signal leaves the density as it is."""
 _FULL = 0.3
 """How far above, or below, that share steps are as large as they get."""
@@ -187,9 +187,10 @@ class RelativeController(Controller):
         return Decision(action, planned, reason)
 
     def readings(self, balance: Balance) -> dict[str, float]:
-        """BR, where it is decided, and the highest."""
+        """BR, where it is decided, and where D begins to be pruned and grows as fast as it may."""
         decided = {} if balance.ratio is None else {"control/signal": balance.ratio}
-        return decided | {"control/highest": self._highest}
+        lower, upper = (share * self._highest for share in (_EVEN, _EVEN + _FULL))
+        return decided | {"control/lower": lower, "control/upper": upper}
 
     def state_dict(self) -> dict[str, Any]:
         """What was observed; loads with ``weights_only=True``."""

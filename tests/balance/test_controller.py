@@ -21,7 +21,6 @@ def path(controller, density, ratios):
     """(action, density) of one decision after the other, each from the density of the one before."""
     steps = []
     for ratio in ratios:
-        controller.observe(balanced_at(ratio), 0.0)
         decision = controller.decide(balanced_at(ratio), density)
         density = decision.density
         steps.append((decision.action, density))
@@ -308,115 +307,153 @@ def test_the_ramp_is_a_straight_line_whatever_the_balance():
     ]
 
 
-# ---- bounds that are found ---------------------------------------------------------------------------
+# ---- by the highest balance ratio --------------------------------------------------------------------
 
 
-def relative():
-    return RelativeController(DensityController(min_density=0.1))
-
-
-def test_bounds_are_shares_of_the_highest_mean_of_two_windows():
-    controller = relative()
-    assert controller.bounds is None
-    steps = path(controller, 0.1, [0.4, 0.6, 0.35, None, 0.46, 0.29, 0.29, 0.8])
-    # Highest: 0.2 (the first window beside 0), then 0.5; its bounds are 0.3 and 0.45. At the end 0.545: 0.327, 0.4905.
-    assert steps == [
-        ("grow", 0.15),
-        ("grow", 0.2),
-        ("hold", 0.2),
-        ("undecided", 0.2),
-        ("grow", 0.25),
-        ("prune", 0.2),
-        ("prune", 0.15),
-        ("grow", 0.2),
-    ]
-    assert controller.bounds == pytest.approx((0.327, 0.4905))
-
-
-def test_what_is_decided_twice_is_decided_alike():
-    controller = relative()
-    path(controller, 0.1, [0.4, 0.6])
-    controller.observe(balanced_at(0.7), 0.0)
-    bounds = controller.bounds
-    assert controller.decide(balanced_at(0.7), 0.2) == controller.decide(balanced_at(0.7), 0.2)
-    assert controller.bounds == bounds
-
-
-def test_a_pace_is_what_the_whole_run_may_add():
-    controller, density, steps = RelativeController(DensityController(min_density=0.1), pace=0.8), 0.1, []
-    # After half of it the run is made longer, at the end its length is unknown: steps stay what they were.
-    for progress in (0.25, 0.5, 0.3, 0.35, 0.0):
-        controller.observe(balanced_at(0.5), progress)
-        decision = controller.decide(balanced_at(0.5), density)
-        steps.append(round(decision.density - density, 9))
+def followed(controller, density, ratios, every=0.1, begun=0):
+    """(action, density) of decisions that are a share of the run apart."""
+    steps = []
+    for number, ratio in enumerate(ratios, begun + 1):
+        balance = balanced_at(ratio)
+        controller.observe(balance, number * every)
+        decision = controller.decide(balance, density, number * every)
         density = decision.density
-    assert steps == [0.2, 0.2, 0.2, 0.04, 0.04]
+        steps.append((decision.action, density))
+    return steps
 
 
-@pytest.mark.parametrize(("delta", "pace", "progress"), [(0.07, 0.0, 0.5), (0.05, 0.5, 0.0)])
-def test_without_a_pace_or_a_known_length_steps_are_delta(delta, pace, progress):
-    controller = RelativeController(DensityController(delta=delta), pace)
-    controller.observe(balanced_at(0.5), progress)
-    assert controller.decide(balanced_at(0.5), 0.3).density == pytest.approx(0.3 + delta)
-
-
-def test_a_single_high_window_counts_half():
-    controller = relative()
-    path(controller, 0.1, [0.4, 0.4, 2.0, 0.4])
-    assert controller.bounds == pytest.approx((0.6 * 1.2, 0.9 * 1.2))
-
-
-def test_a_ratio_that_rises_grows_the_discriminator():
-    assert path(relative(), 0.1, [0.01, 0.1, 0.3, 0.5]) == [
-        ("grow", 0.15),
-        ("grow", 0.2),
-        ("grow", 0.25),
-        ("grow", 0.3),
+def test_steps_follow_how_near_the_ratio_is_to_the_highest():
+    # A straight line from 0.1 to 0.9 rises by 0.08 at a time. That at 95 % of the highest and above, nothing at 65 %,
+    # as much down at 35 % and below.
+    ratios = [0.4, 0.4, 0.4, 0.38, 0.32, 0.26, 0.2, 0.14, 0.04, None, 0.4]
+    assert followed(RelativeController((0.1, 0.9)), 0.1, ratios, 0.1) == [
+        ("grow", 0.18),
+        ("grow", 0.26),
+        ("grow", 0.34),
+        ("grow", 0.42),
+        ("grow", 0.46),
+        ("hold", 0.46),
+        ("prune", 0.42),
+        ("prune", 0.34),
+        ("prune", 0.26),
+        ("undecided", 0.26),
+        ("grow", 0.34),
     ]
 
 
-def test_a_ratio_that_is_not_positive_gives_no_bounds():
-    controller = relative()
-    assert path(controller, 0.1, [-0.2, 0.0, None, -0.1]) == [("undecided", 0.1)] * 4
-    assert controller.bounds is None
+def test_with_the_ratio_at_its_highest_it_is_a_ramp():
+    controller, ramp = RelativeController((0.2, 1.0)), DensityRamp(0.2, 1.0)
+    density, other = 0.2, 0.2
+    for number in range(1, 51):
+        controller.observe(balanced_at(0.3), number / 50)
+        density = controller.decide(balanced_at(0.3), density, number / 50).density
+        other = ramp.decide(balanced_at(0.3), other, number / 50).density
+        assert density == pytest.approx(other, abs=1e-6)
+
+
+def test_the_highest_is_of_medians_of_three_windows():
+    controller = RelativeController((0.1, 1.0))
+    highest = []
+    for ratio in [0.1, 0.3, 0.9, 0.5, None, 0.4, 0.6, 0.6, 0.2]:
+        controller.observe(balanced_at(ratio), 0.0)
+        highest.append(controller.readings(balanced_at(ratio))["control/lower"] / 0.65)
+    # Medians: 0.1, 0.2, 0.3, 0.5, as before, 0.5, 0.5, 0.6, 0.6.
+    assert highest == pytest.approx([0.1, 0.2, 0.3, 0.5, 0.5, 0.5, 0.5, 0.6, 0.6])
+
+
+@pytest.mark.parametrize("delta", [None, 0.1])
+def test_the_limits_of_the_density_are_kept_to(delta):
+    up = followed(RelativeController((0.2, 0.5), delta), 0.45, [0.4] * 3, 0.5)
+    assert up == [("grow", 0.5), ("hold", 0.5), ("hold", 0.5)]
+    down = followed(RelativeController((0.2, 0.5), delta), 0.5, [0.4, 0.01, 0.01, 0.01, 0.01], 0.5)
+    assert {action for action, _ in down[1:]} == {"prune", "hold"}
+    assert down[-1] == ("hold", 0.2)
+
+
+def test_delta_is_the_largest_step():
+    assert followed(RelativeController((0.1, 1.0), 0.04), 0.1, [0.4, 0.4, 0.32], 0.0) == [
+        ("grow", 0.14),
+        ("grow", 0.18),
+        ("grow", 0.2),
+    ]
+
+
+def test_a_ratio_that_has_not_been_positive_moves_nothing():
+    controller = RelativeController((0.1, 1.0))
+    assert followed(controller, 0.1, [-0.2, 0.0, None, -0.1]) == [("undecided", 0.1)] * 4
     assert controller.decide(UNDECIDED, 0.1).reason == UNDECIDED.reason
-    path(controller, 0.1, [0.4, 0.4])
-    assert controller.bounds == pytest.approx((0.24, 0.36))
+
+
+def test_a_generator_that_gets_worse_prunes():
+    assert followed(RelativeController((0.1, 1.0), 0.05), 0.5, [0.4, -0.1])[-1] == ("prune", 0.5)
 
 
 def test_reasons_say_the_highest():
-    controller = relative()
-    path(controller, 0.1, [0.5, 0.5])
-    assert controller.decide(balanced_at(0.2), 0.3).reason == (
-        "BR 0.200 < 0.3: the discriminator is too strong (it has been at 0.500)"
-    )
-    assert controller.decide(balanced_at(0.4), 0.3).reason == ("BR 0.400 is within 0.3 to 0.45 (it has been at 0.500)")
+    controller = RelativeController((0.1, 1.0))
+    followed(controller, 0.1, [0.5, 0.5])
+    assert controller.decide(balanced_at(0.2), 0.3).reason == "BR 0.200 is 40% of the highest, 0.500"
     assert controller.decide(UNDECIDED, 0.3).reason == UNDECIDED.reason
+
+
+def test_what_is_decided_twice_is_decided_alike():
+    controller = RelativeController((0.1, 1.0))
+    followed(controller, 0.1, [0.4, 0.6])
+    assert controller.decide(balanced_at(0.7), 0.2) == controller.decide(balanced_at(0.7), 0.2)
+
+
+def test_a_run_that_is_made_longer_goes_on_with_the_step_it_had():
+    controller, steps = RelativeController((0.1, 0.9)), []
+    for progress in (0.25, 0.5, 0.3, 0.35):  # it is made longer after 0.5
+        controller.observe(balanced_at(0.5), progress)
+        steps.append(controller.decide(balanced_at(0.5), 0.1, progress).density - 0.1)
+    assert steps == pytest.approx([0.2, 0.2, 0.2, 0.04])
 
 
 @given(st.lists(st.floats(0.05, 2.0), max_size=20), st.integers(-6, 6).map(lambda power: 2.0**power))
 def test_decisions_do_not_depend_on_the_scale_of_the_ratio(ratios, scale):
-    assert path(relative(), 0.3, ratios) == path(relative(), 0.3, [scale * ratio for ratio in ratios])
+    one, other = RelativeController((0.1, 1.0)), RelativeController((0.1, 1.0))
+    assert followed(one, 0.3, ratios) == followed(other, 0.3, [scale * ratio for ratio in ratios])
+
+
+@given(st.lists(st.none() | st.floats(-2, 3), max_size=30), st.lists(thousandths, min_size=3, max_size=3))
+def test_every_relative_path_keeps_to_the_limits_and_to_the_ramps_pace(ratios, densities):
+    low, before, high = sorted(densities)
+    for action, after in followed(RelativeController((low, high)), before, ratios, 0.02):
+        assert low <= after <= high
+        assert abs(after - before) <= (high - low) * 0.02 + 1e-8
+        assert {"grow": after > before, "prune": after < before}.get(action, after == before)
+        before = after
 
 
 @pytest.mark.parametrize("saved_after", [1, 2, 3])
 def test_what_was_seen_is_saved(saved_after):
     ratios = [0.2, 0.5, 0.5, 0.8, 0.4]
-    whole, first, second = relative(), relative(), relative()
-    expected = path(whole, 0.3, ratios)
-    begun = path(first, 0.3, ratios[:saved_after])
+    first, second = RelativeController((0.1, 1.0)), RelativeController((0.1, 1.0))
+    expected = followed(RelativeController((0.1, 1.0)), 0.3, ratios)
+    begun = followed(first, 0.3, ratios[:saved_after])
     second.load_state_dict(first.state_dict())
-    assert begun + path(second, begun[-1][1], ratios[saved_after:]) == expected
-    assert second.bounds == whole.bounds
+    assert begun + followed(second, begun[-1][1], ratios[saved_after:], begun=saved_after) == expected
 
 
-def test_what_is_logged_of_bounds():
-    controller = relative()
-    assert controller.readings(balanced_at(0.5)) == {"control/signal": 0.5}
-    path(controller, 0.1, [0.5, 0.5])
-    assert controller.readings(balanced_at(0.4)) == pytest.approx(
-        {"control/signal": 0.4, "control/lower": 0.3, "control/upper": 0.45}
-    )
-    assert controller.readings(UNDECIDED).keys() == {"control/lower", "control/upper"}
+@pytest.mark.parametrize(
+    ("limits", "delta", "named"),
+    [
+        ((0.0, 0.5), None, "min_discriminator_density=0"),
+        ((0.5, 1.5), None, "max_discriminator_density=1.5"),
+        ((0.6, 0.5), None, "min_discriminator_density=0.6"),
+        ((0.1, 1.0), 0.0, "delta=0.0"),
+    ],
+)
+def test_arguments_outside_what_is_allowed_are_refused(limits, delta, named):
+    with pytest.raises(ValueError, match=named):
+        RelativeController(limits, delta)
+
+
+def test_what_is_logged_of_control():
+    controller = RelativeController((0.1, 1.0))
+    followed(controller, 0.1, [0.5, 0.5])
+    bounds = {"control/lower": 0.325, "control/upper": 0.475}
+    assert controller.readings(balanced_at(0.4)) == pytest.approx({"control/signal": 0.4} | bounds)
+    assert controller.readings(UNDECIDED) == pytest.approx(bounds)
     assert DensityController().readings(UNDECIDED) == {"control/lower": 0.45, "control/upper": 0.55}
     assert DensityRamp(0.1).readings(balanced_at(0.4)) == {}

@@ -2,7 +2,6 @@
 
 import re
 
-import bounds
 import page
 import pytest
 from comparisons import Comparison, flops, mean_density, of
@@ -19,7 +18,7 @@ def test_the_tables_are_those_that_the_result_files_give(name, made):
 
 
 def test_the_bounds_page_has_the_table():
-    assert bounds.table() in (page.DOCS / "bounds.md").read_text()
+    assert page.rules() in (page.DOCS / "bounds.md").read_text()
 
 
 def test_every_picture_of_the_page_is_there():
