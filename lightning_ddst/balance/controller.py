@@ -30,11 +30,13 @@ class Decision:
         action: "grow" or "prune" to `density`, "explore" at it, or nothing: "hold", "undecided".
         density: The density aimed at, in (0, 1].
         reason: The comparison behind it, in words and numbers.
+        held_up: Whether the discriminator would be pruned if its density were not the smallest allowed.
     """
 
     action: Action
     density: float
     reason: str
+    held_up: bool = False
 
 
 class Controller(ABC):
@@ -127,7 +129,7 @@ class DensityController(Controller):
             return Decision("hold", density, f"{reason}, but dense already")
         if density > self.min_density:
             return Decision("prune", max(_tidy(density - self.delta), self.min_density), reason)
-        return Decision("hold", density, f"{reason}, but at its smallest density {density:g}")
+        return Decision("hold", density, f"{reason}, but at its smallest density {density:g}", held_up=True)
 
     def value(self, balance: Balance) -> float | None:
         """The signal; None where it is undecided."""
@@ -151,7 +153,8 @@ class RelativeController(Controller):
 
     Args:
         limits: Smallest and largest density, smallest <= largest, in (0, 1].
-        delta: The largest step of a decision, in (0, 1]; None for what a straight line adds meanwhile.
+        delta: The largest step of a decision, in (0, 1]; None for what a straight line adds meanwhile, and the paper's
+            0.05 where the run's length is unknown.
 
     Raises:
         ValueError: For an argument outside what is allowed.
@@ -179,7 +182,9 @@ class RelativeController(Controller):
         if balance.ratio is None or self._highest <= 0:
             return Decision("undecided", density, balance.reason or "BR has not been above 0 yet")
         share = balance.ratio / self._highest
-        full = (largest - smallest) * self._passed if self._delta is None else self._delta
+        full = self._delta
+        if full is None:
+            full = (largest - smallest) * self._passed if self._passed else DensityController.delta
         step = full * min(max((share - _EVEN) / _FULL, -1.0), 1.0)
         planned = min(max(_tidy(density + step), smallest), largest)
         reason = f"BR {balance.ratio:.3f} is {share:.0%} of the highest, {self._highest:.3f}"

@@ -72,6 +72,8 @@ _PRUNED = ("posthoc", "imp")
 T = TypeVar("T")
 
 _UNKNOWN_LENGTH_INTERVAL = 1000
+_PATIENCE = 10
+"""Decisions in a row that would prune a discriminator at its smallest density, before there is a warning."""
 _EXPLORATION_RATES: dict[Granularity, float] = {"weight": 0.5, "channel": 0.1}
 """By default: the paper's, and of those that were tried on channels one of the two best (docs/results.md)."""
 
@@ -288,6 +290,7 @@ class DynamicSparsityCallback(Callback):
         self._in_batch = False
         self._resumed: Mapping[str, Any] | None = None
         self._warned_of_raw_optimizers = False
+        self._warned_of_bounds = False
 
     # ---- what can be read at any time ----------------------------------------------------------------
 
@@ -616,6 +619,14 @@ class DynamicSparsityCallback(Callback):
         for update, decision in new:
             for writer in tensorboards(trainer):
                 writer.add_text(f"{prefix}decision/reason", f"{decision.action}: {decision.reason}", update)
+        last = [decision for _, decision in self._training.decisions[-_PATIENCE:]]
+        if not self._warned_of_bounds and len(last) == _PATIENCE and all(decision.held_up for decision in last):
+            self._warned_of_bounds = True
+            rank_zero_warn(
+                f"at generator update {self._training.updates}: {last[-1].reason}, for {_PATIENCE} decisions in a row. "
+                "Where the signal is on one side of its bounds whatever the discriminator is, they do not fit the GAN, "
+                'and keep it too sparse to learn. bounds="auto" and method="ramp" do not depend on the signal\'s level.'
+            )
 
     def _report(self, trainer: Trainer, reports: Sequence[tuple[int, str]]) -> None:
         for update, message in reports:

@@ -110,6 +110,9 @@ def test_the_smallest_density_is_held():
     reason = controller.decide(balanced_at(0.1), 0.2).reason
     assert "BR 0.100 < 0.45" in reason
     assert "smallest density 0.2" in reason
+    assert controller.decide(balanced_at(0.1), 0.2).held_up
+    assert not any(controller.decide(balanced_at(ratio), 0.2).held_up for ratio in (0.5, 0.9, None))
+    assert not controller.decide(balanced_at(0.1), 0.3).held_up
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5])
@@ -376,6 +379,10 @@ def test_delta_is_the_largest_step():
         ("grow", 0.18),
         ("grow", 0.2),
     ]
+
+
+def test_without_a_length_steps_are_the_papers():
+    assert followed(RelativeController((0.1, 1.0)), 0.1, [0.4, 0.4], 0.0) == [("grow", 0.15), ("grow", 0.2)]
 
 
 def test_a_ratio_that_has_not_been_positive_moves_nothing():

@@ -1,5 +1,7 @@
 """The methods that start dense, and the one without feedback, in real runs of the toy GAN."""
 
+import warnings
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -169,6 +171,19 @@ def test_a_run_goes_on_with_other_bounds(tmp_path, before, after):
     toy_trainer(sparsity, epochs=3).fit(ToyGAN(), toy_data(), ckpt_path=tmp_path / "last.ckpt")
     reasons = [decision.reason for update, decision in sparsity.decisions if update > 10]
     assert ("of the highest" in "".join(reasons)) == (after == "auto")
+
+
+@pytest.mark.parametrize(("bounds", "warns"), [((1e6, 2e6), True), ((0.0, 1e-9), False)])
+def test_a_signal_that_stays_below_its_bounds_is_warned_of_once(bounds, warns):
+    sparsity = DynamicSparsityCallback(0.25, bounds=bounds, interval=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trained(sparsity, epochs=6)
+    said = [str(warning.message) for warning in caught if "for 10 decisions in a row" in str(warning.message)]
+    assert len(said) == warns
+    if warns:
+        assert "< 1e+06: the discriminator is too strong, but at its smallest density 0.25" in said[0]
+        assert 'bounds="auto"' in said[0]
 
 
 @pytest.mark.parametrize("method", ["dense", "posthoc", "imp"])
