@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from comparisons import Row, distance, flops, geometric_mean, of
+from comparisons import Comparison, Row, distance, flops, geometric_mean, of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, ScalarFormatter
 from rows import rows
-from studies import BAND, FASHION, METHODS
+from studies import BAND, CLAIMS, FASHION, METHODS
 
 from lightning_ddst import plots
 
@@ -17,10 +17,10 @@ _LOOKS = {
     "dense": ("0.5", "*"),
     "DDST relaxed": ("#000000", "o"),
     "DDST strict": ("#56B4E9", "o"),
-    "DDST auto": ("#F0E442", "o"),
+    "DDST auto": ("#0072B2", "o"),
     "ramp": ("#009E73", "^"),
     "ramp to 0.5": ("#009E73", "v"),
-    "RigL, D explores at DDST's mean": ("#0072B2", "s"),
+    "RigL, D explores at DDST's mean": ("#F0E442", "s"),
     "RigL, strong D": ("#D55E00", "s"),
     "RigL, strong D, twice its learning rate": ("#D55E00", "D"),
     "RigL, balanced D": ("#E69F00", "s"),
@@ -66,6 +66,39 @@ def pareto(found: Sequence[Row]) -> Figure:
     return figure
 
 
+def overall(found: Sequence[Row]) -> Figure:
+    """Quality and operations of kinds of runs beside the ramp's, over all cells and seeds."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    ax = figure.subplots()
+    ramps = [row for row in found if row["run"] == "ramp"]
+    for run in CLAIMS:
+        comparison = Comparison((row for row in found if row["run"] == run), ramps)
+        if comparison.interval is None:
+            continue
+        color, marker = _LOOKS[run]
+        low, high = comparison.interval
+        error = [[comparison.ratio - low], [high - comparison.ratio]]
+        ax.errorbar(
+            comparison.flops,
+            comparison.ratio,
+            error,
+            color=color,
+            marker=marker,
+            ms=9,
+            label=f"{run} ({comparison.pairs})",
+        )
+    ax.axhline(1, color="0.8", zorder=0)
+    ax.axvline(1, color="0.8", zorder=0)
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(ScalarFormatter())
+    ax.yaxis.set_minor_formatter(ScalarFormatter())
+    ax.set_title("Beside the ramp, over all cells and seeds")
+    ax.set_ylabel("distance over the ramp's (log), 95 %")
+    ax.set_xlabel("training FLOPs over the ramp's")
+    ax.legend(title="run (pairs)", loc="upper left", bbox_to_anchor=(1, 1), frameon=False, alignment="left")
+    return figure
+
+
 def balance(found: Sequence[Row]) -> Figure:
     """BR and the discriminator's density over the first seed's runs, with all images and the generator at 10 %."""
     setting = next(iter(FASHION))
@@ -95,6 +128,6 @@ def write(folder: Path) -> None:
     """Writes them as SVG."""
     folder.mkdir(exist_ok=True)
     found = rows("fashion")
-    for name, draw in (("pareto", pareto), ("balance", balance)):
+    for name, draw in (("overall", overall), ("pareto", pareto), ("balance", balance)):
         with plots._styled():
             (folder / f"{name}.svg").write_bytes(plots.rendered(draw(found), "svg"))

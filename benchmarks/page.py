@@ -8,7 +8,7 @@ The page is page.md, in which {{a name}} stands for a table.
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from itertools import product
+from itertools import combinations, product
 from statistics import fmean, stdev
 
 import figures
@@ -19,6 +19,7 @@ from studies import (
     BAND,
     CHANNEL_RATES,
     CHANNELS,
+    CLAIMS,
     DENSITIES,
     ESTIMATED,
     FASHION,
@@ -79,17 +80,20 @@ def claim() -> str:
 
 
 def overall() -> str:
-    """DDST beside everything else, over all cells and seeds that both were trained in."""
+    """Kinds of runs beside each other, over all cells and seeds that both were trained in."""
     found, body = rows("fashion"), []
-    for run, other in product(CONTROLLED, METHODS):
-        comparison = Comparison(*([row for row in found if row["run"] == name] for name in (run, other)))
-        if other == run or not comparison.pairs:
+    for run, other in combinations(CLAIMS, 2):
+        ones, others = ([row for row in found if row["run"] == name] for name in (run, other))
+        comparison = Comparison(ones, others)
+        if not comparison.pairs:
             continue
-        places = {pair(row)[:2] for row in found if row["run"] == run} & {
-            pair(row)[:2] for row in found if row["run"] == other
-        }
-        body.append([run, other, f"{comparison.pairs} in {len(places)}", str(comparison), f"x {comparison.flops:.2f}"])
-    return table(["run", "beside", "pairs in cells", "distance", "training FLOPs"], body)
+        cells = {pair(row)[:2] for row in ones} & {pair(row)[:2] for row in others}
+        less_sparse = Comparison((row for row in ones if row["density"] > min(DENSITIES)), others)
+        line = [run, other, f"{comparison.pairs} in {len(cells)}", str(comparison), f"x {comparison.flops:.2f}"]
+        body.append([*line, str(less_sparse)])
+    least = percent(min(DENSITIES))
+    head = ["run", "beside", "pairs in cells", "distance", "training FLOPs", f"distance, without generators at {least}"]
+    return table(head, body)
 
 
 def quality(study: str, settings: Sequence[str]) -> str:
