@@ -1,7 +1,7 @@
 """What rows say: single numbers, and runs of one kind against those of another with the same seeds."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from statistics import fmean, stdev
 from typing import Any
 
@@ -37,35 +37,53 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(fmean(map(math.log, values)))
 
 
-def pair(row: Row) -> tuple[str, float, int]:
-    """What a run has in common with the runs that it is compared with."""
-    return row["setting"], row["density"], row["seed"]
+def place(row: Row) -> tuple[str, float]:
+    """The cell that a run is in: what it was trained on, and the generator's density."""
+    return row["setting"], row["density"]
+
+
+_WIDE = 1.5
+"""A factor either way, that an interval has to exclude for "equal" to say anything."""
 
 
 class Comparison:
-    """Runs of one kind beside those of another, of the same settings, densities and seeds.
+    """Runs of one kind beside those of another, paired by cell and seed.
 
     Attributes:
         pairs: How many there are.
-        ratio: The geometric mean of the ratios of distances; below 1 the first is better.
-        interval: Its 95 % confidence interval, by Student's t on logarithms; None with less than three pairs.
-        flops: The geometric mean of the ratios of training FLOPs.
+        cells: In how many cells.
+        ratio: The geometric mean of the ratios of distances; below 1 the first is better. Of several cells it is the
+            mean of their means, so each counts as much.
+        interval: Its 95 % confidence interval, by Student's t on logarithms: of the seeds of one cell, or of the means
+            of several (the same seeds in like cells are not independent). None with less than three.
+        flops: The same mean of the ratios of training FLOPs.
+        wins: In how many pairs the first is better.
     """
 
     def __init__(self, ones: Iterable[Row], others: Iterable[Row]) -> None:
-        beside = {pair(row): row for row in others}
-        self._pairs = [(row, beside[pair(row)]) for row in ones if pair(row) in beside]
-        self.pairs = len(self._pairs)
-        logs = [math.log(distance(one) / distance(other)) for one, other in self._pairs]
-        self.ratio = math.exp(fmean(logs)) if logs else math.nan
+        beside = {(place(row), row["seed"]): row for row in others}
+        self._pairs: dict[tuple[str, float], list[tuple[Row, Row]]] = {}
+        for row in ones:
+            if (place(row), row["seed"]) in beside:
+                self._pairs.setdefault(place(row), []).append((row, beside[place(row), row["seed"]]))
+        self.cells = len(self._pairs)
+        self.pairs = sum(map(len, self._pairs.values()))
+        logs = self._logs(distance)
+        self.wins = sum(value < 0 for values in logs for value in values)
+        values = [fmean(values) for values in logs] if self.cells > 1 else [value for cell in logs for value in cell]
+        self.ratio = math.exp(fmean(values)) if values else math.nan
         self.interval: tuple[float, float] | None = None
-        if len(logs) > 2:
-            half = float(student.ppf(0.975, len(logs) - 1)) * stdev(logs) / math.sqrt(len(logs))
-            self.interval = math.exp(fmean(logs) - half), math.exp(fmean(logs) + half)
+        if len(values) > 2:
+            half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+            self.interval = math.exp(fmean(values) - half), math.exp(fmean(values) + half)
+
+    def _logs(self, measure: Callable[[Row], float]) -> list[list[float]]:
+        """Cell by cell the logarithms of the ratios."""
+        return [[math.log(measure(one) / measure(other)) for one, other in pairs] for pairs in self._pairs.values()]
 
     @property
     def flops(self) -> float:
-        return geometric_mean(flops(one) / flops(other) for one, other in self._pairs)
+        return math.exp(fmean(map(fmean, self._logs(flops))))
 
     @property
     def verdict(self) -> str:
@@ -73,7 +91,11 @@ class Comparison:
         if self.interval is None:
             return "too few seeds"
         low, high = self.interval
-        return "better" if high < 1 else "worse" if low > 1 else "equal within noise"
+        if high < 1:
+            return "better"
+        if low > 1:
+            return "worse"
+        return "equal within noise" if low > 1 / _WIDE and high < _WIDE else "not told apart"
 
     def __str__(self) -> str:
         if not self.pairs:

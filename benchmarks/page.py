@@ -12,7 +12,7 @@ from itertools import combinations, product
 from statistics import fmean, stdev
 
 import figures
-from comparisons import Comparison, Row, distance, flops, mean_density, of, pair
+from comparisons import Comparison, Row, distance, flops, mean_density, of
 from rows import HERE, rows
 from studies import (
     ABLATIONS,
@@ -75,25 +75,24 @@ def claim() -> str:
             name = f"{other}, " if other == best else ""
             line.append(f"{name}{cost}{Comparison(ours, others)}")
         body.append(line)
-    head = ["images", "generator", "run", "seeds", "FLOPs", "the best fixed density", "the ramp", "the ramp to 0.5"]
+    head = ["images", "generator", "run", "seeds", "FLOPs", "the best fixed one", "the ramp", "the ramp to 0.5"]
     return table(head, body)
 
 
 def overall() -> str:
-    """Kinds of runs beside each other, over all cells and seeds that both were trained in."""
+    """Kinds of runs beside each other, over all cells that both were trained in, where these are several."""
     found, body = rows("fashion"), []
     for run, other in combinations(CLAIMS, 2):
         ones, others = ([row for row in found if row["run"] == name] for name in (run, other))
         comparison = Comparison(ones, others)
-        if not comparison.pairs:
+        if comparison.cells < 2:
             continue
-        cells = {pair(row)[:2] for row in ones} & {pair(row)[:2] for row in others}
         less_sparse = Comparison((row for row in ones if row["density"] > min(DENSITIES)), others)
-        line = [run, other, f"{comparison.pairs} in {len(cells)}", str(comparison), f"x {comparison.flops:.2f}"]
-        body.append([*line, str(less_sparse)])
+        numbers = (f"{comparison.pairs} in {comparison.cells}", str(comparison.wins))
+        body.append([run, other, *numbers, str(comparison), f"x {comparison.flops:.2f}", str(less_sparse)])
     least = percent(min(DENSITIES))
-    head = ["run", "beside", "pairs in cells", "distance", "training FLOPs", f"distance, without generators at {least}"]
-    return table(head, body)
+    head = ["run", "beside", "pairs in cells", "better in", "distance", "training FLOPs"]
+    return table([*head, f"distance, without generators at {least}"], body)
 
 
 def quality(study: str, settings: Sequence[str]) -> str:

@@ -63,7 +63,7 @@ MATCHED = {
     ("100 images", 0.1): 0.15,
     ("1,000 images", 0.1): 0.25,
 }
-"""The discriminator's mean density in trial runs of DDST (seeds 10 and 11; the study "matching"), to a 20th.
+"""The discriminator's mean density in trial runs of DDST (the studies "matching" and results/trials.jsonl), about.
 
 With a generator at 5 % that was 0.05, and the runs failed; 0.2 is what did best in the study "floors".
 """

@@ -54,7 +54,7 @@ MOVES = {
     "sdst": set(),
     "ddst": {"grow"},
     "strict": {"grow", "explore"},
-    "auto": {"hold", "grow"},
+    "auto": {"grow"},
     "signal": {"grow", "prune"},
     "ramp": {"grow"},
     "posthoc": {"prune"},

@@ -14,12 +14,12 @@ from lightning_ddst.sparsity.checks import check_choice, check_density
 Action = Literal["grow", "prune", "explore", "hold", "undecided"]
 ACTIONS: tuple[Action, ...] = ("grow", "prune", "explore", "hold", "undecided")
 
-_EVEN = 0.65
-"""The share of its highest at which the signal leaves the density as it is."""
-_FULL = 0.3
+_STEADY = 0.65
+"""The share of the highest at which BR leaves the density as it is."""
+_REACH = 0.3
 """How far above, or below, that share steps are as large as they get."""
 _WINDOWS = 3
-"""In a row, whose median counts as a level that the signal has been at: BR may jump while training begins."""
+"""In a row, whose median counts as a level that BR has been at: it may jump while training begins."""
 
 
 @dataclass(frozen=True)
@@ -42,22 +42,22 @@ class Decision:
 class Controller(ABC):
     """Decides on the discriminator's density."""
 
-    def observe(self, balance: Balance, progress: float) -> None:  # noqa: B027 -- most have nothing to remember
-        """Takes note of a window, once, before anything is decided by it.
+    def observe(self, balance: Balance) -> None:  # noqa: B027 -- most have nothing to remember
+        """Takes note of a window, once an interval, before anything is decided.
 
         Args:
             balance: What the window says.
-            progress: The share of the run that is done, in [0, 1]; 0 where the run's length is unknown.
         """
 
     @abstractmethod
-    def decide(self, balance: Balance, density: float, progress: float = 0.0) -> Decision:
+    def decide(self, balance: Balance, density: float, progress: float = 0.0, share: float = 0.0) -> Decision:
         """Decides.
 
         Args:
             balance: What the last window says.
             density: The density aimed at so far.
-            progress: The share of the run that is done, in [0, 1].
+            progress: The share of the run that is done, 0 where its length is unknown.
+            share: The share of the run that lies between two decisions, 0 where it is unknown.
         """
 
     def readings(self, balance: Balance) -> dict[str, float]:
@@ -110,7 +110,7 @@ class DensityController(Controller):
                 f"max_discriminator_density={self.max_density}]."
             )
 
-    def decide(self, balance: Balance, density: float, progress: float = 0.0) -> Decision:
+    def decide(self, balance: Balance, density: float, progress: float = 0.0, share: float = 0.0) -> Decision:
         """Decides from the window's signal and the density aimed at so far."""
         signal, value = SIGNALS[self.signal], self.value(balance)
         if value is None:
@@ -148,8 +148,10 @@ class RelativeController(Controller):
 
     What BR is depends on networks, losses, learning rates and the generator's density; that it falls when the
     discriminator gets ahead does not (docs/bounds.md). Where BR is at its highest the density rises as in a straight
-    line from the smallest to the largest over the run; with BR lower it rises more slowly, and below `_EVEN` of the
-    highest it falls. The highest is that of medians of `_WINDOWS` windows in a row.
+    line from the smallest to the largest over the run; with BR lower it rises more slowly, and below `_STEADY` of the
+    highest it falls. The highest is that of medians of `_WINDOWS` windows in a row, and never fades: BR that falls for
+    another reason, as with a learning rate that goes to 0, takes density away, too. At a largest density below 1, where
+    the discriminator may not grow, it explores instead.
 
     Args:
         limits: Smallest and largest density, smallest <= largest, in (0, 1].
@@ -165,52 +167,52 @@ class RelativeController(Controller):
         self._limits = limits
         self._delta = delta
         self._last: list[float] = []
-        self._highest = self._progress = self._passed = 0.0
+        self._highest = 0.0
 
-    def observe(self, balance: Balance, progress: float) -> None:
-        """Follows BR, and what a decision stands for of the run."""
-        passed, self._progress = progress - self._progress, progress
-        if passed > 0:  # not where the run was made longer when it was resumed
-            self._passed = passed
-        if balance.ratio is not None:
-            self._last = [*self._last, balance.ratio][-_WINDOWS:]
+    def observe(self, balance: Balance) -> None:
+        """Follows BR."""
+        if balance.ratio is None:
+            return
+        self._last = [*self._last, balance.ratio][-_WINDOWS:]
+        if len(self._last) == _WINDOWS:
             self._highest = max(self._highest, median(self._last))
 
-    def decide(self, balance: Balance, density: float, progress: float = 0.0) -> Decision:
-        """Decides by what was observed."""
-        smallest, largest = self._limits
-        if balance.ratio is None or self._highest <= 0:
+    def decide(self, balance: Balance, density: float, progress: float = 0.0, share: float = 0.0) -> Decision:
+        """Decides by what was observed; without a level yet the density rises."""
+        if balance.ratio is None or balance.ratio <= 0 >= self._highest:
             return Decision("undecided", density, balance.reason or "BR has not been above 0 yet")
-        share = balance.ratio / self._highest
+        smallest, largest = self._limits
+        step, reason = 1.0, f"BR is {balance.ratio:.3f}, and its level is not known yet"
+        if self._highest > 0:
+            level = balance.ratio / self._highest
+            step = min(max((level - _STEADY) / _REACH, -1.0), 1.0)
+            reason = f"BR {balance.ratio:.3f} is {level:.0%} of the highest, {self._highest:.3f}"
         full = self._delta
         if full is None:
-            full = (largest - smallest) * self._passed if self._passed else DensityController.delta
-        step = full * min(max((share - _EVEN) / _FULL, -1.0), 1.0)
-        planned = min(max(_tidy(density + step), smallest), largest)
-        reason = f"BR {balance.ratio:.3f} is {share:.0%} of the highest, {self._highest:.3f}"
-        action: Action = "grow" if planned > density else "prune" if planned < density else "hold"
-        return Decision(action, planned, reason)
+            full = (largest - smallest) * share if share else DensityController.delta
+        planned = min(max(_tidy(density + step * full), smallest), largest)
+        if planned > density:
+            return Decision("grow", planned, reason)
+        if planned < density:
+            return Decision("prune", planned, reason)
+        return Decision("explore" if step > 0 and largest < 1 else "hold", density, reason)
 
     def readings(self, balance: Balance) -> dict[str, float]:
-        """BR, where it is decided, and where D begins to be pruned and grows as fast as it may."""
+        """BR, where it is decided; once there is a level, below what D is pruned, and above what it grows fastest."""
         decided = {} if balance.ratio is None else {"control/signal": balance.ratio}
-        lower, upper = (share * self._highest for share in (_EVEN, _EVEN + _FULL))
+        if not self._highest:
+            return decided
+        lower, upper = (share * self._highest for share in (_STEADY, _STEADY + _REACH))
         return decided | {"control/lower": lower, "control/upper": upper}
 
     def state_dict(self) -> dict[str, Any]:
         """What was observed; loads with ``weights_only=True``."""
-        return {
-            "last": self._last,
-            "highest": self._highest,
-            "progress": self._progress,
-            "passed": self._passed,
-        }
+        return {"last": self._last, "highest": self._highest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` gave."""
-        if state:  # of a run whose bounds were given there is nothing to take over
+        if "highest" in state:  # of a run with given bounds there is nothing to take over
             self._last, self._highest = list(state["last"]), state["highest"]
-            self._progress, self._passed = state["progress"], state["passed"]
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,7 @@ class DensityRamp(Controller):
         if not self.start <= self.end <= 1:
             raise ValueError(f"end={self.end} must be in [start={self.start}, 1].")
 
-    def decide(self, balance: Balance, density: float, progress: float = 0.0) -> Decision:
+    def decide(self, balance: Balance, density: float, progress: float = 0.0, share: float = 0.0) -> Decision:
         """Decides from the share of the run that is done."""
         planned = _tidy(self.start + (self.end - self.start) * min(progress, 1.0))
         action: Action = "grow" if planned > density else "hold"

@@ -262,11 +262,13 @@ class SparseTraining:
     def _decide(self) -> None:
         assert self._controller is not None
         balance = self.window.read()
-        progress = self.updates / self.plan.updates if self.plan.updates else 0.0
-        if self._is_due(self.plan.interval):  # a decision that was put off is made by the same window
+        if self._is_due(self.plan.interval):  # not again for a decision that was put off
             self.divergence.look_at(balance, self.updates)
-            self._controller.observe(balance, progress)
-        decision = self._allowed(self._controller.decide(balance, self.discriminator.target, progress))
+            self._controller.observe(balance)
+        shares = (0.0, 0.0)
+        if self.plan.updates and self.plan.interval:
+            shares = (self.updates / self.plan.updates, self.plan.interval / self.plan.updates)
+        decision = self._allowed(self._controller.decide(balance, self.discriminator.target, *shares))
         gradients = self._holds[self.discriminator].gradients.take()
         if decision.action in ("grow", "explore") and gradients is None:
             self._postponed("discriminator")
@@ -282,7 +284,8 @@ class SparseTraining:
         """What layers of given densities let of a decision."""
         density = self.discriminator.reachable(decision.density)
         if decision.action in ("grow", "prune") and density == self.discriminator.target:
-            return Decision("hold", density, f"{decision.reason}, but its layers' densities allow no other")
+            reason = f"{decision.reason}, but its layers' densities allow no other"
+            return Decision("hold", density, reason, held_up=decision.action == "prune")
         return replace(decision, density=density)
 
     def _explore_generator(self) -> None:

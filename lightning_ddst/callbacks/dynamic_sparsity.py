@@ -72,8 +72,8 @@ _PRUNED = ("posthoc", "imp")
 T = TypeVar("T")
 
 _UNKNOWN_LENGTH_INTERVAL = 1000
-_PATIENCE = 10
-"""Decisions in a row that would prune a discriminator at its smallest density, before there is a warning."""
+_HELD_UP, _OF = 7, 10
+"""Of the last decisions, that would have pruned a discriminator at its smallest density, before there is a warning."""
 _EXPLORATION_RATES: dict[Granularity, float] = {"weight": 0.5, "channel": 0.1}
 """By default: the paper's, and of those that were tried on channels one of the two best (docs/results.md)."""
 
@@ -112,8 +112,8 @@ class DynamicSparsityCallback(Callback):
         delta: Density that a decision adds or removes. By default 0.05, the paper's; with bounds "auto" so much that
             it takes the whole run from the lower limit to the upper.
         interval: Generator updates between decisions on the discriminator. By default a 100th of the
-            run's, but 100 in runs of less than 10,000 (BR takes as many measurements), and a tenth of less
-            than 1,000; 1,000 where the run's length is unknown.
+            run's, but 100 in runs of less than 10,000, and a tenth of less than 1,000; 1,000 where the run's length
+            is unknown.
         explore_interval: Generator updates between explorations of the generator. By default half of
             what `interval` is by default.
         probe_interval: Generator updates between measurements of BR; "auto" takes 50 to 100 measurements a
@@ -509,8 +509,8 @@ class DynamicSparsityCallback(Callback):
                 discriminator_output=self._discriminator_output,
                 module=pl_module if isinstance(pl_module, ScoresItself) else None,
             )
-        if self._saved is None:
-            self._controller = deepcopy(self._new_controller)  # which may have followed other networks' BR
+        self._controller = deepcopy(self._new_controller)  # which follows these networks' BR
+        self._warned_of_bounds = False
         self._training = SparseTraining(
             generator,
             discriminator,
@@ -619,14 +619,20 @@ class DynamicSparsityCallback(Callback):
         for update, decision in new:
             for writer in tensorboards(trainer):
                 writer.add_text(f"{prefix}decision/reason", f"{decision.action}: {decision.reason}", update)
-        last = [decision for _, decision in self._training.decisions[-_PATIENCE:]]
-        if not self._warned_of_bounds and len(last) == _PATIENCE and all(decision.held_up for decision in last):
-            self._warned_of_bounds = True
-            rank_zero_warn(
-                f"at generator update {self._training.updates}: {last[-1].reason}, for {_PATIENCE} decisions in a row. "
-                "Where the signal is on one side of its bounds whatever the discriminator is, they do not fit the GAN, "
-                'and keep it too sparse to learn. bounds="auto" and method="ramp" do not depend on the signal\'s level.'
-            )
+        if new and not self._warned_of_bounds:
+            self._warn_of_bounds(self._training.decisions)
+
+    def _warn_of_bounds(self, decisions: Sequence[tuple[int, Decision]]) -> None:
+        held_up = [(update, decision.reason) for update, decision in decisions[-_OF:] if decision.held_up]
+        if len(held_up) < _HELD_UP:
+            return
+        self._warned_of_bounds = True
+        update, reason = held_up[-1]
+        rank_zero_warn(
+            f"at generator update {update}: {reason}; so it was in {len(held_up)} of the last {_OF} decisions. Where "
+            "the signal is on one side of its bounds whatever the discriminator is, they do not fit the GAN, and keep "
+            'it too sparse to learn. bounds="auto" and method="ramp" do not depend on the signal\'s level.'
+        )
 
     def _report(self, trainer: Trainer, reports: Sequence[tuple[int, str]]) -> None:
         for update, message in reports:

@@ -1,6 +1,7 @@
 """The methods that start dense, and the one without feedback, in real runs of the toy GAN."""
 
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -173,13 +174,35 @@ def test_a_run_goes_on_with_other_bounds(tmp_path, before, after):
     assert ("of the highest" in "".join(reasons)) == (after == "auto")
 
 
+def test_a_run_that_goes_on_with_bounds_that_follow_steps_as_one_that_began_with_them(tmp_path):
+    trainer = toy_trainer(DynamicSparsityCallback(0.25, bounds=(0.4, 0.5), interval=2), folder=tmp_path, epochs=2)
+    trainer.fit(ToyGAN(), toy_data())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    sparsity = DynamicSparsityCallback(0.25, bounds="auto", interval=2)
+    toy_trainer(sparsity, epochs=4).fit(ToyGAN(), toy_data(), ckpt_path=tmp_path / "last.ckpt")
+    densities = [decision.density for update, decision in sparsity.decisions if update >= 20]
+    # A straight line from 0.25 to 1 in 20 updates, the length that the run began with, adds 0.075 at a time.
+    steps = [abs(after - before) for before, after in pairwise(densities)]
+    assert max(steps) == pytest.approx(0.075, abs=0.002)
+
+
+def test_nothing_is_left_of_another_runs_balance_ratio(tmp_path):
+    trainer = toy_trainer(DynamicSparsityCallback(0.25, bounds="auto", interval=2), folder=tmp_path, epochs=2)
+    trainer.fit(ToyGAN(), toy_data())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    sparsity = DynamicSparsityCallback(0.25, bounds="auto", interval=2)
+    toy_trainer(sparsity, epochs=3).fit(ToyGAN(), toy_data(), ckpt_path=tmp_path / "last.ckpt")
+    assert sparsity._controller.state_dict()["highest"] > 0
+    assert sparsity._new_controller.state_dict() == {"last": [], "highest": 0.0}
+
+
 @pytest.mark.parametrize(("bounds", "warns"), [((1e6, 2e6), True), ((0.0, 1e-9), False)])
 def test_a_signal_that_stays_below_its_bounds_is_warned_of_once(bounds, warns):
     sparsity = DynamicSparsityCallback(0.25, bounds=bounds, interval=2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trained(sparsity, epochs=6)
-    said = [str(warning.message) for warning in caught if "for 10 decisions in a row" in str(warning.message)]
+    said = [str(warning.message) for warning in caught if "of the last 10 decisions" in str(warning.message)]
     assert len(said) == warns
     if warns:
         assert "< 1e+06: the discriminator is too strong, but at its smallest density 0.25" in said[0]
