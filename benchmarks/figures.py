@@ -73,7 +73,7 @@ def overall(found: Sequence[Row]) -> Figure:
     ramps = [row for row in found if row["run"] == "ramp"]
     for run in CLAIMS:
         comparison = Comparison((row for row in found if row["run"] == run), ramps)
-        if comparison.interval is None:
+        if comparison.interval is None or comparison.cells < 2:
             continue
         color, marker = _LOOKS[run]
         low, high = comparison.interval
