@@ -685,7 +685,8 @@ class DynamicSparsityCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says in words what happened so far."""
         if self._training is not None:
-            words = in_words(self.method, self._signal, self._training, self._densities["discriminator"])
+            relative = isinstance(self._controller, RelativeController)
+            words = in_words(self.method, self._signal, self._training, self._densities["discriminator"], relative)
             for writer in tensorboards(trainer):
                 writer.add_text(f"{self._prefix(trainer)}about/what_happened", words, self.generator_updates)
 

@@ -98,7 +98,7 @@ def write_page(trainer: Trainer, module: LightningModule, arguments: Mapping[str
             writer._get_file_writer().add_summary(summary)
 
 
-def in_words(method: str, signal: str | None, training: SparseTraining, start: float) -> str:
+def in_words(method: str, signal: str | None, training: SparseTraining, start: float, relative: bool = False) -> str:
     """What happened so far, and why.
 
     Args:
@@ -106,6 +106,7 @@ def in_words(method: str, signal: str | None, training: SparseTraining, start: f
         signal: What the discriminator is resized by, a key of `SIGNALS`; None where it is by nothing.
         training: The run.
         start: The discriminator's density at the start.
+        relative: Whether the signal is compared with the highest that it has been, and not with given bounds.
 
     Returns:
         Markdown: a few sentences, and the decisions, those alike in a row together.
@@ -118,7 +119,7 @@ def in_words(method: str, signal: str | None, training: SparseTraining, start: f
     line = f"- The **discriminator** has {discriminator.density:.1%} of its weights, after {start:.1%} at the start"
     actions = [decision.action for _, decision in training.decisions]
     counts = [
-        f"{verb} {_times(actions.count(action))}" + (_BECAUSE.get(action, "") if signal else "")
+        f"{verb} {_times(actions.count(action))}" + (_BECAUSE.get(action, "") if signal and not relative else "")
         for action, verb in _VERBS.items()
         if action in actions
     ]
@@ -134,11 +135,16 @@ def in_words(method: str, signal: str | None, training: SparseTraining, start: f
             "for measuring BR." + ("" if channels else " Dense kernels do all of them the same.")
         )
     if signal:
-        lines.append(f"- {_meaning(signal)}")
+        lines.append(f"- {_meaning(signal, relative)}")
     return "\n".join([*lines, "", *_table(training.decisions)])
 
 
-def _meaning(signal: str) -> str:
+def _meaning(signal: str, relative: bool) -> str:
+    if relative:
+        return (
+            f"{_BR}The nearer BR is to the highest that it has been, the more weights the discriminator gets; where BR "
+            "has fallen far below, it loses weights."
+        )
     label, above = SIGNALS[signal].label, SIGNALS[signal].high_means
     below = "weak" if above == "strong" else "strong"
     does = {"weak": "gets weights", "strong": "loses weights"}

@@ -90,6 +90,14 @@ def test_a_long_story_is_cut_at_its_beginning() -> None:
     assert words.endswith("60 earlier rows are left out.")
 
 
+def test_bounds_that_follow_are_told_as_such() -> None:
+    run = training((600, "grow", 0.15, "BR 0.600 is 97% of the highest, 0.620"))
+    words = in_words("ddst", "balance_ratio", run, 0.1, relative=True)
+    assert "after 10.0% at the start: grown once.\n" in words
+    assert "The nearer BR is to the highest that it has been, the more weights the discriminator gets" in words
+    assert "too weak" not in words
+
+
 @pytest.mark.parametrize("method", ["dense", "static"])
 def test_where_nothing_is_decided_there_is_no_table(method: str) -> None:
     words = in_words(method, None, training(), 0.2)
