@@ -201,6 +201,7 @@ def rules() -> list[Cell]:
 # ---- ablations -----------------------------------------------------------------------------------------
 
 ABLATIONS: dict[str, str] = {
+    "nothing": "",
     "random growth": "--sparsity.growth random",
     "momentum growth": "--sparsity.growth momentum",
     "steps of 0.1": "--sparsity.delta 0.1",
@@ -217,7 +218,7 @@ ESTIMATED = ("RigL, balanced D", "RigL, strong D")
 
 
 def ablations() -> list[Cell]:
-    """With the generator at 10 % and all images, as the row that they are compared with."""
+    """With the generator at 10 % and all images; unchanged, too, to be compared within one machine and version."""
     (setting, base), density = next(iter(FASHION.items())), DENSITIES[0]
 
     def changed(run: str, name: str, change: str, seed: int) -> Cell:
