@@ -5,6 +5,7 @@
 The page is page.md, in which {{a name}} stands for a table.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +14,7 @@ from statistics import fmean, stdev
 
 import figures
 from comparisons import Comparison, Row, distance, flops, mean_density, of
+from grid import key
 from rows import HERE, rows
 from studies import (
     ABLATIONS,
@@ -93,6 +95,20 @@ def overall() -> str:
     least = percent(min(DENSITIES))
     head = ["run", "beside", "pairs in cells", "better in", "distance", "training FLOPs"]
     return table([*head, f"distance, without generators at {least}"], body)
+
+
+def again() -> str:
+    """How runs came out that were trained again, with another version of PyTorch on another machine."""
+    now = {key(row): row for row in rows("fashion")}
+    pairs = [(row, now[key(row)]) for row in rows("versions") if key(row) in now]
+    logs = [math.log(distance(later) / distance(earlier)) for earlier, later in pairs]
+    half = 1.96 * stdev(logs) / math.sqrt(len(logs))
+    mean, low, high = (math.exp(fmean(logs) + shift) for shift in (0, -half, half))
+    return (
+        f"{len(logs)} of these runs were trained before with torch 2.15 on another machine: now they come out at "
+        f"x {mean:.2f} ({low:.2f} to {high:.2f}) in the mean, and a single one differs by a factor of "
+        f"{math.exp(stdev(logs)):.2f} (one standard deviation)"
+    )
 
 
 def quality(study: str, settings: Sequence[str]) -> str:
@@ -380,7 +396,7 @@ def smaller() -> str:
 def origins() -> str:
     """Where the rows are from: every kind of machine and set of versions once."""
     seen: dict[str, int] = {}
-    for study in (*STUDIES, "trials", "mask_update", "overhead", "exported", "smaller"):
+    for study in (*STUDIES, "trials", "mask_update", "overhead", "exported", "smaller", "versions"):
         for row in rows(study):
             versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
             origin = f"{study}: {row['machine']}; {versions}"
@@ -391,6 +407,7 @@ def origins() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "claim": claim,
     "overall": overall,
+    "again": again,
     "fashion": lambda: quality("fashion", list(FASHION)),
     "cifar10": lambda: quality("cifar10", ["CIFAR-10"]),
     "ablations": ablation,
