@@ -33,6 +33,11 @@ def of(rows: Iterable[Row], setting: str, run: str, density: float) -> list[Row]
     return sorted(cell, key=lambda row: int(row["seed"]))
 
 
+def of_run(rows: Iterable[Row], run: str) -> list[Row]:
+    """The rows of one kind of run, in whatever cell."""
+    return [row for row in rows if row["run"] == run]
+
+
 def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(fmean(map(math.log, values)))
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from comparisons import Comparison, Row, distance, flops, geometric_mean, of
+from comparisons import Comparison, Row, distance, flops, geometric_mean, of, of_run
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, ScalarFormatter
@@ -33,6 +33,13 @@ _BALANCE = ("RigL, balanced D", "RigL, strong D", "ramp", "DDST relaxed")
 _LEAST_SEEDS = 2
 
 
+def _log_scale(ax: Axes) -> None:
+    """Distances on a logarithmic axis, in plain numbers."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(ScalarFormatter())
+    ax.yaxis.set_minor_formatter(ScalarFormatter())
+
+
 def pareto(found: Sequence[Row]) -> Figure:
     """Quality over training FLOPs: every seed, and the geometric mean of a kind of runs that has several."""
     places = [
@@ -53,9 +60,7 @@ def pareto(found: Sequence[Row]) -> Figure:
             ax.scatter(x, y, 14, color, marker, alpha=0.6)
             label = f"{run} ({len(cell)})"
             ax.scatter(sum(x) / len(x), geometric_mean(y), 90, color, marker, label=label, edgecolors="white")
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(ScalarFormatter())
-        ax.yaxis.set_minor_formatter(ScalarFormatter())
+        _log_scale(ax)
         ax.tick_params("y", which="minor", labelsize=8)
         ax.xaxis.set_major_formatter(PercentFormatter(1))
         ax.set_xlim(0, 1.05)
@@ -70,9 +75,9 @@ def overall(found: Sequence[Row]) -> Figure:
     """Quality and operations of kinds of runs beside the ramp's, over all cells and seeds."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     ax = figure.subplots()
-    ramps = [row for row in found if row["run"] == "ramp"]
+    ramps = of_run(found, "ramp")
     for run in CLAIMS:
-        comparison = Comparison((row for row in found if row["run"] == run), ramps)
+        comparison = Comparison(of_run(found, run), ramps)
         if comparison.interval is None or comparison.cells < 2:
             continue
         color, marker = _LOOKS[run]
@@ -89,9 +94,7 @@ def overall(found: Sequence[Row]) -> Figure:
         )
     ax.axhline(1, color="0.8", zorder=0)
     ax.axvline(1, color="0.8", zorder=0)
-    ax.set_yscale("log")
-    ax.yaxis.set_major_formatter(ScalarFormatter())
-    ax.yaxis.set_minor_formatter(ScalarFormatter())
+    _log_scale(ax)
     ax.set_title("Beside the ramp, over all cells and seeds")
     ax.set_ylabel("distance over the ramp's (log), 95 %")
     ax.set_xlabel("training FLOPs over the ramp's")

@@ -13,7 +13,7 @@ from itertools import combinations, product
 from statistics import fmean, stdev
 
 import figures
-from comparisons import Comparison, Row, distance, flops, mean_density, of
+from comparisons import Comparison, Row, distance, flops, mean_density, of, of_run
 from grid import key
 from rows import HERE, rows
 from studies import (
@@ -85,7 +85,7 @@ def overall() -> str:
     """Kinds of runs beside each other, over all cells that both were trained in, where these are several."""
     found, body = rows("fashion"), []
     for run, other in combinations(CLAIMS, 2):
-        ones, others = ([row for row in found if row["run"] == name] for name in (run, other))
+        ones, others = of_run(found, run), of_run(found, other)
         comparison = Comparison(ones, others)
         if comparison.cells < 2:
             continue
@@ -193,7 +193,7 @@ def rules() -> str:
     """Ways of control: distances, and training FLOPs, where the right discriminators differ."""
     found, wanted = rows("rules"), STUDIES["rules"]()
     places = list(dict.fromkeys((cell.setting, cell.density) for cell in wanted))
-    ramps = [row for row in found if row["run"] == "ramp"]
+    ramps = of_run(found, "ramp")
     body = []
     for run in dict.fromkeys(cell.run for cell in wanted):
         line = [run]
@@ -201,7 +201,7 @@ def rules() -> str:
             cell = of(found, place[0], run, place[1])
             each = ", ".join(f"{distance(row):.1f}" for row in cell)
             line.append(f"{each}; {percent(fmean(map(flops, cell)))}" if cell else "")
-        beside = Comparison([row for row in found if row["run"] == run], ramps)
+        beside = Comparison(of_run(found, run), ramps)
         line += ["", ""] if run == "ramp" or not beside.pairs else [str(beside), f"x {beside.flops:.2f}"]
         body.append(line)
     head = ["run", *(f"{setting}, {percent(density)}" for setting, density in places)]

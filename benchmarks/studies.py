@@ -184,10 +184,11 @@ RULES: dict[str, str] = {
 }
 """Of control, that were tried."""
 CANDIDATES = tuple(RULES)[:2]
+"""What it was between in the end."""
 
 
 def rules() -> list[Cell]:
-    """Ways of control, where the right discriminators differ, on seeds that are in no table of results."""
+    """Ways of control, where the right discriminators differ, on seeds that choices were made by."""
     large, few, fewest, _ = FASHION
     places = ((large, 0.05), (fewest, 0.1), (large, 0.3), (large, 0.1), (few, 0.1))
     cells = list(product((10, 11), RULES, places))

@@ -117,9 +117,9 @@ class DensityController(Controller):
             return Decision("undecided", density, balance.reason or f"{signal.label} is undecided")
         lower, upper = self.bounds
         if lower <= value <= upper:
-            return Decision("hold", density, f"{signal.label} {value:.3f} is within {lower:.3g} to {upper:.3g}")
+            return Decision("hold", density, f"{signal.label} {value:.3f} is within {lower:g} to {upper:g}")
         strength = signal.high_means if value > upper else ("strong" if signal.high_means == "weak" else "weak")
-        comparison = f"> {upper:.3g}" if value > upper else f"< {lower:.3g}"
+        comparison = f"> {upper:g}" if value > upper else f"< {lower:g}"
         reason = f"{signal.label} {value:.3f} {comparison}: the discriminator is too {strength}"
         if strength == "weak":
             if density < self.max_density:
