@@ -1,7 +1,7 @@
 """What rows say: single numbers, and runs of one kind against those of another with the same seeds."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -42,6 +42,12 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(fmean(map(math.log, values)))
 
 
+def interval(logs: Sequence[float]) -> tuple[float, float]:
+    """The 95 % confidence interval of the geometric mean of what the logarithms are of, by Student's t."""
+    half = float(student.ppf(0.975, len(logs) - 1)) * stdev(logs) / math.sqrt(len(logs))
+    return math.exp(fmean(logs) - half), math.exp(fmean(logs) + half)
+
+
 def place(row: Row) -> tuple[str, float]:
     """The cell that a run is in: what it was trained on, and the generator's density."""
     return row["setting"], row["density"]
@@ -59,8 +65,8 @@ class Comparison:
         cells: In how many cells.
         ratio: The geometric mean of the ratios of distances; below 1 the first is better. Of several cells it is the
             mean of their means, so each counts as much.
-        interval: Its 95 % confidence interval, by Student's t on logarithms: of the seeds of one cell, or of the means
-            of several (the same seeds in like cells are not independent). None with less than three.
+        interval: Its 95 % confidence interval: of the seeds of one cell, or of the means of several (the same seeds in
+            like cells are not independent). None with less than three.
         flops: The same mean of the ratios of training FLOPs.
         wins: In how many pairs the first is better.
     """
@@ -77,10 +83,7 @@ class Comparison:
         self.wins = sum(value < 0 for values in logs for value in values)
         values = [fmean(values) for values in logs] if self.cells > 1 else [value for cell in logs for value in cell]
         self.ratio = math.exp(fmean(values)) if values else math.nan
-        self.interval: tuple[float, float] | None = None
-        if len(values) > 2:
-            half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-            self.interval = math.exp(fmean(values) - half), math.exp(fmean(values) + half)
+        self.interval = interval(values) if len(values) > 2 else None
 
     def _logs(self, measure: Callable[[Row], float]) -> list[list[float]]:
         """Cell by cell the logarithms of the ratios."""

@@ -13,7 +13,7 @@ from itertools import combinations, product
 from statistics import fmean, stdev
 
 import figures
-from comparisons import Comparison, Row, distance, flops, mean_density, of, of_run
+from comparisons import Comparison, Row, distance, flops, interval, mean_density, of, of_run
 from grid import key
 from rows import HERE, rows
 from studies import (
@@ -102,11 +102,10 @@ def again() -> str:
     now = {key(row): row for row in rows("fashion")}
     pairs = [(row, now[key(row)]) for row in rows("versions") if key(row) in now]
     logs = [math.log(distance(later) / distance(earlier)) for earlier, later in pairs]
-    half = 1.96 * stdev(logs) / math.sqrt(len(logs))
-    mean, low, high = (math.exp(fmean(logs) + shift) for shift in (0, -half, half))
+    low, high = interval(logs)
     return (
         f"{len(logs)} of these runs were trained before with torch 2.15 on another machine: now they come out at "
-        f"x {mean:.2f} ({low:.2f} to {high:.2f}) in the mean, and a single one differs by a factor of "
+        f"x {math.exp(fmean(logs)):.2f} ({low:.2f} to {high:.2f}) in the mean, and a single one differs by a factor of "
         f"{math.exp(stdev(logs)):.2f} (one standard deviation)"
     )
 

@@ -103,12 +103,7 @@ class DensityController(Controller):
         if len(self.bounds) != 2 or not least <= self.bounds[0] < self.bounds[1]:
             raise ValueError(f"bounds={tuple(self.bounds)} must be two numbers, lower < upper{never}.")
         check_density("delta", self.delta)
-        check_density("max_discriminator_density", self.max_density)
-        if not 0 < self.min_density <= self.max_density:
-            raise ValueError(
-                f"min_discriminator_density={self.min_density} must be in (0, "
-                f"max_discriminator_density={self.max_density}]."
-            )
+        _check_limits(self.min_density, self.max_density)
 
     def decide(self, balance: Balance, density: float, progress: float = 0.0, share: float = 0.0) -> Decision:
         """Decides from the window's signal and the density aimed at so far."""
@@ -163,7 +158,9 @@ class RelativeController(Controller):
     """
 
     def __init__(self, limits: tuple[float, float], delta: float | None = None) -> None:
-        DensityController(min_density=limits[0], max_density=limits[1], delta=1.0 if delta is None else delta)
+        _check_limits(*limits)
+        if delta is not None:
+            check_density("delta", delta)
         self._limits = limits
         self._delta = delta
         self._last: list[float] = []
@@ -242,6 +239,13 @@ class DensityRamp(Controller):
         planned = _tidy(self.start + (self.end - self.start) * min(progress, 1.0))
         action: Action = "grow" if planned > density else "hold"
         return Decision(action, max(planned, density), f"{progress:.0%} of the run is done")
+
+
+def _check_limits(smallest: float, largest: float) -> None:
+    """By the names of the callback's arguments."""
+    check_density("max_discriminator_density", largest)
+    if not 0 < smallest <= largest:
+        raise ValueError(f"min_discriminator_density={smallest} must be in (0, max_discriminator_density={largest}].")
 
 
 def _tidy(density: float) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ddst.modes import removing
-from lightning_ddst.sparsity.compiled import is_compiled, uncompiled
+from lightning_ddst.sparsity.compiled import eagerly, uncompiled
 from lightning_ddst.sparsity.maskable import TRANSPOSED_LAYERS, MaskableWeight, channel_dim
 from lightning_ddst.sparsity.masked import MaskedNetwork
 
@@ -119,17 +119,16 @@ class TrainingFlops:
     """Adds up the operations of training networks together, and of the same training when dense.
 
     The work of one step is measured once, between the end of two generator updates, and taken for
-    every step; so is that of one measurement of the balance ratio.
+    every step; so is that of one measurement of the balance ratio. Networks that are compiled run
+    uncompiled in that update, since compiled calls pass by the hooks of layers.
 
     Args:
         networks: The networks.
     """
 
     def __init__(self, networks: Iterable[MaskedNetwork]) -> None:
-        networks = list(networks)
-        self._tallies = [_Tally(network) for network in networks]
-        # Compiled calls pass by the hooks of layers.
-        self._countable = not any(is_compiled(network.network) for network in networks)
+        self._networks = list(networks)
+        self._tallies = [_Tally(network) for network in self._networks]
         self._updates = 0
         self._measured = self._probe_measured = self._paused = False
         self._measuring: ExitStack | None = None
@@ -141,7 +140,7 @@ class TrainingFlops:
 
     @property
     def together(self) -> LayerFlops:
-        """The operations of all weights so far; 0 before the second update, and for compiled networks."""
+        """The operations of all weights so far; 0 before the second update."""
         return LayerFlops.together(layer for layers in self.layers for layer in layers.values())
 
     @property
@@ -153,7 +152,7 @@ class TrainingFlops:
     def probing(self) -> Iterator[None]:
         """Around whatever belongs to a measurement of the balance ratio."""
         with ExitStack() as stack:
-            if not self._probe_measured and self._countable:
+            if not self._probe_measured:
                 for tally in self._tallies:
                     stack.enter_context(tally.probe.counted())
             yield
@@ -175,11 +174,13 @@ class TrainingFlops:
             if probed:  # its calls were counted with the step's
                 for tally in self._tallies:
                     tally.step.subtract(tally.probe)
-        elif not self._measured and self._countable:
+        elif not self._measured:
             self._count()
 
     def _count(self) -> None:
         self._measuring = ExitStack()
+        for network in self._networks:
+            self._measuring.enter_context(eagerly(network.network))
         for tally in self._tallies:
             self._measuring.enter_context(tally.step.counted())
 
