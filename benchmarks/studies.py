@@ -131,9 +131,10 @@ def fashion() -> list[Cell]:
 
 def matching() -> list[Cell]:
     """Where DDST takes the discriminator, on a seed that is in no table of results: what `MATCHED` is from."""
-    large, _, *others = FASHION
-    first, _, *rest = DENSITIES
+    large, few, *others = FASHION
+    first, second, *rest = DENSITIES
     places = [(large, density) for density in rest] + [(setting, first) for setting in others]
+    places += [(few, density) for density in (second, *rest)]
     run = "DDST relaxed"
     return [Cell(s, run, density, 10, _options(FASHION[s], s, run, density)) for s, density in places]
 
