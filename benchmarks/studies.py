@@ -202,6 +202,25 @@ def rules() -> list[Cell]:
     ]
 
 
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+"""Learning rates of a dense discriminator, that were tried; benchmarks/fashion.yaml has the second."""
+
+
+def rates() -> list[Cell]:
+    """Beside a sparse generator, with many images and with few, on seeds that choices were made by."""
+    large, few, *_ = FASHION
+    return [
+        Cell(
+            setting,
+            f"RigL, strong D at {rate:g}",
+            DENSITIES[0],
+            seed,
+            f"{_options(FASHION[setting], setting, 'RigL, strong D', DENSITIES[0])} {_LEARNING_RATE} {rate:.1e}",
+        )
+        for seed, setting, rate in product((10, 11), (large, few), RATES)
+    ]
+
+
 # ---- ablations -----------------------------------------------------------------------------------------
 
 ABLATIONS: dict[str, str] = {
@@ -299,6 +318,7 @@ STUDIES: dict[str, Callable[[], list[Cell]]] = {
     "matching": matching,
     "floors": floors,
     "rules": rules,
+    "rates": rates,
     "fashion": fashion,
     "ablations": ablations,
     "channels": channels,
