@@ -188,22 +188,34 @@ def floors() -> str:
     return table(["images", "generator", "run", "distance", "training FLOPs", "`d_D` at the end"], body)
 
 
-def rules() -> str:
-    """Ways of control: distances, and training FLOPs, where the right discriminators differ."""
-    found, wanted = rows("rules"), STUDIES["rules"]()
+def by_place(study: str) -> tuple[list[str], list[list[str]]]:
+    """A study's runs by where they were trained: a table's head, and its lines of distances and training FLOPs."""
+    found, wanted = rows(study), STUDIES[study]()
     places = list(dict.fromkeys((cell.setting, cell.density) for cell in wanted))
-    ramps = of_run(found, "ramp")
     body = []
     for run in dict.fromkeys(cell.run for cell in wanted):
         line = [run]
-        for place in places:
-            cell = of(found, place[0], run, place[1])
+        for setting, density in places:
+            cell = of(found, setting, run, density)
             each = ", ".join(f"{distance(row):.1f}" for row in cell)
             line.append(f"{each}; {percent(fmean(map(flops, cell)))}" if cell else "")
-        beside = Comparison(of_run(found, run), ramps)
-        line += ["", ""] if run == "ramp" or not beside.pairs else [str(beside), f"x {beside.flops:.2f}"]
         body.append(line)
-    head = ["run", *(f"{setting}, {percent(density)}" for setting, density in places)]
+    return ["run", *(f"{setting}, {percent(density)}" for setting, density in places)], body
+
+
+def rates() -> str:
+    """Learning rates of a dense discriminator."""
+    return table(*by_place("rates"))
+
+
+def rules() -> str:
+    """Ways of control, where the right discriminators differ."""
+    found = rows("rules")
+    ramps = of_run(found, "ramp")
+    head, body = by_place("rules")
+    for line in body:
+        beside = Comparison(of_run(found, line[0]), ramps)
+        line += ["", ""] if line[0] == "ramp" or not beside.pairs else [str(beside), f"x {beside.flops:.2f}"]
     return table([*head, "distance beside the ramp", "FLOPs beside the ramp"], body)
 
 
@@ -412,6 +424,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablations": ablation,
     "trials": trials,
     "floors": floors,
+    "rates": rates,
     "balances": balances,
     "estimators": estimators,
     "mask updates": mask_updates,
