@@ -1,11 +1,13 @@
 """What DDST costs while training: the mean step time with the callback, against the same GAN without it.
 
     OMP_NUM_THREADS=1 python benchmarks/overhead.py [--authors CLONE] [--steps 1 5] [--updates 1000]
+    python benchmarks/overhead.py --accelerator gpu --sngan --precision bf16-mixed --compiled
 
-A pair of convolutional networks with spectral norm on 16x16 images, under Lightning's Trainer, with the default
-intervals of a run of 100,000 generator updates. The runs take turns of 5 batches in one process. Compared are means
-over a whole decision interval, so every probe, exploration and decision is in them. The paper's code masks and
-explores both networks and measures no balance ratio, which is part of its training loop and not of its masking.
+A pair of convolutional networks with spectral norm on 16x16 images, or the paper's SNGAN pair on 32x32, under
+Lightning's Trainer, with the default intervals of a run of 100,000 generator updates. The runs take turns of 5 batches
+in one process. Compared are means over a whole decision interval, so every probe, exploration and decision is in them.
+The paper's code masks and explores both networks and measures no balance ratio, which is part of its training loop and
+not of its masking.
 """
 
 import argparse
@@ -26,13 +28,14 @@ from rows import add, origin
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ddst import DynamicSparsityCallback, GANModule
-from lightning_ddst.models import SmallDiscriminator, SmallGenerator
+from lightning_ddst.models import SmallDiscriminator, SmallGenerator, SNGANDiscriminator, SNGANGenerator
 
 INTERVAL, EXPLORE_INTERVAL = 1000, 500  # the defaults of 100,000 updates; so is BR every 10th
 DENSITY = 0.1
 TURN = 5
 WARM_UP = 100
 BATCH = 64
+USUAL = ("cpu", "32-true")
 
 
 class Turns(Callback):
@@ -54,15 +57,23 @@ class Turns(Callback):
         if self._batches % self.length == 0:
             with Turns.lock:
                 Turns.lock.wait_for(lambda: Turns.whose == self.number)
+            _synchronize()
             self._start = time.perf_counter()
 
     def on_train_batch_end(self, *args: Any) -> None:
         self._batches += 1
         if self._batches % self.length == 0:
+            _synchronize()
             self.seconds.append(time.perf_counter() - self._start)
             with Turns.lock:
                 Turns.whose = (self.number + 1) % Turns.runs
                 Turns.lock.notify_all()
+
+
+def _synchronize() -> None:
+    """Waits for what a GPU still has to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def together(fit: Callable[..., None], runs: Iterable[tuple[Any, ...]]) -> None:
@@ -106,16 +117,18 @@ class AuthorsMasking(Callback):
         return hook
 
 
-def trainer(callbacks: list[Callback], epochs: int) -> Trainer:
+def trainer(callbacks: list[Callback], epochs: int, accelerator: str = "cpu", **options: Any) -> Trainer:
     """One that does nothing but train."""
     return Trainer(
         max_epochs=epochs,
-        accelerator="cpu",
+        accelerator=accelerator,
+        devices=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=callbacks,
+        **options,
     )
 
 
@@ -129,37 +142,45 @@ def over(each: list[float], dense: list[float]) -> dict[str, Any]:
     }
 
 
-def fit(callbacks: list[Callback], discriminator_steps: int, updates: int) -> None:
-    gan = GANModule(
-        SmallGenerator(image_size=16, width=32),
-        SmallDiscriminator(image_size=16, width=32),
-        loss="hinge",
-        discriminator_steps=discriminator_steps,
-    )
-    batches = (updates + WARM_UP) * discriminator_steps
-    images = TensorDataset(torch.rand(100 * BATCH, 1, 16, 16) * 2 - 1)
-    trainer(callbacks, batches // 100).fit(gan, DataLoader(images, batch_size=BATCH))
+def fit(callbacks: list[Callback], discriminator_steps: int, options: argparse.Namespace) -> None:
+    shape = (3, 32, 32) if options.sngan else (1, 16, 16)
+    generator = SNGANGenerator() if options.sngan else SmallGenerator(image_size=16, width=32)
+    discriminator = SNGANDiscriminator() if options.sngan else SmallDiscriminator(image_size=16, width=32)
+    if options.compiled:
+        generator.compile()
+        discriminator.compile()
+    gan = GANModule(generator, discriminator, loss="hinge", discriminator_steps=discriminator_steps)
+    batches = (options.updates + WARM_UP) * discriminator_steps
+    images = TensorDataset(torch.rand(100 * BATCH, *shape) * 2 - 1)
+    made = trainer(callbacks, batches // 100, options.accelerator, precision=options.precision)
+    made.fit(gan, DataLoader(images, batch_size=BATCH))
 
 
-def compare(discriminator_steps: int, updates: int, authors: Path | None) -> None:
+def compare(discriminator_steps: int, options: argparse.Namespace) -> None:
+    updates = options.updates
     seed_everything(0, verbose=False)
     Turns.whose = Turns.runs = 0
     sparsity = DynamicSparsityCallback(DENSITY, interval=INTERVAL, explore_interval=EXPLORE_INTERVAL)
     runs: dict[str, list[Callback]] = {"dense": [Turns()], "lightning_ddst": [Turns(), sparsity]}
-    if authors is not None:
-        runs["authors"] = [Turns(), AuthorsMasking(authors)]
-    together(fit, [(each, discriminator_steps, updates) for each in runs.values()])
+    if options.authors is not None:
+        runs["authors"] = [Turns(), AuthorsMasking(options.authors)]
+    together(fit, [(each, discriminator_steps, options) for each in runs.values()])
     first = WARM_UP * discriminator_steps // TURN
     seconds = {name: callbacks[0].seconds[first:] for name, callbacks in runs.items()}
     dense = seconds.pop("dense")
+    chosen = [name for name in ("sngan", "compiled") if getattr(options, name)]
+    settings = [*chosen, options.accelerator, options.precision]
+    command = f"python benchmarks/overhead.py --steps {discriminator_steps} --updates {updates}"
+    command += f" --accelerator {options.accelerator} --precision {options.precision}"
+    command += "".join(f" --{name}" for name in chosen)
     for name, each in seconds.items():
         row = {
-            "what": name,
+            "what": ", ".join([name, *(setting for setting in settings if setting not in USUAL)]),
             "discriminator_steps": discriminator_steps,
             "updates": updates,
             **over(each, dense),
             "dense_ms": round(1e3 * sum(dense) / updates, 1),
-            "command": f"python benchmarks/overhead.py --steps {discriminator_steps} --updates {updates}",
+            "command": command,
         }
         add("overhead", row | origin())
         quartiles = row["quartiles"]
@@ -176,7 +197,11 @@ if __name__ == "__main__":
     parser.add_argument("--authors", type=Path, metavar="CLONE", help="a clone of the paper's code")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 5], help="discriminator steps a generator step")
     parser.add_argument("--updates", type=int, default=INTERVAL, help="of the generator, that are compared")
+    parser.add_argument("--sngan", action="store_true", help="the paper's SNGAN pair, not a smaller one")
+    parser.add_argument("--compiled", action="store_true", help="both networks, by torch.compile")
+    parser.add_argument("--accelerator", default=USUAL[0], help="the Trainer's")
+    parser.add_argument("--precision", default=USUAL[1], help="the Trainer's")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     for steps in options.steps:
-        compare(steps, options.updates, options.authors)
+        compare(steps, options)
