@@ -20,7 +20,7 @@ _LOOKS = {
     "DDST auto": ("#0072B2", "o"),
     "ramp": ("#009E73", "^"),
     "ramp to 0.5": ("#009E73", "v"),
-    "RigL, D explores at DDST's mean": ("#F0E442", "s"),
+    "RigL, D explores at a fixed density": ("#F0E442", "s"),
     "RigL, strong D": ("#D55E00", "s"),
     "RigL, strong D, twice its learning rate": ("#D55E00", "D"),
     "RigL, balanced D": ("#E69F00", "s"),

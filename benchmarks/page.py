@@ -105,7 +105,7 @@ def overall(least: float = 0.0) -> str:
 
 def again() -> str:
     """How runs came out that were trained again, with another version of PyTorch on another machine."""
-    now = {key(row): row for row in rows("fashion")}
+    now = {key(row): row for row in (*rows("fashion"), *rows("floors"))}
     pairs = [(row, now[key(row)]) for row in rows("versions") if key(row) in now]
     logs = [math.log(distance(later) / distance(earlier)) for earlier, later in pairs]
     low, high = interval(logs)
@@ -234,7 +234,7 @@ def balances() -> str:
     """BR by the discriminator's density, over all seeds' windows."""
     (setting, *_), (lower, upper), body = FASHION, BAND, []
     for density in DENSITIES[:2]:
-        for run in ("RigL, balanced D", "RigL, D explores at DDST's mean", "RigL, strong D", "ramp", "DDST relaxed"):
+        for run in ("RigL, balanced D", "RigL, D explores at a fixed density", "RigL, strong D", "ramp", "DDST relaxed"):
             cell = of(rows("fashion"), setting, run, density)
             if not cell:
                 continue

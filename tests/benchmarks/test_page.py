@@ -101,7 +101,7 @@ def test_a_difference_beyond_the_noise_has_a_direction():
 def test_measuring_counts_where_something_depends_on_it():
     logged = {"flops": [[1, 0.5], [2, 0.4]], "measuring": [[2, 0.1]]}
     assert flops(row(0, 1.0, **logged) | {"run": "DDST relaxed"}) == 0.4
-    assert flops(row(0, 1.0, **logged) | {"run": "RigL, D explores at DDST's mean"}) == pytest.approx(0.3)
+    assert flops(row(0, 1.0, **logged) | {"run": "RigL, D explores at a fixed density"}) == pytest.approx(0.3)
     assert flops(row(0, 1.0, **logged) | {"run": "BR every 10th update"}) == 0.4
     assert mean_density(row(0, 1.0, discriminator_density=[[1, 0.1], [2, 0.3]])) == pytest.approx(0.2)
 
