@@ -18,8 +18,17 @@ def distance(row: Row) -> float:
 
 def flops(row: Row) -> float:
     """Training FLOPs over those of dense training; without measuring BR where nothing depends on it."""
-    needless = row["run"].startswith(UNCONTROLLED) and "measuring" in row
-    return float(row["flops"][-1][1]) - (row["measuring"][-1][1] if needless else 0.0)
+    return without_measuring(row) if row["run"].startswith(UNCONTROLLED) else float(row["flops"][-1][1])
+
+
+def without_measuring(row: Row) -> float:
+    """Training FLOPs over those of dense training, without measuring BR."""
+    return float(row["flops"][-1][1] - (row["measuring"][-1][1] if "measuring" in row else 0.0))
+
+
+def failed(row: Row) -> bool:
+    """Whether what it generates is hardly images."""
+    return distance(row) > _FAILED
 
 
 def mean_density(row: Row) -> float:
@@ -53,8 +62,9 @@ def place(row: Row) -> tuple[str, float]:
     return row["setting"], row["density"]
 
 
+_FAILED = 100
 _WIDE = 1.5
-"""A factor either way, that an interval has to exclude for "equal" to say anything."""
+"""A factor either way, that an interval has to exclude to say anything."""
 
 
 class Comparison:
@@ -67,8 +77,6 @@ class Comparison:
             mean of their means, so each counts as much.
         interval: Its 95 % confidence interval: of the seeds of one cell, or of the means of several (the same seeds in
             like cells are not independent). None with less than three.
-        flops: The same mean of the ratios of training FLOPs.
-        wins: In how many pairs the first is better.
     """
 
     def __init__(self, ones: Iterable[Row], others: Iterable[Row]) -> None:
@@ -80,7 +88,6 @@ class Comparison:
         self.cells = len(self._pairs)
         self.pairs = sum(map(len, self._pairs.values()))
         logs = self._logs(distance)
-        self.wins = sum(value < 0 for values in logs for value in values)
         values = [fmean(values) for values in logs] if self.cells > 1 else [value for cell in logs for value in cell]
         self.ratio = math.exp(fmean(values)) if values else math.nan
         self.interval = interval(values) if len(values) > 2 else None
@@ -89,9 +96,9 @@ class Comparison:
         """Cell by cell the logarithms of the ratios."""
         return [[math.log(measure(one) / measure(other)) for one, other in pairs] for pairs in self._pairs.values()]
 
-    @property
-    def flops(self) -> float:
-        return math.exp(fmean(map(fmean, self._logs(flops))))
+    def ratio_of(self, measure: Callable[[Row], float]) -> float:
+        """The same mean of the ratios of something else."""
+        return math.exp(fmean(map(fmean, self._logs(measure))))
 
     @property
     def verdict(self) -> str:
@@ -103,7 +110,7 @@ class Comparison:
             return "better"
         if low > 1:
             return "worse"
-        return "equal within noise" if low > 1 / _WIDE and high < _WIDE else "not told apart"
+        return f"within a factor of {_WIDE}" if low > 1 / _WIDE and high < _WIDE else "not told apart"
 
     def __str__(self) -> str:
         if not self.pairs:

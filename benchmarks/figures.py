@@ -84,7 +84,7 @@ def overall(found: Sequence[Row]) -> Figure:
         low, high = comparison.interval
         error = [[comparison.ratio - low], [high - comparison.ratio]]
         ax.errorbar(
-            comparison.flops,
+            comparison.ratio_of(flops),
             comparison.ratio,
             error,
             color=color,

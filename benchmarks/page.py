@@ -10,10 +10,21 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 
 import figures
-from comparisons import Comparison, Row, distance, flops, interval, mean_density, of, of_run
+from comparisons import (
+    Comparison,
+    Row,
+    distance,
+    failed,
+    flops,
+    interval,
+    mean_density,
+    of,
+    of_run,
+    without_measuring,
+)
 from grid import key
 from rows import HERE, rows
 from studies import (
@@ -96,11 +107,12 @@ def overall(least: float = 0.0) -> str:
         ramp = Comparison(ours, of_run(found, "ramp"))
         if ramp.cells < 2:
             continue
-        line = [run, f"{ramp.pairs} in {ramp.cells}", f"x {ramp.flops:.2f}"]
+        line = [run, f"{ramp.pairs} in {ramp.cells}", f"{sum(map(failed, ours))} of {len(ours)}"]
+        line += [f"x {ramp.ratio_of(measure):.2f}" for measure in (flops, without_measuring)]
         line += ["" if other == run else str(Comparison(ours, of_run(found, other))) for other in BESIDE]
         body.append(line)
-    head = ["run", "pairs in cells", "training FLOPs over the ramp's", *(f"distance beside {name}" for name in BESIDE)]
-    return table(head, body)
+    head = ["run", "pairs in cells", "failed", "training FLOPs over the ramp's", "without measuring BR"]
+    return table([*head, *(f"distance beside {name}" for name in BESIDE)], body)
 
 
 def again() -> str:
@@ -112,7 +124,7 @@ def again() -> str:
     return (
         f"{len(logs)} of these runs were trained before with torch 2.15 on another machine: now they come out at "
         f"x {math.exp(fmean(logs)):.2f} ({low:.2f} to {high:.2f}) in the mean, and a single one differs by a factor of "
-        f"{math.exp(stdev(logs)):.2f} (one standard deviation)"
+        f"{math.exp(median(map(abs, logs))):.2f} in the median, one by {math.exp(max(map(abs, logs))):.1f}"
     )
 
 
@@ -221,7 +233,7 @@ def rules() -> str:
     head, body = by_place("rules")
     for line in body:
         beside = Comparison(of_run(found, line[0]), ramps)
-        line += ["", ""] if line[0] == "ramp" or not beside.pairs else [str(beside), f"x {beside.flops:.2f}"]
+        line += ["", ""] if line[0] == "ramp" or not beside.pairs else [str(beside), f"x {beside.ratio_of(flops):.2f}"]
     return table([*head, "distance beside the ramp", "FLOPs beside the ramp"], body)
 
 
@@ -233,8 +245,9 @@ def settled(row: Row) -> list[float]:
 def balances() -> str:
     """BR by the discriminator's density, over all seeds' windows."""
     (setting, *_), (lower, upper), body = FASHION, BAND, []
+    runs = ("RigL, balanced D", "RigL, D explores at a fixed density", "RigL, strong D", "ramp", "DDST relaxed")
     for density in DENSITIES[:2]:
-        for run in ("RigL, balanced D", "RigL, D explores at a fixed density", "RigL, strong D", "ramp", "DDST relaxed"):
+        for run in runs:
             cell = of(rows("fashion"), setting, run, density)
             if not cell:
                 continue

@@ -67,7 +67,7 @@ MATCHED = {
     ("300 images", 0.2): 0.45,
     ("300 images", 0.5): 0.9,
 }
-"""The discriminator's mean density in trial runs of DDST (the studies "matching" and "rules", results/trials.jsonl), about.
+"""About the discriminator's mean density in trial runs of DDST (studies "matching" and "rules", results/trials.jsonl).
 
 With a generator at 5 % that was 0.05, and the runs failed; 0.2 is what did best in the study "floors".
 """
