@@ -224,6 +224,23 @@ def rates() -> list[Cell]:
     ]
 
 
+UNBALANCED = {
+    "D learns 4 times as fast": f"{_LEARNING_RATE} 4.0e-3",
+    "D learns a quarter as fast": f"{_LEARNING_RATE} 2.5e-4",
+}
+"""What takes a GAN out of balance: what a plan made beforehand cannot know, and feedback should answer to."""
+
+
+def unbalanced() -> list[Cell]:
+    """With the generator at 10 % and all images."""
+    (large, base), density = next(iter(FASHION.items())), DENSITIES[0]
+    runs = (*CLAIMS[:4], "RigL, strong D")
+    return [
+        Cell(setting, run, density, seed, f"{_options(base, large, run, density)} {change}")
+        for seed, (setting, change), run in product(range(3), UNBALANCED.items(), runs)
+    ]
+
+
 # ---- ablations -----------------------------------------------------------------------------------------
 
 ABLATIONS: dict[str, str] = {
@@ -316,6 +333,7 @@ STUDIES: dict[str, Callable[[], list[Cell]]] = {
     "rules": rules,
     "rates": rates,
     "fashion": fashion,
+    "unbalanced": unbalanced,
     "ablations": ablations,
     "channels": channels,
     "cifar10": cifar10,
