@@ -145,8 +145,9 @@ class RelativeController(Controller):
     discriminator gets ahead does not (docs/bounds.md). Where BR is at its highest the density rises as in a straight
     line from the smallest to the largest over the run; with BR lower it rises more slowly, and below `_STEADY` of the
     highest it falls. The highest is that of medians of `_WINDOWS` windows in a row, and never fades: BR that falls for
-    another reason, as with a learning rate that goes to 0, takes density away, too. At a largest density below 1, where
-    the discriminator may not grow, it explores instead.
+    another reason, as with a learning rate that goes to 0, takes density away, too. A discriminator that does not tell
+    real from fake is no strong one, so it grows as in a straight line. At a largest density below 1, where it may not
+    grow, it explores instead.
 
     Args:
         limits: Smallest and largest density, smallest <= largest, in (0, 1].
@@ -176,14 +177,16 @@ class RelativeController(Controller):
 
     def decide(self, balance: Balance, density: float, progress: float = 0.0, share: float = 0.0) -> Decision:
         """Decides by what was observed; without a level yet the density rises."""
-        if balance.ratio is None or balance.ratio <= 0 >= self._highest:
-            return Decision("undecided", density, balance.reason or "BR has not been above 0 yet")
         smallest, largest = self._limits
-        step, reason = 1.0, f"BR is {balance.ratio:.3f}, and its level is not known yet"
-        if self._highest > 0:
+        step, reason = 1.0, balance.reason
+        if balance.ratio is not None and self._highest > 0:
             level = balance.ratio / self._highest
             step = min(max((level - _STEADY) / _REACH, -1.0), 1.0)
             reason = f"BR {balance.ratio:.3f} is {level:.0%} of the highest, {self._highest:.3f}"
+        elif balance.ratio is not None and balance.ratio > 0:
+            reason = f"BR is {balance.ratio:.3f}, and its level is not known yet"
+        elif not balance.blind:
+            return Decision("undecided", density, reason or "BR has not been above 0 yet")
         full = self._delta
         if full is None:
             full = (largest - smallest) * share if share else DensityController.delta

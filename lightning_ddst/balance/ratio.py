@@ -1,5 +1,6 @@
 """The balance ratio over a window of measurements."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,6 +45,11 @@ class Balance:
     reason: str
     constant: bool = False
     real_sign: float = float("nan")
+
+    @property
+    def blind(self) -> bool:
+        """Whether the ratio is undecided because the discriminator does not clearly tell real from fake."""
+        return self.ratio is None and self.samples > 0 and math.isfinite(self.alpha) and math.isfinite(self.beta)
 
 
 class BalanceWindow:
@@ -90,7 +96,7 @@ class BalanceWindow:
         ratio, reason = None, self._undecided(alpha, beta)
         if not reason:
             ratio = float(beta.mean() / alpha.mean() if self._estimator == "ratio_of_means" else (beta / alpha).mean())
-            if not torch.isfinite(torch.tensor(ratio)):
+            if not math.isfinite(ratio):
                 ratio, reason = None, "a single measurement has alpha = 0"
         means = (float(alpha.mean()), float(beta.mean()), float(real.mean()), float(fake.mean()))
         rounding = _ROUNDING * real.abs()

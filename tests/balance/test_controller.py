@@ -339,8 +339,8 @@ def test_steps_follow_how_near_the_ratio_is_to_the_highest():
         ("prune", 0.42),
         ("prune", 0.34),
         ("prune", 0.26),
-        ("undecided", 0.26),
         ("grow", 0.34),
+        ("grow", 0.42),
     ]
 
 
@@ -398,9 +398,21 @@ def test_without_a_length_steps_are_the_papers():
 
 
 def test_a_ratio_that_has_not_been_positive_moves_nothing():
-    controller = RelativeController((0.1, 1.0))
-    assert followed(controller, 0.1, [-0.2, 0.0, None, -0.1]) == [("undecided", 0.1)] * 4
+    assert followed(RelativeController((0.1, 1.0)), 0.1, [-0.2, 0.0, -0.1]) == [("undecided", 0.1)] * 3
+
+
+def test_a_discriminator_that_does_not_tell_real_from_fake_grows():
+    controller = RelativeController((0.1, 0.9))
+    assert followed(controller, 0.1, [None] * 3, 0.05) == [("grow", 0.14), ("grow", 0.18), ("grow", 0.22)]
     assert controller.decide(UNDECIDED, 0.1).reason == UNDECIDED.reason
+
+
+def test_without_finite_measurements_nothing_moves():
+    controller = RelativeController((0.1, 1.0))
+    none = Balance(None, math.nan, math.nan, math.nan, math.nan, 0, "nothing was measured yet")
+    assert controller.decide(none, 0.3) == Decision("undecided", 0.3, none.reason)
+    infinite = Balance(None, 1.0, math.inf, 1.0, 0.0, 8, "a score is not finite")
+    assert controller.decide(infinite, 0.3) == Decision("undecided", 0.3, infinite.reason)
 
 
 def test_a_generator_that_gets_worse_prunes():
