@@ -207,11 +207,15 @@ def floors() -> str:
 
 
 def by_place(study: str) -> tuple[list[str], list[list[str]]]:
-    """A study's runs by where they were trained: a table's head, and its lines of distances and training FLOPs."""
+    """A study's runs, and what was beside it, by where they were trained: distances and training FLOPs.
+
+    Returns:
+        A table's head, and its lines.
+    """
     found, wanted = rows(study), STUDIES[study]()
     places = list(dict.fromkeys((cell.setting, cell.density) for cell in wanted))
     body = []
-    for run in dict.fromkeys(cell.run for cell in wanted):
+    for run in dict.fromkeys([*(cell.run for cell in wanted), *(row["run"] for row in found)]):
         line = [run]
         for setting, density in places:
             cell = of(found, setting, run, density)
@@ -219,11 +223,6 @@ def by_place(study: str) -> tuple[list[str], list[list[str]]]:
             line.append(f"{each}; {percent(fmean(map(flops, cell)))}" if cell else "")
         body.append(line)
     return ["run", *(f"{setting}, {percent(density)}" for setting, density in places)], body
-
-
-def rates() -> str:
-    """Learning rates of a dense discriminator."""
-    return table(*by_place("rates"))
 
 
 def rules() -> str:
@@ -444,7 +443,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablations": ablation,
     "trials": trials,
     "floors": floors,
-    "rates": rates,
+    "rates": lambda: table(*by_place("rates")),
+    "unbalanced": lambda: table(*by_place("unbalanced")),
     "balances": balances,
     "estimators": estimators,
     "mask updates": mask_updates,

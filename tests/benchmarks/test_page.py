@@ -6,6 +6,7 @@ import page
 import pytest
 from comparisons import Comparison, flops, mean_density, of
 from rows import path, rows
+from studies import ESTIMATED
 
 
 def row(seed, distance, **more):
@@ -113,3 +114,11 @@ def test_a_cell_is_in_the_order_of_seeds():
 
 def test_result_files_are_beside_the_benchmarks():
     assert path("fashion").is_file()
+
+
+@pytest.mark.parametrize("run", ESTIMATED)
+def test_both_estimators_are_of_one_run(run):
+    one = of(rows("fashion"), "60,000 images", run, 0.1)[0]
+    other = of(rows("ablations"), "60,000 images", f"{run}, mean of ratios", 0.1)[0]
+    assert one["distance"] == other["distance"]
+    assert one["alpha"] == other["alpha"]
