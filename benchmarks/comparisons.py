@@ -104,7 +104,7 @@ class Comparison:
     def verdict(self) -> str:
         """In words."""
         if self.interval is None:
-            return "too few seeds"
+            return "too few cells" if self.cells > 1 else "too few seeds"
         low, high = self.interval
         if high < 1:
             return "better"
