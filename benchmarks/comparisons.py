@@ -63,6 +63,7 @@ def place(row: Row) -> tuple[str, float]:
 
 
 _FAILED = 100
+"""The distance above which a run counts as failed."""
 _WIDE = 1.5
 """A factor either way, that an interval has to exclude to say anything."""
 
@@ -89,7 +90,7 @@ class Comparison:
         self.pairs = sum(map(len, self._pairs.values()))
         logs = self._logs(distance)
         values = [fmean(values) for values in logs] if self.cells > 1 else [value for cell in logs for value in cell]
-        self.ratio = math.exp(fmean(values)) if values else math.nan
+        self.ratio = self.ratio_of(distance) if values else math.nan
         self.interval = interval(values) if len(values) > 2 else None
 
     def _logs(self, measure: Callable[[Row], float]) -> list[list[float]]:

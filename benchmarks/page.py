@@ -104,12 +104,13 @@ def overall(least: float = 0.0) -> str:
     found, body = [row for row in rows("fashion") if row["density"] >= least], []
     for run in METHODS:
         ours = of_run(found, run)
-        ramp = Comparison(ours, of_run(found, "ramp"))
+        beside = {other: Comparison(ours, of_run(found, other)) for other in BESIDE}
+        ramp = beside["ramp"]
         if ramp.cells < 2:
             continue
         line = [run, f"{ramp.pairs} in {ramp.cells}", f"{sum(map(failed, ours))} of {len(ours)}"]
         line += [f"x {ramp.ratio_of(measure):.2f}" for measure in (flops, without_measuring)]
-        line += ["" if other == run else str(Comparison(ours, of_run(found, other))) for other in BESIDE]
+        line += ["" if other == run else str(comparison) for other, comparison in beside.items()]
         body.append(line)
     head = ["run", "pairs in cells", "failed", "training FLOPs over the ramp's", "without measuring BR"]
     return table([*head, *(f"distance beside {name}" for name in BESIDE)], body)

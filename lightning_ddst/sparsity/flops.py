@@ -127,8 +127,7 @@ class TrainingFlops:
     """
 
     def __init__(self, networks: Iterable[MaskedNetwork]) -> None:
-        self._networks = list(networks)
-        self._tallies = [_Tally(network) for network in self._networks]
+        self._tallies = [_Tally(network) for network in networks]
         self._updates = 0
         self._measured = self._probe_measured = self._paused = False
         self._measuring: ExitStack | None = None
@@ -179,9 +178,8 @@ class TrainingFlops:
 
     def _count(self) -> None:
         self._measuring = ExitStack()
-        for network in self._networks:
-            self._measuring.enter_context(eagerly(network.network))
         for tally in self._tallies:
+            self._measuring.enter_context(eagerly(tally.masked.network))
             self._measuring.enter_context(tally.step.counted())
 
     def pause(self) -> None:
@@ -223,14 +221,14 @@ class _Tally:
     def __init__(self, network: MaskedNetwork) -> None:
         self.step = Workload(network.weights.values())
         self.probe = Workload(network.weights.values())
-        self._network = network
+        self.masked = network
         self._sums = {kind: dict.fromkeys(network.weights, 0) for kind in ("step", "probe", "gradient")}
 
     def add(self, probed: bool, dense_gradients: bool) -> None:
-        for name, active in self._network.layer_counts.items():
+        for name, active in self.masked.layer_counts.items():
             self._sums["step"][name] += active
             self._sums["probe"][name] += active * probed
-            self._sums["gradient"][name] += (self._network.masks[name].numel() - active) * dense_gradients
+            self._sums["gradient"][name] += (self.masked.masks[name].numel() - active) * dense_gradients
 
     def layers(self, updates: int) -> dict[str, LayerFlops]:
         steps, probes = self.step.uses, self.probe.uses
@@ -241,11 +239,11 @@ class _Tally:
                 probes=2 * probes.get(name, 0) * self._sums["probe"][name],
                 dense=2 * steps.get(name, 0) * mask.numel() * updates,
             )
-            for name, mask in self._network.masks.items()
+            for name, mask in self.masked.masks.items()
         }
 
     def mean_densities(self, updates: int) -> dict[str, float]:
-        sizes = {name: mask.numel() for name, mask in self._network.masks.items()}
+        sizes = {name: mask.numel() for name, mask in self.masked.masks.items()}
         return {name: total / sizes[name] / (updates or float("nan")) for name, total in self._sums["step"].items()}
 
     def state_dict(self, measured: bool) -> dict[str, Any]:
