@@ -1,6 +1,7 @@
 """What a mask update costs, against a dense training step, other implementations, and the memory's bandwidth.
 
     python benchmarks/mask_update.py [--authors CLONE] [--rigl-torch CLONE] [--sparsimony CLONE] [--millions 1 10 100]
+        [--accelerator gpu]
 
 A multilayer perceptron at batch 64 with Adam, density 0.1. A mask update prunes half of the active weights and grows
 as many by gradient. All take turns in one process; kept in results/mask_update.jsonl are medians, and the median and
@@ -18,6 +19,7 @@ from typing import Any
 
 import peers
 import torch
+from overhead import USUAL, synchronize
 from rows import add, origin
 from torch import nn
 
@@ -39,23 +41,26 @@ def perceptron(millions: int) -> nn.Sequential:
 
 
 def seconds(function: Callable[[], object]) -> float:
+    synchronize()
     start = time.perf_counter()
     function()
+    synchronize()
     return time.perf_counter() - start
 
 
-def bandwidth(weights: int) -> float:
+def bandwidth(weights: int, device: torch.device) -> float:
     """Bytes a second of a copy of as many floats, reading and writing counted."""
-    source = torch.rand(weights)
+    source = torch.rand(weights, device=device)
     target = torch.empty_like(source)
     return 2 * 4 * weights / statistics.median(seconds(lambda: target.copy_(source)) for _ in range(7))
 
 
-def compare(millions: int, clones: dict[str, Any]) -> None:
+def compare(millions: int, clones: dict[str, Any], accelerator: str) -> None:
     torch.manual_seed(0)
-    network = perceptron(millions)
+    device = torch.device("cuda" if accelerator == "gpu" else accelerator)
+    network = perceptron(millions).to(device)
     optimizer = torch.optim.Adam(network.parameters())
-    batch = torch.randn(64, network[0].in_features)
+    batch = torch.randn(64, network[0].in_features, device=device)
     gradients = {name: torch.randn_like(parameter) for name, parameter in network.named_parameters()}
 
     def step() -> None:
@@ -66,13 +71,13 @@ def compare(millions: int, clones: dict[str, Any]) -> None:
     functions: dict[str, Callable[[], object]] = {"dense step": step}
     networks: dict[str, SparseNetwork] = {}
     for scope in ("global", "layer"):
-        sparse = SparseNetwork(perceptron(millions), DENSITY, scope=scope)
+        sparse = SparseNetwork(perceptron(millions).to(device), DENSITY, scope=scope)
         networks[f"lightning_ddst, {scope}"] = sparse
         functions[f"lightning_ddst, {scope}"] = lambda sparse=sparse: sparse.explore(0.5, gradients)
     values = {name: torch.randn_like(parameter) for name, parameter in network.named_parameters()}
     theirs: dict[str, nn.Module] = {}
     for peer, clone in clones.items():
-        theirs[peer] = perceptron(millions)
+        theirs[peer] = perceptron(millions).to(device)
         update = peers.mask_updates(clone, peer, theirs[peer], DENSITY)
         functions[peer] = lambda update=update: update(gradients)
 
@@ -95,7 +100,7 @@ def compare(millions: int, clones: dict[str, Any]) -> None:
                 times[name].append(elapsed)
     ours = times["lightning_ddst, global"]
     weights = sum(parameter.numel() for parameter in network.parameters())
-    bound = (WEIGHTS_READ + WRITTEN) * weights / bandwidth(weights)
+    bound = (WEIGHTS_READ + WRITTEN) * weights / bandwidth(weights, device)
     held = sum(mask.numel() * mask.element_size() for mask in networks["lightning_ddst, global"].masks.values())
     for name, each in times.items():
         ratios = [one / our for one, our in zip(each, ours, strict=True)]
@@ -107,10 +112,11 @@ def compare(millions: int, clones: dict[str, Any]) -> None:
             "milliseconds": round(1e3 * statistics.median(each), 2),
             "to_ours": [round(value, 3) for value in statistics.quantiles(ratios, n=4)],
             "turns": len(each),
-            "bandwidth_bound_ms": round(1e3 * bound, 2),
+            "bandwidth_bound_ms": float(f"{1e3 * bound:.3g}"),
             "mask_bytes_a_weight": held / weights,
         }
-        add("mask_update", {**row, "command": "python benchmarks/mask_update.py", **origin()})
+        command = "python benchmarks/mask_update.py" + (" --accelerator gpu" if accelerator == "gpu" else "")
+        add("mask_update", {**row, "command": command, **origin()})
         low, middle, high = row["to_ours"]
         print(
             f"{millions:>3} million  {name:<24} {row['milliseconds']:>9.1f} ms, {middle:.2f} of ours "
@@ -127,10 +133,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     peers.add_arguments(parser)
     parser.add_argument("--millions", type=int, nargs="+", choices=TURNS, default=list(TURNS), help="of weights")
+    parser.add_argument("--accelerator", choices=("cpu", "gpu"), default=USUAL[0], help="where")
     options = vars(parser.parse_args())
     clones = {peer: options[peer.replace("-", "_")] for peer in peers.PEERS}
     for millions in options["millions"]:
-        compare(millions, {peer: clone for peer, clone in clones.items() if clone is not None})
+        compare(millions, {peer: clone for peer, clone in clones.items() if clone is not None}, options["accelerator"])
         gc.collect()
 
 

@@ -57,20 +57,20 @@ class Turns(Callback):
         if self._batches % self.length == 0:
             with Turns.lock:
                 Turns.lock.wait_for(lambda: Turns.whose == self.number)
-            _synchronize()
+            synchronize()
             self._start = time.perf_counter()
 
     def on_train_batch_end(self, *args: Any) -> None:
         self._batches += 1
         if self._batches % self.length == 0:
-            _synchronize()
+            synchronize()
             self.seconds.append(time.perf_counter() - self._start)
             with Turns.lock:
                 Turns.whose = (self.number + 1) % Turns.runs
                 Turns.lock.notify_all()
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
     """Waits for what a GPU still has to do."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -82,6 +82,7 @@ def fit(
     kill: int | None = None,
     resume: Path | None = None,
     epochs: int = 4,
+    accelerator: str = "cpu",
     devices: int = 1,
     strategy: Any = "auto",
     **sparsity: Any,
@@ -97,7 +98,7 @@ def fit(
     callbacks: list[Callback] = [callback, ema, history, checkpoint]
     trainer = Trainer(
         max_epochs=epochs,
-        accelerator="cpu",
+        accelerator=accelerator,
         devices=devices,
         strategy=strategy() if callable(strategy) else strategy,
         logger=logs,

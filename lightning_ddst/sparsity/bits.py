@@ -7,7 +7,7 @@ from torch.nn import functional as F
 _GATHERS = 0x0102040810204080
 """Multiplied by eight bytes of 0 or 1, it has them side by side in the highest byte."""
 _PIECE = 2**16
-"""Words looked at together, for what is between the operations to stay in a processor's cache."""
+"""Words looked at together."""
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By bytes."""
@@ -16,6 +16,17 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def as_integers(tensor: Tensor) -> Tensor:
     """A view of a tensor in which every entry is the integer that its bits are; only of 0 it is 0, and not of -0.0."""
     return tensor.view(_INTEGERS[tensor.element_size()])
+
+
+def piece(tensor: Tensor, size: int) -> int:
+    """How many of a tensor's entries to work on together.
+
+    Args:
+        tensor: Where they are.
+        size: How many on a CPU, for what is between the operations to stay in its cache; elsewhere launching operations
+            costs more, and it is all of them.
+    """
+    return size if tensor.device.type == "cpu" else max(size, tensor.numel())
 
 
 def packed(mask: Tensor) -> Tensor:
@@ -31,14 +42,15 @@ def packed(mask: Tensor) -> Tensor:
     if flat.numel() % 64:
         flat = F.pad(flat, (0, -flat.numel() % 64))
     bits = torch.empty(flat.numel() // 8, dtype=torch.uint8, device=mask.device)
-    for eights, part in zip(flat.view(torch.int64).split(_PIECE), bits.split(_PIECE), strict=True):
+    size = piece(bits, _PIECE)
+    for eights, part in zip(flat.view(torch.int64).split(size), bits.split(size), strict=True):
         part.copy_(eights.mul(_GATHERS).bitwise_right_shift_(56).bitwise_and_(255))
     return bits
 
 
 def count_bits(bits: Tensor) -> int:
     """The number of ones in what `packed` gave; waits for the device."""
-    return int(sum(_ones(words) for words in bits.view(torch.int64).split(_PIECE)))
+    return int(sum(_ones(words) for words in bits.view(torch.int64).split(piece(bits, _PIECE))))
 
 
 def _ones(words: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ddst.sparsity.bits import as_integers, count_bits, packed
+from lightning_ddst.sparsity.bits import as_integers, count_bits, packed, piece
 from lightning_ddst.sparsity.checks import check_choice, check_density
 from lightning_ddst.sparsity.growth import GrowthRule
 from lightning_ddst.sparsity.maskable import MaskableWeight, maskable_weights
@@ -266,12 +266,13 @@ def zero_where_inactive(tensor: Tensor, mask: Tensor) -> None:
     # mul_ makes of the mask to stay in a processor's cache.
     tensor = own(tensor)
     bits = as_integers(tensor)
-    if tensor.numel() <= _PIECE:
+    size = piece(tensor, _PIECE)
+    if tensor.numel() <= size:
         bits.mul_(mask)
         return
-    rows = max(1, _PIECE * len(tensor) // tensor.numel())
-    for part, piece in zip(bits.split(rows), mask.split(rows), strict=True):
-        part.mul_(piece)
+    rows = max(1, size * len(tensor) // tensor.numel())
+    for part, own_mask in zip(bits.split(rows), mask.split(rows), strict=True):
+        part.mul_(own_mask)
 
 
 def all_active(parameter: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lightning_ddst.sparsity.bits import piece
+
 Key = Callable[[Tensor], Tensor]
 
 _NARROW_ABOVE = 2**18
@@ -118,8 +120,8 @@ def _largest(scores: Sequence[Tensor], eligible: Sequence[Tensor], k: int, key: 
 def _compare(flat: Tensor, mask: Tensor, low: Tensor | float, high: Tensor | float, key: Key) -> tuple[Tensor, Tensor]:
     """Marks the allowed scores above both bounds, and those from the lower up to the higher one."""
     above, between = torch.empty_like(mask), torch.empty_like(mask)
-    # In pieces, for what is between the operations to stay in a processor's cache.
-    for values, allowed, more, some in zip(*(part.split(_PIECE) for part in (flat, mask, above, between)), strict=True):
+    parts = (part.split(piece(flat, _PIECE)) for part in (flat, mask, above, between))
+    for values, allowed, more, some in zip(*parts, strict=True):
         score = key(values)
         # Comparing into numbers and converting these is twice as fast as comparing into bools.
         compared = torch.empty_like(score)
