@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from toys import LATENT, PIXELS, ToyGAN, toy_data, toy_trainer
 
 from lightning_ddst import DynamicSparsityCallback
+from lightning_ddst.models import SNGANDiscriminator
 
 EPOCHS, UPDATES = 3, 30
 INTERVAL, EXPLORE_INTERVAL = 6, 5
@@ -326,3 +327,15 @@ def test_inductor() -> None:
     assert run.watch.graphs[SETTLED - 1] == run.watch.graphs[-1]
     for found, wanted in zip(run.watch.balances[:5], once(as_it_is).watch.balances[:5], strict=True):
         assert found == pytest.approx(wanted, rel=1e-2, abs=1e-4)
+
+
+@pytest.mark.long  # half a minute: C++ is compiled
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_the_papers_discriminator_is_called_twice_before_a_backward_pass() -> None:
+    torch._dynamo.reset()
+    discriminator = SNGANDiscriminator(width=8)
+    discriminator.compile()
+    for _ in range(2):
+        real, fake = torch.randn(2, 2, 3, 32, 32)
+        (discriminator(real).mean() - discriminator(fake).mean()).backward()
+    assert all(parameter.grad is not None for parameter in discriminator.parameters())

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
+from lightning_ddst.sparsity.compiled import uncompiled
+
 
 class UpBlock(nn.Module):
     """Doubles a map: norm, ReLU, doubling, 3x3 convolution, norm, ReLU, 3x3 convolution (Gulrajani et al. 2017).
@@ -61,7 +63,15 @@ class DownBlock(nn.Module):
         """From maps ``(batch, n_in, height, width)`` to ``(batch, n_out, height, width)``, or half as high and wide."""
         hidden = self.conv1(maps if self.first else F.relu(maps))
         hidden = self.pool(self.conv2(F.relu(hidden)))
-        output: Tensor = hidden + (self.shortcut(self.pool(maps)) if self.first else self.pool(self.shortcut(maps)))
+        output: Tensor = hidden + (self._of_image(maps) if self.first else self.pool(self.shortcut(maps)))
+        return output
+
+    # Where spectral norm is over less than 8 columns, inductor keeps its vectors themselves for the backward pass,
+    # and a second call before that changes them (torch 2.11 to 2.14).
+    @uncompiled
+    def _of_image(self, images: Tensor) -> Tensor:
+        """The shortcut of the first block."""
+        output: Tensor = self.shortcut(self.pool(images))
         return output
 
 

@@ -50,9 +50,10 @@ class SpectralVectors:
         if not matrix.numel():
             return  # nothing is active
         wide = matrix.shape[0] <= matrix.shape[1]
-        gram = matrix @ matrix.t() if wide else matrix.t() @ matrix
-        leading = torch.linalg.eigh(gram).eigenvectors[:, -1]  # eigenvalues ascend
-        other = nn.functional.normalize((matrix.t() if wide else matrix) @ leading, dim=0)
+        with torch.autocast(matrix.device.type, enabled=False):  # masks change inside of the training step
+            gram = matrix @ matrix.t() if wide else matrix.t() @ matrix
+            leading = torch.linalg.eigh(gram).eigenvectors[:, -1]  # eigenvalues ascend
+            other = nn.functional.normalize((matrix.t() if wide else matrix) @ leading, dim=0)
         found = (leading, other) if wide else (other, leading)
         for buffer, vector, present in zip(self.vectors(), found, (rows, columns), strict=True):
             # Past autograd's version counter, as the masks' changes are.

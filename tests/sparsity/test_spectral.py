@@ -203,3 +203,15 @@ def test_vectors_of_a_weight_without_active_entries_stay():
         spectral.parameter.zero_()
     spectral.refresh()
     assert all(torch.equal(value, before[name]) for name, value in buffers(layer).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_rounds_no_vectors(dtype):
+    torch.manual_seed(0)
+    layer = parametrizations.spectral_norm(nn.Conv2d(32, 64, 3))
+    (spectral,) = spectral_norms(layer)
+    spectral.refresh()
+    exact = buffers(layer)
+    with torch.autocast("cpu", dtype):
+        spectral.refresh()
+    assert all(torch.equal(value, exact[name]) for name, value in buffers(layer).items())
