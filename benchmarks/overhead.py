@@ -203,5 +203,6 @@ if __name__ == "__main__":
     parser.add_argument("--precision", default=USUAL[1], help="the Trainer's")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    torch._dynamo.config.recompile_limit *= 8  # several GANs are compiled in one process
     for steps in options.steps:
         compare(steps, options)
