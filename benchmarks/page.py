@@ -328,30 +328,39 @@ def channel_trials() -> str:
 # ---- cost ----------------------------------------------------------------------------------------------
 
 
-def mask_updates() -> str:
-    found, body = rows("mask_update"), []
+def short(value: float) -> str:
+    """To two digits at least."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def on(gpu: bool) -> list[Row]:
+    """The rows of mask updates on a GPU, or on a CPU."""
+    return [row for row in rows("mask_update") if row["machine"].startswith("CPU") != gpu]
+
+
+def mask_updates(gpu: bool) -> str:
+    found, body = on(gpu), []
     for millions in sorted({row["millions"] for row in found}):
         for row in found:
             if row["millions"] == millions and row["beside"]:
                 low, middle, high = row["to_ours"]
                 ratio = f"{middle:.2f} ({low:.2f} to {high:.2f})"
-                body.append([f"{millions}", row["what"], f"{row['milliseconds']:.0f}", ratio, str(row["turns"])])
+                body.append([f"{millions}", row["what"], short(row["milliseconds"]), ratio, str(row["turns"])])
     return table(["million weights", "what", "ms", "over ours, quartiles", "turns"], body)
 
 
-def growth_of_mask_updates() -> str:
+def growth_of_mask_updates(gpu: bool) -> str:
     body = []
-    for row in rows("mask_update"):
+    for row in on(gpu):
         if not row["beside"] and row["what"].startswith("lightning_ddst"):
             each = row["milliseconds"] / row["millions"]
-            bound = row["bandwidth_bound_ms"]
             body.append(
                 [
                     str(row["millions"]),
                     row["what"].partition(", ")[2],
-                    f"{row['milliseconds']:.0f}",
-                    f"{each:.1f}",
-                    f"{bound:.1f}",
+                    short(row["milliseconds"]),
+                    short(each),
+                    short(row["bandwidth_bound_ms"]),
                     f"{row['mask_bytes_a_weight']:g}",
                 ]
             )
@@ -448,8 +457,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "unbalanced": lambda: table(*by_place("unbalanced")),
     "balances": balances,
     "estimators": estimators,
-    "mask updates": mask_updates,
-    "growth of mask updates": growth_of_mask_updates,
+    "mask updates": lambda: mask_updates(gpu=False),
+    "mask updates on a GPU": lambda: mask_updates(gpu=True),
+    "growth of mask updates": lambda: growth_of_mask_updates(gpu=False),
+    "growth of mask updates on a GPU": lambda: growth_of_mask_updates(gpu=True),
     "steps": steps,
     "exported": exported,
     "smaller": smaller,

@@ -58,7 +58,7 @@ class Waits(Callback):
             self._recorded.__exit__(None, None, None)
             self._recorded = None
             self.batches += 1
-            self.waits += [f"{w.filename}:{w.lineno}" for w in self._seen if "synchroniz" in str(w.message)]
+            self.waits += [f"{w.filename}:{w.lineno}" for w in self._seen if "called a synchronizing" in str(w.message)]
 
 
 def waits(*callbacks: Callback, **settings: Any) -> Waits:
