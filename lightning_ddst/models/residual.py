@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from lightning_ddst.sparsity.compiled import uncompiled
+_FEW_COLUMNS = 4
 
 
 class UpBlock(nn.Module):
@@ -63,15 +63,7 @@ class DownBlock(nn.Module):
         """From maps ``(batch, n_in, height, width)`` to ``(batch, n_out, height, width)``, or half as high and wide."""
         hidden = self.conv1(maps if self.first else F.relu(maps))
         hidden = self.pool(self.conv2(F.relu(hidden)))
-        output: Tensor = hidden + (self._of_image(maps) if self.first else self.pool(self.shortcut(maps)))
-        return output
-
-    # Where spectral norm is over less than 8 columns, inductor keeps its vectors themselves for the backward pass,
-    # and a second call before that changes them (torch 2.11 to 2.14).
-    @uncompiled
-    def _of_image(self, images: Tensor) -> Tensor:
-        """The shortcut of the first block."""
-        output: Tensor = self.shortcut(self.pool(images))
+        output: Tensor = hidden + (self.shortcut(self.pool(maps)) if self.first else self.pool(self.shortcut(maps)))
         return output
 
 
@@ -96,4 +88,7 @@ def normalize(network: nn.Module, *kinds: type[nn.Module]) -> None:
     """Puts the weight of every layer of the given kinds under spectral norm."""
     for layer in list(network.modules()):
         if isinstance(layer, kinds):
-            spectral_norm(layer)
+            # The norm is the transposed weight's, too. With few columns torch.compile (2.11 to 2.14) would recompute
+            # the left vector in the backward pass, from a right vector that has changed by then.
+            few = layer.weight[0].numel() <= _FEW_COLUMNS  # type: ignore[index]
+            spectral_norm(layer, dim=1 if few else None)
