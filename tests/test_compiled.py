@@ -333,7 +333,7 @@ def test_inductor() -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_the_papers_discriminator_is_called_twice_before_a_backward_pass() -> None:
     torch._dynamo.reset()
-    discriminator = SNGANDiscriminator(width=8)
+    discriminator = SNGANDiscriminator(width=32)
     discriminator.compile()
     for _ in range(2):
         real, fake = torch.randn(2, 2, 3, 32, 32)
