@@ -273,6 +273,27 @@ def ablations() -> list[Cell]:
     return cells
 
 
+# ---- wide networks -------------------------------------------------------------------------------------
+
+_WIDTH = "--model.init_args.generator.init_args.width {0} --model.init_args.discriminator.init_args.width {0}"
+WIDE = {name: f"{base} {_WIDTH.format(24)}" for name, base in FASHION.items()}
+"""With 265,000 weights in the generator and 240,000 in the discriminator; about seven minutes a run."""
+WIDE_CHANGES: dict[str, str] = {
+    "regrown weights kept": "--sparsity.regrown keep",
+    "regrown weights reset": "--sparsity.regrown reset",
+}
+"""What DDST relaxed is changed to."""
+
+
+def wide_trials() -> list[Cell]:
+    """What settings of the study "wide" are chosen by, on seeds that are in none of its rows."""
+    setting = next(iter(WIDE))
+    return [
+        Cell(setting, name, density, seed, f"{_options(WIDE[setting], setting, 'DDST relaxed', density)} {change}")
+        for seed, density, (name, change) in product((10, 11), (0.05, 0.1), WIDE_CHANGES.items())
+    ]
+
+
 # ---- whole channels ------------------------------------------------------------------------------------
 
 _WIDE = "--model.init_args.generator.init_args.width 16 --model.init_args.discriminator.init_args.width 16"
@@ -339,6 +360,7 @@ STUDIES: dict[str, Callable[[], list[Cell]]] = {
     "fashion": fashion,
     "unbalanced": unbalanced,
     "ablations": ablations,
+    "wide_trials": wide_trials,
     "channels": channels,
     "cifar10": cifar10,
     "digits": digits,

@@ -54,7 +54,7 @@ from lightning_ddst.sparsity import (
 )
 from lightning_ddst.sparsity.checks import check_choice, check_count, check_density, check_rate
 from lightning_ddst.sparsity.compiled import uncompiled
-from lightning_ddst.sparsity.masked import INITIAL, Initial
+from lightning_ddst.sparsity.masked import INITIAL, REGROWN, Initial, Regrown
 from lightning_ddst.sparsity.network import SCOPES, Scope
 from lightning_ddst.sparsity.patterns import matches, name_of_layer
 from lightning_ddst.sparsity.selection import count_true
@@ -143,6 +143,8 @@ class DynamicSparsityCallback(Callback):
         exploration_rate: The share of active weights, or channels, that an exploration replaces, at the start. By
             default 0.5, the paper's; 0.1 of channels.
         schedule: How that share falls over the run: "cosine", "linear" or "constant".
+        regrown: What an exploration does with weights that it prunes and grows again: "keep" leaves them their value
+            and optimizer state, as RigL's reference code and the paper's do; "reset" has them start from 0.
         estimator: BR over a window: "ratio_of_means" or the paper's, fragile "mean_of_ratios".
         seed: Of what is drawn here; by default torch's initial seed, which `seed_everything` sets.
         stop_on_divergence: Whether to end the run where a warning says that it has broken down: weights
@@ -185,6 +187,7 @@ class DynamicSparsityCallback(Callback):
         layer_floor: float = 0.25,
         exploration_rate: float | None = None,
         schedule: str = "cosine",
+        regrown: Regrown = "reset",
         estimator: Estimator = "ratio_of_means",
         seed: int | None = None,
         stop_on_divergence: bool = False,
@@ -208,6 +211,7 @@ class DynamicSparsityCallback(Callback):
         for pattern, density in (layer_densities or {}).items():
             check_density(f"layer_densities[{pattern!r}]", density)
         check_choice("initial_masks", initial_masks, INITIAL)
+        check_choice("regrown", regrown, REGROWN)
         check_choice("growth", growth, GROWTH_RULES)
         check_choice("distribution", distribution, DISTRIBUTIONS)
         check_choice("scope", scope, SCOPES)
@@ -248,7 +252,11 @@ class DynamicSparsityCallback(Callback):
             lowest = min(self._pruned_to)
             self._pruning = MagnitudePruning.post_hoc() if method == "posthoc" else MagnitudePruning.iterative(lowest)
         self._names: dict[Role, str | None] = {"generator": generator, "discriminator": discriminator}
-        self._masking: dict[str, Any] = {"initial": initial_masks, "dense_layers": tuple(dense_layers)}
+        self._masking: dict[str, Any] = {
+            "initial": initial_masks,
+            "dense_layers": tuple(dense_layers),
+            "regrown": regrown,
+        }
         of_weights = {
             "layer_densities": dict(layer_densities or {}),
             "growth": growth,

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from lightning_ddst.sparsity.checks import check_density, check_rate
 from lightning_ddst.sparsity.growth import GROWTH_RULES
 from lightning_ddst.sparsity.maskable import maskable_weights
-from lightning_ddst.sparsity.masked import Gradients, Initial, MaskedNetwork, all_active, check_finite, first_match
+from lightning_ddst.sparsity.masked import (
+    Gradients,
+    Initial,
+    MaskedNetwork,
+    Regrown,
+    all_active,
+    check_finite,
+    first_match,
+)
 from lightning_ddst.sparsity.selection import largest
 from lightning_ddst.sparsity.tracing import trace_channels
 
@@ -30,6 +38,7 @@ class ChannelNetwork(MaskedNetwork):
         density: Active over maskable weights at the start, in (0, 1], as near as whole channels allow.
         inputs: What the network is called with: an example, the batch first.
         initial: "random" draws the first channels; "magnitude" prunes those of the network as it is.
+        regrown: What an exploration does with channels that it prunes and grows again, "keep" or "reset".
         dense_layers: Layers whose weights all stay, and are out of every density: patterns as in `matches`.
         name: The network's name, in front of its layers' where patterns are compared.
         seed: Of everything that is drawn here.
@@ -50,6 +59,7 @@ class ChannelNetwork(MaskedNetwork):
         inputs: Sequence[Any],
         *,
         initial: Initial = "random",
+        regrown: Regrown = "reset",
         dense_layers: Sequence[str] = (),
         name: str = "",
         seed: int = 0,
@@ -60,6 +70,7 @@ class ChannelNetwork(MaskedNetwork):
             density,
             initial=initial,
             growth=GROWTH_RULES["random"],
+            regrown=regrown,
             dense_layers=dense_layers,
             name=name,
             seed=seed,
@@ -93,9 +104,11 @@ class ChannelNetwork(MaskedNetwork):
         now = self._now()
         self.target = density
         if (numbers > now).any():
-            self._grow(numbers - now)
+            self._zero_inactive()  # in case something else wrote there
+            self._grow(numbers - now, self._active)
         elif (numbers < now).any():
             self._prune(numbers)
+            self._forget_pruned()
         else:
             return
         self._compare(before)
@@ -104,17 +117,25 @@ class ChannelNetwork(MaskedNetwork):
     def explore(self, rate: float, gradients: Gradients | None = None) -> int:
         """Prunes a share of every group's active channels and grows as many; see `MaskedNetwork`.
 
-        No more are pruned than there are inactive, and one of a group at least stays.
+        One of a group at least stays. With ``regrown="reset"`` no more are pruned than there are inactive.
         """
         check_rate("rate", rate)
         before = self._active
-        moved = [min(int(rate * n + 1e-9), size - n, n - 1) for n, size in self.channel_counts]
+        most = [size - n if self._regrown == "reset" else n for n, size in self.channel_counts]
+        moved = [min(int(rate * n + 1e-9), m, n - 1) for (n, _), m in zip(self.channel_counts, most, strict=True)]
         if not any(moved):
             return 0
         weights = self.active
+        keeps = self._regrown == "keep"
+        if keeps:
+            self._zero_inactive()  # in case something else wrote there
         self._prune(self._now() - torch.tensor(moved))
         pruned = weights - self.active
-        self._grow(torch.tensor(moved))
+        if not keeps:
+            self._forget_pruned()
+        self._grow(torch.tensor(moved), before if keeps else self._active)
+        if keeps:
+            self._forget_pruned()
         self._compare(before)
         self._refresh_spectral()
         return pruned
@@ -182,23 +203,21 @@ class ChannelNetwork(MaskedNetwork):
     def _prune(self, numbers: Tensor) -> None:
         """Leaves so many channels of each group."""
         self._apply(self._best(self._magnitudes().masked_fill(~self._active, -1.0), numbers))
-        self._zero_inactive()
-        self._tell_listeners()
 
-    def _grow(self, numbers: Tensor) -> None:
-        """Activates so many more channels of each group."""
+    def _grow(self, numbers: Tensor, known: Tensor) -> None:
+        """Activates so many more channels of each group; those that are not among the known get their first weights."""
         drawn = torch.rand(len(self._active), generator=self._generator).masked_fill(self._active, -1.0)
         new = self._best(drawn, numbers)
         scales = {name: self._scale(name) for name in self.weights}
-        self._zero_inactive()  # in case something else wrote there
         self._apply(self._active | new)
         for name, parameter in self.parameters.items():
-            self._begin_anew(name, parameter, new, scales[name])
+            self._begin_anew(name, parameter, new & ~known, scales[name])
         self._cover(self.masks)
 
     def _scale(self, name: str) -> float:
         """The root of the mean square of a weight's active entries."""
-        return float((self.parameters[name].detach().float().square().sum() / self._counts[name]).sqrt())
+        weight = self.parameters[name].detach().float() * self.masks[name]
+        return float((weight.square().sum() / self._counts[name]).sqrt())
 
     @torch.no_grad()
     def _begin_anew(self, name: str, parameter: nn.Parameter, new: Tensor, scale: float) -> None:

@@ -19,6 +19,8 @@ from lightning_ddst.sparsity.sharding import is_split, own, reshard, split_like
 
 Initial = Literal["random", "magnitude"]
 INITIAL = ("random", "magnitude")
+Regrown = Literal["keep", "reset"]
+REGROWN = ("keep", "reset")
 Gradients = Mapping[str, Tensor]
 
 _PIECE = 2**20
@@ -36,6 +38,8 @@ class MaskedNetwork(ABC):
         initial: "random" draws the first masks; "magnitude" prunes the weights as they are (of a
             network that was trained dense), by the same rules as later.
         growth: What grows.
+        regrown: What an exploration does with weights that it prunes and grows again: "keep" leaves them their value
+            and optimizer state, as RigL's reference code does; "reset" has them start from 0.
         dense_layers: Layers that are left dense, and out of every density: patterns as in `matches`.
         name: The network's name, in front of its layers' where patterns are compared.
         seed: Of everything that is drawn here.
@@ -63,12 +67,14 @@ class MaskedNetwork(ABC):
         *,
         initial: Initial,
         growth: GrowthRule,
+        regrown: Regrown,
         dense_layers: Sequence[str],
         name: str,
         seed: int,
     ) -> None:
         check_density("density", density)
         check_choice("initial", initial, INITIAL)
+        check_choice("regrown", regrown, REGROWN)
         self.network = network
         self.weights: dict[str, MaskableWeight] = {
             weight.name: weight for weight in maskable_weights(network) if not first_match(dense_layers, weight, name)
@@ -77,6 +83,7 @@ class MaskedNetwork(ABC):
             raise ValueError(f"dense_layers={list(dense_layers)} leaves nothing to mask.")
         self.target = density
         self.growth = growth
+        self._regrown = regrown
         # Not the seed itself: weights may have been drawn from it, and masks must not follow them.
         digest = hashlib.sha256(f"masks {seed}".encode()).digest()
         self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") // 2)
@@ -173,11 +180,12 @@ class MaskedNetwork(ABC):
 
     def apply_masks(self) -> None:
         """Sets what is inactive to 0, after something else gave the network other weights."""
-        self._zero_inactive()
-        self._tell_listeners()
+        self._forget_pruned()
         self._refresh_spectral()
 
-    def _tell_listeners(self) -> None:
+    def _forget_pruned(self) -> None:
+        """Sets what is inactive to 0: weights here, gradients and optimizer state by the listeners."""
+        self._zero_inactive()
         for listener in self.listeners:
             listener()
 

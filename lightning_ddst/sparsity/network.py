@@ -10,7 +10,15 @@ from lightning_ddst.sparsity.allocation import DISTRIBUTIONS, allocate, apportio
 from lightning_ddst.sparsity.checks import check_choice, check_density, check_rate
 from lightning_ddst.sparsity.growth import GROWTH_RULES, Layer
 from lightning_ddst.sparsity.maskable import MaskableWeight
-from lightning_ddst.sparsity.masked import Gradients, Initial, MaskedNetwork, all_active, check_finite, first_match
+from lightning_ddst.sparsity.masked import (
+    Gradients,
+    Initial,
+    MaskedNetwork,
+    Regrown,
+    all_active,
+    check_finite,
+    first_match,
+)
 from lightning_ddst.sparsity.selection import count_true, largest, select
 from lightning_ddst.sparsity.sharding import whole
 
@@ -34,6 +42,7 @@ class SparseNetwork(MaskedNetwork):
         scope: Where weights compete to stay or to grow: "global", over all layers together (as the
             paper does), or "layer", with the layers' counts given by the distribution.
         growth: A key of `GROWTH_RULES`.
+        regrown: What an exploration does with weights that it prunes and grows again, "keep" or "reset".
         dense_layers: Layers that are left dense, and out of every density: patterns as in `matches`.
         layer_densities: Densities of single layers, in (0, 1], by pattern; the first that matches
             counts. They keep them, explore by themselves, and the other layers share what is left.
@@ -57,6 +66,7 @@ class SparseNetwork(MaskedNetwork):
         distribution: str = "erk",
         scope: Scope = "global",
         growth: str = "gradient",
+        regrown: Regrown = "reset",
         dense_layers: Sequence[str] = (),
         layer_densities: Mapping[str, float] | None = None,
         name: str = "",
@@ -73,6 +83,7 @@ class SparseNetwork(MaskedNetwork):
             density,
             initial=initial,
             growth=GROWTH_RULES[growth],
+            regrown=regrown,
             dense_layers=dense_layers,
             name=name,
             seed=seed,
@@ -111,6 +122,7 @@ class SparseNetwork(MaskedNetwork):
             self._grow(moves, scores)
         elif moves:
             self._prune(moves, self._prunable(density))
+            self._forget_pruned()
         self.target = density
         if moves:
             self.overlap = min(before, self.active) / max(before, self.active)
@@ -119,8 +131,9 @@ class SparseNetwork(MaskedNetwork):
     def explore(self, rate: float, gradients: Gradients | None = None) -> int:
         """Prunes a share of the active weights and grows as many; the density stays.
 
-        As in RigL, what was pruned just now may grow again, though here from 0. No more is pruned
-        than there is inactive, so a dense network stays as it is.
+        As in RigL, what was pruned just now may grow again. With ``regrown="keep"`` it then keeps its value and
+        optimizer state, so a dense network stays as it is (Evci et al. 2020 and their reference code). With
+        ``regrown="reset"`` it starts from 0, and no more is pruned than there is inactive.
 
         Args:
             rate: The share of active weights, in [0, 1].
@@ -138,12 +151,21 @@ class SparseNetwork(MaskedNetwork):
         for pool in self._pools():
             active = sum(self._counts[name] for name in pool)
             size = sum(self.masks[name].numel() for name in pool)
-            if number := min(int(rate * active + 1e-9), size - active, sum(prunable[name] for name in pool)):
+            number = min(int(rate * active + 1e-9), sum(prunable[name] for name in pool))
+            if self._regrown == "reset":
+                number = min(number, size - active)
+            if number:
                 moves.append((pool, number))
         if moves:
             scores = self._growth_scores(gradients)
+            if self._regrown == "keep":
+                self._zero_inactive()  # in case something else wrote there
             pruned = self._prune(moves, prunable)
+            if self._regrown == "reset":
+                self._forget_pruned()
             grown = self._grow(moves, scores)
+            if self._regrown == "keep":
+                self._forget_pruned()
             replaced = sum(number for _, number in moves)
             replaced -= sum(count_true(pruned[name] & grown[name]) for name in pruned.keys() & grown.keys())
             self.overlap = (self.active - replaced) / (self.active + replaced)
@@ -193,8 +215,6 @@ class SparseNetwork(MaskedNetwork):
             masks = [self.masks[name] for name in pool]
             limits = [prunable[name] for name in pool]
             pruned |= self._flip(pool, *select(weights, masks, number, limits, _smallness), sign=-1)
-        self._zero_inactive()
-        self._tell_listeners()
         return pruned
 
     def _growth_scores(self, gradients: Gradients | None) -> dict[str, Tensor]:
@@ -246,6 +266,7 @@ class SparseNetwork(MaskedNetwork):
             self.masks = {name: all_active(p) for name, p in self.parameters.items()}
             self._counts = {name: mask.numel() for name, mask in self.masks.items()}
             self._prune(self._moves(counts), self._prunable(density))
+            self._forget_pruned()
         self._cover(self.masks)
         if self.active < self.total:
             self._refresh_spectral()

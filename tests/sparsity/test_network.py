@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_ddst.sparsity import DISTRIBUTIONS, SparseNetwork, allocate, growth_rule
+from lightning_ddst.sparsity import DISTRIBUTIONS, Enforcement, SparseNetwork, allocate, growth_rule
 
 FIRST, SECOND = "0.weight", "1.weight"
 FIRST_WEIGHT = [[1.0, -2.0, 3.0, -4.0], [0.5, 6.0, -7.0, 8.0]]
@@ -873,3 +873,78 @@ def test_coverage_is_the_share_of_weights_that_were_ever_active(density):
         assert network.overlap == int((before & after).sum()) / int((before | after).sum())
     again = SparseNetwork(nn.Sequential(nn.Linear(9, 7), nn.Linear(7, 5)), density, state=network.state_dict())
     assert (again.coverage, again.overlap) == (network.coverage, network.overlap)
+
+
+# ---- weights that are pruned and grown again -----------------------------------------------------------
+
+ROW = [[1.0, -2.0, 3.0, -4.0, 5.0, 6.0]]
+
+
+def one_row(mask, regrown):
+    network = nn.Sequential(nn.Linear(6, 1))
+    with torch.no_grad():
+        network[0].weight.copy_(torch.tensor(ROW))
+    return with_masks(network, [mask], regrown=regrown)
+
+
+@pytest.mark.parametrize(("regrown", "again"), [("keep", 1.0), ("reset", 0.0)])
+def test_a_weight_that_is_pruned_and_grown_again_is_kept_or_reset(regrown, again):
+    sparse = one_row([1, 1, 1, 1, 0, 0], regrown)
+    # 1 and -2 are pruned; of what is inactive then, the first and the fifth have the largest gradients.
+    assert sparse.explore(0.5, {FIRST: torch.tensor([[9.0, 0.0, 7.0, 7.0, 8.0, 1.0]])}) == 2
+    assert masks_of(sparse) == [[[1, 0, 1, 1, 1, 0]]]
+    assert sparse.network[0].weight.tolist() == [[again, 0.0, 3.0, -4.0, 0.0, 0.0]]
+    assert sparse.overlap == 3 / 5
+    assert_consistent(sparse)
+
+
+@pytest.mark.parametrize(("regrown", "number"), [("keep", 2), ("reset", 1)])
+def test_above_one_over_one_plus_rate_only_kept_weights_let_the_rate_hold(regrown, number):
+    sparse = one_row([1, 1, 1, 1, 1, 0], regrown)  # half of five are two, and one is inactive
+    assert sparse.explore(0.5, {FIRST: torch.tensor([[0.0, 3.0, 0.0, 0.0, 0.0, 4.0]])}) == number
+    assert sparse.network[0].weight.tolist() == [[0.0, -2.0, 3.0, -4.0, 5.0, 0.0]]
+    assert masks_of(sparse) == [[[0, 1, 1, 1, 1, 1]]]
+    assert_consistent(sparse)
+
+
+@pytest.mark.parametrize(("regrown", "number"), [("keep", 3), ("reset", 0)])
+def test_exploring_a_full_layer_changes_nothing(regrown, number):
+    sparse = one_row([1] * 6, regrown)
+    # Only what was pruned can grow, so all of it does, as in RigL's reference code.
+    assert sparse.explore(0.5, {FIRST: torch.zeros(1, 6)}) == number
+    assert sparse.network[0].weight.tolist() == ROW
+    assert masks_of(sparse) == [[[1] * 6]]
+    assert sparse.overlap == 1.0
+
+
+def test_the_optimizer_state_of_a_weight_that_grows_again_is_kept():
+    sparse = one_row([1, 1, 1, 1, 0, 0], "keep")
+    optimizer = torch.optim.Adam(sparse.network.parameters(), lr=1e-3)
+    enforcement = Enforcement(sparse, [optimizer])
+    sparse.network(torch.ones(1, 6)).sum().backward()
+    optimizer.step()
+    weight = sparse.network[0].weight
+    before, moment = weight.detach().clone(), optimizer.state[weight]["exp_avg"].clone()
+    sparse.explore(0.5, {FIRST: torch.tensor([[9.0, 0.0, 7.0, 7.0, 8.0, 1.0]])})
+    survives = torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.0, 0.0]])
+    assert torch.equal(weight, before * survives)
+    assert torch.equal(optimizer.state[weight]["exp_avg"], moment * survives)
+    assert moment[0, 0] != 0
+    enforcement.remove()
+
+
+@given(
+    mask=st.lists(st.booleans(), min_size=12, max_size=12).filter(any),
+    rate=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)
+def test_what_survives_an_exploration_that_keeps_is_untouched(mask, rate, seed):
+    torch.manual_seed(seed)
+    sparse = with_masks(nn.Sequential(nn.Linear(4, 3)), torch.tensor(mask).view(3, 4).tolist(), regrown="keep")
+    before, active = copies(sparse)[FIRST], sparse.active
+    weight = sparse.network[0].weight.detach().clone()
+    sparse.explore(rate, {FIRST: torch.randn(3, 4)})
+    after = sparse.masks[FIRST]
+    assert sparse.active == active
+    assert torch.equal(sparse.network[0].weight, weight * (before & after))
+    assert_consistent(sparse)
