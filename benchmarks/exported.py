@@ -13,9 +13,9 @@ import torch
 from rows import add, origin
 
 from lightning_ddst import export
+from lightning_ddst.export.benchmark import onnx_time_ratio, sparse_linears, time_ratio
 from lightning_ddst.models import SNGANGenerator
 from lightning_ddst.sparsity import ChannelNetwork, SparseNetwork, compact
-from lightning_ddst.speed import onnx_time_ratio, sparse_linears, time_ratio
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5)
 BATCH = 16

@@ -10,7 +10,7 @@ from matplotlib.ticker import PercentFormatter, ScalarFormatter
 from rows import rows
 from studies import BAND, CLAIMS, FASHION, METHODS
 
-from lightning_ddst import plots
+from lightning_ddst.report import plots
 
 # Okabe and Ito's colours, which the colour-blind tell apart; shapes tell kinds of runs apart.
 _LOOKS = {

@@ -21,7 +21,7 @@ from typing import Any
 from rows import HERE, add, origin, rows
 from studies import STUDIES, Cell
 
-from lightning_ddst.runs import Points, read_run
+from lightning_ddst.report.runs import Points, read_run
 
 SERIES = {
     "frechet_distance": "distance",

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_ddst.balance import Balance, Decision, DensityController, controller
 from lightning_ddst.sparsity.averaging import WeightAverage
-from lightning_ddst.sparsity.enforcement import Enforcement
+from lightning_ddst.sparsity.enforcement import MaskEnforcer
 
 
 class PlainAverage(Callback):
@@ -40,7 +40,7 @@ class KeptState(Callback):
     """Optimizer state of inactive weights is left to the optimizer, as in the paper's code with Adam."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        Enforcement._mask_state = lambda self, optimizer: None  # type: ignore[method-assign]
+        MaskEnforcer._mask_state = lambda self, optimizer: None  # type: ignore[method-assign]
 
 
 class ExploresInBand(Callback):

@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
-from lightning_ddst import plots
-from lightning_ddst.runs import Series, read_run
+from lightning_ddst.report import plots
+from lightning_ddst.report.runs import Series, read_run
 from lightning_ddst.sparsity import SparseNetwork
 
 Box: TypeAlias = tuple[int, int, int, int]

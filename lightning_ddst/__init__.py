@@ -12,7 +12,7 @@ from lightning_ddst.callbacks import (
     SampleQuality,
     SparsityPlots,
 )
-from lightning_ddst.module import GANModule
+from lightning_ddst.gan.module import GANModule
 from lightning_ddst.sparsity import growth_rule
 
 __all__ = [

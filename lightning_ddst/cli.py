@@ -11,8 +11,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_ddst.callbacks import DynamicSparsityCallback, InterruptCheckpoint
-from lightning_ddst.export_command import export
-from lightning_ddst.plot_command import plot
+from lightning_ddst.export.command import export
+from lightning_ddst.report.plot_command import plot
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 """What runs where no configuration is named: DDST on handwritten digits."""

@@ -10,8 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
-from lightning_ddst import DynamicSparsityCallback, GeneratorEMA, ranks
-from lightning_ddst.sparsity.sharding import whole
+from lightning_ddst import DynamicSparsityCallback, GeneratorEMA
+from lightning_ddst.sparsity.sharding import full_tensor
+from lightning_ddst.utils import distributed
 
 
 class KilledError(Exception):
@@ -58,7 +59,7 @@ class History(Callback):
             tuple(network.checksum for network in sparsity.networks().values()),
             sparsity.decisions[-1:],
             torch.get_rng_state().sum().item(),
-            sum(whole(p.detach()).double().sum().item() for p in pl_module.parameters()),
+            sum(full_tensor(p.detach()).double().sum().item() for p in pl_module.parameters()),
         )
 
 
@@ -114,7 +115,7 @@ def fit(
     except KilledError:
         assert kill is not None
     weights = {**gan.state_dict(), **{f"average {name}": value for name, value in ema.averages().items()}}
-    weights = {name: whole(value) for name, value in weights.items()}
+    weights = {name: full_tensor(value) for name, value in weights.items()}
     return weights, history.batches, logs.lines, callback
 
 
@@ -139,7 +140,7 @@ def assert_resumed_alike(make: Any, data: Any, folder: Path, *, every: int | Non
     assert {line: logs[line] for line in lines} == lines
     assert weights.keys() == resumed.keys()
     for name in weights:
-        if ranks.rank() and "running_" in name:
+        if distributed.get_rank() and "running_" in name:
             continue  # each process has statistics of its own, and the first one's are saved
         assert torch.equal(weights[name], resumed[name]), name
     for role in ("generator", "discriminator"):

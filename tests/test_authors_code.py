@@ -12,9 +12,9 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim import Adam
 
 from lightning_ddst.balance import BalanceWindow, DensityController
-from lightning_ddst.sparsity import Enforcement, SparseNetwork, maskable_weights, published_flops
+from lightning_ddst.sparsity import MaskEnforcer, SparseNetwork, maskable_weights, published_flops
 from lightning_ddst.sparsity.averaging import WeightAverage
-from lightning_ddst.sparsity.flops import Workload
+from lightning_ddst.sparsity.flops import OpCounter
 
 
 def layer(inputs=10, outputs=10):
@@ -81,7 +81,7 @@ def test_adam_has_no_state_where_weights_are_inactive():
         optimizer = Adam(network.parameters(), betas=(0.5, 0.9))
         sparse = SparseNetwork(network, 0.2)
         if enforced:
-            Enforcement(sparse, [optimizer])
+            MaskEnforcer(sparse, [optimizer])
         for _ in range(20):
             optimizer.zero_grad()
             (network(torch.randn(8, 10)) - 1).square().mean().backward()
@@ -184,7 +184,7 @@ def test_limits_are_arguments():
 )
 def test_operations_of_transposed_and_grouped_convolutions(module, image, theirs, operations):
     assert published_flops(module, torch.zeros(image)) == theirs
-    workload = Workload(maskable_weights(module))
+    workload = OpCounter(maskable_weights(module))
     with workload.counted(), torch.no_grad():
         module(torch.zeros(image))
     assert 2 * workload.uses["weight"] * module.weight.numel() == operations

@@ -23,7 +23,7 @@ from toys import LATENT, PIXELS, ToyGAN, toy_data
 from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA, SampleQuality
 from lightning_ddst.data import ResumableLoader
 from lightning_ddst.models import SmallDiscriminator, SmallGenerator
-from lightning_ddst.sparsity.sharding import whole
+from lightning_ddst.sparsity.sharding import full_tensor
 
 FSDP2 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 """Whether it works on CPUs."""
@@ -52,8 +52,8 @@ class EveryUpdate(Callback):
                 parameter = network.parameters[name]
                 state = [own["exp_avg"] for o in trainer.optimizers if (own := o.state.get(parameter))]
                 tensors = [parameter.detach(), *state, *([] if parameter.grad is None else [parameter.grad])]
-                clean &= all(not whole(tensor)[~mask].any() for tensor in tensors)
-                clean &= bool(whole(parameter.detach())[mask].any())
+                clean &= all(not full_tensor(tensor)[~mask].any() for tensor in tensors)
+                clean &= bool(full_tensor(parameter.detach())[mask].any())
         checksums = tuple(network.checksum for network in sparsity.networks().values())
         updates, decisions = sparsity.generator_updates, sparsity.decisions[-1:]
         self.seen.append((updates, checksums, decisions, sparsity.balance, active, clean))
@@ -75,7 +75,7 @@ def train(gan: LightningModule, data: Any, *callbacks: Callback, strategy: str =
 
 
 def weights(gan: LightningModule) -> dict[str, torch.Tensor]:
-    return {name: whole(value).clone() for name, value in gan.state_dict().items()}
+    return {name: full_tensor(value).clone() for name, value in gan.state_dict().items()}
 
 
 def methods(folder: Path, **sparsity: Any) -> Any:

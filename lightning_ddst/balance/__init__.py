@@ -14,7 +14,6 @@ from lightning_ddst.balance.controller import (
 from lightning_ddst.balance.probe import BalanceProbe, ScoresItself
 from lightning_ddst.balance.ratio import Balance, BalanceWindow
 from lightning_ddst.balance.signals import SIGNALS, control_signal
-from lightning_ddst.balance.training import Exploration, Plan, SparseTraining
 
 __all__ = [
     "SIGNALS",
@@ -25,10 +24,7 @@ __all__ = [
     "Decision",
     "DensityController",
     "DensityRamp",
-    "Exploration",
-    "Plan",
     "RelativeController",
     "ScoresItself",
-    "SparseTraining",
     "control_signal",
 ]

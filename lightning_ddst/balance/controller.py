@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from lightning_ddst.balance.ratio import Balance
 from lightning_ddst.balance.signals import SIGNALS
-from lightning_ddst.sparsity.checks import check_choice, check_density
+from lightning_ddst.utils.validation import check_choice, check_density
 
 Action = Literal["grow", "prune", "explore", "hold", "undecided"]
 ACTIONS: tuple[Action, ...] = ("grow", "prune", "explore", "hold", "undecided")
@@ -30,13 +30,13 @@ class Decision:
         action: "grow" or "prune" to `density`, "explore" at it, or nothing: "hold", "undecided".
         density: The density aimed at, in (0, 1].
         reason: The comparison behind it, in words and numbers.
-        held_up: Whether the discriminator would be pruned if its density were not the smallest allowed.
+        at_floor: Whether the discriminator would be pruned if its density were not the smallest allowed.
     """
 
     action: Action
     density: float
     reason: str
-    held_up: bool = False
+    at_floor: bool = False
 
 
 class Controller(ABC):
@@ -124,7 +124,7 @@ class DensityController(Controller):
             return Decision("hold", density, f"{reason}, but dense already")
         if density > self.min_density:
             return Decision("prune", max(_tidy(density - self.delta), self.min_density), reason)
-        return Decision("hold", density, f"{reason}, but at its smallest density {density:g}", held_up=True)
+        return Decision("hold", density, f"{reason}, but at its smallest density {density:g}", at_floor=True)
 
     def value(self, balance: Balance) -> float | None:
         """The signal; None where it is undecided."""
@@ -185,7 +185,7 @@ class RelativeController(Controller):
             reason = f"BR {balance.ratio:.3f} is {level:.0%} of the highest, {self._highest:.3f}"
         elif balance.ratio is not None and balance.ratio > 0:
             reason = f"BR is {balance.ratio:.3f}, and its level is not known yet"
-        elif not balance.blind:
+        elif not balance.at_chance:
             return Decision("undecided", density, reason or "BR has not been above 0 yet")
         full = self._delta
         if full is None:

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_ddst import ranks
 from lightning_ddst.balance.ratio import Balance
-from lightning_ddst.sparsity.sharding import own
+from lightning_ddst.sparsity.sharding import local_part
+from lightning_ddst.utils import distributed
 
 _WINDOWS = 10
 """Windows in a row without a balance ratio that are reported."""
@@ -64,7 +64,7 @@ class Divergence:
             balance: What the window says.
             updates: Generator updates so far.
         """
-        if balance.constant:
+        if balance.scores_are_constant:
             self._report(
                 "constant",
                 updates,
@@ -94,6 +94,6 @@ class Divergence:
 
 
 def _all_finite(network: nn.Module) -> bool:
-    values = [own(p.detach()).float() for p in network.parameters()]
+    values = [local_part(p.detach()).float() for p in network.parameters()]
     extremes = [torch.stack(value.aminmax()) for value in values if value.numel()]
-    return all(ranks.gathered(not extremes or bool(torch.stack(extremes).isfinite().all())))
+    return all(distributed.all_gather(not extremes or bool(torch.stack(extremes).isfinite().all())))

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lightning_ddst.balance.calls import (
+from lightning_ddst.balance.recorder import (
     Adversarial,
     Call,
     Generated,
@@ -19,10 +19,10 @@ from lightning_ddst.balance.calls import (
     rescaled,
     weights_version,
 )
-from lightning_ddst.balance.entries import Place, entry, first_tensor, tensors_in
 from lightning_ddst.balance.replay import CallState, replayed, weights
-from lightning_ddst.sparsity.compiled import eagerly, is_compiled, uncompiled
 from lightning_ddst.sparsity.sharding import reshard
+from lightning_ddst.utils.compilation import is_compiled, run_eagerly, uncompiled
+from lightning_ddst.utils.nested import Place, get_entry, get_first_tensor, tensors_in
 
 _CALLS = 16
 """How many calls of each network are remembered: more than lie between a scored batch and the update."""
@@ -141,7 +141,7 @@ class BalanceProbe:
 
     @uncompiled
     def _generator_called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._generator_trains() and (fake := first_tensor(output)).grad_fn is not None:
+        if self._generator_trains() and (fake := get_first_tensor(output)).grad_fn is not None:
             assert self._state is not None
             mark = object()
             metadata(fake.grad_fn)[self] = mark
@@ -257,7 +257,7 @@ class BalanceProbe:
     def _score_generated(self, step: Adversarial) -> Tensor:
         call = step.made.call.cloned()  # networks may write into their arguments
         with self._quietly(self._generator, step.made.state):
-            images = first_tensor(self._generator(*call.args, **call.kwargs))
+            images = get_first_tensor(self._generator(*call.args, **call.kwargs))
         return self._discriminate(step.call.replaced({step.place: images.to(step.argument.dtype)}), step)
 
     def _discriminate(self, call: Call, step: Adversarial) -> Tensor:
@@ -267,9 +267,9 @@ class BalanceProbe:
 
     def _scores_in(self, output: Any) -> Tensor:
         if self._output is None:
-            return first_tensor(output)
+            return get_first_tensor(output)
         try:
-            return first_tensor(entry(output, self._output))
+            return get_first_tensor(get_entry(output, self._output))
         except (KeyError, TypeError):
             raise self._cannot(
                 f"discriminator_output={self._output!r} is no tensor in what the discriminator returns; "
@@ -299,7 +299,7 @@ class BalanceProbe:
     def _real_images(self, batch: Any) -> Tensor:
         if self._real is not None:
             try:
-                return first_tensor(entry(batch, self._real)).detach()
+                return get_first_tensor(get_entry(batch, self._real)).detach()
             except (KeyError, TypeError):
                 raise self._cannot(
                     f"real={self._real!r} is no tensor in the batch; it holds {_described(batch)}"
@@ -415,7 +415,7 @@ class BalanceProbe:
         """For calls that training must not notice."""
         self._probing = True
         try:
-            with replayed(network, state), eagerly(network):
+            with replayed(network, state), run_eagerly(network):
                 yield
         finally:
             self._probing = False

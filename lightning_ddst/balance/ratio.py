@@ -31,7 +31,7 @@ class Balance:
         fake: ``E[D(G_pre(z))]``.
         samples: Number of measurements.
         reason: Why the ratio is undecided; empty where it is not.
-        constant: Whether every measurement gave real images, old and new fakes the same score.
+        scores_are_constant: Whether every measurement gave real images, old and new fakes the same score.
         real_sign: ``E[sign(D(x))]``, in [-1, 1]: the share of real images whose score is positive less the share
             whose score is negative.
     """
@@ -43,11 +43,11 @@ class Balance:
     fake: float
     samples: int
     reason: str
-    constant: bool = False
+    scores_are_constant: bool = False
     real_sign: float = float("nan")
 
     @property
-    def blind(self) -> bool:
+    def at_chance(self) -> bool:
         """Whether the ratio is undecided because the discriminator does not clearly tell real from fake."""
         return self.ratio is None and self.samples > 0 and math.isfinite(self.alpha) and math.isfinite(self.beta)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lightning_ddst.balance.ratio import Balance
-from lightning_ddst.sparsity.checks import check_choice
+from lightning_ddst.utils.validation import check_choice
 
 Meaning = Literal["weak", "strong"]
 Read = Callable[[Balance], float | None]

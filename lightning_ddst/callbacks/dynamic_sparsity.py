@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ddst import ranks
 from lightning_ddst.balance import (
     SIGNALS,
     Balance,
@@ -22,42 +21,41 @@ from lightning_ddst.balance import (
     Decision,
     DensityController,
     DensityRamp,
-    Exploration,
-    Plan,
     RelativeController,
     ScoresItself,
-    SparseTraining,
 )
 from lightning_ddst.balance.controller import ACTIONS
-from lightning_ddst.balance.entries import Place
 from lightning_ddst.balance.ratio import ESTIMATORS, Estimator
-from lightning_ddst.callbacks.accumulation import AccumulatedGradients
+from lightning_ddst.callbacks._support.folders import check_folders
+from lightning_ddst.callbacks._support.pending_gradients import PendingGradients
+from lightning_ddst.callbacks._support.reporting import hparams, summary_markdown, write_custom_scalars
+from lightning_ddst.callbacks._support.rng import random_states, resume_randomness
+from lightning_ddst.callbacks._support.run_length import RunLength
+from lightning_ddst.callbacks._support.strategies import check_backward_passes, check_strategy, loads_late
 from lightning_ddst.callbacks.ema import GeneratorEMA
-from lightning_ddst.callbacks.examples import examples
-from lightning_ddst.callbacks.folders import check_folders
-from lightning_ddst.callbacks.logs import log_scalars, logs_at, tensorboards
-from lightning_ddst.callbacks.networks import find_network, name_in, refuse_other_averages
-from lightning_ddst.callbacks.random_states import random_states, resume_randomness
-from lightning_ddst.callbacks.run_length import RunLength
-from lightning_ddst.callbacks.strategies import check_backward_passes, check_strategy, loads_late
-from lightning_ddst.callbacks.tensorboard import compared, in_words, write_page
+from lightning_ddst.methods import DropFractionSchedule, Plan, SparseTraining
+from lightning_ddst.methods.pruning import MagnitudePruning
 from lightning_ddst.sparsity import (
     DISTRIBUTIONS,
     GROWTH_RULES,
     SCHEDULES,
     ChannelNetwork,
     LayerFlops,
-    MagnitudePruning,
     MaskedNetwork,
     SparseNetwork,
     maskable_weights,
 )
-from lightning_ddst.sparsity.checks import check_choice, check_count, check_density, check_rate
-from lightning_ddst.sparsity.compiled import uncompiled
 from lightning_ddst.sparsity.masked import INITIAL, REGROWN, Initial, Regrown
 from lightning_ddst.sparsity.network import SCOPES, Scope
 from lightning_ddst.sparsity.patterns import matches, name_of_layer
 from lightning_ddst.sparsity.selection import count_true
+from lightning_ddst.utils import distributed
+from lightning_ddst.utils.compilation import uncompiled
+from lightning_ddst.utils.example_inputs import infer_inputs
+from lightning_ddst.utils.logging import log_scalars, logs_at, tensorboards
+from lightning_ddst.utils.nested import Place
+from lightning_ddst.utils.networks import find_network, name_in, refuse_other_averages
+from lightning_ddst.utils.validation import check_choice, check_count, check_density, check_rate
 
 Method = Literal["dense", "static", "sdst", "dda", "ddst", "ramp", "posthoc", "imp"]
 Role = Literal["generator", "discriminator"]
@@ -72,7 +70,7 @@ _PRUNED = ("posthoc", "imp")
 T = TypeVar("T")
 
 _UNKNOWN_LENGTH_INTERVAL = 1000
-_HELD_UP, _OF = 7, 10
+_WARN_AFTER, _WARN_WINDOW = 7, 10
 """Of the last decisions, that would have pruned a discriminator at its smallest density, before there is a warning."""
 _EXPLORATION_RATES: dict[Granularity, float] = {"weight": 0.5, "channel": 0.1}
 """By default: the paper's, and of those that were tried on channels one of the two best (docs/results.md)."""
@@ -192,7 +190,7 @@ class DynamicSparsityCallback(Callback):
         seed: int | None = None,
         stop_on_divergence: bool = False,
     ) -> None:
-        self._compared = compared(locals())
+        self._compared = hparams(locals())
         check_choice("method", method, METHODS)
         check_choice("granularity", granularity, get_args(Granularity))
         check_density("generator_density", generator_density)
@@ -279,7 +277,7 @@ class DynamicSparsityCallback(Callback):
         elif method == "ramp":
             self._new_controller = DensityRamp(discriminator_density, max_discriminator_density)
         self._controller: Controller | None = self._new_controller
-        self._exploration = Exploration(exploration_rate, schedule)
+        self._exploration = DropFractionSchedule(exploration_rate, schedule)
         self._estimator = estimator
         self._intervals = (interval, explore_interval, probe_interval)
         self._seed = seed
@@ -291,7 +289,7 @@ class DynamicSparsityCallback(Callback):
         self._full_names: dict[int, str] = {}
         self._module: nn.Module | None = None
         self._training: SparseTraining | None = None
-        self._accumulated: AccumulatedGradients | None = None
+        self._accumulated: PendingGradients | None = None
         self._saved: Mapping[str, Any] | None = None
         self._handles: list[RemovableHandle] = []
         self._batch: Any = None
@@ -392,7 +390,7 @@ class DynamicSparsityCallback(Callback):
     @property
     def _flops(self) -> LayerFlops:
         """Of both networks so far."""
-        return LayerFlops() if self._training is None else self._training.flops.together
+        return LayerFlops() if self._training is None else self._training.flops.total
 
     def _by_full_name(self, of_networks: Iterable[Mapping[str, T]]) -> dict[str, T]:
         """What is known of each network's maskable weights, by their names in the module."""
@@ -422,7 +420,7 @@ class DynamicSparsityCallback(Callback):
             ValueError: If a network is not found, or cannot be masked at its density.
         """
         # One process's: drawing the masks sets weights to 0, and the weights are the same everywhere already.
-        seed = ranks.of_first(torch.initial_seed() if self._seed is None else self._seed)
+        seed = distributed.broadcast(torch.initial_seed() if self._seed is None else self._seed)
         self._module = module
         self._full_names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._networks = {}
@@ -431,7 +429,7 @@ class DynamicSparsityCallback(Callback):
             raise ValueError(f"generator and discriminator are the same module, {self._names['discriminator']!r}.")
         self._check_patterns(module, found)
         channels = self._granularity == "channel"
-        inputs = examples(module, found["generator"]) if channels else ((), ())
+        inputs = infer_inputs(module, found["generator"]) if channels else ((), ())
         for offset, (role, network) in enumerate(found.items()):
             # Of several pairs each has masks of its own.
             of_name = zlib.crc32((self._names[role] or "").encode())
@@ -505,8 +503,8 @@ class DynamicSparsityCallback(Callback):
             refuse_other_averages(trainer, pl_module, generator.network)
         self._refuse_shared(trainer, pl_module)
         for network in self._networks.values():
-            if ranks.several():  # after a call of attach there may be others
-                network.load_state_dict(ranks.of_first(network.state_dict()))
+            if distributed.is_distributed():  # after a call of attach there may be others
+                network.load_state_dict(distributed.broadcast(network.state_dict()))
             network.to_weights()
         probe = None
         if self._intervals[2] is not None:
@@ -533,7 +531,7 @@ class DynamicSparsityCallback(Callback):
             pruned_to=self._pruned_to,
             unscaled=_unscaled(trainer),
         )
-        self._accumulated = AccumulatedGradients(trainer.optimizers)
+        self._accumulated = PendingGradients(trainer.optimizers)
         if self._saved is not None:
             self._training.load_state_dict(self._saved["training"])
             self._length.load_state_dict(self._saved["length"])
@@ -548,7 +546,7 @@ class DynamicSparsityCallback(Callback):
             ]
         pairs = [self, *self._others(trainer)]
         if all(pair._module is pl_module for pair in pairs):  # the last one
-            write_page(trainer, pl_module, {pair._prefix(trainer): pair._compared for pair in pairs})
+            write_custom_scalars(trainer, pl_module, {pair._prefix(trainer): pair._compared for pair in pairs})
 
     def _refuse_shared(self, trainer: Trainer, module: LightningModule) -> None:
         others = self._others(trainer)
@@ -607,10 +605,10 @@ class DynamicSparsityCallback(Callback):
         if self._training is None or not self._in_batch:
             return  # loading a checkpoint of FSDP2 makes steps, too
         decided, reported = len(self._training.decisions), len(self._training.divergence.reports)
-        beginnings = self._training.beginnings
+        rewinds_done = self._training.rewinds
         if not self._training.after_step(optimizer, self._batch):
             return
-        if self._training.beginnings > beginnings:
+        if self._training.rewinds > rewinds_done:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, GeneratorEMA):
                     callback.restart(self._networks["generator"].network)
@@ -631,15 +629,16 @@ class DynamicSparsityCallback(Callback):
             self._warn_of_bounds(self._training.decisions)
 
     def _warn_of_bounds(self, decisions: Sequence[tuple[int, Decision]]) -> None:
-        held_up = [(update, decision.reason) for update, decision in decisions[-_OF:] if decision.held_up]
-        if len(held_up) < _HELD_UP:
+        at_floor = [(update, decision.reason) for update, decision in decisions[-_WARN_WINDOW:] if decision.at_floor]
+        if len(at_floor) < _WARN_AFTER:
             return
         self._warned_of_bounds = True
-        update, reason = held_up[-1]
+        update, reason = at_floor[-1]
         rank_zero_warn(
-            f"at generator update {update}: {reason}; so it was in {len(held_up)} of the last {_OF} decisions. Where "
-            "the signal is on one side of its bounds whatever the discriminator is, they do not fit the GAN, and keep "
-            'it too sparse to learn. bounds="auto" and method="ramp" do not depend on the signal\'s level.'
+            f"at generator update {update}: {reason}; so it was in {len(at_floor)} of the last {_WARN_WINDOW} "
+            "decisions. Where the signal is on one side of its bounds whatever the discriminator is, they do not fit "
+            'the GAN, and keep it too sparse to learn. bounds="auto" and method="ramp" do not depend on the signal\'s '
+            "level."
         )
 
     def _report(self, trainer: Trainer, reports: Sequence[tuple[int, str]]) -> None:
@@ -694,7 +693,9 @@ class DynamicSparsityCallback(Callback):
         """Says in words what happened so far."""
         if self._training is not None:
             relative = isinstance(self._controller, RelativeController)
-            words = in_words(self.method, self._signal, self._training, self._densities["discriminator"], relative)
+            words = summary_markdown(
+                self.method, self._signal, self._training, self._densities["discriminator"], relative
+            )
             for writer in tensorboards(trainer):
                 writer.add_text(f"{self._prefix(trainer)}about/what_happened", words, self.generator_updates)
 
@@ -776,7 +777,7 @@ class DynamicSparsityCallback(Callback):
             "training": self._training.state_dict(),
             "length": self._length.state_dict(),
             "accumulated": self._accumulated.state_dict(),
-            "random": ranks.gathered(random_states()),
+            "random": distributed.all_gather(random_states()),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -824,7 +825,7 @@ def _table(ledger: Mapping[str, LayerFlops]) -> str:
         "| layer | steps | dense gradients | measuring BR | dense training | share of dense |",
         "|---|---|---|---|---|---|",
     ]
-    for name, f in [*ledger.items(), ("**all**", LayerFlops.together(ledger.values()))]:
+    for name, f in [*ledger.items(), ("**all**", LayerFlops.total(ledger.values()))]:
         cells = [f"{value:.4g}" for value in (f.steps, f.dense_gradients, f.probes, f.dense)]
         rows.append(f"| {name} | {' | '.join(cells)} | {f.ratio:.1%} |")
     return "\n".join(rows)

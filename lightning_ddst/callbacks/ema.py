@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ddst.callbacks.networks import find_network
-from lightning_ddst.sparsity import made_update, updating
+from lightning_ddst.sparsity import find_optimizers, has_updated
 from lightning_ddst.sparsity.averaging import BufferHandling, WeightAverage
-from lightning_ddst.sparsity.compiled import uncompiled
+from lightning_ddst.utils.compilation import uncompiled
+from lightning_ddst.utils.networks import find_network
 
 
 class GeneratorEMA(Callback):
@@ -70,7 +70,7 @@ class GeneratorEMA(Callback):
         self._prepare(pl_module)
         generator = find_network(pl_module, "generator", self._name)
         trained = {name: p for name, p in generator.named_parameters() if p.requires_grad}
-        for optimizer in updating(trained, trainer.optimizers):
+        for optimizer in find_optimizers(trained, trainer.optimizers):
             self._handles.append(optimizer.register_step_post_hook(partial(self._update, trained)))
 
     def restart(self, generator: nn.Module) -> None:
@@ -81,7 +81,7 @@ class GeneratorEMA(Callback):
     @uncompiled
     def _update(self, trained: Mapping[str, Tensor], optimizer: Optimizer, *_: Any) -> None:
         assert self._average is not None
-        if made_update(trained, optimizer):  # an optimizer of both networks makes steps without
+        if has_updated(trained, optimizer):  # an optimizer of both networks makes steps without
             self._average.update()
 
     def _prepare(self, pl_module: LightningModule) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_ddst.callbacks.logs import generator_updates, tensorboards
-from lightning_ddst.runs import source
-from lightning_ddst.sparsity.checks import check_count
+from lightning_ddst.report.runs import source
+from lightning_ddst.utils.logging import generator_updates, tensorboards
+from lightning_ddst.utils.validation import check_count
 
 _MOST_POINTS = 2000
 
@@ -83,7 +83,7 @@ class SparsityPlots(Callback):
         writers = tensorboards(trainer) if trainer.is_global_zero else []
         if not writers:
             return
-        from lightning_ddst import plots  # Matplotlib, which training does without
+        from lightning_ddst.report import plots  # Matplotlib, which training does without
 
         self._drawn = generator_updates(trainer)
         for name, figure in plots.figures(self._series).items():

@@ -14,13 +14,14 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lightning_ddst import ranks, stored
 from lightning_ddst.callbacks.ema import GeneratorEMA
-from lightning_ddst.callbacks.logs import generator_updates, log_scalars
-from lightning_ddst.callbacks.networks import check_sample
-from lightning_ddst.callbacks.sources import RealImages, check_range, in_turn, sampled
-from lightning_ddst.callbacks.statistics import LEAST, Comparison, MetricName, RealStatistics, keeps
-from lightning_ddst.sparsity.checks import check_choice, check_count
+from lightning_ddst.metrics.sources import RealImages, check_range, in_turn, sampled
+from lightning_ddst.metrics.statistics import LEAST, Comparison, MetricName, RealStatistics, keeps
+from lightning_ddst.utils import distributed
+from lightning_ddst.utils.cache import check_writable, digest, load_tensors, save_tensors
+from lightning_ddst.utils.logging import generator_updates, log_scalars
+from lightning_ddst.utils.networks import check_sample
+from lightning_ddst.utils.validation import check_choice, check_count
 
 GeneratorWeights = Literal["average", "raw"]
 
@@ -129,7 +130,7 @@ class SampleQuality(Callback):
         if len(self._generators) > 1 and not _averages(trainer):
             raise ValueError("generators: average and raw are the same weights, for there is no GeneratorEMA.")
         if self._cache is not None and trainer.is_global_zero:
-            stored.try_folder(self._cache)
+            check_writable(self._cache)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures and logs."""
@@ -173,7 +174,9 @@ class SampleQuality(Callback):
                         step(len(features))
             with _progress(trainer, f"{self.name}: metrics", len(self._metrics)) as step:
                 # Every process knows what it takes, but they may share one machine's cores.
-                computed = ranks.of_first(comparison.compute(partial(step, 1)) if ranks.rank() == 0 else {})
+                computed = distributed.broadcast(
+                    comparison.compute(partial(step, 1)) if distributed.get_rank() == 0 else {}
+                )
             values |= {f"{metric}{suffix}": value for metric, value in computed.items()}
         return values
 
@@ -187,7 +190,7 @@ class SampleQuality(Callback):
             features = features.to(torch.promote_types(features.dtype, torch.float32))
             # An extractor may make bytes of its images, which are always finite.
             features = features.masked_fill(~finite.to(features.device)[:, None], float("nan"))
-            return features.cpu() if ranks.several() else features
+            return features.cpu() if distributed.is_distributed() else features
 
         return (features.to(device) for features in in_turn(map(extract, own)))
 
@@ -197,7 +200,7 @@ class SampleQuality(Callback):
         if statistics is None or known is None or not images.same_as(known.datasets, known.count):
             statistics = RealStatistics(self._metrics, self._num_features, self._kept, self._seed, device)
             path = None if self._cache is None else self._path(trainer, images)
-            state = ranks.of_first(stored.load(path) if path is not None and trainer.is_global_zero else None)
+            state = distributed.broadcast(load_tensors(path) if path is not None and trainer.is_global_zero else None)
             if state is not None:
                 statistics.load_state_dict(state)
             else:
@@ -218,7 +221,7 @@ class SampleQuality(Callback):
 
         def digests(batch: Tensor) -> list[str]:
             check_range(batch, "real images")
-            return [stored.digest(image) for image in batch.cpu()]
+            return [digest(image) for image in batch.cpu()]
 
         every: list[str] = []
         with _progress(trainer, "digest of real images", images.count) as step:
@@ -228,7 +231,7 @@ class SampleQuality(Callback):
         kind = type(self._features)
         settings = ["frechet_distance" in self._metrics, (self._kept, self._seed) if keeps(self._metrics) else None]
         extractor = [f"{kind.__module__}.{kind.__qualname__}", repr(self._features), self._features.state_dict()]
-        return self._cache / f"{self.name.replace('/', '_')}-{stored.digest(every, *extractor, settings)}.pt"
+        return self._cache / f"{self.name.replace('/', '_')}-{digest(every, *extractor, settings)}.pt"
 
     # ---- saving ----------------------------------------------------------------------------------------
 
@@ -261,7 +264,7 @@ def _averages(trainer: Trainer) -> list[GeneratorEMA]:
 
 def _try_to_save(path: Path, statistics: RealStatistics) -> None:
     try:
-        stored.save(path, statistics.state_dict())
+        save_tensors(path, statistics.state_dict())
     except OSError as error:  # a full disk is no reason to end a long run
         rank_zero_warn(f"the real images' statistics could not be written to {path}: {error}.")
 

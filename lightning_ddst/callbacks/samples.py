@@ -4,9 +4,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torchvision.utils import make_grid
 
-from lightning_ddst.callbacks.logs import generator_updates, tensorboards
-from lightning_ddst.callbacks.networks import check_sample
-from lightning_ddst.sparsity.checks import check_count
+from lightning_ddst.utils.logging import generator_updates, tensorboards
+from lightning_ddst.utils.networks import check_sample
+from lightning_ddst.utils.validation import check_count
 
 
 class SampleGrid(Callback):

@@ -5,9 +5,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_ddst.callbacks.dynamic_sparsity import DynamicSparsityCallback
-from lightning_ddst.callbacks.logs import tensorboards
 from lightning_ddst.callbacks.quality import SampleQuality
 from lightning_ddst.sparsity import ChannelNetwork
+from lightning_ddst.utils.logging import tensorboards
 
 
 class RunSummary(Callback):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from lightning_ddst.data.images import ImageDataModule
-from lightning_ddst.sparsity.checks import check_choice
+from lightning_ddst.utils.validation import check_choice
 
 Layout = Literal["NHW", "NHWC", "NCHW"]
 

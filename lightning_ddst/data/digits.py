@@ -7,9 +7,9 @@ from lightning.pytorch import LightningDataModule
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_ddst import ranks
 from lightning_ddst.data.resumable import ResumableLoader
-from lightning_ddst.sparsity.checks import check_count
+from lightning_ddst.utils import distributed
+from lightning_ddst.utils.validation import check_count
 
 
 @cache
@@ -50,7 +50,7 @@ class DigitsDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
         """Batches of shuffled images and labels; resumes in the middle of an epoch."""
-        one_pass = len(digits()) // (self.batch_size * ranks.number())
+        one_pass = len(digits()) // (self.batch_size * distributed.get_world_size())
         return ResumableLoader(digits(), self.batch_size, self.batches_per_epoch or one_pass)
 
     def val_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from lightning_ddst import ranks
 from lightning_ddst.data.resumable import ResumableLoader
-from lightning_ddst.sparsity.checks import check_choice, check_count
+from lightning_ddst.utils import distributed
+from lightning_ddst.utils.validation import check_choice, check_count
 
 Split = Literal["train", "test"]
 
@@ -173,9 +173,9 @@ class ImageDataModule(LightningDataModule):
 
     def _batches(self, images: int) -> int:
         """Batches an epoch, of so many images."""
-        together = self.batch_size * ranks.number()
+        together = self.batch_size * distributed.get_world_size()
         if self.batches_per_epoch is None and together > images:
-            processes = f" in each of {ranks.number()} processes" if ranks.several() else ""
+            processes = f" in each of {distributed.get_world_size()} processes" if distributed.is_distributed() else ""
             raise ValueError(
                 f"batch_size={self.batch_size}{processes} must not be above the number of images, {images}."
             )

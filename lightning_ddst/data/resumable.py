@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lightning_ddst import ranks
-from lightning_ddst.sparsity.checks import check_count
+from lightning_ddst.utils import distributed
+from lightning_ddst.utils.validation import check_count
 
 
 class ShuffledSampler(DistributedSampler[Any]):
@@ -28,11 +28,11 @@ class ShuffledSampler(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[int]:
         """This process's indices, without those to skip."""
         # Asked now, because a loader may be made before the other processes are there.
-        self.seed = ranks.of_first(self.seed)
-        size, total = len(self.dataset), self.num_samples * ranks.number()  # type: ignore[arg-type]
+        self.seed = distributed.broadcast(self.seed)
+        size, total = len(self.dataset), self.num_samples * distributed.get_world_size()  # type: ignore[arg-type]
         rng = torch.Generator().manual_seed((self.seed + self.epoch) % 2**32)
         passes = [torch.randperm(size, generator=rng) for _ in range(-(-total // size))]
-        order = torch.cat(passes)[ranks.rank() : total : ranks.number()]
+        order = torch.cat(passes)[distributed.get_rank() : total : distributed.get_world_size()]
         return iter(order[self.skip :].tolist())
 
 

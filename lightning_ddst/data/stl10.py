@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import STL10
 
 from lightning_ddst.data.images import ImageDataModule
-from lightning_ddst.sparsity.checks import check_choice
+from lightning_ddst.utils.validation import check_choice
 
 TrainSplit = Literal["unlabeled", "train+unlabeled", "train"]
 

@@ -1,10 +1,10 @@
 """Networks."""
 
+from lightning_ddst.metrics.classifier import SmallClassifier, trained_classifier, trained_fashion_cnn
+from lightning_ddst.metrics.digits_cnn import DigitsCNN, trained_digits_cnn
+from lightning_ddst.metrics.features import CifarResNet, FeatureExtractor, InceptionFeatures, TorchvisionFeatures
 from lightning_ddst.models.biggan import BigGANDiscriminator, BigGANGenerator
-from lightning_ddst.models.classifier import SmallClassifier, trained_classifier, trained_fashion_cnn
 from lightning_ddst.models.dcgan import DCGANDiscriminator, DCGANGenerator
-from lightning_ddst.models.digits_cnn import DigitsCNN, trained_digits_cnn
-from lightning_ddst.models.features import CifarResNet, FeatureExtractor, InceptionFeatures, TorchvisionFeatures
 from lightning_ddst.models.small import SmallDiscriminator, SmallGenerator
 from lightning_ddst.models.sngan import SNGANDiscriminator, SNGANGenerator
 

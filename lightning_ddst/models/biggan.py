@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_ddst.models.residual import UpBlock, down_blocks, initialize, normalize
-from lightning_ddst.sparsity.checks import check_choice, check_count
+from lightning_ddst.utils.validation import check_choice, check_count
 
 Initialization = Literal["orthogonal", "normal"]
 INITIALIZATIONS: dict[str, Callable[[Tensor], Any]] = {

@@ -6,7 +6,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from lightning_ddst.models.residual import initialize, normalize
-from lightning_ddst.sparsity.checks import check_count
+from lightning_ddst.utils.validation import check_count
 
 _init = partial(nn.init.normal_, std=0.02)
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from lightning_ddst.models.residual import DownBlock, UpBlock, down_blocks, initialize, normalize
-from lightning_ddst.sparsity.checks import check_choice, check_count
+from lightning_ddst.utils.validation import check_choice, check_count
 
 _GENERATOR = {32: (256, (1, 1, 1, 1)), 48: (64, (8, 4, 2, 1))}
 _DISCRIMINATOR = {32: (128, (1, 1, 1, 1), 2), 48: (64, (1, 2, 4, 8, 16), 4)}

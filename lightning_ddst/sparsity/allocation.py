@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from lightning_ddst.sparsity.checks import check_choice, check_density
+from lightning_ddst.utils.validation import check_choice, check_density
 
 Shape = Sequence[int]
 

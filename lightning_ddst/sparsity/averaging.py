@@ -6,9 +6,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ddst.sparsity.checks import check_choice
-from lightning_ddst.sparsity.sharding import reshard, split_like, whole
+from lightning_ddst.sparsity.sharding import full_tensor, reshard, split_like
 from lightning_ddst.sparsity.spectral import spectral_norms
+from lightning_ddst.utils.validation import check_choice
 
 BufferHandling = Literal["average", "copy"]
 
@@ -99,11 +99,11 @@ class WeightAverage:
     def values(self) -> dict[str, Tensor]:
         """The averages, by the names they have in the network."""
         averages = self._live() if self._swapped else self._averages
-        return {name: whole(average).clone() for name, average in averages.items()}
+        return {name: full_tensor(average).clone() for name, average in averages.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Averages and ages; loads with ``weights_only=True``."""
-        ages = {name: whole(age).clone() for name, age in self._ages.items()}
+        ages = {name: full_tensor(age).clone() for name, age in self._ages.items()}
         return {"updates": self.updates, "averages": self.values(), "ages": ages}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ddst.sparsity.checks import check_density, check_rate
+from lightning_ddst.sparsity.channels.tracing import trace_channels
 from lightning_ddst.sparsity.growth import GROWTH_RULES
 from lightning_ddst.sparsity.maskable import maskable_weights
 from lightning_ddst.sparsity.masked import (
@@ -19,7 +19,7 @@ from lightning_ddst.sparsity.masked import (
     first_match,
 )
 from lightning_ddst.sparsity.selection import largest
-from lightning_ddst.sparsity.tracing import trace_channels
+from lightning_ddst.utils.validation import check_density, check_rate
 
 
 class ChannelNetwork(MaskedNetwork):
@@ -46,7 +46,7 @@ class ChannelNetwork(MaskedNetwork):
             replace those that would be drawn.
 
     Attributes:
-        kept: What stays of parameters and buffers, for `Narrowing`; changed in place.
+        kept: What stays of parameters and buffers, for `StructuredForward`; changed in place.
 
     Raises:
         ValueError: For an argument outside what is allowed, or a network whose channels cannot be traced.

@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ddst import ranks
-from lightning_ddst.sparsity.compiled import uncompiled
 from lightning_ddst.sparsity.masked import MaskedNetwork, zero_where_inactive
-from lightning_ddst.sparsity.sharding import copy_like, is_split, own, whole
+from lightning_ddst.sparsity.sharding import copy_like, full_tensor, is_split, local_part
+from lightning_ddst.utils import distributed
+from lightning_ddst.utils.compilation import uncompiled
 
 Unscaled = Callable[[Tensor], Tensor]
 _AVERAGE_DECAY = 0.9
 """Of the averaged dense gradient, over the network's updates."""
 
 
-class Enforcement:
+class MaskEnforcer:
     """Holds weights, gradients and optimizer state of a sparse network at zero where it is inactive.
 
     - Hooks on each weight mask ``.grad`` as soon as a backward pass has added to it, before anything
@@ -44,7 +44,9 @@ class Enforcement:
         self.gradients = DenseGradients(network, unscaled)
         self._network = network
         self._names: dict[Tensor, str] = {weight.parameter: name for name, weight in network.weights.items()}
-        self._owned = {optimizer: self._updated_by(optimizer) for optimizer in updating(network.parameters, optimizers)}
+        self._owned = {
+            optimizer: self._updated_by(optimizer) for optimizer in find_optimizers(network.parameters, optimizers)
+        }
         self._leaves_zero: dict[Optimizer, bool] = {}  # whether its state does, where it was looked at
         self._handles: list[RemovableHandle] = []
         for parameter, name in self._names.items():
@@ -66,7 +68,7 @@ class Enforcement:
         self._handles.clear()
 
     def _updated_by(self, optimizer: Optimizer) -> list[str]:
-        return [self._names[parameter] for parameter in parameters_of(optimizer) if parameter in self._names]
+        return [self._names[parameter] for parameter in get_parameters(optimizer) if parameter in self._names]
 
     @uncompiled
     def _accumulated(self, name: str, parameter: Tensor) -> None:
@@ -76,12 +78,12 @@ class Enforcement:
     def _mask_gradient(self, name: str, parameter: Tensor) -> None:
         if parameter.grad is not None:
             # Past autograd's version counter, which would say that the gradient was cleared.
-            zero_where_inactive(parameter.grad.data, self._network.own_mask(name))
+            zero_where_inactive(parameter.grad.data, self._network.local_mask(name))
 
     @uncompiled
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for name in self._owned[optimizer]:
-            zero_where_inactive(self._network.weights[name].parameter, self._network.own_mask(name))
+            zero_where_inactive(self._network.weights[name].parameter, self._network.local_mask(name))
         if optimizer not in self._leaves_zero:
             self._leaves_zero[optimizer] = self._has_state(optimizer)
         if self._leaves_zero[optimizer]:
@@ -101,7 +103,7 @@ class Enforcement:
 
     def _has_state(self, optimizer: Optimizer) -> bool:
         """Whether there is state where weights are inactive; waits for the device."""
-        return any(bool(own(value)[~mask].any()) for value, mask in self._state(optimizer))
+        return any(bool(local_part(value)[~mask].any()) for value, mask in self._state(optimizer))
 
     def _state(self, optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
         """Weight-shaped state, with its mask."""
@@ -109,10 +111,10 @@ class Enforcement:
             parameter = self._network.weights[name].parameter
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    yield value, self._network.own_mask(name)
+                    yield value, self._network.local_mask(name)
 
 
-def updating(parameters: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> list[Optimizer]:
+def find_optimizers(parameters: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> list[Optimizer]:
     """The optimizers that update parameters.
 
     Args:
@@ -123,8 +125,8 @@ def updating(parameters: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) 
         ValueError: If one of the parameters is in none of the optimizers.
     """
     names = {parameter: name for name, parameter in parameters.items()}
-    found = [optimizer for optimizer in optimizers if not names.keys().isdisjoint(parameters_of(optimizer))]
-    missing = names.keys() - {parameter for optimizer in found for parameter in parameters_of(optimizer)}
+    found = [optimizer for optimizer in optimizers if not names.keys().isdisjoint(get_parameters(optimizer))]
+    missing = names.keys() - {parameter for optimizer in found for parameter in get_parameters(optimizer)}
     if missing:
         name = min(names[parameter] for parameter in missing)
         raise ValueError(
@@ -134,19 +136,19 @@ def updating(parameters: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) 
     return found
 
 
-def made_update(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> bool:
+def has_updated(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> bool:
     """Whether the step that an optimizer made just now updated one of the parameters.
 
     It did not where none has a gradient, or where a fused optimizer skipped its step because fp16 overflowed.
     """
     own = {id(parameter) for parameter in parameters.values()}
-    if not any(p.grad is not None for p in parameters_of(optimizer) if id(p) in own):
+    if not any(p.grad is not None for p in get_parameters(optimizer) if id(p) in own):
         return False
     overflow = getattr(optimizer, "found_inf", None)  # of torch's GradScaler, while it steps a fused optimizer
     return overflow is None or not bool(overflow)
 
 
-def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+def get_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     """The parameters that an optimizer updates, in the order of its groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -215,7 +217,7 @@ class DenseGradients:
         gradient = self._unscaled(grad.detach())
         if name in self._arrived and self._landed.get(name, (None, -1))[0] is grad:
             # What was added before is in it, masked.
-            own(gradient).add_(own(self._arrived[name]) * ~self._network.own_mask(name))
+            local_part(gradient).add_(local_part(self._arrived[name]) * ~self._network.local_mask(name))
         return gradient
 
     def stepped(self, names: Iterable[str]) -> None:
@@ -227,7 +229,7 @@ class DenseGradients:
                 arrived = None  # cleared, and not stepped with
             if (gradient := self._mean(name, arrived)) is None:
                 continue
-            self._finite[name] = own(gradient).isfinite().all()
+            self._finite[name] = local_part(gradient).isfinite().all()
             if self._kind == "average":
                 # What is not finite does not count, or the average would never be finite again.
                 kept = self._kept.get(name, torch.zeros_like(gradient))
@@ -238,11 +240,13 @@ class DenseGradients:
 
     def _mean(self, name: str, gradient: Tensor | None) -> Tensor | None:
         """The mean over processes, where one that saw no gradient counts as 0; None if none of them saw one."""
-        if not ranks.several() or is_split(self._weights[name].parameter):
+        if not distributed.is_distributed() or is_split(self._weights[name].parameter):
             return gradient
-        if not self.wanted or not any(ranks.gathered(gradient is not None)):
+        if not self.wanted or not any(distributed.all_gather(gradient is not None)):
             return None
-        return ranks.mean(torch.zeros_like(self._weights[name].parameter) if gradient is None else gradient)
+        return distributed.all_reduce_mean(
+            torch.zeros_like(self._weights[name].parameter) if gradient is None else gradient
+        )
 
     def take(self) -> dict[str, Tensor] | None:
         """What the growth rule needs, by name, or None where a gradient is missing or not finite.
@@ -255,14 +259,15 @@ class DenseGradients:
         if self._kind == "none":
             return {}
         usable = taken.keys() == self._weights.keys() and all(bool(self._finite[name]) for name in taken)
-        if not all(ranks.gathered(usable)):
+        if not all(distributed.all_gather(usable)):
             return None
-        return {name: whole(gradient) for name, gradient in taken.items()}
+        return {name: full_tensor(gradient) for name, gradient in taken.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What was kept, and what has arrived since; loads with ``weights_only=True``."""
         kept, arrived = (
-            {name: whole(gradient).clone() for name, gradient in held.items()} for held in (self._kept, self._arrived)
+            {name: full_tensor(gradient).clone() for name, gradient in held.items()}
+            for held in (self._kept, self._arrived)
         )
         return {"armed": self.armed, "kept": kept, "arrived": arrived, "finite": dict(self._finite)}
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ddst.modes import removing
-from lightning_ddst.sparsity.compiled import eagerly, uncompiled
 from lightning_ddst.sparsity.maskable import TRANSPOSED_LAYERS, MaskableWeight, channel_dim
 from lightning_ddst.sparsity.masked import MaskedNetwork
+from lightning_ddst.utils.compilation import run_eagerly, uncompiled
+from lightning_ddst.utils.modules import remove_hooks
 
 
-class Workload:
+class OpCounter:
     """How often each maskable weight of a network is multiplied in a piece of training.
 
     Multiplied by the number of active weights and by 2 (a multiplication and an addition) this
@@ -46,7 +46,7 @@ class Workload:
             for weight in self._weights
             for layer in weight.layers.values()
         ]
-        with removing(handles):
+        with remove_hooks(handles):
             yield
 
     @uncompiled
@@ -56,7 +56,7 @@ class Workload:
         images: Tensor = args[0] if args else kwargs["input"]
         # A weight is used once per output position; in a transposed convolution, per input position.
         maps = images if isinstance(layer, TRANSPOSED_LAYERS) else output
-        # Channels as there are: inactive ones may have been left out (`Narrowing`).
+        # Channels as there are: inactive ones may have been left out (`StructuredForward`).
         positions = maps.numel() // maps.shape[channel_dim(layer)]
         self.uses[weight.name] += positions
         if output.requires_grad and torch.is_grad_enabled():
@@ -77,7 +77,7 @@ class Workload:
         self.uses.update(state["uses"])
         self.gradient_uses.update(state["gradient_uses"])
 
-    def subtract(self, part: "Workload") -> None:
+    def subtract(self, part: "OpCounter") -> None:
         """Takes away what was counted here but belongs to something else."""
         for name, number in part.uses.items():
             self.uses[name] -= number
@@ -100,17 +100,17 @@ class LayerFlops:
     dense: int = 0
 
     @property
-    def total(self) -> int:
+    def sparse(self) -> int:
         """All but `dense`."""
         return self.steps + self.dense_gradients + self.probes
 
     @property
     def ratio(self) -> float:
-        """The total relative to dense training; NaN for a layer that does nothing."""
-        return self.total / self.dense if self.dense else float("nan")
+        """The sparse operations relative to dense training; NaN for a layer that does nothing."""
+        return self.sparse / self.dense if self.dense else float("nan")
 
     @classmethod
-    def together(cls, layers: Iterable["LayerFlops"]) -> "LayerFlops":
+    def total(cls, layers: Iterable["LayerFlops"]) -> "LayerFlops":
         """The sum over layers."""
         return cls(*(sum(parts) for parts in zip(*(astuple(layer) for layer in (cls(), *layers)), strict=True)))
 
@@ -138,9 +138,9 @@ class TrainingFlops:
         return [tally.layers(self._updates) if self._measured else {} for tally in self._tallies]
 
     @property
-    def together(self) -> LayerFlops:
+    def total(self) -> LayerFlops:
         """The operations of all weights so far; 0 before the second update."""
-        return LayerFlops.together(layer for layers in self.layers for layer in layers.values())
+        return LayerFlops.total(layer for layers in self.layers for layer in layers.values())
 
     @property
     def mean_densities(self) -> list[dict[str, float]]:
@@ -179,7 +179,7 @@ class TrainingFlops:
     def _count(self) -> None:
         self._measuring = ExitStack()
         for tally in self._tallies:
-            self._measuring.enter_context(eagerly(tally.masked.network))
+            self._measuring.enter_context(run_eagerly(tally.masked.network))
             self._measuring.enter_context(tally.step.counted())
 
     def pause(self) -> None:
@@ -219,8 +219,8 @@ class _Tally:
     """One network's sums over updates, in weights: how many were used in steps, in probes and in dense gradients."""
 
     def __init__(self, network: MaskedNetwork) -> None:
-        self.step = Workload(network.weights.values())
-        self.probe = Workload(network.weights.values())
+        self.step = OpCounter(network.weights.values())
+        self.probe = OpCounter(network.weights.values())
         self.masked = network
         self._sums = {kind: dict.fromkeys(network.weights, 0) for kind in ("step", "probe", "gradient")}
 

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_ddst.sparsity.checks import check_choice
+from lightning_ddst.utils.validation import check_choice
 
 GradientKind = Literal["none", "latest", "average"]
 

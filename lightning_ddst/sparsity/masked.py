@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ddst.sparsity.bits import as_integers, count_bits, packed, piece
-from lightning_ddst.sparsity.checks import check_choice, check_density
+from lightning_ddst.sparsity.bitpack import choose_chunk, count_bits, pack_bits, view_as_integers
 from lightning_ddst.sparsity.growth import GrowthRule
 from lightning_ddst.sparsity.maskable import MaskableWeight, maskable_weights
 from lightning_ddst.sparsity.patterns import matches, name_of_layer
 from lightning_ddst.sparsity.selection import count_true
-from lightning_ddst.sparsity.sharding import is_split, own, reshard, split_like
+from lightning_ddst.sparsity.sharding import is_split, local_part, reshard, split_like
+from lightning_ddst.utils.validation import check_choice, check_density
 
 Initial = Literal["random", "magnitude"]
 INITIAL = ("random", "magnitude")
@@ -30,7 +30,7 @@ class MaskedNetwork(ABC):
     """A network whose maskable weights are partly inactive; subclasses say which, and how that changes.
 
     The network itself keeps its modules and parameter names; only values change. Weights that
-    become inactive are set to 0. What keeps them at 0 while an optimizer runs is `Enforcement`.
+    become inactive are set to 0. What keeps them at 0 while an optimizer runs is `MaskEnforcer`.
 
     Args:
         network: The module to sparsify.
@@ -127,7 +127,7 @@ class MaskedNetwork(ABC):
         """Density by name."""
         return {name: count / self.masks[name].numel() for name, count in self._counts.items()}
 
-    def own_mask(self, name: str) -> Tensor:
+    def local_mask(self, name: str) -> Tensor:
         """The mask of what this process holds of a weight: all of it, unless weights are split over processes."""
         return self._parts.get(name, self.masks[name])
 
@@ -192,14 +192,14 @@ class MaskedNetwork(ABC):
     def _cover(self, names: Iterable[str]) -> None:
         """Remembers what is active now."""
         for name in names:
-            bits = packed(self.masks[name])
+            bits = pack_bits(self.masks[name])
             self._ever[name] = self._ever[name] | bits if name in self._ever else bits
         self.coverage = sum(count_bits(bits) for bits in self._ever.values()) / self.total
 
     def _split(self, names: Iterable[str]) -> None:
         for name in names:
             if is_split(parameter := self.weights[name].parameter):
-                self._parts[name] = own(split_like(self.masks[name], parameter))
+                self._parts[name] = local_part(split_like(self.masks[name], parameter))
 
     def _refresh_spectral(self) -> None:
         for weight in self.weights.values():
@@ -210,7 +210,7 @@ class MaskedNetwork(ABC):
         for name, weight in self.weights.items():
             # Past autograd's version counter: a discriminator's loss from before a change that comes with a
             # generator update may still have to be differentiated.
-            zero_where_inactive(weight.parameter.data, self.own_mask(name))
+            zero_where_inactive(weight.parameter.data, self.local_mask(name))
         reshard(self.network)
 
     # ---- saving --------------------------------------------------------------------------------
@@ -272,15 +272,15 @@ def zero_where_inactive(tensor: Tensor, mask: Tensor) -> None:
     """Sets a tensor to 0 in place where the mask is false, whatever was there (NaN, too)."""
     # Bits times 0 or 1: several times faster than masked_fill_, which branches. In pieces, for what
     # mul_ makes of the mask to stay in a processor's cache.
-    tensor = own(tensor)
-    bits = as_integers(tensor)
-    size = piece(tensor, _PIECE)
+    tensor = local_part(tensor)
+    bits = view_as_integers(tensor)
+    size = choose_chunk(tensor, _PIECE)
     if tensor.numel() <= size:
         bits.mul_(mask)
         return
     rows = max(1, size * len(tensor) // tensor.numel())
-    for part, own_mask in zip(bits.split(rows), mask.split(rows), strict=True):
-        part.mul_(own_mask)
+    for part, local_mask in zip(bits.split(rows), mask.split(rows), strict=True):
+        part.mul_(local_mask)
 
 
 def all_active(parameter: Tensor) -> Tensor:

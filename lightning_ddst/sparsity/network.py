@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ddst.sparsity.allocation import DISTRIBUTIONS, allocate, apportion
-from lightning_ddst.sparsity.checks import check_choice, check_density, check_rate
 from lightning_ddst.sparsity.growth import GROWTH_RULES, Layer
 from lightning_ddst.sparsity.maskable import MaskableWeight
 from lightning_ddst.sparsity.masked import (
@@ -20,7 +19,8 @@ from lightning_ddst.sparsity.masked import (
     first_match,
 )
 from lightning_ddst.sparsity.selection import count_true, largest, select
-from lightning_ddst.sparsity.sharding import whole
+from lightning_ddst.sparsity.sharding import full_tensor
+from lightning_ddst.utils.validation import check_choice, check_density, check_rate
 
 Scope = Literal["global", "layer"]
 SCOPES = ("global", "layer")
@@ -206,7 +206,7 @@ class SparseNetwork(MaskedNetwork):
         Returns:
             Marks of what was pruned, by name; layers without are left out.
         """
-        whole_weights = {name: whole(parameter.detach()) for name, parameter in self.parameters.items()}
+        whole_weights = {name: full_tensor(parameter.detach()) for name, parameter in self.parameters.items()}
         for name, weight in whole_weights.items():
             check_finite(f"the weights of {name!r}", weight)
         pruned: dict[str, Tensor] = {}
@@ -226,7 +226,7 @@ class SparseNetwork(MaskedNetwork):
                 if gradients is None or name not in gradients:
                     raise ValueError(f"gradients must hold the dense gradient of {name!r} for this growth rule.")
                 gradient = gradients[name]
-            layer = Layer(whole(weight.parameter.detach()), self.masks[name], gradient, self._generator)
+            layer = Layer(full_tensor(weight.parameter.detach()), self.masks[name], gradient, self._generator)
             scores[name] = self.growth.score(layer)
             check_finite(f"the growth rule's scores of {name!r}", scores[name])
         return scores

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from lightning_ddst.sparsity.checks import check_choice
+from lightning_ddst.utils.validation import check_choice
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),

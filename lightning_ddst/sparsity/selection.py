@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_ddst.sparsity.bits import piece
+from lightning_ddst.sparsity.bitpack import choose_chunk
 
 Key = Callable[[Tensor], Tensor]
 
@@ -120,7 +120,7 @@ def _largest(scores: Sequence[Tensor], eligible: Sequence[Tensor], k: int, key: 
 def _compare(flat: Tensor, mask: Tensor, low: Tensor | float, high: Tensor | float, key: Key) -> tuple[Tensor, Tensor]:
     """Marks the allowed scores above both bounds, and those from the lower up to the higher one."""
     above, between = torch.empty_like(mask), torch.empty_like(mask)
-    parts = (part.split(piece(flat, _PIECE)) for part in (flat, mask, above, between))
+    parts = (part.split(choose_chunk(flat, _PIECE)) for part in (flat, mask, above, between))
     for values, allowed, more, some in zip(*parts, strict=True):
         score = key(values)
         # Comparing into numbers and converting these is twice as fast as comparing into bools.

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm as _SpectralNormHook
 
-from lightning_ddst.sparsity.sharding import whole
+from lightning_ddst.sparsity.sharding import full_tensor
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SpectralVectors:
         Spectral norm follows its weight by one power iteration a step, so after a mask change the
         normalised weight would have a spectral norm other than 1 for many steps.
         """
-        matrix = whole(self.parameter.detach()).movedim(self.dim, 0).flatten(1).float()
+        matrix = full_tensor(self.parameter.detach()).movedim(self.dim, 0).flatten(1).float()
         if not matrix.isfinite().all():
             return  # training has diverged, and no vectors would help
         # Without empty rows and columns: so many eigenvalues of 0 can keep LAPACK from converging.

@@ -110,9 +110,9 @@ def test_the_smallest_density_is_held():
     reason = controller.decide(balanced_at(0.1), 0.2).reason
     assert "BR 0.100 < 0.45" in reason
     assert "smallest density 0.2" in reason
-    assert controller.decide(balanced_at(0.1), 0.2).held_up
-    assert not any(controller.decide(balanced_at(ratio), 0.2).held_up for ratio in (0.5, 0.9, None))
-    assert not controller.decide(balanced_at(0.1), 0.3).held_up
+    assert controller.decide(balanced_at(0.1), 0.2).at_floor
+    assert not any(controller.decide(balanced_at(ratio), 0.2).at_floor for ratio in (0.5, 0.9, None))
+    assert not controller.decide(balanced_at(0.1), 0.3).at_floor
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5])

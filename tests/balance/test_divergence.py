@@ -58,7 +58,7 @@ def test_a_discriminator_that_scores_everything_alike_is_reported_once(scores, c
     window = BalanceWindow(4)
     for measurement in scores:
         window.add(torch.tensor([*measurement, 1.0]))
-    assert window.read().constant is constant
+    assert window.read().scores_are_constant is constant
     watch, _ = divergence()
     for update in (5, 10):
         watch.look_at(window.read(), update)

@@ -7,8 +7,8 @@ from torch import nn
 from toys import ToyGAN, toy_data, toy_trainer, trained
 
 from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA
-from lightning_ddst.callbacks.examples import generator_example
 from lightning_ddst.models import SmallDiscriminator, SmallGenerator
+from lightning_ddst.utils.example_inputs import get_generator_inputs
 
 CHANNELS = {
     "granularity": "channel",
@@ -74,7 +74,7 @@ def test_training_is_that_of_the_whole_network_with_zeros(monkeypatch):
     """Up to rounding, for a few updates."""
 
     def weights(narrow):
-        monkeypatch.setattr("lightning_ddst.balance.training.can_narrow", lambda network: narrow)
+        monkeypatch.setattr("lightning_ddst.methods.training.can_run_structured", lambda network: narrow)
         sparsity = DynamicSparsityCallback(0.3, **CHANNELS)
         seed_everything(0, verbose=False)
         gan = ToyGAN()
@@ -104,12 +104,12 @@ def test_examples_are_a_gan_modules_noise_or_lightnings_example():
             SmallGenerator(num_classes=classes), SmallDiscriminator(num_classes=classes), num_classes=classes
         )
 
-    (noise,) = generator_example(module(None))
+    (noise,) = get_generator_inputs(module(None))
     assert noise.shape == (2, 64)
-    noise, labels = generator_example(module(3), batch=5)
+    noise, labels = get_generator_inputs(module(3), batch=5)
     assert noise.shape == (5, 64)
     assert labels.tolist() == [0, 1, 2, 0, 1]
-    (example,) = generator_example(ToyGAN())
+    (example,) = get_generator_inputs(ToyGAN())
     assert example.shape == (2, 8)
 
 

@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from toys import ToyGAN, toy_data, toy_trainer, trained
 
 from lightning_ddst import DynamicSparsityCallback
-from lightning_ddst.balance import Plan
+from lightning_ddst.methods import Plan
 
 # Maskable weights of the toy: 8*32 + 32*16 and 16*32 + 32*1.
 GENERATOR_WEIGHTS = 768

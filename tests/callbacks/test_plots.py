@@ -12,9 +12,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toys import ToyGAN, toy_data, toy_trainer
 
-from lightning_ddst import DynamicSparsityCallback, SparsityPlots, plots
+from lightning_ddst import DynamicSparsityCallback, SparsityPlots
 from lightning_ddst.callbacks.plots import _MOST_POINTS
-from lightning_ddst.runs import read_run
+from lightning_ddst.report import plots
+from lightning_ddst.report.runs import read_run
 
 FIGURES = ["balance", "layer_densities", "exploration", "flops"]
 

@@ -21,10 +21,11 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 from toys import LATENT, PIXELS, ToyGAN, toy_data, toy_trainer
 
-from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA, SampleQuality, ranks
+from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA, SampleQuality
 from lightning_ddst.callbacks import quality as quality_module
-from lightning_ddst.callbacks.sources import sampled
+from lightning_ddst.metrics.sources import sampled
 from lightning_ddst.models import SmallDiscriminator, SmallGenerator
+from lightning_ddst.utils import distributed
 
 METRICS = two_processes_quality.METRICS
 FRECHET = "frechet_distance"
@@ -804,8 +805,8 @@ def test_noise_of_others_is_drawn_without_generating_their_images(total, monkeyp
     for rank in range(3):
         calls.clear()
         with monkeypatch.context() as patched:
-            for name, value in (("several", True), ("rank", rank), ("number", 3)):
-                patched.setattr(ranks, name, lambda value=value: value)
+            for name, value in (("is_distributed", True), ("get_rank", rank), ("get_world_size", 3)):
+                patched.setattr(distributed, name, lambda value=value: value)
             own = list(sampled(gan, total, 10, seed=5))
         assert all(torch.equal(a, b) for a, b in zip(own, alone[rank::3], strict=True))
         assert len(calls) == 1 + -(-len(alone) // 3)  # as many in each, and one to see what it draws

@@ -12,9 +12,9 @@ EXPECTED = torch.tensor(BYTES).permute(0, 3, 1, 2) / 127.5 - 1
 LABELS = np.array([3, 1, 0, 2, 5, 7])
 
 
-def save(folder, images, packed=True, name="images", **arrays):
-    path = folder / (f"{name}.npz" if packed else f"{name}.npy")
-    np.savez(path, images=images, **arrays) if packed else np.save(path, images)
+def save(folder, images, pack_bits=True, name="images", **arrays):
+    path = folder / (f"{name}.npz" if pack_bits else f"{name}.npy")
+    np.savez(path, images=images, **arrays) if pack_bits else np.save(path, images)
     return path
 
 
@@ -26,7 +26,7 @@ def compared(path, image_size=4, **settings):
     return torch.cat(images), torch.cat(labels)
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("pack_bits", [True, False])
 @pytest.mark.parametrize(
     ("images", "expected"),
     [
@@ -39,14 +39,14 @@ def compared(path, image_size=4, **settings):
     ],
     ids=["NHWC", "NCHW", "NHW", "NHWC gray", "NCHW gray", "Fortran"],
 )
-def test_layouts(tmp_path, packed, images, expected):
-    found, labels = compared(save(tmp_path, images, packed), channels=expected.shape[1])
+def test_layouts(tmp_path, pack_bits, images, expected):
+    found, labels = compared(save(tmp_path, images, pack_bits), channels=expected.shape[1])
     assert torch.equal(found, expected)
     assert labels.tolist() == [0] * 6
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("pack_bits", [True, False])
 @pytest.mark.parametrize(
     ("images", "settings"),
     [
@@ -57,8 +57,8 @@ def test_layouts(tmp_path, packed, images, expected):
     ],
     ids=["0 to 1", "-1 to 1", "0 to 255", "-0.5 to 0.5"],
 )
-def test_floats(tmp_path, dtype, packed, images, settings):
-    found, _ = compared(save(tmp_path, images.astype(dtype), packed), **settings)
+def test_floats(tmp_path, dtype, pack_bits, images, settings):
+    found, _ = compared(save(tmp_path, images.astype(dtype), pack_bits), **settings)
     assert torch.allclose(found, EXPECTED, atol=2e-3 if dtype == np.float16 else 1e-6)
     assert found.min() >= -1
     assert found.max() <= 1
@@ -99,9 +99,9 @@ def test_bytes_of_a_smaller_range(tmp_path):
         (BYTES, {"layout": "NCHW"}, r"images of shape \(6, 4, 4, 3\) must be NCHW"),
     ],
 )
-@pytest.mark.parametrize("packed", [True, False])
-def test_what_is_unclear_is_refused(tmp_path, images, settings, message, packed):
-    path = save(tmp_path, images, packed)
+@pytest.mark.parametrize("pack_bits", [True, False])
+def test_what_is_unclear_is_refused(tmp_path, images, settings, message, pack_bits):
+    path = save(tmp_path, images, pack_bits)
     with pytest.raises(ValueError, match=message) as caught:
         ArrayDataModule(path, 4, **settings).setup("fit")
     assert str(path) in str(caught.value)
@@ -133,7 +133,7 @@ def test_labels_that_do_not_fit_are_refused(tmp_path, labels):
 
 
 def test_a_mapped_file_is_read_by_workers_and_not_copied_to_them(tmp_path):
-    path = save(tmp_path, np.concatenate([BYTES] * 1000), packed=False)
+    path = save(tmp_path, np.concatenate([BYTES] * 1000), pack_bits=False)
     given = ArrayDataModule(path, 4, batch_size=50, num_workers=2)
     given.setup("fit")
     loader = given.train_dataloader()
@@ -143,9 +143,9 @@ def test_a_mapped_file_is_read_by_workers_and_not_copied_to_them(tmp_path):
 
 
 def test_resized_in_both_files(tmp_path):
-    packed, mapped = (compared(save(tmp_path, BYTES, kind), 2, channels=1)[0] for kind in (True, False))
-    assert packed.shape == (6, 1, 2, 2)
-    assert torch.equal(packed, mapped)
+    pack_bits, mapped = (compared(save(tmp_path, BYTES, kind), 2, channels=1)[0] for kind in (True, False))
+    assert pack_bits.shape == (6, 1, 2, 2)
+    assert torch.equal(pack_bits, mapped)
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,12 @@ def idx(array):
     return header + array.tobytes()
 
 
-def write(folder, packed=False):
+def write(folder, pack_bits=False):
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "t10k"):
         for name, array in (("images-idx3", IMAGES[split]), ("labels-idx1", LABELS[split])):
-            path = folder / f"{split}-{name}-ubyte{'.gz' if packed else ''}"
-            path.write_bytes(gzip.compress(idx(array)) if packed else idx(array))
+            path = folder / f"{split}-{name}-ubyte{'.gz' if pack_bits else ''}"
+            path.write_bytes(gzip.compress(idx(array)) if pack_bits else idx(array))
 
 
 def compared(root, **settings):
@@ -33,11 +33,11 @@ def compared(root, **settings):
     return torch.cat(images), torch.cat(labels)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("pack_bits", [False, True])
 @pytest.mark.parametrize("place", [".", "FashionMNIST/raw"])
 @pytest.mark.parametrize(("reference", "split"), [("train", "train"), ("test", "t10k")])
-def test_the_files(tmp_path, packed, place, reference, split):
-    write(tmp_path / place, packed)
+def test_the_files(tmp_path, pack_bits, place, reference, split):
+    write(tmp_path / place, pack_bits)
     images, labels = compared(tmp_path, image_size=28, reference=reference)
     assert images.shape == (len(IMAGES[split]), 1, 28, 28)
     assert torch.equal(images[:, 0], torch.tensor(IMAGES[split]) / 127.5 - 1)

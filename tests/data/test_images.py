@@ -7,10 +7,11 @@ from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 from toys import toy_trainer
 
-from lightning_ddst import GANModule, data, ranks
+from lightning_ddst import GANModule, data
 from lightning_ddst.data import ImageDataModule
 from lightning_ddst.data.images import batch_of, fitted
 from lightning_ddst.models import SmallDiscriminator, SmallGenerator
+from lightning_ddst.utils import distributed
 
 N, N_TEST = 30, 7
 MODULES = [getattr(data, name) for name in data.__all__ if name.endswith("DataModule")]
@@ -176,10 +177,10 @@ def test_the_length_of_an_epoch():
 
 
 def test_processes_share_an_epoch(monkeypatch):
-    monkeypatch.setattr(ranks, "number", lambda: 2)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
     shares = []
     for rank in (0, 1):
-        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
         loader = Numbered(batch_size=7).train_dataloader()
         assert len(loader) == 2
         shares.append(set(seen(loader)[1].tolist()))

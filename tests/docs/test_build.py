@@ -18,7 +18,7 @@ pytest.importorskip("sphinx", reason="pages are built with the extra docs")
 COMMAND = "sphinx-build -W docs site"
 
 
-class Links(HTMLParser):
+class DependencyGraph(HTMLParser):
     """What a built page leads to, and where in it one may be led."""
 
     def __init__(self, page: Path) -> None:
@@ -55,7 +55,7 @@ def test_every_page_is_built(site: Path) -> None:
 
 
 def test_no_link_of_the_site_is_dead(site: Path) -> None:
-    pages = {path: Links(path) for path in site.rglob("*.html")}
+    pages = {path: DependencyGraph(path) for path in site.rglob("*.html")}
     assert len(pages) > len(PAGES)
     dead = []
     for page, links in pages.items():
@@ -91,7 +91,7 @@ def test_every_picture_is_shown_somewhere() -> None:
 
 @pytest.mark.parametrize("module", [lightning_ddst, callbacks, models, data], ids=lambda module: module.__name__)
 def test_everything_public_is_in_the_reference(module, site: Path) -> None:
-    anchors = Links(site / "reference.html").anchors
+    anchors = DependencyGraph(site / "reference.html").anchors
     internal = {"DigitsCNN", "FeatureExtractor", "SmallClassifier", "digits"}
     for name in set(module.__all__) - internal:
         assert any(anchor.split(".")[-1] == name for anchor in anchors), name

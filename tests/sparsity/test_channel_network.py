@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from lightning_ddst.sparsity import ChannelNetwork, Enforcement
+from lightning_ddst.sparsity import ChannelNetwork, MaskEnforcer
 
 X = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
 
@@ -111,7 +111,7 @@ def test_grown_channels_learn():
     network = chain(8)
     sparse = ChannelNetwork(network, 0.25, (X,))
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
-    Enforcement(sparse, [optimizer])
+    MaskEnforcer(sparse, [optimizer])
     sparse.resize(1.0)
     for _ in range(3):
         optimizer.zero_grad()

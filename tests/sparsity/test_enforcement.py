@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from lightning_ddst.sparsity import Enforcement, SparseNetwork, updating
+from lightning_ddst.sparsity import MaskEnforcer, SparseNetwork, find_optimizers
 from lightning_ddst.sparsity.enforcement import DenseGradients
 
 FIRST, LAST = "0.weight", "3.weight"
@@ -100,7 +100,7 @@ def assert_nothing_where_inactive(sparse, optimizer, *, gradients=True):
 def test_after_every_step_nothing_is_left_where_inactive(make):
     sparse = SparseNetwork(network(), 0.4, seed=1)
     optimizer = make(sparse.network.parameters())
-    Enforcement(sparse, [optimizer])
+    MaskEnforcer(sparse, [optimizer])
     for seed in range(6):
         before = {name: weight.parameter.detach().clone() for name, weight in sparse.weights.items()}
         update(sparse.network, optimizer, seed)
@@ -116,7 +116,7 @@ def test_after_every_step_nothing_is_left_where_inactive(make):
 def test_a_pruned_weight_loses_its_state_at_once_and_a_grown_one_starts_with_none(make):
     sparse = SparseNetwork(network(), 1.0, growth="random", seed=1)
     optimizer = make(sparse.network.parameters())
-    Enforcement(sparse, [optimizer])
+    MaskEnforcer(sparse, [optimizer])
     for seed in range(3):
         update(sparse.network, optimizer, seed)
     for change in (
@@ -142,7 +142,7 @@ def test_a_pruned_weight_loses_its_state_at_once_and_a_grown_one_starts_with_non
 def test_a_weight_that_is_pruned_and_grown_at_once_starts_like_any_other():
     sparse = SparseNetwork(network(), 0.5, seed=1)
     optimizer = torch.optim.Adam(sparse.network.parameters(), lr=0.01)
-    Enforcement(sparse, [optimizer])
+    MaskEnforcer(sparse, [optimizer])
     for seed in range(3):
         update(sparse.network, optimizer, seed)
     before = {
@@ -164,7 +164,7 @@ def test_a_weight_that_is_pruned_and_grown_at_once_starts_like_any_other():
 def test_a_pruned_weight_loses_its_gradient_at_once():
     sparse = SparseNetwork(network(), 1.0, seed=1)
     optimizer = torch.optim.SGD(sparse.network.parameters(), lr=0.1)
-    Enforcement(sparse, [optimizer])
+    MaskEnforcer(sparse, [optimizer])
     batch(0, sparse.network).backward()  # a part of an update that is still to come
     sparse.resize(0.5)
     for name, weight in sparse.weights.items():
@@ -175,7 +175,7 @@ def test_a_pruned_weight_loses_its_gradient_at_once():
 def test_state_of_other_shapes_and_kinds_is_left_alone():
     sparse = SparseNetwork(network(), 0.4, seed=1)
     optimizer = Noisy(sparse.network.parameters())
-    Enforcement(sparse, [optimizer])
+    MaskEnforcer(sparse, [optimizer])
     update(sparse.network, optimizer, 0)
     for weight in sparse.weights.values():
         state = optimizer.state[weight.parameter]
@@ -188,7 +188,7 @@ def test_biases_and_norms_train_as_in_an_unmasked_network(make):
     sparse = SparseNetwork(network(), 0.4, seed=1)
     twin = copy.deepcopy(sparse.network)
     optimizer, plain = make(sparse.network.parameters()), make(twin.parameters())
-    Enforcement(sparse, [optimizer])
+    MaskEnforcer(sparse, [optimizer])
     for net, one in ((sparse.network, optimizer), (twin, plain)):
         torch.manual_seed(5)  # of the noise
         update(net, one, 0)
@@ -209,7 +209,7 @@ def test_two_optimizers_of_one_network_mask_their_own_weights():
     sparse = SparseNetwork(network(), 0.4, seed=1)
     first = torch.optim.Adam(sparse.network[0].parameters(), lr=0.01)
     second = torch.optim.SGD([*sparse.network[3].parameters(), *sparse.network[1].parameters()], lr=0.1, momentum=0.9)
-    Enforcement(sparse, [first, second])
+    MaskEnforcer(sparse, [first, second])
     for seed in range(3):
         batch(seed, sparse.network).backward()
         for optimizer in (first, second):
@@ -225,7 +225,7 @@ def test_two_optimizers_of_one_network_mask_their_own_weights():
 def test_an_optimizer_of_another_network_among_them_changes_nothing():
     sparse, other = SparseNetwork(network(), 0.4, seed=1), network()
     own, foreign = (torch.optim.Adam(net.parameters(), lr=0.01) for net in (sparse.network, other))
-    Enforcement(sparse, [foreign, own])
+    MaskEnforcer(sparse, [foreign, own])
     twin = network()
     alone = torch.optim.Adam(twin.parameters(), lr=0.01)
     for seed in range(3):
@@ -241,7 +241,7 @@ def test_weights_under_spectral_norm_are_masked_before_it(spectral_norm):
     net = nn.Sequential(spectral_norm(nn.Linear(6, 8)), nn.Tanh(), spectral_norm(nn.Linear(8, 3)))
     sparse = SparseNetwork(net, 0.4, seed=1)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
-    Enforcement(sparse, [optimizer])
+    MaskEnforcer(sparse, [optimizer])
     for seed in range(4):
         update(net, optimizer, seed)
         assert_nothing_where_inactive(sparse, optimizer)
@@ -257,7 +257,7 @@ def test_weights_under_spectral_norm_are_masked_before_it(spectral_norm):
 def test_clipping_sees_the_norm_of_active_gradients_only():
     sparse = SparseNetwork(network(), 0.4, seed=1)
     twin = copy.deepcopy(sparse.network)
-    Enforcement(sparse, [torch.optim.SGD(sparse.network.parameters(), lr=0.1)])
+    MaskEnforcer(sparse, [torch.optim.SGD(sparse.network.parameters(), lr=0.1)])
     batch(0, sparse.network).backward()
     batch(0, twin).backward()
     squares = sum(
@@ -276,7 +276,7 @@ def test_clipping_sees_the_norm_of_active_gradients_only():
 def test_a_gradient_that_is_not_finite_does_not_get_through_where_inactive(bad, name):
     sparse = SparseNetwork(network(), 0.4, seed=1)
     optimizer = OPTIMIZERS[name](sparse.network.parameters())
-    Enforcement(sparse, [optimizer])
+    MaskEnforcer(sparse, [optimizer])
     mask = sparse.masks[FIRST]
     with_gradients(sparse, _0=torch.where(mask, 2.0, bad), _3=1.0)
     assert torch.equal(sparse.network[0].weight.grad, 2.0 * mask)
@@ -291,7 +291,7 @@ def test_masking_gradients_equals_masking_weights_bit_for_bit(name):
     weights_only, gradients_only = copy.deepcopy(sparse.network), copy.deepcopy(sparse.network)
     make = OPTIMIZERS[name]
     enforced = make(sparse.network.parameters())
-    Enforcement(sparse, [enforced])
+    MaskEnforcer(sparse, [enforced])
     first, second = make(weights_only.parameters()), make(gradients_only.parameters())
     for seed in range(20):
         update(sparse.network, enforced, seed)
@@ -316,7 +316,7 @@ def test_masks_are_enforced_once_weights_that_were_frozen_train():
     sparse = SparseNetwork(network(), 0.4, seed=1)
     sparse.network.requires_grad_(False)
     optimizer = torch.optim.Adam(sparse.network.parameters(), lr=0.01)
-    hold = Enforcement(sparse, [optimizer])
+    hold = MaskEnforcer(sparse, [optimizer])
     assert not any(parameter.requires_grad for parameter in sparse.network.parameters())
     for _ in range(2):  # a GAN freezes and unfreezes in turns
         sparse.network.requires_grad_(True)
@@ -335,15 +335,15 @@ def test_a_weight_in_no_optimizer_is_refused_by_name():
     optimizers = [torch.optim.SGD([*sparse.network[0].parameters(), sparse.network[3].bias], lr=0.1)]
     message = r"no optimizer updates '3\.weight' \(1 of 2 weights are in none\)"
     with pytest.raises(ValueError, match=message):
-        Enforcement(sparse, optimizers)
+        MaskEnforcer(sparse, optimizers)
     with pytest.raises(ValueError, match=message):
-        updating(sparse.parameters, optimizers)
+        find_optimizers(sparse.parameters, optimizers)
     assert not sparse.network[0].weight._backward_hooks
 
 
 def test_without_optimizers_the_first_weight_is_named():
     with pytest.raises(ValueError, match=r"no optimizer updates '0\.weight' \(2 of 2"):
-        updating(SparseNetwork(network(), 0.4).parameters, [])
+        find_optimizers(SparseNetwork(network(), 0.4).parameters, [])
 
 
 def test_only_the_optimizers_of_a_networks_maskable_weights_are_found():
@@ -351,8 +351,8 @@ def test_only_the_optimizers_of_a_networks_maskable_weights_are_found():
     first, second = (torch.optim.SGD(sparse.network[i].parameters(), lr=0.1) for i in (0, 3))
     norms = torch.optim.SGD(sparse.network[1].parameters(), lr=0.1)
     foreign = torch.optim.SGD(network().parameters(), lr=0.1)
-    assert updating(sparse.parameters, [foreign, second, norms, first]) == [second, first]
-    assert updating({"gain": sparse.network[1].weight}, [foreign, second, norms, first]) == [norms]
+    assert find_optimizers(sparse.parameters, [foreign, second, norms, first]) == [second, first]
+    assert find_optimizers({"gain": sparse.network[1].weight}, [foreign, second, norms, first]) == [norms]
 
 
 def test_removed_it_leaves_no_hook_and_masks_nothing_any_more():
@@ -360,7 +360,7 @@ def test_removed_it_leaves_no_hook_and_masks_nothing_any_more():
     twin = copy.deepcopy(sparse.network)
     optimizer = torch.optim.Adam(sparse.network.parameters(), lr=0.01)
     plain = torch.optim.Adam(twin.parameters(), lr=0.01)
-    Enforcement(sparse, [optimizer]).remove()
+    MaskEnforcer(sparse, [optimizer]).remove()
     for weight in sparse.weights.values():
         assert not weight.parameter._backward_hooks
         assert not weight.parameter._post_accumulate_grad_hooks
@@ -374,7 +374,7 @@ def test_removed_it_leaves_no_hook_and_masks_nothing_any_more():
 def test_removed_it_leaves_optimizer_state_alone_when_masks_change():
     sparse = SparseNetwork(network(), 1.0)
     optimizer = torch.optim.Adam(sparse.network.parameters(), lr=0.01)
-    hold = Enforcement(sparse, [optimizer])
+    hold = MaskEnforcer(sparse, [optimizer])
     update(sparse.network, optimizer, 0)
     hold.remove()
     sparse.resize(0.5)
@@ -383,7 +383,7 @@ def test_removed_it_leaves_optimizer_state_alone_when_masks_change():
 
 def test_removing_twice_does_no_harm():
     sparse = SparseNetwork(network(), 0.4)
-    hold = Enforcement(sparse, [torch.optim.SGD(sparse.network.parameters(), lr=0.1)])
+    hold = MaskEnforcer(sparse, [torch.optim.SGD(sparse.network.parameters(), lr=0.1)])
     hold.remove()
     hold.remove()
 
@@ -399,7 +399,7 @@ def setting():
         sparse = SparseNetwork(network(), 0.4, growth=growth, seed=1)
         twin = copy.deepcopy(sparse.network)
         optimizer = torch.optim.SGD(sparse.network.parameters(), lr=0.0)
-        hold = Enforcement(sparse, [optimizer])
+        hold = MaskEnforcer(sparse, [optimizer])
         hold.gradients.armed = True
         return sparse, twin, optimizer, hold.gradients
 

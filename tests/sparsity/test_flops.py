@@ -8,14 +8,14 @@ from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_ddst import models
-from lightning_ddst.losses import LOSSES
+from lightning_ddst.gan.losses import LOSSES
 from lightning_ddst.sparsity import LayerFlops, SparseNetwork, TrainingFlops, maskable_weights
-from lightning_ddst.sparsity.flops import Workload
+from lightning_ddst.sparsity.flops import OpCounter
 
 
 def count(network, run):
     """The operations of what `run` does, if the network is dense, and those that were spent on gradients of weights."""
-    workload = Workload(maskable_weights(network))
+    workload = OpCounter(maskable_weights(network))
     with workload.counted():
         run()
     sizes = {weight.name: weight.parameter.numel() for weight in maskable_weights(network)}
@@ -127,7 +127,7 @@ def test_an_input_given_by_name_counts_like_any_other():
 
 def test_only_what_happens_inside_counts_and_no_hook_is_left():
     layer = nn.Linear(3, 2)
-    workload = Workload(maskable_weights(layer))
+    workload = OpCounter(maskable_weights(layer))
     layer(torch.zeros(5, 3))
     with workload.counted():
         layer(torch.zeros(5, 3))
@@ -189,15 +189,15 @@ class Training:
 
 def test_the_ratio_is_unknown_before_the_second_update_and_then_that_of_active_weights():
     training = Training()
-    assert training.flops.together.dense == 0
+    assert training.flops.total.dense == 0
     training.update()
-    assert training.flops.together.dense == 0
+    assert training.flops.total.dense == 0
     training.update()
-    assert (training.flops.together.total, training.flops.together.dense) == (2 * 520, 2 * 1040)
-    assert training.flops.together.ratio == 0.5
+    assert (training.flops.total.sparse, training.flops.total.dense) == (2 * 520, 2 * 1040)
+    assert training.flops.total.ratio == 0.5
     for _ in range(3):
         training.update()
-    assert (training.flops.together.total, training.flops.together.dense) == (5 * 520, 5 * 1040)
+    assert (training.flops.total.sparse, training.flops.total.dense) == (5 * 520, 5 * 1040)
     assert training.hooks() == 0
 
 
@@ -206,9 +206,9 @@ def test_measurements_are_added_to_the_sparse_training_only(probed):
     training = Training()
     for update in range(1, 6):
         training.update(probed=update in probed)
-    assert training.flops.together.total == 5 * 520 + len(probed) * 280
-    assert training.flops.together.dense == 5 * 1040
-    assert training.flops.together.ratio == (2600 + 280 * len(probed)) / 5200
+    assert training.flops.total.sparse == 5 * 520 + len(probed) * 280
+    assert training.flops.total.dense == 5 * 1040
+    assert training.flops.total.ratio == (2600 + 280 * len(probed)) / 5200
     assert training.hooks() == 0
 
 
@@ -217,15 +217,15 @@ def test_dense_gradients_add_those_of_inactive_weights(when):
     training = Training()
     for update in range(1, 6):
         training.update(needed=(False, update in when))
-    assert training.flops.together.total == 5 * 520 + len(when) * 120
-    assert training.flops.together.dense == 5 * 1040
+    assert training.flops.total.sparse == 5 * 520 + len(when) * 120
+    assert training.flops.total.dense == 5 * 1040
 
 
 def test_dense_gradients_of_each_network_count_for_themselves():
     training = Training()
     for update in range(1, 6):
         training.update(needed=(update == 3, update == 4))
-    assert training.flops.together.total == 5 * 520 + 80 + 120
+    assert training.flops.total.sparse == 5 * 520 + 80 + 120
 
 
 def test_updates_count_with_the_masks_that_they_had():
@@ -236,8 +236,8 @@ def test_updates_count_with_the_masks_that_they_had():
     for _ in range(2):
         training.update(probed=True)
     # With 4 active weights in the discriminator an update takes 2 * (4 * 30 + 4 * 70) = 800, a measurement 400.
-    assert training.flops.together.total == 3 * 520 + 2 * 800 + 2 * 400
-    assert training.flops.together.dense == 5 * 1040
+    assert training.flops.total.sparse == 3 * 520 + 2 * 800 + 2 * 400
+    assert training.flops.total.dense == 5 * 1040
 
 
 def test_the_first_update_counts_with_its_own_masks_too():
@@ -245,8 +245,8 @@ def test_the_first_update_counts_with_its_own_masks_too():
     training.update()
     training.networks[1].resize(1.0)
     training.update()
-    assert training.flops.together.total == 520 + 800
-    assert training.flops.together.dense == 2 * 1040
+    assert training.flops.total.sparse == 520 + 800
+    assert training.flops.total.dense == 2 * 1040
 
 
 def test_dense_training_has_ratio_one():
@@ -255,8 +255,8 @@ def test_dense_training_has_ratio_one():
         network.resize(1.0)
     for _ in range(3):
         training.update(needed=(True, True))
-    assert training.flops.together.total == training.flops.together.dense == 3 * 1040
-    assert training.flops.together.ratio == 1.0
+    assert training.flops.total.sparse == training.flops.total.dense == 3 * 1040
+    assert training.flops.total.ratio == 1.0
 
 
 def test_stopping_leaves_no_hook():
@@ -289,8 +289,8 @@ def test_a_resumed_training_counts_like_one_that_was_not_interrupted(saved_after
     for update in range(saved_after + 1, 6):
         resumed.update(probed=update in probed, needed=(False, update == 4))
     added = (saved_after >= 2) + 1  # dense gradients
-    assert resumed.flops.together.total == 5 * 520 + len(probed) * 280 + added * 120
-    assert resumed.flops.together.dense == 5 * 1040
+    assert resumed.flops.total.sparse == 5 * 520 + len(probed) * 280 + added * 120
+    assert resumed.flops.total.dense == 5 * 1040
 
 
 def test_reading_the_saved_counts_back_gives_the_same_state():
@@ -301,7 +301,7 @@ def test_reading_the_saved_counts_back_gives_the_same_state():
     resumed = Training()
     resumed.flops.load_state_dict(state)
     assert resumed.flops.state_dict() == state
-    assert resumed.flops.together.ratio == training.flops.together.ratio
+    assert resumed.flops.total.ratio == training.flops.total.ratio
 
 
 # ---- the ledger --------------------------------------------------------------------------------------
@@ -314,9 +314,9 @@ def test_the_ledger_by_hand():
     of_generator, of_discriminator = training.flops.layers
     assert of_generator == {"weight": LayerFlops(steps=5 * 240, dense_gradients=0, probes=2 * 160, dense=5 * 480)}
     assert of_discriminator == {"weight": LayerFlops(steps=5 * 280, dense_gradients=120, probes=2 * 120, dense=5 * 560)}
-    assert of_discriminator["weight"].total == 1_400 + 120 + 240
+    assert of_discriminator["weight"].sparse == 1_400 + 120 + 240
     assert of_discriminator["weight"].ratio == 1_760 / 2_800
-    assert training.flops.together.total == 1_520 + 1_760
+    assert training.flops.total.sparse == 1_520 + 1_760
 
 
 def test_the_ledger_is_empty_until_a_step_was_measured():
@@ -363,4 +363,4 @@ def test_dense_training_counts_what_torchs_counter_counts(generator, discriminat
     with FlopCounterMode(display=False) as counter:
         update()
     flops.updated(probed=False, dense_gradients=(False, False))
-    assert flops.together.total == flops.together.dense == 2 * counter.get_total_flops()
+    assert flops.total.sparse == flops.total.dense == 2 * counter.get_total_flops()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_ddst.sparsity import DISTRIBUTIONS, Enforcement, SparseNetwork, allocate, growth_rule
+from lightning_ddst.sparsity import DISTRIBUTIONS, MaskEnforcer, SparseNetwork, allocate, growth_rule
 
 FIRST, SECOND = "0.weight", "1.weight"
 FIRST_WEIGHT = [[1.0, -2.0, 3.0, -4.0], [0.5, 6.0, -7.0, 8.0]]
@@ -920,7 +920,7 @@ def test_exploring_a_full_layer_changes_nothing(regrown, number):
 def test_the_optimizer_state_of_a_weight_that_grows_again_is_kept():
     sparse = one_row([1, 1, 1, 1, 0, 0], "keep")
     optimizer = torch.optim.Adam(sparse.network.parameters(), lr=1e-3)
-    enforcement = Enforcement(sparse, [optimizer])
+    enforcement = MaskEnforcer(sparse, [optimizer])
     sparse.network(torch.ones(1, 6)).sum().backward()
     optimizer.step()
     weight = sparse.network[0].weight

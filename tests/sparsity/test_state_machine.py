@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from lightning_ddst.sparsity import DISTRIBUTIONS, Enforcement, SparseNetwork, allocate
+from lightning_ddst.sparsity import DISTRIBUTIONS, MaskEnforcer, SparseNetwork, allocate
 
 LAYERS, TOTAL = 4, 240
 SPECTRAL = {"parametrization": nn.utils.parametrizations.spectral_norm, "hook": nn.utils.spectral_norm}
@@ -94,7 +94,7 @@ class Training:
             self.optimizer.load_state_dict(saved["optimizer"])
         state = saved and saved["sparse"]
         self.sparse = SparseNetwork(self.network, density, seed=seed, state=state, **options)
-        self.gradients = Enforcement(self.sparse, [self.optimizer]).gradients
+        self.gradients = MaskEnforcer(self.sparse, [self.optimizer]).gradients
         if saved is not None:
             self.gradients.load_state_dict(saved["gradients"])
             for name, grad in saved["grads"].items():

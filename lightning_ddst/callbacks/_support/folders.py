@@ -1,0 +1,45 @@
+"""Whether a run can write what it will have to, asked before it starts."""
+
+import shutil
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_ddst.utils import cache
+
+_COPIES = 5
+"""Of the weights in a checkpoint: themselves, two moments of Adam, an average, the initial ones."""
+_LOGS = 2**20
+
+
+def check_folders(trainer: Trainer, module: LightningModule) -> None:
+    """Tries the folders of logs and checkpoints that are on a local disk.
+
+    Raises:
+        OSError: If one cannot be written to, or has too little space for a checkpoint.
+    """
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+    needed: dict[Path, int] = {}
+    if trainer.loggers and trainer.log_dir is not None:
+        needed[Path(trainer.log_dir)] = _LOGS
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
+            needed[Path(callback.dirpath)] = _COPIES * weights + _LOGS
+    for folder, size in needed.items():
+        if "://" not in str(folder) and trainer.is_global_zero:
+            _check_folder(folder, size)
+
+
+def _check_folder(folder: Path, needed: int) -> None:
+    advice = "Choose another, Trainer(default_root_dir=...)."
+    try:
+        cache.check_writable(folder)
+    except OSError as error:
+        raise OSError(f"the run cannot write to {folder}: {error}. {advice}") from error
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{folder} has {free / 2**20:,.0f} MiB left, and a single checkpoint of this run needs about "
+            f"{needed / 2**20:,.0f} MiB. {advice}"
+        )

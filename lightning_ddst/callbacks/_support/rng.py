@@ -1,0 +1,69 @@
+"""The random states that training draws from, in types that load with ``weights_only=True``."""
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_ddst.utils import distributed
+
+
+def random_states() -> dict[str, Any]:
+    """The present states of torch (every device's), NumPy and Python in this process."""
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002  # users draw from it
+    return {
+        "torch": torch.get_rng_state(),
+        "devices": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "python": random.getstate(),
+    }
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Goes back to what `random_states` gave; devices that are not here are left out."""
+    torch.set_rng_state(states["torch"].cpu())
+    for device, state in zip(range(torch.cuda.device_count()), states["devices"], strict=False):
+        torch.cuda.set_rng_state(state.cpu(), device)
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def resume_randomness(trainer: Trainer, states: Sequence[Mapping[str, Any]]) -> None:
+    """Goes back to a checkpoint's random states, when training starts, so that it goes on as if never interrupted.
+
+    Args:
+        trainer: Has restored its loops, and has asked the loaders for iterators.
+        states: What `random_states` gave, a process.
+    """
+    loop = trainer.fit_loop
+    progress = loop.epoch_loop.batch_progress
+    mid_epoch = loop.restarted_mid_epoch and not progress.is_last_batch
+    if mid_epoch and not all(hasattr(loader, "load_state_dict") for loader in _loaders(trainer)):
+        rank_zero_warn(
+            f"the checkpoint was made after batch {progress.current.ready} of an epoch, and the train loader cannot "
+            "go on from there: the rest of the epoch has other batches than the interrupted run would have had. Resume "
+            "from the end of an epoch, or use a loader with state_dict and load_state_dict "
+            "(lightning_ddst.data.ResumableLoader)."
+        )
+    processes = distributed.get_world_size()
+    if len(states) != processes:
+        rank_zero_warn(
+            f"the checkpoint holds the random states of {len(states)} processes, and there are {processes}: "
+            "training goes on with other random numbers."
+        )
+        return
+    set_random_states(states[distributed.get_rank()])
+    if not mid_epoch and not (loop.restarted_mid_epoch and loop.epoch_loop.restarted_on_last):
+        # The epoch's iterator was made before this, and drew from other random states; elsewhere it is made later.
+        iter(loop._data_fetcher)  # type: ignore[arg-type]
+
+
+def _loaders(trainer: Trainer) -> list[Any]:
+    combined = trainer.fit_loop._combined_loader
+    return [] if combined is None else combined.flattened

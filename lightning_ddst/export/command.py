@@ -1,0 +1,137 @@
+"""The command ``lightning-ddst export``: writes a run's generator for use without this package."""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from lightning_ddst.export import formats as exports
+from lightning_ddst.export.benchmark import WORTHWHILE, onnx_time_ratio, sparse_linears, time_ratio
+from lightning_ddst.sparsity import compact
+from lightning_ddst.utils.example_inputs import get_generator_inputs
+from lightning_ddst.utils.modules import eval_mode
+from lightning_ddst.utils.networks import find_network
+
+Format = Literal["dense", "compressed", "onnx", "program"]
+_BATCH = 16
+
+
+def export(args: Sequence[str]) -> list[Path]:
+    """Writes a checkpoint's generator, and prints what became smaller, and what faster.
+
+    Args:
+        args: The command's arguments after ``export``.
+
+    Returns:
+        The files. What is refused ends the process with its reason.
+    """
+    formats = get_args(Format)
+    parser = ArgumentParser(prog="lightning-ddst export", description="Writes a run's generator as files of its own.")
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CKPT", help="of a run, as lightning_logs/version_0/.../last.ckpt"
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="the run's config.yaml (default: beside CKPT or above)"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="where files go (default: export, beside config.yaml)"
+    )
+    parser.add_argument("--formats", nargs="+", choices=formats, default=["dense", "compressed"], help="kinds of files")
+    parser.add_argument(
+        "--weights", choices=get_args(exports.Weights), default="average", help="averaged, or training's own"
+    )
+    parser.add_argument(
+        "--generator", metavar="NAME", help="its name in the module (default: the usual ones are tried)"
+    )
+    given = parser.parse_args(list(args))
+    try:
+        config = given.config or _config_of(given.checkpoint)
+        module = _module_of(config)
+        generator = find_network(module, "generator", given.generator)
+        exports.load_generator(generator, given.checkpoint, given.generator, given.weights)
+        folder: Path = given.output or config.parent / "export"
+        inputs = _example(module, needed=bool({"onnx", "program"} & {*given.formats}))
+        small, found = _smaller(generator, inputs)
+        writers: dict[str, tuple[str, Callable[[Path], object]]] = {
+            "dense": ("generator.safetensors", lambda path: exports.save_dense(generator, path)),
+            "compressed": ("generator.compressed.safetensors", lambda path: exports.save_compressed(generator, path)),
+            "onnx": ("generator.onnx", lambda path: exports.save_onnx(small, path, *inputs)),
+            "program": ("generator.pt2", lambda path: exports.save_program(small, path, *inputs)),
+        }
+        paths = []
+        dense = sum(value.numel() * value.element_size() for value in generator.state_dict().values())
+        for form in given.formats:
+            name, write = writers[form]
+            write(folder / name)
+            paths.append(folder / name)
+            size = paths[-1].stat().st_size
+            print(f"{paths[-1]}  {size / 1e6:.3f} MB, {size / dense:.1%} of the dense weights")
+            if form == "onnx":
+                ratio = onnx_time_ratio(paths[-1], small, *inputs)
+                found.append(f"onnxruntime takes {ratio:.2f} of torch's time for it")
+        print("\n".join([*found, _linears(small, inputs)]))
+    except (OSError, ValueError, ImportError) as error:
+        parser.error(str(error))
+    return paths
+
+
+def _example(module: LightningModule, *, needed: bool) -> tuple[Any, ...]:
+    """What the generator is called with; nothing where that is unknown, unless it is needed."""
+    try:
+        return get_generator_inputs(module, _BATCH)
+    except ValueError:
+        if needed:
+            raise
+        return ()
+
+
+def _smaller(generator: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, list[str]]:
+    """The generator with smaller layers, where there are channels that nothing reads, and what that gains."""
+    if not inputs:
+        return generator, ["nothing was measured: what the generator is called with is unknown"]
+    try:
+        small, left, channels = compact(generator, *inputs)
+    except ValueError as error:
+        return generator, [f"its layers are as large as they were: {error}"]
+    if left == channels:
+        return generator, [f"its layers are as large as they were: each of its {channels} channels is read"]
+    with eval_mode(generator):
+        ratio = time_ratio(lambda: small(*inputs), lambda: generator(*inputs))
+    gain = f"at {_BATCH} images it takes {ratio:.2f} of the time"
+    return small, [f"as onnx and program its layers are smaller, {left} of {channels} channels: {gain}"]
+
+
+def _linears(generator: nn.Module, inputs: Sequence[Any]) -> str:
+    """What Linear layers gain as sparse tensors."""
+    ratios = sparse_linears(deepcopy(generator), *inputs) if inputs else {}
+    faster = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items() if ratio < WORTHWHILE)
+    if not faster:
+        return "nothing else is faster: dense kernels multiply zeros, and no Linear layer gains as a sparse tensor"
+    how = f"as sparse tensors (lightning_ddst.export.benchmark.sparse_linears), at {_BATCH} images, these Linear layers"
+    return f"{how} take so much of their time: {faster}"
+
+
+def _config_of(checkpoint: Path) -> Path:
+    """The ``config.yaml`` that ``lightning-ddst fit`` wrote."""
+    candidates = [folder / "config.yaml" for folder in (checkpoint.parent, checkpoint.parent.parent)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    places = " or ".join(str(folder) for folder in (checkpoint.parent, checkpoint.parent.parent))
+    raise FileNotFoundError(f"there is no config.yaml in {places}: name the run's with --config.")
+
+
+def _module_of(config: Path) -> LightningModule:
+    """The module that a configuration describes, with new weights."""
+    content = yaml.safe_load(config.read_text())
+    if not isinstance(content, dict) or "model" not in content:
+        raise ValueError(f"{config} is no configuration of a run: it has no model.")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningModule, "model")
+    model: LightningModule = parser.instantiate_classes(parser.parse_object({"model": content["model"]})).model
+    return model

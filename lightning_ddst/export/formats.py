@@ -1,0 +1,269 @@
+"""The trained generator out of a checkpoint, as files that need nothing of this package.
+
+- **dense**: a safetensors file with the generator's ``state_dict``, zeros and all.
+- **compressed**: a safetensors file in which tensors with many zeros are held as one bit for every entry and
+  the other entries' values. ``docs/export.md`` has a decoder of a few lines.
+- **onnx**: the generator in evaluation mode, for onnxruntime and others.
+- **program**: the same for torch, with `torch.export`; it needs no class of the generator either.
+
+The last two hold computations, so layers can be smaller in them: see `lightning_ddst.sparsity.channels.slim`.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from lightning_ddst.callbacks.ema import GeneratorEMA
+from lightning_ddst.sparsity.bitpack import view_as_integers
+from lightning_ddst.sparsity.spectral import spectral_norms
+from lightning_ddst.utils import cache
+from lightning_ddst.utils.networks import USUAL_NAMES
+from lightning_ddst.utils.validation import check_choice
+
+Weights = Literal["average", "raw"]
+
+FORMAT = "lightning_ddst.bitmask.1"
+"""The compressed file's format, in its metadata under ``format``."""
+_BITS, _VALUES = ".bits", ".values"
+_ONNX_DIFFERS = 1e-3
+
+
+# ---- out of a checkpoint ---------------------------------------------------------------------------------
+
+
+def load_generator(
+    generator: nn.Module, checkpoint: str | Path, name: str | None = None, weights: Weights = "average"
+) -> None:
+    """Gives a generator the weights that it had in a run's evaluation.
+
+    Args:
+        generator: A network like the one that was trained, with other weights.
+        checkpoint: What Lightning saved.
+        name: The generator's dotted name in the module that was trained; by default the usual names are tried.
+        weights: "average", `GeneratorEMA`'s where the run had one; or "raw", the generator's own.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If it is damaged, no checkpoint of Lightning's, or of another generator; the generator is
+            left as it was.
+    """
+    check_choice("weights", weights, ("average", "raw"))
+    state, callbacks = _read(Path(checkpoint))
+    name = _name(state, name)
+    values = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+    if weights == "average":
+        values |= _averages(callbacks, name)
+    own = generator.state_dict()
+    for key in sorted(own.keys() | values.keys()):
+        if key not in own or key not in values or own[key].shape != values[key].shape:
+            here = tuple(own[key].shape) if key in own else "missing"
+            there = tuple(values[key].shape) if key in values else "missing"
+            raise ValueError(
+                f"{checkpoint} is of another generator than this {type(generator).__name__}: {key!r} is {there} there, "
+                f"and {here} here."
+            )
+    generator.load_state_dict(values)
+    if weights == "average":
+        for spectral in spectral_norms(generator):
+            spectral.refresh()  # as evaluation does: its vectors are those of the own weights
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """The module's state and the callbacks' states."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever a damaged pickle leads to
+        raise ValueError(f"{path} is damaged, or no checkpoint: {cache.first_line(error)}") from error
+    if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} is no checkpoint of Lightning's: it has no state_dict.")
+    return checkpoint["state_dict"], checkpoint.get("callbacks", {})
+
+
+def _name(state: Mapping[str, Tensor], name: str | None) -> str:
+    """The generator's name in the module."""
+    names = USUAL_NAMES["generator"] if name is None else (name,)
+    for usual in names:
+        if any(key.startswith(f"{usual}.") for key in state):
+            return usual
+    there = ", ".join(sorted({key.partition(".")[0] for key in state})) or "nothing"
+    raise ValueError(f"no generator is in the checkpoint under {', '.join(names)}; it has {there}: give its name.")
+
+
+def _averages(callbacks: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """Those of `GeneratorEMA`, by names in the generator; none where the run had no average."""
+    averages = [state for key, state in callbacks.items() if key.startswith(GeneratorEMA.__name__) and state]
+    named = [callbacks.get(GeneratorEMA(generator=name).state_key)]
+    found = [state for state in named if state] or averages
+    if len(found) > 1:
+        raise ValueError(f"the checkpoint has {len(found)} averages, and none is of the generator {name!r} by name.")
+    return dict(found[0]["averages"]) if found else {}
+
+
+# ---- files -----------------------------------------------------------------------------------------------
+
+
+def save_dense(generator: nn.Module, path: str | Path) -> None:
+    """Writes the ``state_dict`` as a safetensors file.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    _save(_state(generator), Path(path), None)
+
+
+def save_compressed(generator: nn.Module, path: str | Path) -> None:
+    """Writes the ``state_dict`` with bits and values in the place of tensors that are smaller so.
+
+    Of such a tensor ``name`` there are ``name.bits``, uint8 ``(ceil(n / 8),)``, in which the entry with
+    flat index i is the bit of value ``128 >> i % 8`` in byte ``i // 8``, 1 where it is not 0; and
+    ``name.values``, those entries in order. The metadata's ``shapes`` has the tensor's shape, as JSON.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    for name, value in _state(generator).items():
+        flat = value.flatten()
+        # By their bits: a negative zero is something else than 0.
+        present = view_as_integers(flat) != 0
+        bits = torch.from_numpy(np.packbits(present.numpy()))
+        held = flat[present]
+        if bits.nbytes + held.nbytes < flat.nbytes:
+            shapes[name] = list(value.shape)
+            tensors |= {name + _BITS: bits, name + _VALUES: held}
+        else:
+            tensors[name] = value
+    _save(tensors, Path(path), {"format": FORMAT, "shapes": json.dumps(shapes)})
+
+
+def load_compressed(path: str | Path) -> dict[str, Tensor]:
+    """Reads what `save_compressed` wrote: the ``state_dict``, bit for bit.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, or of another format.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} has the format {metadata.get('format')!r}, not {FORMAT!r}.")
+    for name, shape in json.loads(metadata["shapes"]).items():
+        bits, values = tensors.pop(name + _BITS), tensors.pop(name + _VALUES)
+        present = torch.from_numpy(np.unpackbits(bits.numpy(), count=math.prod(shape)).astype(bool))
+        tensors[name] = values.new_zeros(math.prod(shape)).masked_scatter_(present, values).view(shape)
+    return tensors
+
+
+def save_onnx(generator: nn.Module, path: str | Path, *inputs: Tensor) -> float:
+    """Writes the generator in evaluation mode for ONNX, and compares it with torch under onnxruntime.
+
+    Args:
+        generator: From `inputs` to images.
+        path: Where to.
+        inputs: An example; their first dimension is the batch, which stays free.
+
+    Returns:
+        The largest difference of a pixel from torch's, of images in [-1, 1]; at most 1e-3.
+
+    Raises:
+        ImportError: Without onnx, onnxruntime and onnxscript: the extra ``lightning-ddst[onnx]``.
+        ValueError: If the generator cannot be expressed in ONNX, or its images differ by more.
+        OSError: If the file cannot be written.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 -- torch's exporter needs it
+    except ImportError as error:
+        raise ImportError(f"{error}: for ONNX install lightning-ddst[onnx].") from error
+    generator, example, shapes = _on_cpu(generator, inputs)
+    with torch.no_grad(), _written(Path(path)) as temporary:
+        try:
+            program = torch.onnx.export(generator, example, dynamo=True, dynamic_shapes=shapes, verbose=False)
+            assert program is not None
+            program.save(temporary)
+        except Exception as error:  # whatever the exporter meets in somebody's network
+            raise ValueError(
+                f"{type(generator).__name__} cannot be written for ONNX: {cache.first_line(error)}"
+            ) from error
+        session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
+        fed = {known.name: value.numpy() for known, value in zip(session.get_inputs(), example, strict=True)}
+        difference = float(np.abs(session.run(None, fed)[0] - generator(*example).numpy()).max())
+        if not difference <= _ONNX_DIFFERS:  # NaN, too
+            raise ValueError(
+                f"under onnxruntime the images of {type(generator).__name__} differ from torch's by up to "
+                f"{difference:.2g}; allowed are {_ONNX_DIFFERS:g}."
+            )
+    return difference
+
+
+def save_program(generator: nn.Module, path: str | Path, *inputs: Tensor) -> None:
+    """Writes the generator in evaluation mode as a program, which ``torch.export.load(path).module()`` runs.
+
+    Args:
+        generator: From `inputs` to images.
+        path: Where to; its name ends with ".pt2".
+        inputs: An example; their first dimension is the batch, which stays free.
+
+    Raises:
+        ValueError: If the generator cannot be expressed as a program.
+        OSError: If the file cannot be written.
+    """
+    generator, example, shapes = _on_cpu(generator, inputs)
+    with torch.no_grad(), _written(Path(path)) as temporary:
+        buffer = BytesIO()
+        try:
+            torch.export.save(torch.export.export(generator, example, dynamic_shapes=shapes), buffer)
+        except Exception as error:  # whatever torch meets in somebody's network
+            raise ValueError(
+                f"{type(generator).__name__} cannot be written as a program: {cache.first_line(error)}"
+            ) from error
+        temporary.write_bytes(buffer.getvalue())
+
+
+def _on_cpu(
+    generator: nn.Module, inputs: Sequence[Tensor]
+) -> tuple[nn.Module, tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
+    """A copy of a generator in evaluation mode, an example, and that its first dimension is free."""
+    batch = torch.export.Dim("batch")
+    return deepcopy(generator).cpu().eval(), tuple(i.detach().cpu() for i in inputs), tuple({0: batch} for _ in inputs)
+
+
+def _state(generator: nn.Module) -> dict[str, Tensor]:
+    """The ``state_dict`` as files hold it."""
+    return {name: value.detach().cpu().contiguous() for name, value in generator.state_dict().items()}
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
+    with _written(path) as temporary:
+        temporary.write_bytes(save(tensors, metadata))
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    """A path to write to; what was there before stays until all is written."""
+    try:
+        cache.check_writable(path.parent)
+    except OSError as error:
+        raise OSError(f"nothing can be written to {path.parent}: {error}. Choose another folder.") from error
+    with cache.atomic_write(path) as temporary:
+        yield temporary

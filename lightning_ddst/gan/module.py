@@ -1,0 +1,249 @@
+"""The base class for GANs with two optimizers."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from lightning_ddst.gan.augmentation import DIFF_AUGMENTS, Policy, diff_augment
+from lightning_ddst.gan.losses import LOSSES, gradient_penalty, r1_penalty
+from lightning_ddst.utils import distributed
+from lightning_ddst.utils.logging import log_scalars, logs_at
+from lightning_ddst.utils.modules import eval_mode
+from lightning_ddst.utils.validation import check_choice, check_count
+
+LossName = Literal["hinge", "non-saturating", "wasserstein", "least-squares"]
+
+
+def paper_adam(params: Any) -> Optimizer:
+    """The paper's optimizer: Adam, learning rate 2e-4, betas (0, 0.9); in torch's fused version."""
+    # The other ones take longer on a CPU where weights are inactive: torch's square root is slow at 0.
+    return Adam(params, lr=2e-4, betas=(0.0, 0.9), fused=True)
+
+
+class GANModule(LightningModule):
+    """A generator and a discriminator, trained in turn by manual optimization.
+
+    Every batch is one discriminator update; every `discriminator_steps`-th also a generator
+    update. To change how a step is made, override `discriminator_loss` or `generator_loss`.
+
+    Batches are images, or tuples or lists of images and labels; images are ``(batch, channels,
+    ...)`` floats in the generator's range, labels int64 ``(batch,)``.
+
+    Args:
+        generator: From noise ``(batch, latent_dim)``, and labels if `num_classes` is given, to images.
+        discriminator: From images, and labels if `num_classes` is given, to scores.
+        loss: "hinge", "non-saturating", "wasserstein" or "least-squares".
+        discriminator_steps: Discriminator updates a generator update.
+        gradient_penalty: Weight of the gradient penalty; by default 10 with the Wasserstein loss, else 0.
+        r1: Weight of the R1 penalty.
+        augment: Random changes to all images that the discriminator is trained on, real and generated
+            (DiffAugment): any of "color", "translation" and "cutout". The balance ratio is measured without.
+        num_classes: Number of classes of a conditional GAN; None for an unconditional one.
+        latent_dim: Size of the noise; by default ``generator.latent_dim``.
+        generator_optimizer: From parameters to the generator's optimizer.
+        discriminator_optimizer: From parameters to the discriminator's.
+
+    Attributes:
+        generator_updates: Generator updates so far.
+
+    Raises:
+        ValueError: For an argument outside what is allowed.
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        loss: LossName = "hinge",
+        discriminator_steps: int = 1,
+        gradient_penalty: float | None = None,
+        r1: float = 0.0,
+        augment: Sequence[Policy] = (),
+        num_classes: int | None = None,
+        latent_dim: int | None = None,
+        generator_optimizer: OptimizerCallable = paper_adam,
+        discriminator_optimizer: OptimizerCallable = paper_adam,
+    ) -> None:
+        super().__init__()
+        check_choice("loss", loss, LOSSES)
+        check_count("discriminator_steps", discriminator_steps)
+        if gradient_penalty is None:
+            gradient_penalty = 10.0 if loss == "wasserstein" else 0.0
+        for name, value in (("gradient_penalty", gradient_penalty), ("r1", r1)):
+            if not value >= 0:  # NaN, too
+                raise ValueError(f"{name}={value} must not be negative.")
+        if isinstance(augment, str):
+            raise ValueError(f"augment={augment!r} must be a list of names, such as ['color', 'cutout'].")
+        for name in augment:
+            check_choice("augment", name, DIFF_AUGMENTS)
+        latent_dim = getattr(generator, "latent_dim", None) if latent_dim is None else latent_dim
+        if latent_dim is None:
+            raise ValueError(f"latent_dim=None: {type(generator).__name__} has no latent_dim, so it must be given.")
+        check_count("latent_dim", latent_dim)
+        if num_classes is not None:
+            check_count("num_classes", num_classes)
+        self.automatic_optimization = False
+        self.generator = generator
+        self.discriminator = discriminator
+        self.latent_dim = latent_dim
+        self.num_classes = num_classes
+        self.generator_updates = 0
+        self._discriminator_updates = 0
+        self._discriminator_steps = discriminator_steps
+        self._loss = LOSSES[loss]
+        self._gradient_penalty = gradient_penalty
+        self._r1 = r1
+        self._augment = tuple(augment)
+        self._optimizers = (generator_optimizer, discriminator_optimizer)
+
+    def configure_optimizers(self) -> tuple[list[Optimizer], list[Any]]:
+        """The generator's optimizer, then the discriminator's."""
+        generator_optimizer, discriminator_optimizer = self._optimizers
+        return [
+            generator_optimizer(self.generator.parameters()),
+            discriminator_optimizer(self.discriminator.parameters()),
+        ], []
+
+    # ---- several processes -----------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Has DistributedDataParallel expect that a backward pass reaches one of the networks alone."""
+        if isinstance(self.trainer.strategy, DDPStrategy):
+            self.trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+
+    def on_fit_start(self) -> None:
+        """Lets every process draw noise of its own."""
+        if distributed.is_distributed():
+            torch.manual_seed(torch.initial_seed() + distributed.get_rank())
+
+    # ---- generating ------------------------------------------------------------------------------------
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Generates images.
+
+        Args:
+            z: Noise, ``(batch, latent_dim)``.
+            labels: Classes, int64 ``(batch,)``; for a conditional GAN only.
+        """
+        images: Tensor = self.generator(z) if labels is None else self.generator(z, labels)
+        return images
+
+    @torch.no_grad()
+    def sample(self, n: int, labels: Tensor | None = None, rng: torch.Generator | None = None) -> Tensor:
+        """Generates images in evaluation mode.
+
+        Args:
+            n: How many.
+            labels: Their classes; by default drawn uniformly where the GAN is conditional.
+            rng: CPU generator to draw from; by default torch's own.
+
+        Returns:
+            Images on the module's device.
+        """
+        with eval_mode(self.generator):
+            z = torch.randn(n, self.latent_dim, generator=rng)
+            labels = self._draw_labels(n, rng) if labels is None else labels
+            images: Tensor = self(
+                z.to(next(self.generator.parameters())), None if labels is None else labels.to(self.device)
+            )
+            return images
+
+    def _draw_labels(self, n: int, rng: torch.Generator | None = None) -> Tensor | None:
+        return None if self.num_classes is None else torch.randint(self.num_classes, (n,), generator=rng)
+
+    def _generate(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images and labels for a training step, as many as in a batch of real ones."""
+        z = torch.randn(len(like), self.latent_dim, device=like.device, dtype=like.dtype)
+        labels = self._draw_labels(len(like))
+        labels = None if labels is None else labels.to(like.device)
+        return self(z, labels), labels
+
+    # ---- training --------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Updates the discriminator, and every `discriminator_steps`-th time the generator."""
+        generator_optimizer, discriminator_optimizer = self.optimizers()  # type: ignore[attr-defined]
+        real, labels = self._unpacked(batch)
+
+        with self.toggled_optimizer(discriminator_optimizer):
+            loss = self.discriminator_loss(real, labels)
+            discriminator_optimizer.zero_grad()
+            self.manual_backward(loss)
+            discriminator_optimizer.step()
+        self._discriminator_updates += 1
+        losses = {"loss/discriminator": loss.detach()}
+
+        if self._discriminator_updates % self._discriminator_steps == 0:
+            with self.toggled_optimizer(generator_optimizer):
+                loss = self.generator_loss(real)
+                generator_optimizer.zero_grad()
+                self.manual_backward(loss)
+                generator_optimizer.step()
+            self.generator_updates += 1
+            losses["loss/generator"] = loss.detach()
+            if logs_at(self.trainer, self.generator_updates):
+                log_scalars(
+                    self.trainer, {name: float(value) for name, value in losses.items()}, self.generator_updates
+                )
+        self.log_dict(losses, prog_bar=True, logger=False)
+
+    def discriminator_loss(self, real: Tensor, labels: Tensor | None) -> Tensor:
+        """The discriminator's loss with its penalties, for a batch of real images."""
+        with torch.no_grad():
+            fake, fake_labels = self._generate(real)
+        loss = self._loss.discriminator(self._score(real, labels), self._score(fake, fake_labels))
+        if self._gradient_penalty:
+            loss = loss + self._gradient_penalty * gradient_penalty(lambda x: self._score(x, labels), real, fake)
+        if self._r1:
+            loss = loss + self._r1 * r1_penalty(lambda x: self._score(x, labels), real)
+        return loss
+
+    def generator_loss(self, real: Tensor) -> Tensor:
+        """The generator's loss, for as many images as in a batch of real ones."""
+        return self._loss.generator(self._score(*self._generate(real)))
+
+    def _score(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        if self._augment:
+            images = diff_augment(images, self._augment)
+        scores: Tensor = self.discriminator(images) if self.num_classes is None else self.discriminator(images, labels)
+        return scores
+
+    def _unpacked(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        if isinstance(batch, Tensor):
+            images, labels = batch, None
+        else:
+            images, labels = batch[0], batch[1] if len(batch) > 1 else None
+        if self.num_classes is None:
+            labels = None
+        elif labels is None:
+            raise ValueError(f"num_classes={self.num_classes}, but the batch holds no labels.")
+        return images, labels
+
+    # ---- eval_mode ------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing here: callbacks compare the batch with samples."""
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing here: callbacks compare the batch with samples."""
+
+    def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        """Generates as many images as the batch holds."""
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        return self.sample(len(images))
+
+    # ---- saving ----------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Saves the counts of updates, which are no parameters."""
+        checkpoint["gan_updates"] = (self.generator_updates, self._discriminator_updates)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes over the counts of updates."""
+        self.generator_updates, self._discriminator_updates = checkpoint.get("gan_updates", (0, 0))

@@ -1,0 +1,1 @@
+"""Runs read back from their logs, their figures, and the command `plot`."""

@@ -1,0 +1,118 @@
+"""What a run logged: the names that figures are made of, and the numbers in its TensorBoard event files."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Points: TypeAlias = Sequence[tuple[int, float]]
+"""Generator updates with a value at each."""
+Series: TypeAlias = Mapping[str, Points]
+"""Points by the name they were logged under."""
+
+METRICS = ("frechet_distance", "kernel_distance", "inception_score", "precision", "recall")
+"""What `SampleQuality` logs, as ``<metric>/<features>`` and ``<metric>_raw/<features>``."""
+
+_EVENTS = "events.out.tfevents.*"
+_OF_A_PAIR = re.compile(
+    r"(?:(?P<pair>[^/]+)/)?(?P<name>balance/(?:ratio|real_sign)|control/(?:signal|lower|upper)"
+    r"|(?:density|coverage|overlap)/(?:generator|discriminator)|layer_density/.+|flops/training_ratio)"
+)
+_OF_SAMPLES = re.compile(rf"(?:{'|'.join(METRICS)})(?:_raw)?/.+")
+
+
+def source(name: str) -> str | None:
+    """What logged a scalar: the same for those that are logged together; None for what no figure shows."""
+    if found := _OF_A_PAIR.fullmatch(name):
+        return f"networks {found['pair'] or ''}"
+    return f"samples {name.partition('/')[2]}" if _OF_SAMPLES.fullmatch(name) else None
+
+
+def by_pair(series: Series) -> dict[str, dict[str, Points]]:
+    """What is drawn of every pair of networks.
+
+    Args:
+        series: What was logged.
+
+    Returns:
+        For every pair, by the generator's name that is put before what several pairs log, "" where
+        there is one, its series without that name; none are empty.
+    """
+    pairs: dict[str, dict[str, Points]] = {}
+    for name, points in series.items():
+        if (found := _OF_A_PAIR.fullmatch(name)) and points:
+            pairs.setdefault(found["pair"] or "", {})[found["name"]] = points
+    return pairs
+
+
+def of_samples(series: Series) -> dict[str, Points]:
+    """What is drawn of the samples' quality, metric by metric; none are empty."""
+    named = {name: points for name, points in series.items() if points and _OF_SAMPLES.fullmatch(name)}
+    metrics = [name.partition("/")[0].removesuffix("_raw") for name in named]
+    order = sorted(zip(metrics, named, strict=True), key=lambda each: METRICS.index(each[0]))
+    return {name: named[name] for _, name in order}
+
+
+def read_run(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
+    """Reads every scalar of a run from its TensorBoard event files.
+
+    A resumed run has several files; where they hold the same step, what was written last counts.
+
+    Args:
+        folder: Holds the event files, or has one folder somewhere below it that does.
+
+    Returns:
+        By name, in the order of their first appearance: generator updates, ascending, with a value at each.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or no event file in it.
+        ValueError: If several folders below it hold event files, or none of the scalars is this package's.
+    """
+    # Training reads no event files.
+    from tensorboard.backend.event_processing import event_accumulator
+
+    place = _place(Path(folder))
+    accumulators = [
+        event_accumulator.EventAccumulator(str(path), {"scalars": 0, "images": 1}, purge_orphaned_data=False).Reload()
+        for path in place.glob(_EVENTS)
+    ]
+    # Of the same second, names end in a counter.
+    accumulators.sort(key=lambda accumulator: (_first_time(accumulator), accumulator.path))
+    series: dict[str, dict[int, float]] = {}
+    for accumulator in accumulators:
+        for name in accumulator.Tags()["scalars"]:
+            series.setdefault(name, {}).update({event.step: event.value for event in accumulator.Scalars(name)})
+    if all(source(name) is None for name in series):
+        found = f"there are {', '.join(series)}" if series else "there are no scalars at all"
+        raise ValueError(
+            f"the event files in {place} hold nothing that this package logs, as density/generator or "
+            f"balance/ratio; {found}. Name the folder of a run with a DynamicSparsityCallback."
+        )
+    return {name: sorted(points.items()) for name, points in series.items()}
+
+
+def _first_time(accumulator: Any) -> float:
+    try:
+        return float(accumulator.FirstEventTimestamp())
+    except ValueError:  # an empty file
+        return 0.0
+
+
+def _place(folder: Path) -> Path:
+    """The folder with event files: itself, or the only one below it."""
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {folder}. Name the folder of a run, as lightning_logs/version_0: "
+            "the one that holds its event files."
+        )
+    if any(folder.glob(_EVENTS)):
+        return folder
+    candidates = sorted({path.parent for path in folder.rglob(_EVENTS)})
+    if not candidates:
+        raise FileNotFoundError(
+            f"neither {folder} nor a folder below it holds event files ({_EVENTS}), which Lightning's "
+            "TensorBoardLogger writes."
+        )
+    if len(candidates) > 1:
+        raise ValueError(f"{folder} holds {len(candidates)} runs; name one: {', '.join(map(str, candidates))}.")
+    return candidates[0]

@@ -1,0 +1,108 @@
+"""A copy of a network with smaller layers: without the channels that nothing reads."""
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, remove_spectral_norm
+from torch.nn.utils.spectral_norm import SpectralNorm as SpectralNormHook
+
+from lightning_ddst.sparsity.channels.dependency_graph import alike, floats_in
+from lightning_ddst.sparsity.channels.groups import Channels
+from lightning_ddst.sparsity.channels.structured_forward import narrowed, widen
+from lightning_ddst.sparsity.channels.tracing import trace_channels
+from lightning_ddst.sparsity.maskable import TRANSPOSED_LAYERS, maskable_weights
+from lightning_ddst.utils.modules import eval_mode
+
+_DIFFERS = 1e-3
+"""From the whole network, relative to its largest output."""
+
+
+@torch.no_grad()
+def compact(network: nn.Module, *inputs: Any) -> tuple[nn.Module, int, int]:
+    """Copies a network without the channels that nothing reads: all weights that would are 0.
+
+    A network with masks of whole channels loses all inactive ones; one with masks of single weights what those leave
+    unread by themselves. The copy is for evaluation, and computes the same as the network there, up to rounding; its
+    weights are what spectral norm makes of them.
+
+    Args:
+        network: Is left as it is.
+        inputs: What it is called with: an example, the batch first.
+
+    Returns:
+        The copy; and the number of channels that it has, of those that can be taken out, and of the network's.
+
+    Raises:
+        ValueError: If channels cannot be traced, or the copy does not compute the same.
+    """
+    with eval_mode(network):
+        expected = floats_in(network(*inputs))
+        copy = deepcopy(network)
+    for module in copy.modules():
+        if parametrize.is_parametrized(module):
+            # torch's remove_parametrizations would take them from the network, too: copies share the class.
+            values = {name: getattr(module, name).detach() for name in module.parametrizations}  # type: ignore[union-attr]
+            del module._modules["parametrizations"]
+            module.__class__ = parametrize.type_before_parametrizations(module)
+            for name, value in values.items():
+                module.register_parameter(name, nn.Parameter(value))
+        if any(isinstance(hook, SpectralNormHook) for hook in module._forward_pre_hooks.values()):
+            remove_spectral_norm(module)
+    channels = trace_channels(copy, *inputs)
+    active = _read(copy, channels)
+    kept = channels.kept(active)
+    for name, tensor in [*copy.named_parameters(), *copy.named_buffers()]:
+        if name not in kept:
+            continue
+        owner, _, attribute = name.rpartition(".")
+        module = copy.get_submodule(owner)
+        small = narrowed(tensor, kept[name]).clone()
+        if isinstance(tensor, nn.Parameter):
+            module._parameters[attribute] = nn.Parameter(small, tensor.requires_grad)
+        else:
+            module._buffers[attribute] = small
+    for module in copy.modules():
+        _say_sizes(module)
+    if not alike(expected, floats_in(copy(*inputs)), _DIFFERS):
+        raise ValueError(f"{type(network).__name__} without the channels that nothing reads computes something else.")
+    return copy, int(active.sum()), len(active)
+
+
+def _read(network: nn.Module, channels: Channels) -> Tensor:
+    """The channels that something reads, and the first of a group of which nothing is; bool ``(channels,)``."""
+    weights = maskable_weights(network)
+    active = torch.ones(sum(channels.sizes), dtype=torch.bool)
+    while True:
+        read = torch.zeros_like(active)
+        for weight in weights:
+            reads = 1 - weight.out_dim
+            if (of := channels.axes.get(weight.name, {}).get(reads)) is None:
+                continue
+            # Rows of channels that are gone read nothing.
+            mask = channels.mask(weight.name, weight.parameter.shape, active)
+            used = (weight.parameter.cpu() != 0) & mask
+            used = used.movedim(reads, 0).flatten(1).any(1)
+            read[of[used & (of >= 0)]] = True
+        for group in read.split(list(channels.sizes)):
+            group[0] |= not group.any()
+        if torch.equal(read & active, active):
+            return active
+        active &= read
+
+
+def _say_sizes(module: nn.Module) -> None:
+    """Has a layer's attributes say how large it is now."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.modules.conv._ConvNd) and module.groups == 1:
+        sizes = module.weight.shape[:2]
+        module.in_channels, module.out_channels = sizes if isinstance(module, TRANSPOSED_LAYERS) else sizes[::-1]
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        held = [tensor for tensor in (module.weight, module.running_mean) if tensor is not None]
+        module.num_features = len(held[0]) if held else module.num_features
+    elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        module.embedding_dim = module.weight.shape[1]
+    elif isinstance(module, nn.Unflatten):
+        widen(module)

@@ -1,0 +1,83 @@
+"""Operations as the paper counts them, to compare with its tables.
+
+They are not what training does; that is what `TrainingFlops` counts. In the authors' code
+
+- an operation is a multiplication with its addition; biases and the scales and shifts of BatchNorm
+  count, transposed convolutions do not, and groups are ignored;
+- a backward pass is two forward passes; of the discriminator's updates only the real images count;
+- the discriminator's operations are multiplied twice by its updates a generator update;
+- dense gradients and the measurement of the balance ratio cost nothing.
+
+So counted, dense SNGAN on CIFAR-10 takes the published 2.67e17 operations if the generator is trained with
+batches of 128; with batches of 64, as the discriminator is, it would be 2.26e17.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ddst.sparsity.maskable import maskable_weights
+from lightning_ddst.utils.modules import eval_mode, remove_hooks
+
+
+def published_flops(network: nn.Module, *inputs: Tensor, densities: Mapping[str, float] | None = None) -> float:
+    """Operations of one forward pass.
+
+    Args:
+        network: Is run once, in evaluation mode, without gradients.
+        inputs: Its arguments for one image.
+        densities: Of its weights, by their names in ``network.named_parameters()``; 1 for those that are not there.
+
+    Raises:
+        ValueError: If there is a density of what is no maskable weight of the network.
+    """
+    weights = {layer: weight for weight in maskable_weights(network) for layer in weight.layers.values()}
+    densities = densities or {}
+    if unknown := densities.keys() - {weight.name for weight in weights.values()}:
+        raise ValueError(f"densities: {min(unknown)!r} is no maskable weight of {type(network).__name__}.")
+    operations = 0.0
+
+    def count(layer: nn.Module, _: object, output: Tensor) -> None:
+        nonlocal operations
+        if not isinstance(layer, nn.Linear | nn.Conv2d | nn.BatchNorm2d):
+            return
+        positions = output.shape[2:].numel()
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+            density = densities.get(weights[layer].name, 1.0) if layer in weights else 1.0
+            operations += density * layer.weight.numel() * groups * positions
+            operations += 0 if layer.bias is None else layer.bias.numel() * positions
+        elif layer.affine:
+            operations += 2 * layer.num_features * positions
+
+    handles = [layer.register_forward_hook(count) for layer in network.modules()]
+    with remove_hooks(handles), eval_mode(network), torch.no_grad():
+        network(*inputs)
+    return operations
+
+
+def published_training_flops(
+    generator: float,
+    discriminator: float,
+    *,
+    updates: int,
+    discriminator_steps: int = 5,
+    batch_size: int = 64,
+    generator_batch_size: int = 128,
+) -> float:
+    """Operations of a training run.
+
+    Args:
+        generator: Operations of its forward pass for one image: `published_flops`, at its densities averaged over
+            the run.
+        discriminator: The same of the discriminator.
+        updates: Generator updates.
+        discriminator_steps: Discriminator updates a generator update.
+        batch_size: Real images a discriminator update.
+        generator_batch_size: Generated images a generator update.
+    """
+    images = discriminator_steps * batch_size
+    of_generator = generator * (images + 3 * generator_batch_size)
+    of_discriminator = discriminator * discriminator_steps * (3 * images + generator_batch_size)
+    return updates * (of_generator + of_discriminator)

@@ -1,0 +1,1 @@
+"""Helpers that every other room uses and that use none of them."""

@@ -1,0 +1,55 @@
+"""Tensors in batches and in what networks return: any nesting of mappings, sequences and dataclasses."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+Place = str | int
+"""Where an entry lies: a key or an index, or a path of them, ``"images.target"`` or ``"0.image"``."""
+
+
+def tensors_in(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor with its place, in order; the place of a tensor that is the value itself is empty."""
+    if isinstance(value, Tensor):
+        yield place, value
+    else:
+        for key, item in _items(value).items():
+            yield from tensors_in(item, f"{place}.{key}" if place else str(key))
+
+
+def get_first_tensor(value: Any) -> Tensor:
+    """The first tensor of what a network returned.
+
+    Raises:
+        TypeError: If there is none.
+    """
+    for _, tensor in tensors_in(value):
+        return tensor
+    raise TypeError(f"no tensor in what a network returned: {type(value).__name__}.")
+
+
+def get_entry(value: Any, place: Place) -> Any:
+    """The entry at a place.
+
+    Raises:
+        KeyError: If there is none.
+    """
+    items = {str(name): item for name, item in _items(value).items()}
+    if str(place) in items:  # keys may have dots
+        return items[str(place)]
+    key, _, rest = str(place).partition(".")
+    if not rest or key not in items:
+        raise KeyError(place)
+    return get_entry(items[key], rest)
+
+
+def _items(value: Any) -> dict[Any, Any]:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, list | tuple):
+        return dict(enumerate(value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    return {}

@@ -1,0 +1,114 @@
+"""The command ``lightning-ddst export``."""
+
+import re
+import sys
+
+import pytest
+import torch
+from commands import TINY
+from safetensors.torch import load_file
+
+from lightning_ddst import cli, export
+from lightning_ddst.export.command import export as export_run
+from lightning_ddst.models import SmallGenerator
+
+AVERAGED = "  callbacks: [{class_path: lightning_ddst.GeneratorEMA, init_args: {decay: 0.9}}]"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run, with its config.yaml and checkpoint."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "tiny.yaml").write_text(TINY + AVERAGED)
+    cli.make_cli(["fit", "--config", str(folder / "tiny.yaml"), "--trainer.default_root_dir", str(folder)])
+    return folder / "lightning_logs" / "version_0"
+
+
+@pytest.fixture
+def checkpoint(run):
+    (path,) = (run / "checkpoints").glob("*.ckpt")
+    return path
+
+
+def test_a_runs_generator_is_written_beside_its_config(run, checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lightning-ddst", "export", str(checkpoint)])
+    cli.main()
+    dense, small = run / "export" / "generator.safetensors", run / "export" / "generator.compressed.safetensors"
+    assert sorted((run / "export").iterdir()) == sorted([dense, small])
+    *lines, smaller, speed = capsys.readouterr().out.splitlines()
+    assert smaller == "its layers are as large as they were: each of its 28 channels is read"
+    assert re.search(r"nothing else is faster|these Linear layers take so much of their time: layers.0 0", speed)
+    size = sum(value.nbytes for value in load_file(dense).values())
+    for path, line in zip((dense, small), lines, strict=True):
+        held = path.stat().st_size
+        assert line == f"{path}  {held / 1e6:.3f} MB, {held / size:.1%} of the dense weights"
+    averages = next(
+        state for key, state in torch.load(checkpoint)["callbacks"].items() if key.startswith("GeneratorEMA")
+    )
+    for state in (load_file(dense), export.load_compressed(small)):
+        assert all(torch.equal(state[name], value) for name, value in averages["averages"].items())
+
+
+def test_own_weights_to_another_folder_and_onnx(checkpoint, tmp_path):
+    pytest.importorskip("onnxruntime")
+    paths = export_run(
+        [str(checkpoint), "--weights", "raw", "--output", str(tmp_path / "new"), "--formats", "dense", "onnx"]
+    )
+    assert [path.name for path in paths] == ["generator.safetensors", "generator.onnx"]
+    assert all(path.parent == tmp_path / "new" and path.is_file() for path in paths)
+    weights = torch.load(checkpoint)["state_dict"]
+    assert all(torch.equal(value, weights[f"generator.{name}"]) for name, value in load_file(paths[0]).items())
+
+
+def test_a_run_with_masks_of_channels_has_smaller_layers_and_says_what_they_gain(tmp_path, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    tiny = TINY.replace("generator_density: 0.1", "generator_density: 0.3, granularity: channel")
+    (tmp_path / "tiny.yaml").write_text(tiny + AVERAGED)
+    cli.make_cli(["fit", "--config", str(tmp_path / "tiny.yaml"), "--trainer.default_root_dir", str(tmp_path)])
+    (checkpoint,) = tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt")
+    capsys.readouterr()
+    formats = ["dense", "compressed", "onnx", "program"]
+    dense, small, onnx, program = export_run([str(checkpoint), "--formats", *formats])
+    *files, smaller, by_onnx, _ = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in files if "MB" in line] == list(map(str, (dense, small, onnx, program)))
+    assert re.fullmatch(
+        r"as onnx and program its layers are smaller, 11 of 28 channels: at 16 images it takes \d\.\d\d of the time",
+        smaller,
+    )
+    assert re.fullmatch(r"onnxruntime takes \d\.\d\d of torch's time for it", by_onnx)
+    generator = SmallGenerator(width=4).eval()
+    generator.load_state_dict(load_file(dense))
+    noise = torch.randn(3, 64)
+    images = generator(noise).detach()
+    torch.testing.assert_close(torch.export.load(program).module()(noise), images, rtol=1e-4, atol=1e-5)
+    session = onnxruntime.InferenceSession(onnx)
+    (by_onnx,) = session.run(None, {session.get_inputs()[0].name: noise.numpy()})
+    torch.testing.assert_close(torch.from_numpy(by_onnx), images, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.ckpt"], "there is no config.yaml in "),
+        (["none.ckpt", "--config", "run.yaml"], "there is no checkpoint none.ckpt"),
+        (["none.ckpt", "--config", "empty.yaml"], "empty.yaml is no configuration of a run: it has no model"),
+        (["CKPT", "--config", "wider.yaml"], "is of another generator than this SmallGenerator"),
+        (["CKPT", "--generator", "maker"], "generator='maker' is not a submodule of GANModule"),
+        (["CKPT", "--output", "file/folder"], "nothing can be written to file/folder"),
+        (["CKPT", "--formats", "gguf"], "gguf"),
+    ],
+)
+def test_what_is_refused_ends_the_process_and_leaves_no_file(
+    run, checkpoint, arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(TINY)
+    (tmp_path / "wider.yaml").write_text(TINY.replace("width: 4", "width: 5"))
+    (tmp_path / "empty.yaml").write_text("trainer: {}")
+    (tmp_path / "file").write_text("")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as error:
+        export_run([str(checkpoint) if argument == "CKPT" else argument for argument in arguments])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before

@@ -1,0 +1,302 @@
+"""The generator out of a checkpoint: as in the run's evaluation, and without this package."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+from toys import LATENT, PIXELS, ToyGAN, toy_data, toy_trainer, trained
+
+from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA, export
+from lightning_ddst.models import SNGANGenerator
+from lightning_ddst.sparsity import SparseNetwork, compact
+
+NOISE = torch.randn(20, LATENT, generator=torch.Generator().manual_seed(3))
+
+
+class Evaluated(Callback):
+    """Keeps what the generator gives in evaluation."""
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        generator, _ = pl_module.networks()
+        self.images = generator.eval()(NOISE)
+
+
+class ValidatedToy(ToyGAN):
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+def generator():
+    """`ToyGAN`'s, with other weights."""
+    return nn.Sequential(nn.Linear(LATENT, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, PIXELS)).eval()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A checkpoint, the images of evaluation, and those of the generator's own weights."""
+    folder = tmp_path_factory.mktemp("run")
+    gan, evaluated = ValidatedToy(), Evaluated()
+    trainer = toy_trainer(
+        DynamicSparsityCallback(0.25, interval=5), GeneratorEMA(0.9), evaluated, epochs=3, folder=folder
+    )
+    trainer.fit(gan, toy_data(), toy_data(1))
+    trainer.save_checkpoint(folder / "end.ckpt")
+    return folder / "end.ckpt", evaluated.images, gan.generator.eval()(NOISE)
+
+
+def test_the_average_is_what_evaluation_has(run):
+    checkpoint, averaged, own = run
+    network = generator()
+    export.load_generator(network, checkpoint)
+    assert torch.equal(network(NOISE), averaged)
+    export.load_generator(network, checkpoint, weights="raw")
+    assert torch.equal(network(NOISE), own)
+    assert not torch.equal(averaged, own)
+
+
+def test_a_run_without_an_average_has_its_own_weights(tmp_path):
+    gan = trained(DynamicSparsityCallback(0.25), folder=tmp_path)
+    gan.trainer.save_checkpoint(tmp_path / "end.ckpt")
+    network = generator()
+    export.load_generator(network, tmp_path / "end.ckpt")
+    assert torch.equal(network(NOISE), gan.generator.eval()(NOISE))
+
+
+def test_spectral_vectors_are_those_of_the_average(tmp_path):
+    class Normalised(ValidatedToy):
+        def __init__(self):
+            super().__init__()
+            self.generator = normalised()
+
+    def normalised():
+        return nn.Sequential(spectral_norm(nn.Linear(LATENT, 32)), nn.ReLU(), spectral_norm(nn.Linear(32, PIXELS)))
+
+    gan, evaluated = Normalised(), Evaluated()
+    trainer = toy_trainer(DynamicSparsityCallback(0.25), GeneratorEMA(0.9), evaluated, folder=tmp_path)
+    trainer.fit(gan, toy_data(), toy_data(1))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    network = normalised().eval()
+    export.load_generator(network, tmp_path / "end.ckpt")
+    assert torch.equal(network(NOISE), evaluated.images)
+
+
+WITHOUT = """
+import json, math, sys
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+{decoder}
+
+network = nn.Sequential(nn.Linear({latent}, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, {pixels})).eval()
+noise = torch.load("noise.pt")
+images = []
+small = {{name: torch.from_numpy(value) for name, value in decoded("small.safetensors").items()}}
+for state in (load_file("dense.safetensors"), small):
+    network.load_state_dict(state)
+    images.append(network(noise).detach())
+torch.save(images, "images.pt")
+assert not any(name.startswith("lightning") for name in sys.modules)
+"""
+
+
+def decoder():
+    """The one that the documentation has."""
+    text = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    return text.split("```python\n# decoder\n")[1].split("```")[0]
+
+
+def test_both_files_give_the_runs_images_in_a_script_without_this_package(run, tmp_path):
+    checkpoint, averaged, _ = run
+    network = generator()
+    export.load_generator(network, checkpoint)
+    export.save_dense(network, tmp_path / "dense.safetensors")
+    export.save_compressed(network, tmp_path / "small.safetensors")
+    torch.save(NOISE, tmp_path / "noise.pt")
+    script = WITHOUT.format(latent=LATENT, pixels=PIXELS, decoder=decoder())
+    (tmp_path / "script.py").write_text(script)
+    subprocess.run([sys.executable, "script.py"], cwd=tmp_path, check=True)
+    for images in torch.load(tmp_path / "images.pt"):
+        assert torch.equal(images, averaged)
+
+
+def test_a_compressed_file_loads_back_bit_for_bit(run, tmp_path):
+    checkpoint, *_ = run
+    network = generator()
+    export.load_generator(network, checkpoint)
+    with torch.no_grad():
+        network[0].weight[0, :3] = torch.tensor([-0.0, float("nan"), 1e-45])  # none of which is a zero
+    export.save_compressed(network, tmp_path / "small.safetensors")
+    loaded = export.load_compressed(tmp_path / "small.safetensors")
+    state = network.state_dict()
+    assert loaded.keys() == state.keys()
+    for name, value in state.items():
+        assert (loaded[name].dtype, loaded[name].shape) == (value.dtype, value.shape)
+        assert loaded[name].numpy().tobytes() == value.numpy().tobytes()
+
+
+def test_the_format_by_hand(tmp_path):
+    network = nn.Linear(5, 2, bias=False)
+    with torch.no_grad():
+        network.weight.copy_(torch.tensor([[0.0, 1.5, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, -2.0]]))
+    export.save_compressed(network, tmp_path / "small.safetensors")
+    with safe_open(tmp_path / "small.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "lightning_ddst.bitmask.1", "shapes": json.dumps({"weight": [2, 5]})}
+        assert file.get_tensor("weight.bits").tolist() == [0b01000000, 0b01000000]
+        assert file.get_tensor("weight.values").tolist() == [1.5, -2.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions(dtype, tmp_path):
+    network = nn.Linear(40, 10).to(dtype)
+    SparseNetwork(network, 0.1)
+    export.save_compressed(network, tmp_path / "small.safetensors")
+    loaded = export.load_compressed(tmp_path / "small.safetensors")
+    assert all(torch.equal(loaded[name], value) for name, value in network.state_dict().items())
+
+
+def test_sngan_at_ten_percent_is_within_15_percent_of_its_maskable_weights(tmp_path):
+    network = SNGANGenerator(32)
+    sparse = SparseNetwork(network, 0.1)
+    export.save_compressed(network, tmp_path / "small.safetensors")
+    size = (tmp_path / "small.safetensors").stat().st_size
+    assert size / (4 * sparse.total) < 0.15
+
+
+def test_what_is_dense_is_held_as_it_is(tmp_path):
+    network = nn.Linear(5, 2)
+    export.save_compressed(network, tmp_path / "small.safetensors")
+    assert load_file(tmp_path / "small.safetensors").keys() == {"weight", "bias"}
+
+
+def test_onnx_gives_the_same_images(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    network = generator().train()
+    assert export.save_onnx(network, tmp_path / "generator.onnx", NOISE[:4]) < 1e-5
+    assert network.training
+    session = onnxruntime.InferenceSession(tmp_path / "generator.onnx")
+    (images,) = session.run(None, {session.get_inputs()[0].name: NOISE.numpy()})  # another batch
+    assert torch.allclose(torch.from_numpy(images), network.eval()(NOISE), atol=1e-5)
+
+
+class Unclear(nn.Module):
+    def forward(self, z):
+        return z if float(z.sum()) > 0 else -z
+
+
+@pytest.mark.parametrize(
+    ("save", "kind"), [(export.save_onnx, "for ONNX"), (export.save_program, "as a program")], ids=["onnx", "program"]
+)
+def test_a_generator_that_cannot_be_expressed_is_refused(tmp_path, save, kind):
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "generator").write_text("before")
+    with pytest.raises(ValueError, match=rf"^Unclear cannot be written {kind}: "):
+        save(Unclear(), tmp_path / "generator", NOISE)
+    assert [path.name for path in tmp_path.iterdir()] == ["generator"]
+    assert (tmp_path / "generator").read_text() == "before"
+
+
+# ---- smaller layers ------------------------------------------------------------------------------------
+
+PROGRAM = """
+import sys
+import torch
+
+torch.save(torch.export.load("generator.pt2").module()(torch.load("noise.pt")).detach(), "images.pt")
+assert not any(name.startswith("lightning") for name in sys.modules)
+"""
+
+
+def test_a_smaller_program_gives_the_runs_images_in_a_script_without_this_package(tmp_path):
+    gan, evaluated = ValidatedToy(), Evaluated()
+    sparsity = DynamicSparsityCallback(0.3, granularity="channel", interval=5)
+    trainer = toy_trainer(sparsity, GeneratorEMA(0.9), evaluated, epochs=3, folder=tmp_path)
+    trainer.fit(gan, toy_data(), toy_data(1))
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    network = generator()
+    export.load_generator(network, tmp_path / "end.ckpt")
+    assert torch.equal(network(NOISE), evaluated.images)
+    small, left, channels = compact(network, NOISE)
+    assert (left, channels) == (10, 32)
+    export.save_program(small, tmp_path / "generator.pt2", NOISE[:4])
+    torch.save(NOISE, tmp_path / "noise.pt")
+    (tmp_path / "script.py").write_text(PROGRAM)
+    subprocess.run([sys.executable, "script.py"], cwd=tmp_path, check=True)
+    images = torch.load(tmp_path / "images.pt")
+    torch.testing.assert_close(images, evaluated.images, rtol=1e-4, atol=1e-5)
+    weights = torch.export.load(tmp_path / "generator.pt2").state_dict
+    assert sum(value.numel() for value in weights.values() if value.dim() > 1) == 10 * (LATENT + PIXELS)
+
+
+# ---- what is refused -----------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_is_not_there_or_damaged(run, tmp_path):
+    checkpoint, *_ = run
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*none\.ckpt"):
+        export.load_generator(generator(), tmp_path / "none.ckpt")
+    content = checkpoint.read_bytes()
+    for damaged in (b"", b"something else", content[: len(content) // 2]):
+        (tmp_path / "half.ckpt").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"half\.ckpt is damaged, or no checkpoint: "):
+            export.load_generator(generator(), tmp_path / "half.ckpt")
+    torch.save({"weights": 1}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"other\.ckpt is no checkpoint of Lightning's: it has no state_dict"):
+        export.load_generator(generator(), tmp_path / "other.ckpt")
+
+
+def test_another_generator_is_left_as_it_was(run):
+    checkpoint, *_ = run
+    wider = nn.Sequential(nn.Linear(LATENT, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, PIXELS))
+    before = {name: value.clone() for name, value in wider.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"of another generator than this Sequential: '0.bias' is \(32,\) there, and \(64,\)"
+    ):
+        export.load_generator(wider, checkpoint)
+    assert all(torch.equal(value, before[name]) for name, value in wider.state_dict().items())
+    with pytest.raises(ValueError, match=r"'0.bias' is \(32,\) there, and missing here"):
+        export.load_generator(nn.Sequential(nn.ReLU()), checkpoint)
+    with pytest.raises(
+        ValueError, match="no generator is in the checkpoint under maker; it has discriminator, generator"
+    ):
+        export.load_generator(generator(), checkpoint, name="maker")
+    with pytest.raises(ValueError, match="weights='best' is unknown; allowed are average, raw"):
+        export.load_generator(generator(), checkpoint, weights="best")
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("")
+    for save in (export.save_dense, export.save_compressed):
+        with pytest.raises(OSError, match=r"nothing can be written to .*file"):
+            save(generator(), tmp_path / "file" / "generator.safetensors")
+
+
+def test_files_of_another_format(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        export.load_compressed(tmp_path / "none")
+    (tmp_path / "text").write_text("text")
+    with pytest.raises(ValueError, match="is damaged, or no safetensors file"):
+        export.load_compressed(tmp_path / "text")
+    save_file({"a": torch.zeros(1)}, tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"has the format None, not 'lightning_ddst\.bitmask\.1'"):
+        export.load_compressed(tmp_path / "plain")
+
+
+def test_a_gan_modules_generator(tmp_path):
+    gan = GANModule(generator(), nn.Linear(PIXELS, 1), latent_dim=LATENT)
+    trainer = toy_trainer(DynamicSparsityCallback(0.25), GeneratorEMA(0.9), folder=tmp_path)
+    trainer.fit(gan, toy_data())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    network = generator()
+    export.load_generator(network, tmp_path / "end.ckpt", name="generator", weights="raw")
+    assert all(torch.equal(network.state_dict()[name], value) for name, value in gan.generator.state_dict().items())

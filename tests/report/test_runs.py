@@ -1,0 +1,120 @@
+import math
+from pathlib import Path
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from lightning_ddst.report.runs import by_pair, of_samples, read_run, source
+
+
+def write(folder: Path, scalars: dict[str, list[tuple[int, float]]]) -> None:
+    """Writes an event file, beside those that are there."""
+    with SummaryWriter(str(folder)) as writer:
+        for name, points in scalars.items():
+            for step, value in points:
+                writer.add_scalar(name, value, step)
+
+
+def test_every_scalar_is_read_in_the_order_it_was_logged_in(tmp_path) -> None:
+    many = [(step, step / 2) for step in range(10_100)]
+    logged = {"balance/ratio": many, "loss/generator": [(3, 1.0)], "flops/training_ratio": [(5, 0.5), (7, math.nan)]}
+    write(tmp_path, logged)
+    series = read_run(tmp_path)
+    assert list(series) == list(logged)
+    assert series["balance/ratio"] == many
+    assert series["loss/generator"] == [(3, 1.0)]
+    assert series["flops/training_ratio"][0] == (5, 0.5)
+    assert math.isnan(series["flops/training_ratio"][1][1])
+
+
+def test_a_resumed_run_is_one_run_and_what_was_written_last_counts(tmp_path) -> None:
+    write(tmp_path, {"density/generator": [(10, 0.5), (20, 0.5), (30, 0.5)], "balance/ratio": [(10, 0.125)]})
+    write(tmp_path, {"density/generator": [(20, 0.25), (30, 0.25), (40, 0.25)], "control/upper": [(20, 0.75)]})
+    assert read_run(str(tmp_path)) == {
+        "density/generator": [(10, 0.5), (20, 0.25), (30, 0.25), (40, 0.25)],
+        "balance/ratio": [(10, 0.125)],
+        "control/upper": [(20, 0.75)],
+    }
+
+
+def test_steps_come_in_ascending_order(tmp_path) -> None:
+    write(tmp_path, {"density/generator": [(20, 0.5), (10, 0.25), (20, 0.75)]})
+    assert read_run(tmp_path) == {"density/generator": [(10, 0.25), (20, 0.75)]}
+
+
+def test_an_empty_file_beside_others_does_no_harm(tmp_path) -> None:
+    write(tmp_path, {"density/generator": [(1, 0.5)]})
+    (tmp_path / "events.out.tfevents.9999999999.host.1.0").touch()
+    assert read_run(tmp_path) == {"density/generator": [(1, 0.5)]}
+
+
+def test_the_only_run_below_a_folder_is_found(tmp_path) -> None:
+    write(tmp_path / "lightning_logs" / "version_3", {"density/generator": [(1, 0.5)]})
+    (tmp_path / "lightning_logs" / "version_4").mkdir()
+    assert read_run(tmp_path) == {"density/generator": [(1, 0.5)]}
+
+
+def test_a_run_with_others_below_it_is_itself_meant(tmp_path) -> None:
+    write(tmp_path, {"density/generator": [(1, 0.5)]})
+    write(tmp_path / "hparams", {"density/generator": [(1, 0.25)]})
+    assert read_run(tmp_path) == {"density/generator": [(1, 0.5)]}
+
+
+def test_of_several_runs_none_is_chosen(tmp_path) -> None:
+    for version in ("version_0", "version_1"):
+        write(tmp_path / version, {"density/generator": [(1, 0.5)]})
+    with pytest.raises(ValueError, match="holds 2 runs; name one: ") as refused:
+        read_run(tmp_path)
+    assert str(refused.value).endswith(f"{tmp_path / 'version_0'}, {tmp_path / 'version_1'}.")
+
+
+def test_what_is_no_run_is_refused(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"there is no folder {tmp_path / 'missing'}. Name the folder of a run"):
+        read_run(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match=f"neither {tmp_path} nor a folder below it holds event files"):
+        read_run(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError, match=f"there is no folder {tmp_path / 'file'}"):
+        read_run(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("scalars", "found"), [({"hp_metric": [(0, -1.0)], "loss": [(1, 1.0)]}, "are hp_metric, loss"), ({}, "no scalars")]
+)
+def test_a_run_of_something_else_is_refused(scalars: dict, found: str, tmp_path) -> None:
+    write(tmp_path, scalars)
+    with pytest.raises(ValueError, match="hold nothing that this package logs") as refused:
+        read_run(tmp_path)
+    assert str(tmp_path) in str(refused.value)
+    assert found in str(refused.value)
+
+
+def test_series_are_sorted_by_pair() -> None:
+    points = [(1, 0.5)]
+    names = ["balance/ratio", "a.generator/balance/ratio", "b/layer_density/b.0.weight", "b/flops/training_ratio"]
+    others = ["loss/generator", "frechet_distance/cnn", "balance/alpha", "decision/grow", "density/generator_target"]
+    assert by_pair(dict.fromkeys(names + others, points) | {"density/generator": []}) == {
+        "": {"balance/ratio": points},
+        "a.generator": {"balance/ratio": points},
+        "b": {"layer_density/b.0.weight": points, "flops/training_ratio": points},
+    }
+
+
+def test_metrics_come_in_their_order() -> None:
+    names = ["recall/cnn", "frechet_distance_raw/cnn", "kernel_distance/cnn", "frechet_distance/cnn"]
+    metrics = of_samples({name: [(0, 1.0)] for name in names} | {"precision/cnn": [], "accuracy/cnn": [(0, 1.0)]})
+    assert list(metrics) == ["frechet_distance_raw/cnn", "frechet_distance/cnn", "kernel_distance/cnn", "recall/cnn"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("balance/ratio", "networks "),
+        ("a/coverage/generator", "networks a"),
+        ("precision_raw/cnn", "samples cnn"),
+        ("loss/generator", None),
+        ("a/loss/density/generator", None),
+    ],
+)
+def test_names_tell_what_logged_them(name: str, expected: str | None) -> None:
+    assert source(name) == expected

@@ -1,0 +1,94 @@
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_ddst import models
+from lightning_ddst.sparsity import ChannelNetwork, StructuredForward
+from lightning_ddst.sparsity.channels.structured_forward import can_run_structured
+
+NETWORKS = {
+    "SmallGenerator": (lambda: models.SmallGenerator(8, 1, 8), (torch.randn(6, 64),)),
+    "SmallDiscriminator": (lambda: models.SmallDiscriminator(8, 1, 8), (torch.randn(6, 1, 8, 8),)),
+    "SNGANDiscriminator": (lambda: models.SNGANDiscriminator(width=8), (torch.randn(6, 3, 32, 32),)),
+    "BigGANGenerator": (lambda: models.BigGANGenerator(width=2), (torch.randn(6, 128), torch.arange(6))),
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def pair(request):
+    """A network with masks of channels, the same one without inactive ones, and what they are called with."""
+    torch.manual_seed(0)
+    make, inputs = NETWORKS[request.param]
+    whole = make()
+    sparse = ChannelNetwork(whole, 0.3, inputs)
+    narrow = deepcopy(whole)
+    return whole, narrow, sparse, inputs
+
+
+def test_training_is_that_of_the_whole_network_with_zeros(pair):
+    whole, narrow, sparse, inputs = pair
+    narrowing = StructuredForward(narrow, sparse.kept)
+    for _ in range(2):
+        outputs = []
+        for network in (whole, narrow):
+            outputs.append(network(*inputs))
+            outputs[-1].square().sum().backward()
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-3, atol=1e-5)
+    for name, mask in sparse.masks.items():
+        own, other = whole.get_parameter(name).grad * mask, narrow.get_parameter(name).grad
+        assert not other[~mask].any()
+        torch.testing.assert_close(other, own, rtol=1e-2, atol=1e-4 * float(own.abs().max()))
+    for name, buffer in narrow.named_buffers():
+        expected = whole.get_buffer(name)
+        stays = sparse.kept.get(name, {}).get(0, ...)
+        torch.testing.assert_close(buffer[stays], expected[stays], rtol=1e-3, atol=1e-5)
+    narrowing.remove()
+    assert "forward" not in narrow.__dict__
+
+
+def test_evaluation_is_that_of_the_whole_network_bit_for_bit(pair):
+    whole, narrow, sparse, inputs = pair
+    StructuredForward(narrow, sparse.kept)
+    with torch.no_grad():
+        assert torch.equal(narrow.eval()(*inputs), whole.eval()(*inputs))
+
+
+def test_layers_compute_fewer_channels(pair):
+    _, narrow, sparse, inputs = pair
+    widths = {}
+    for name, layer in narrow.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda layer, args, output, name=name: widths.update({name: args[0].shape[1]}))
+    StructuredForward(narrow, sparse.kept)
+    narrow(*inputs)
+    layers = dict(narrow.named_modules())
+    narrower = 0
+    for name, weight in sparse.weights.items():
+        (layer,) = weight.layers
+        if layer not in widths:
+            continue
+        active = int(sparse.masks[name].any(0).flatten(1).any(1).sum())
+        assert widths[layer] == active
+        narrower += active < layers[layer].in_channels
+    assert narrower
+
+
+def test_a_copy_computes_with_its_own_weights():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.randn(4, 3)
+    sparse = ChannelNetwork(network, 0.5, (x,))
+    StructuredForward(network, sparse.kept)
+    copy = deepcopy(network)
+    with torch.no_grad():
+        copy[2].bias.add_(1)
+    torch.testing.assert_close(copy(x), network(x) + 1)
+
+
+def test_a_compiled_network_is_left_whole():
+    network = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    assert can_run_structured(network)
+    network.compile()
+    assert not can_run_structured(network)
