@@ -1,0 +1,66 @@
+"""One registry for everything that users can add by name: methods, growth rules, signals, units, losses."""
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Registry(dict[str, T]):
+    """Objects by name, which YAML, the command line and Python take in their place.
+
+    Args:
+        kind: The singular noun that errors use, such as "growth rule".
+
+    Example::
+
+        LOSSES: Registry[Loss] = Registry("loss")
+
+        @LOSSES.register("hinge")
+        class Hinge(Loss): ...
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorates an object to be known by a name.
+
+        Args:
+            name: The name. Defining the same object again, as notebooks do, replaces it.
+
+        Raises:
+            ValueError: If another object has the name.
+        """
+
+        def add(value: T) -> T:
+            if name in self and _origin(self[name]) != _origin(value):
+                raise ValueError(f"{self.kind} {name!r} is registered already, by {'.'.join(_origin(self[name]))}.")
+            self[name] = value
+            return value
+
+        return add
+
+    def find(self, argument: str, name: str) -> T:
+        """Returns the object of a name.
+
+        Args:
+            argument: The argument that gave the name, for the error.
+            name: The name.
+
+        Raises:
+            ValueError: If nothing is registered under the name; names what is, and the nearest name.
+        """
+        if name not in self:
+            near = get_close_matches(str(name), self, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{argument}={name!r} is unknown; allowed are {', '.join(self)}.{hint}")
+        return self[name]
+
+
+def _origin(value: object) -> tuple[str, str]:
+    """Returns the module and the name under which an object was defined."""
+    known = value if hasattr(value, "__qualname__") else type(value)
+    return known.__module__, known.__qualname__
