@@ -9,9 +9,12 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_ddst.callbacks import DynamicSparsityCallback, InterruptCheckpoint
+from lightning_ddst.callbacks.dynamic_sparsity import METHOD_ARGUMENTS
 from lightning_ddst.export.command import export
+from lightning_ddst.methods.base import METHODS, unused_arguments
 from lightning_ddst.report.plot_command import plot
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
@@ -33,6 +36,19 @@ class SparseGANCLI(LightningCLI):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.callbacks.append(InterruptCheckpoint())  # type: ignore[attr-defined]
         return trainer
+
+    def before_instantiate_classes(self) -> None:
+        """Leaves out arguments of other methods that layered configurations bring along, with one warning."""
+        config = self.config.get(self.subcommand, self.config) if self.subcommand else self.config
+        sparsity = config.sparsity
+        given = [name for name in METHOD_ARGUMENTS if sparsity.get(name) is not None]
+        unused = unused_arguments(sparsity.method, given)
+        if unused and (not isinstance(sparsity.method, str) or sparsity.method in METHODS):
+            values = ", ".join(f"{name}={sparsity[name]!r}" for name in unused)
+            kind = sparsity.method if isinstance(sparsity.method, str) else sparsity.method.class_path
+            rank_zero_warn(f"sparsity.method={kind} does not take {values} from --sparsity: not used.")
+            for name in unused:
+                sparsity[name] = None
 
     def instantiate_classes(self) -> None:
         """Makes everything; a value that is refused ends the process with its reason, without a traceback."""

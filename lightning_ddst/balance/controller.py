@@ -20,6 +20,10 @@ _REACH = 0.3
 """How far above, or below, that share steps are as large as they get."""
 _WINDOWS = 3
 """In a row, whose median counts as a level that BR has been at: it may jump while training begins."""
+_BR = (
+    "BR, the balance ratio, is the share of the gap between the scores of real and of generated images that one "
+    "generator update closes. "
+)
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,18 @@ class Controller(ABC):
         """
 
     def readings(self, balance: Balance) -> dict[str, float]:
-        """What the decision is made from, by the names it is logged under."""
+        """Returns what the decision is made from, by the names under which it is logged."""
         return {}
+
+    @property
+    def explanation(self) -> str:
+        """One or two sentences for TensorBoard about the reasons of the decisions; empty if they have none."""
+        return ""
+
+    @property
+    def judges(self) -> bool:
+        """Whether growing means that the discriminator was too weak, and pruning that it was too strong."""
+        return False
 
     def state_dict(self) -> dict[str, Any]:
         """What it remembers; loads with ``weights_only=True``."""
@@ -125,6 +139,22 @@ class DensityController(Controller):
         if density > self.min_density:
             return Decision("prune", max(_tidy(density - self.delta), self.min_density), reason)
         return Decision("hold", density, f"{reason}, but at its smallest density {density:g}", at_floor=True)
+
+    @property
+    def explanation(self) -> str:
+        """Says what the signal means."""
+        label, above = SIGNALS[self.signal].label, SIGNALS[self.signal].high_means
+        below = "weak" if above == "strong" else "strong"
+        does = {"weak": "gets weights", "strong": "loses weights"}
+        return (
+            f"{_BR if self.signal == 'balance_ratio' else ''}Where {label} is above its bounds, the discriminator is "
+            f"too {above} and {does[above]}; below, it is too {below} and {does[below]}."
+        )
+
+    @property
+    def judges(self) -> bool:
+        """The bounds say what too weak and too strong are."""
+        return True
 
     def value(self, balance: Balance) -> float | None:
         """The signal; None where it is undecided."""
@@ -196,6 +226,14 @@ class RelativeController(Controller):
         if planned < density:
             return Decision("prune", planned, reason)
         return Decision("explore" if step > 0 and largest < 1 else "hold", density, reason)
+
+    @property
+    def explanation(self) -> str:
+        """Says what the balance ratio means relative to its highest."""
+        return (
+            f"{_BR}The nearer BR is to the highest that it has been, the more weights the discriminator gets; where BR "
+            "has fallen far below, it loses weights."
+        )
 
     def readings(self, balance: Balance) -> dict[str, float]:
         """BR, where it is decided; once there is a level, below what D is pruned, and above what it grows fastest."""

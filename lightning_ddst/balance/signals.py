@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lightning_ddst.balance.ratio import Balance
+from lightning_ddst.utils.registry import Registry
 from lightning_ddst.utils.validation import check_choice
 
 Meaning = Literal["weak", "strong"]
@@ -36,8 +37,13 @@ class ControlSignal:
     high_means: Meaning
     label: str
 
+    @property
+    def __wrapped__(self) -> Read:
+        """The function that was registered."""
+        return self.read
 
-SIGNALS: dict[str, ControlSignal] = {}
+
+SIGNALS: Registry[ControlSignal] = Registry("control signal")
 """Every registered control signal by name."""
 
 
@@ -61,7 +67,7 @@ def control_signal(
     check_choice("high_means", high_means, get_args(Meaning))
 
     def register(read: Read) -> Read:
-        SIGNALS[name] = ControlSignal(read, bounds, high_means, label or name)
+        SIGNALS.register(name)(ControlSignal(read, bounds, high_means, label or name))
         return read
 
     return register

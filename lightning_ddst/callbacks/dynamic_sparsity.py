@@ -1,79 +1,55 @@
 """The callback that trains a GAN sparsely."""
 
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import deepcopy
-from inspect import signature
-from typing import Any, Literal, TypeVar, cast, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ddst.balance import (
-    SIGNALS,
-    Balance,
-    BalanceProbe,
-    Controller,
-    Decision,
-    DensityController,
-    DensityRamp,
-    RelativeController,
-    ScoresItself,
+from lightning_ddst.balance import Balance, Decision
+from lightning_ddst.balance.ratio import Estimator
+from lightning_ddst.callbacks._support.checks import (
+    check_checkpoint,
+    check_separate,
+    check_unlimited,
+    warn_of_raw_optimizers,
 )
-from lightning_ddst.balance.controller import ACTIONS
-from lightning_ddst.balance.ratio import ESTIMATORS, Estimator
 from lightning_ddst.callbacks._support.folders import check_folders
+from lightning_ddst.callbacks._support.options import MaskingOptions, MeasuringOptions
 from lightning_ddst.callbacks._support.pending_gradients import PendingGradients
-from lightning_ddst.callbacks._support.reporting import hparams, summary_markdown, write_custom_scalars
+from lightning_ddst.callbacks._support.reporting import RunReport, hparams, write_custom_scalars
 from lightning_ddst.callbacks._support.rng import random_states, resume_randomness
 from lightning_ddst.callbacks._support.run_length import RunLength
-from lightning_ddst.callbacks._support.strategies import check_backward_passes, check_strategy, loads_late
-from lightning_ddst.callbacks.ema import GeneratorEMA
-from lightning_ddst.methods import DropFractionSchedule, Plan, SparseTraining
-from lightning_ddst.methods.pruning import MagnitudePruning
-from lightning_ddst.sparsity import (
-    DISTRIBUTIONS,
-    GROWTH_RULES,
-    SCHEDULES,
-    ChannelNetwork,
-    LayerFlops,
-    MaskedNetwork,
-    SparseNetwork,
-    maskable_weights,
+from lightning_ddst.callbacks._support.strategies import (
+    check_backward_passes,
+    check_strategy,
+    loads_late,
+    make_unscaler,
 )
-from lightning_ddst.sparsity.masked import INITIAL, REGROWN, Initial, Regrown
-from lightning_ddst.sparsity.network import SCOPES, Scope
-from lightning_ddst.sparsity.patterns import matches, name_of_layer
-from lightning_ddst.sparsity.selection import count_true
+from lightning_ddst.callbacks.ema import GeneratorEMA
+from lightning_ddst.callbacks.quality import SampleQuality
+from lightning_ddst.methods import Intervals, Method, Plan, Role, SparseTraining, make_method
+from lightning_ddst.methods.base import ROLES
+from lightning_ddst.methods.pair import MaskedPair, density_of, saved_masks
+from lightning_ddst.sparsity import LayerFlops, MaskedNetwork
+from lightning_ddst.sparsity.enforcement import OptimizerState
+from lightning_ddst.sparsity.masked import Initial, Regrown
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.compilation import uncompiled
-from lightning_ddst.utils.example_inputs import infer_inputs
-from lightning_ddst.utils.logging import log_scalars, logs_at, tensorboards
 from lightning_ddst.utils.nested import Place
-from lightning_ddst.utils.networks import find_network, name_in, refuse_other_averages
-from lightning_ddst.utils.validation import check_choice, check_count, check_density, check_rate
+from lightning_ddst.utils.networks import name_in, refuse_other_averages
+from lightning_ddst.utils.validation import check_choice
 
-Method = Literal["dense", "static", "sdst", "dda", "ddst", "ramp", "posthoc", "imp"]
-Role = Literal["generator", "discriminator"]
-Granularity = Literal["weight", "channel"]
-
-METHODS = get_args(Method)
-_EXPLORING = ("sdst", "ddst", "ramp")
-_CONTROLLED = ("dda", "ddst")
-_RESIZING = (*_CONTROLLED, "ramp")
-_PRUNED = ("posthoc", "imp")
-
-T = TypeVar("T")
-
-_UNKNOWN_LENGTH_INTERVAL = 1000
-_WARN_AFTER, _WARN_WINDOW = 7, 10
-"""Of the last decisions, that would have pruned a discriminator at its smallest density, before there is a warning."""
-_EXPLORATION_RATES: dict[Granularity, float] = {"weight": 0.5, "channel": 0.1}
-"""By default: the paper's, and of those that were tried on channels one of the two best (docs/results.md)."""
+METHOD_ARGUMENTS = (
+    *("generator_density", "discriminator_density", "signal", "bounds", "delta"),
+    *("min_discriminator_density", "max_discriminator_density", "exploration_rate", "schedule"),
+)
+"""Arguments that belong to the method; None stands for the method's own default."""
+UNITS_ARGUMENTS = ("growth", "distribution", "scope", "layer_floor", "layer_densities")
+"""Arguments that belong to the granularity; None stands for its own default."""
 
 
 class DynamicSparsityCallback(Callback):
@@ -89,15 +65,18 @@ class DynamicSparsityCallback(Callback):
     kernels do the arithmetic. With masks of whole channels training computes without inactive ones.
 
     Args:
-        generator_density: The generator's density: active over maskable weights, in (0, 1].
-        discriminator_density: The discriminator's: where "dda", "ddst" and "ramp" start, what the
-            others have or come to. By default the generator's; with "posthoc" 1.
+        generator_density: The generator's density: active over maskable weights, in (0, 1]. Every method but "dense"
+            needs it.
+        discriminator_density: The discriminator's: "dda", "ddst" and "ramp" start there, the others keep or reach it.
+            By default the generator's; with "posthoc" 1.
         method: "dense" (no masks), "static" (masks never change), "sdst" (the generator explores),
             "dda" (the discriminator is resized), "ddst" (both), "ramp" (the generator explores, the
             discriminator's density rises in a straight line to its maximum), "posthoc" (dense, pruned by
-            magnitude after two thirds of the run, fine-tuned) or "imp" (iterative magnitude pruning:
-            rounds that prune a fifth and go back to the initial weights).
-        signal: What the discriminator is resized by: "balance_ratio", "real_sign" (the sign of its scores of
+            magnitude after two thirds of the run, fine-tuned), "imp" (iterative magnitude pruning: rounds that
+            prune a fifth and go back to the initial weights), a method registered with `training_method`, or a
+            `lightning_ddst.methods.Method` object, which has all arguments up to `delta`, `exploration_rate` and
+            `schedule` itself. An argument that the method does not have is rejected.
+        signal: The discriminator is resized by it: "balance_ratio", "real_sign" (the sign of its scores of
             real images, as in ADA), or a signal registered with `control_signal`.
         bounds: The signal is kept between these; by default the signal's own, 0.45 and 0.55 for BR. "auto"
             takes shares of the highest that BR has been, and follows it.
@@ -130,9 +109,9 @@ class DynamicSparsityCallback(Callback):
             matches counts. Those layers keep them, and their network's others share what is left.
         initial_masks: "random", or "magnitude" to prune the weights as they are when fitting starts: for
             a GAN that was trained dense and loaded.
-        granularity: What masks consist of: single "weight"s, or whole "channel"s, which training then computes without.
-            Of channels the densities are reached as nearly as whole ones allow; what grows is drawn, and `growth`,
-            `distribution`, `scope`, `layer_floor` and `layer_densities` are not for them.
+        granularity: What masks consist of: single "weight"s, whole "channel"s, which training then computes without,
+            or "N:M", N of every M weights along the input dimension (as "2:4"), whose density is N/M. Channels reach
+            densities as nearly as whole ones allow, and grow at random.
         growth: Which inactive weights grow: "gradient" (RigL), "random" (SET), "momentum", or a rule
             registered with `growth_rule`.
         distribution: How active weights are spread over layers at first: "erk", "er" or "uniform".
@@ -143,6 +122,8 @@ class DynamicSparsityCallback(Callback):
         schedule: How that share falls over the run: "cosine", "linear" or "constant".
         regrown: What an exploration does with weights that it prunes and grows again: "keep" leaves them their value
             and optimizer state, as RigL's reference code and the paper's do; "reset" has them start from 0.
+        optimizer_state: "reset" keeps the optimizer state of inactive weights at 0, so that a grown weight starts with
+            fresh state; "keep" leaves it to the optimizer, as the paper's code does with Adam.
         estimator: BR over a window: "ratio_of_means" or the paper's, fragile "mean_of_ratios".
         seed: Of what is drawn here; by default torch's initial seed, which `seed_everything` sets.
         stop_on_divergence: Whether to end the run where a warning says that it has broken down: weights
@@ -160,13 +141,13 @@ class DynamicSparsityCallback(Callback):
 
     def __init__(
         self,
-        generator_density: float,
+        generator_density: float | None = None,
         discriminator_density: float | None = None,
-        method: Method = "ddst",
-        signal: str = "balance_ratio",
+        method: Method | str = "ddst",
+        signal: str | None = None,
         bounds: tuple[float, float] | Literal["auto"] | None = None,
         min_discriminator_density: float | None = None,
-        max_discriminator_density: float = 1.0,
+        max_discriminator_density: float | None = None,
         delta: float | None = None,
         interval: int | None = None,
         explore_interval: int | None = None,
@@ -178,140 +159,64 @@ class DynamicSparsityCallback(Callback):
         dense_layers: Sequence[str] = (),
         layer_densities: Mapping[str, float] | None = None,
         initial_masks: Initial = "random",
-        granularity: Granularity = "weight",
-        growth: str = "gradient",
-        distribution: str = "erk",
-        scope: Scope = "global",
-        layer_floor: float = 0.25,
+        granularity: str = "weight",
+        growth: str | None = None,
+        distribution: str | None = None,
+        scope: str | None = None,
+        layer_floor: float | None = None,
         exploration_rate: float | None = None,
-        schedule: str = "cosine",
+        schedule: str | None = None,
         regrown: Regrown = "reset",
+        optimizer_state: OptimizerState = "reset",
         estimator: Estimator = "ratio_of_means",
         seed: int | None = None,
         stop_on_divergence: bool = False,
     ) -> None:
-        self._compared = hparams(locals())
-        check_choice("method", method, METHODS)
-        check_choice("granularity", granularity, get_args(Granularity))
-        check_density("generator_density", generator_density)
-        check_choice("signal", signal, SIGNALS)
-        if discriminator_density is None:
-            balanced = min(generator_density, max_discriminator_density)
-            discriminator_density = 1.0 if method == "posthoc" else balanced
-        check_density("discriminator_density", discriminator_density)
-        if exploration_rate is None:
-            exploration_rate = _EXPLORATION_RATES[granularity]
-        check_rate("exploration_rate", exploration_rate)
-        check_choice("schedule", schedule, SCHEDULES)
-        check_choice("estimator", estimator, ESTIMATORS)
-        if isinstance(dense_layers, str):
-            raise ValueError(f"dense_layers={dense_layers!r} must be a list of patterns.")
-        for pattern, density in (layer_densities or {}).items():
-            check_density(f"layer_densities[{pattern!r}]", density)
-        check_choice("initial_masks", initial_masks, INITIAL)
-        check_choice("regrown", regrown, REGROWN)
-        check_choice("growth", growth, GROWTH_RULES)
-        check_choice("distribution", distribution, DISTRIBUTIONS)
-        check_choice("scope", scope, SCOPES)
-        check_density("layer_floor", layer_floor)
-        _check_intervals(method, interval, explore_interval, probe_interval)
-        if min_discriminator_density is None:
-            min_discriminator_density = min(generator_density, discriminator_density)
-        if isinstance(bounds, str) and (bounds != "auto" or signal != "balance_ratio"):
-            raise ValueError(f'bounds={bounds!r} with signal={signal!r} must be two numbers; only BR\'s can be "auto".')
-        fixed = SIGNALS[signal].bounds if bounds is None or isinstance(bounds, str) else bounds
-        fixed = cast(tuple[float, float], tuple(fixed))  # YAML gives a list
-        step = DensityController.delta if delta is None else delta
-        controller = DensityController(fixed, step, min_discriminator_density, max_discriminator_density, signal)
-        if discriminator_density > max_discriminator_density and method in _RESIZING:
-            raise ValueError(
-                f"discriminator_density={discriminator_density} must not be above "
-                f"max_discriminator_density={max_discriminator_density}."
-            )
-        if discriminator_density < min_discriminator_density and method in _RESIZING:
-            raise ValueError(
-                f"discriminator_density={discriminator_density} must not be below "
-                f"min_discriminator_density={min_discriminator_density}."
-            )
-        dense = method in ("dense", *_PRUNED)
-        if dense and layer_densities:
-            raise ValueError(
-                f'layer_densities={dict(layer_densities)} with method="{method}": its networks are dense at the start.'
-            )
-        self.method = method
-        self._signal = signal if method in _CONTROLLED else None
-        self._densities: dict[Role, float] = {
-            "generator": 1.0 if dense else generator_density,
-            "discriminator": 1.0 if dense else discriminator_density,
-        }
-        self._pruned_to = (generator_density, discriminator_density)
-        self._pruning: MagnitudePruning | None = None
-        if method in _PRUNED:
-            lowest = min(self._pruned_to)
-            self._pruning = MagnitudePruning.post_hoc() if method == "posthoc" else MagnitudePruning.iterative(lowest)
-        self._names: dict[Role, str | None] = {"generator": generator, "discriminator": discriminator}
-        self._masking: dict[str, Any] = {
-            "initial": initial_masks,
-            "dense_layers": tuple(dense_layers),
-            "regrown": regrown,
-        }
-        of_weights = {
-            "layer_densities": dict(layer_densities or {}),
-            "growth": growth,
-            "distribution": distribution,
-            "scope": scope,
-            "layer_floor": layer_floor,
-        }
-        self._granularity = granularity
-        if granularity == "channel":
-            _check_of_channels(of_weights)
-        else:
-            self._masking |= of_weights
-        self._min_density = min_discriminator_density
-        self._new_controller: Controller | None = None
-        if method in _CONTROLLED:
-            self._new_controller = controller
-            if bounds == "auto":
-                limits = (min_discriminator_density, max_discriminator_density)
-                self._new_controller = RelativeController(limits, delta)
-        elif method == "ramp":
-            self._new_controller = DensityRamp(discriminator_density, max_discriminator_density)
-        self._controller: Controller | None = self._new_controller
-        self._exploration = DropFractionSchedule(exploration_rate, schedule)
-        self._estimator = estimator
-        self._intervals = (interval, explore_interval, probe_interval)
+        arguments = dict(locals())
+        self.method = make_method(method, {name: arguments[name] for name in METHOD_ARGUMENTS})
+        self._masking = MaskingOptions(
+            generator,
+            discriminator,
+            granularity,
+            initial_masks,
+            regrown,
+            optimizer_state,
+            dense_layers,
+            {name: arguments[name] for name in UNITS_ARGUMENTS if arguments[name] is not None},
+        )
+        self._masking.check_method(self.method)
+        self._measuring = MeasuringOptions(real, discriminator_output, estimator)
+        self._intervals = Intervals(interval, explore_interval, probe_interval)
+        if probe_interval is None and self.method.needs_balance:
+            raise ValueError(f'probe_interval=None measures no balance ratio, which method="{self.method.name}" needs.')
         self._seed = seed
         self._stop_on_divergence = stop_on_divergence
-        self._real = real
-        self._discriminator_output = discriminator_output
         self._length = RunLength()
-        self._networks: dict[Role, MaskedNetwork] = {}
-        self._full_names: dict[int, str] = {}
-        self._module: nn.Module | None = None
+        self._pair: MaskedPair | None = None
         self._training: SparseTraining | None = None
-        self._accumulated: PendingGradients | None = None
-        self._saved: Mapping[str, Any] | None = None
+        self._report: RunReport | None = None
+        self._pending: PendingGradients | None = None
+        self._saved: Mapping[str, Any] | None = None  # a checkpoint that fitting will resume from
+        self._resumed: Mapping[str, Any] | None = None  # the one that fitting resumed from, until training starts
         self._handles: list[RemovableHandle] = []
         self._batch: Any = None
         self._in_batch = False
-        self._resumed: Mapping[str, Any] | None = None
         self._warned_of_raw_optimizers = False
-        self._warned_of_bounds = False
 
     # ---- what can be read at any time ----------------------------------------------------------------
 
     @property
     def generator_density(self) -> float:
-        """The generator's actual density; before it is known to this callback, what it will be."""
+        """The generator's actual density; before it is known to this callback, the one at which it will start."""
         return self._density("generator")
 
     @property
     def discriminator_density(self) -> float:
-        """The discriminator's actual density; before it is known to this callback, what it will be."""
+        """The discriminator's actual density; before it is known to this callback, the one at which it will start."""
         return self._density("discriminator")
 
     def masks(self, network: Role) -> dict[str, Tensor]:
-        """The masks of a network.
+        """Returns the masks of a network.
 
         Args:
             network: "generator" or "discriminator".
@@ -320,19 +225,15 @@ class DynamicSparsityCallback(Callback):
             A bool tensor for every maskable weight, true where active, under the name it has in
             ``pl_module.named_parameters()``. Empty before fitting, unless `attach` was called.
         """
-        check_choice("network", network, self._densities)
-        if network in self._networks:
-            masks = self._networks[network].masks
-            return {full: masks[name] for name, full in self._names_in_module(network).items()}
-        if self._saved is not None:
-            saved = self._saved["networks"][network]
-            return {saved["names"][name]: mask for name, mask in saved["masks"].items()}
-        return {}
+        check_choice("network", network, ROLES)
+        if self._pair is not None:
+            return self._pair.masks(network)
+        return {} if self._saved is None else saved_masks(self._saved["networks"], network)
 
     @property
     def balance(self) -> Balance | None:
         """The balance in the current window, with its parts; None where it is not measured."""
-        if self._training is None or self._intervals[2] is None:
+        if self._training is None or self._intervals.probe_interval is None:
             return None
         return self._training.window.read()
 
@@ -358,25 +259,26 @@ class DynamicSparsityCallback(Callback):
     def decisions(self) -> list[tuple[int, Decision]]:
         """Every decision on densities so far, with the generator update it was made at.
 
-        They are on the discriminator's; with "posthoc" and "imp" on both networks'.
+        They are on the discriminator's density; with "posthoc" and "imp" on both networks'.
         """
         return [] if self._training is None else list(self._training.decisions)
 
     @property
     def flops_ratio(self) -> float | None:
         """Training operations so far, relative to dense training; None before the second generator update."""
-        flops = self._flops
-        return flops.ratio if flops.dense else None
+        if self._training is None or not (flops := self._training.flops.total).dense:
+            return None
+        return flops.ratio
 
     @property
     def flops_ledger(self) -> dict[str, LayerFlops]:
         """Training operations so far of every maskable weight, by its name in the module; empty where not counted."""
-        return {} if self._training is None else self._by_full_name(self._training.flops.layers)
+        return {} if self._training is None else self._fitted.by_full_name(self._training.flops.layers)
 
     @property
     def mean_layer_densities(self) -> dict[str, float]:
         """The density of every maskable weight, by its name in the module, averaged over generator updates so far."""
-        return {} if self._training is None else self._by_full_name(self._training.flops.mean_densities)
+        return {} if self._training is None else self._fitted.by_full_name(self._training.flops.mean_densities)
 
     @property
     def plan(self) -> Plan:
@@ -384,29 +286,14 @@ class DynamicSparsityCallback(Callback):
         return Plan() if self._training is None else self._training.plan
 
     def networks(self) -> dict[Role, MaskedNetwork]:
-        """Both sparse networks; empty before fitting, unless `attach` was called."""
-        return dict(self._networks)
-
-    @property
-    def _flops(self) -> LayerFlops:
-        """Of both networks so far."""
-        return LayerFlops() if self._training is None else self._training.flops.total
-
-    def _by_full_name(self, of_networks: Iterable[Mapping[str, T]]) -> dict[str, T]:
-        """What is known of each network's maskable weights, by their names in the module."""
-        pairs = zip(self._networks, of_networks, strict=True)
-        return {self._names_in_module(role)[name]: value for role, values in pairs for name, value in values.items()}
-
-    def _names_in_module(self, role: Role) -> dict[str, str]:
-        """From the names of maskable weights in their network to those in ``pl_module.named_parameters()``."""
-        return {name: self._full_names[id(p)] for name, p in self._networks[role].parameters.items()}
+        """Returns both sparse networks; empty before fitting, unless `attach` was called."""
+        return {} if self._pair is None else dict(self._pair.networks)
 
     def _density(self, role: Role) -> float:
-        if role in self._networks:
-            return self._networks[role].density
-        if masks := self.masks(role):
-            return sum(count_true(mask) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
-        return self._densities[role]
+        if self._pair is not None:
+            return self._pair.networks[role].density
+        masks = self.masks(role)
+        return density_of(masks) if masks else self.method.initial_densities[role]
 
     # ---- attaching -----------------------------------------------------------------------------------
 
@@ -414,72 +301,16 @@ class DynamicSparsityCallback(Callback):
         """Finds the networks and masks them; fitting does this by itself.
 
         Args:
-            module: What holds the generator and the discriminator.
+            module: Holds the generator and the discriminator.
 
         Raises:
             ValueError: If a network is not found, or cannot be masked at its density.
         """
         # One process's: drawing the masks sets weights to 0, and the weights are the same everywhere already.
         seed = distributed.broadcast(torch.initial_seed() if self._seed is None else self._seed)
-        self._module = module
-        self._full_names = {id(parameter): name for name, parameter in module.named_parameters()}
-        self._networks = {}
-        found = {role: find_network(module, role, name) for role, name in self._names.items()}
-        if found["generator"] is found["discriminator"]:
-            raise ValueError(f"generator and discriminator are the same module, {self._names['discriminator']!r}.")
-        self._check_patterns(module, found)
-        channels = self._granularity == "channel"
-        inputs = infer_inputs(module, found["generator"]) if channels else ((), ())
-        for offset, (role, network) in enumerate(found.items()):
-            # Of several pairs each has masks of its own.
-            of_name = zlib.crc32((self._names[role] or "").encode())
-            try:
-                self._networks[role] = self._masked(
-                    network,
-                    self._densities[role],
-                    inputs[offset],
-                    name=name_in(module, network),
-                    seed=seed % 2**62 + offset + 2 * of_name,
-                    state=None if self._saved is None else self._saved["networks"][role],
-                )
-            except ValueError as error:
-                raise ValueError(f"{role} with {role}_density={self._densities[role]}: {error}") from error
-        lowest: dict[Role, tuple[str, float]] = {}
-        if self.method in _CONTROLLED:
-            lowest["discriminator"] = ("min_discriminator_density", self._min_density)
-        if self._pruning is not None:
-            generator_density, discriminator_density = self._pruned_to
-            lowest["generator"] = ("generator_density", generator_density)
-            lowest["discriminator"] = ("discriminator_density", discriminator_density)
-        for role, (argument, density) in lowest.items():
-            try:
-                self._networks[role].allocation(density)
-            except ValueError as error:
-                raise ValueError(f"{argument}={density}: {error}") from error
-
-    def _masked(self, network: nn.Module, density: float, inputs: Sequence[Any], **options: Any) -> MaskedNetwork:
-        """A network with masks, which is called with these inputs, known where masks are of channels."""
-        if self._granularity == "channel":
-            return ChannelNetwork(network, density, inputs, **self._masking, **options)
-        return SparseNetwork(network, density, **self._masking, **options)
-
-    def _check_patterns(self, module: nn.Module, found: Mapping[Role, nn.Module]) -> None:
-        arguments = [argument for argument in ("dense_layers", "layer_densities") if self._masking.get(argument)]
-        if not arguments:
-            return
-        layers = {
-            name_of_layer(name_in(module, network), name): layer
-            for network in found.values()
-            for weight in maskable_weights(network)
-            for name, layer in weight.layers.items()
-        }
-        for argument in arguments:
-            for pattern in self._masking[argument]:
-                if not any(matches(pattern, name, layer) for name, layer in layers.items()):
-                    raise ValueError(
-                        f"{argument}: {pattern!r} matches no layer; there are {', '.join(layers)}, and classes "
-                        f"{', '.join(sorted({type(layer).__name__ for layer in layers.values()}))}."
-                    )
+        self._pair = None
+        saved = None if self._saved is None else self._saved["networks"]
+        self._pair = self._masking.mask(module, self.method, seed, saved)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that masks can be held under the Trainer's strategy."""
@@ -496,98 +327,86 @@ class DynamicSparsityCallback(Callback):
         check_folders(trainer, pl_module)
         if self._saved is None and self._training is not None and self._module is pl_module:
             self._saved = self.state_dict()  # fitting goes on
-        if self._saved is not None or not self._networks or self._module is not pl_module:
+        if self._saved is not None or self._module is not pl_module:
             self.attach(pl_module)
-        generator, discriminator = self._networks["generator"], self._networks["discriminator"]
-        if self.method in _PRUNED or (self.method in _EXPLORING and generator.density < 1):
-            refuse_other_averages(trainer, pl_module, generator.network)
-        self._refuse_shared(trainer, pl_module)
-        for network in self._networks.values():
+        pair = self._fitted
+        for network in pair.networks.values():
             if distributed.is_distributed():  # after a call of attach there may be others
                 network.load_state_dict(distributed.broadcast(network.state_dict()))
             network.to_weights()
-        probe = None
-        if self._intervals[2] is not None:
-            probe = BalanceProbe(
-                generator.network,
-                discriminator.network,
-                real=self._real,
-                discriminator_output=self._discriminator_output,
-                module=pl_module if isinstance(pl_module, ScoresItself) else None,
-            )
-        self._controller = deepcopy(self._new_controller)  # which follows these networks' BR
-        self._warned_of_bounds = False
+        mask_updates = self.method.mask_updates()
+        generator = pair.networks["generator"]
+        if any("generator" in each.roles and (each.resizes or generator.density < 1) for each in mask_updates):
+            refuse_other_averages(trainer, pl_module, generator.network)
+        others = self._others(trainer)
+        check_separate(pair, [other._fitted for other in others if other._module is pl_module], pl_module)
+        if self._saved is None:
+            self._length = RunLength()
+        measured = self._intervals.probe_interval is not None
         self._training = SparseTraining(
             generator,
-            discriminator,
+            pair.networks["discriminator"],
             trainer.optimizers,
-            explores=self.method in _EXPLORING,
-            controller=self._controller,
-            probe=probe,
-            exploration=self._exploration,
-            estimator=self._estimator,
+            mask_updates,
+            probe=self._measuring.probe(pair) if measured else None,
+            estimator=self._measuring.estimator,
             plan=self._planned(),
-            pruning=self._pruning,
-            pruned_to=self._pruned_to,
-            unscaled=_unscaled(trainer),
+            unscaled=make_unscaler(trainer),
+            optimizer_state=self._masking.optimizer_state,
         )
-        self._accumulated = PendingGradients(trainer.optimizers)
+        self._pending = PendingGradients(trainer.optimizers)
         if self._saved is not None:
             self._training.load_state_dict(self._saved["training"])
             self._length.load_state_dict(self._saved["length"])
             self._saved = None
-        else:
-            self._length = RunLength()
         self._training.check_ranks()
         for optimizer in self._training.generator_optimizers:
             self._handles += [
                 optimizer.register_step_pre_hook(lambda stepping, *_: self._before_step(stepping)),
                 optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(trainer, stepped)),
             ]
-        pairs = [self, *self._others(trainer)]
-        if all(pair._module is pl_module for pair in pairs):  # the last one
-            write_custom_scalars(trainer, pl_module, {pair._prefix(trainer): pair._compared for pair in pairs})
+        prefix, stops = self._prefix(trainer), self._stop_on_divergence
+        self._report = RunReport(self.method, pair, self._training, prefix=prefix, measured=measured, stops=stops)
+        if all(other._module is pl_module for other in others):  # this is the last one
+            arguments = {each._prefix(trainer): each._hparams() for each in (self, *others)}
+            callbacks = trainer.callbacks  # type: ignore[attr-defined]
+            metrics = [name for each in callbacks if isinstance(each, SampleQuality) for name in each.names]
+            write_custom_scalars(trainer, pl_module, arguments, metrics)
 
-    def _refuse_shared(self, trainer: Trainer, module: LightningModule) -> None:
-        others = self._others(trainer)
-        if others and isinstance(module, ScoresItself):
-            raise ValueError(
-                f"{type(module).__name__}.balance_scores gives the scores of one pair, and there are "
-                f"{len(others) + 1} DynamicSparsityCallbacks."
-            )
-        own = {id(parameter) for network in self._networks.values() for parameter in network.parameters.values()}
-        for other in others:
-            for role, network in other.networks().items():
-                if other._module is module and any(id(p) in own for p in network.parameters.values()):
-                    raise ValueError(f"two DynamicSparsityCallbacks mask the same {role}; each weight has one mask.")
+    @property
+    def _fitted(self) -> MaskedPair:
+        assert self._pair is not None
+        return self._pair
+
+    @property
+    def _module(self) -> nn.Module | None:
+        return None if self._pair is None else self._pair.module
+
+    def _hparams(self) -> dict[str, float | str]:
+        return hparams(self.method, self._masking.granularity, str(self._masking.units.get("growth", "by default")))
 
     def _others(self, trainer: Trainer) -> list["DynamicSparsityCallback"]:
-        """The callbacks of other pairs."""
+        """Returns the callbacks of other pairs."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         return [c for c in callbacks if isinstance(c, DynamicSparsityCallback) and c is not self]
 
+    def _prefix(self, trainer: Trainer) -> str:
+        """Returns the prefix of what is logged: the generator's name where several pairs are trained sparsely."""
+        if not self._others(trainer):
+            return ""
+        return f"{name_in(self._fitted.module, self._fitted.networks['generator'].network)}/"
+
     def _planned(self) -> Plan:
-        """The intervals, as far as they are known by now."""
-        interval, explore_interval, probe_interval = self._intervals
-        if self._length.known:
-            updates = self._length.updates
-            if interval is None:
-                interval = _default_interval(updates)
-                interval = max(interval, probe_interval if isinstance(probe_interval, int) else 1)
-            if explore_interval is None:
-                explore_interval = _default_interval(updates) // 2
-        if probe_interval == "auto":
-            probe_interval = _default_probe_interval(interval)
-        return Plan(interval, explore_interval, probe_interval, self._length.updates)
+        return Plan.for_run(self._intervals, self._length.updates, known=self._length.known)
 
     # ---- training --------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes over from a checkpoint what the Trainer would have changed before."""
+        """Restores from a checkpoint what the Trainer would have changed before."""
         if loads_late(trainer):
             self._begin(trainer, pl_module)
-        if self._resumed is not None and self._accumulated is not None:
-            self._accumulated.load_state_dict(self._resumed["accumulated"])
+        if self._resumed is not None and self._pending is not None:
+            self._pending.load_state_dict(self._resumed["pending_gradients"])
             resume_randomness(trainer, self._resumed["random"])
         self._resumed = None
 
@@ -602,59 +421,16 @@ class DynamicSparsityCallback(Callback):
 
     @uncompiled
     def _after_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
-        if self._training is None or not self._in_batch:
+        if self._training is None or self._report is None or not self._in_batch:
             return  # loading a checkpoint of FSDP2 makes steps, too
-        decided, reported = len(self._training.decisions), len(self._training.divergence.reports)
-        rewinds_done = self._training.rewinds
+        rewinds = self._training.rewinds
         if not self._training.after_step(optimizer, self._batch):
             return
-        if self._training.rewinds > rewinds_done:
+        if self._training.rewinds > rewinds:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, GeneratorEMA):
-                    callback.restart(self._networks["generator"].network)
-        new = self._training.decisions[decided:]
-        line_is_due = logs_at(trainer, self._training.updates)
-        if line_is_due:
-            self._training.divergence.finite(self._training.updates)
-        self._report(trainer, self._training.divergence.reports[reported:])
-        if not new and not line_is_due:
-            return
-        prefix = self._prefix(trainer)
-        values = {f"{prefix}{name}": value for name, value in self._scalars().items()}
-        log_scalars(trainer, values, self._training.updates)
-        for update, decision in new:
-            for writer in tensorboards(trainer):
-                writer.add_text(f"{prefix}decision/reason", f"{decision.action}: {decision.reason}", update)
-        if new and not self._warned_of_bounds:
-            self._warn_of_bounds(self._training.decisions)
-
-    def _warn_of_bounds(self, decisions: Sequence[tuple[int, Decision]]) -> None:
-        at_floor = [(update, decision.reason) for update, decision in decisions[-_WARN_WINDOW:] if decision.at_floor]
-        if len(at_floor) < _WARN_AFTER:
-            return
-        self._warned_of_bounds = True
-        update, reason = at_floor[-1]
-        rank_zero_warn(
-            f"at generator update {update}: {reason}; so it was in {len(at_floor)} of the last {_WARN_WINDOW} "
-            "decisions. Where the signal is on one side of its bounds whatever the discriminator is, they do not fit "
-            'the GAN, and keep it too sparse to learn. bounds="auto" and method="ramp" do not depend on the signal\'s '
-            "level."
-        )
-
-    def _report(self, trainer: Trainer, reports: Sequence[tuple[int, str]]) -> None:
-        for update, message in reports:
-            trainer.should_stop |= self._stop_on_divergence
-            ending = " The run stops." if self._stop_on_divergence else ""
-            rank_zero_warn(f"at generator update {update}: {message}{ending}")
-            for writer in tensorboards(trainer):
-                writer.add_text(f"{self._prefix(trainer)}divergence", message, update)
-
-    def _prefix(self, trainer: Trainer) -> str:
-        """Of what is logged: the generator's name where several pairs are trained sparsely."""
-        assert self._module is not None
-        if not self._others(trainer):
-            return ""
-        return f"{name_in(self._module, self._networks['generator'].network)}/"
+                    callback.restart(self._training.network("generator").network)
+        self._report.after_update(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -666,38 +442,19 @@ class DynamicSparsityCallback(Callback):
         self._training.after_batch(batch)
         if self._training.updates and not trainer.global_step and not self._warned_of_raw_optimizers:
             self._warned_of_raw_optimizers = True
-            rank_zero_warn(
-                "the generator was updated and Trainer.global_step is still 0: the training step steps torch's own "
-                "optimizers (trainer.optimizers, self.optimizers(use_pl_optimizer=False)), which Lightning does not "
-                "count. ModelCheckpoint saves nothing until the run ends, and max_steps does not end it. Step what "
-                "self.optimizers() returns."
-            )
+            warn_of_raw_optimizers()
         if self._length.known:
             return
         self._length.observe(trainer, self._training.updates)
         if self._length.known:
             self._training.schedule(self._planned())
             if self._length.updates is None:
-                self._length_is_unknown()
-
-    def _length_is_unknown(self) -> None:
-        unknown = (
-            "nothing but time limits this run (max_epochs, max_steps), so its length in generator updates is unknown"
-        )
-        if self.method in ("ramp", *_PRUNED):
-            raise ValueError(f'{unknown}, and method="{self.method}" is spread over the run\'s length.')
-        if self.method in _EXPLORING:
-            rank_zero_warn(f"{unknown}: the exploration rate stays what it is at the start.")
+                check_unlimited(self.method, self._training)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says in words what happened so far."""
-        if self._training is not None:
-            relative = isinstance(self._controller, RelativeController)
-            words = summary_markdown(
-                self.method, self._signal, self._training, self._densities["discriminator"], relative
-            )
-            for writer in tensorboards(trainer):
-                writer.add_text(f"{self._prefix(trainer)}about/what_happened", words, self.generator_updates)
+        """Writes what happened so far, in words."""
+        if self._report is not None:
+            self._report.after_epoch(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps evaluation out of what is counted as training."""
@@ -705,15 +462,14 @@ class DynamicSparsityCallback(Callback):
             self._training.flops.pause()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Goes on counting."""
+        """Counts again."""
         if self._training is not None:
             self._training.flops.resume()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs where the operations were, and takes every hook away."""
-        for writer in tensorboards(trainer):
-            if ledger := self.flops_ledger:
-                writer.add_text(f"{self._prefix(trainer)}flops/ledger", _table(ledger), self.generator_updates)
+        if self._report is not None:
+            self._report.after_fit(trainer)
         self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -721,144 +477,47 @@ class DynamicSparsityCallback(Callback):
         self._detach()
 
     def _detach(self) -> None:
-        self._batch, self._in_batch = None, False
+        self._batch, self._in_batch, self._report = None, False, None
         if self._training is not None:
             self._training.detach()
-        if self._accumulated is not None:
-            self._accumulated.remove()
+        if self._pending is not None:
+            self._pending.remove()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-    def _scalars(self) -> dict[str, float]:
-        assert self._training is not None
-        values: dict[str, float] = {}
-        if (balance := self.balance) is not None and balance.samples:
-            parts = ("alpha", "beta", "real", "fake", "real_sign")
-            values |= {f"balance/{part}": getattr(balance, part) for part in parts}
-            if balance.ratio is not None:
-                values["balance/ratio"] = balance.ratio
-            if self._controller is not None:
-                values |= self._controller.readings(balance)
-        for role, network in self._networks.items():
-            values[f"density/{role}"] = network.density
-            values[f"density/{role}_target"] = network.target
-            values |= {f"coverage/{role}": network.coverage, f"overlap/{role}": network.overlap}
-            densities = network.layer_densities
-            values |= {f"layer_density/{full}": densities[name] for name, full in self._names_in_module(role).items()}
-        if self.method in (*_RESIZING, *_PRUNED):
-            actions = [decision.action for _, decision in self._training.decisions]
-            values |= {f"decision/{action}": float(actions.count(action)) for action in ACTIONS}
-        if (flops := self._flops).dense:
-            values |= {"flops/training_ratio": flops.ratio, "flops/measuring_ratio": flops.probes / flops.dense}
-        return values
 
     # ---- saving ----------------------------------------------------------------------------------------
 
     @property
     def state_key(self) -> str:
-        """Of its own for every pair of networks that is named."""
-        named = {role: name for role, name in self._names.items() if name is not None}
+        """A key of its own for every pair of networks that is named."""
+        named = {role: name for role, name in self._masking.names.items() if name is not None}
         return self._generate_state_key(**named) if named else super().state_key
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks, counters, the balance window and every random state; loads with ``weights_only=True``."""
+        """Returns masks, counters, the balance window and every random state; loads with ``weights_only=True``."""
         if self._saved is not None:
             return dict(self._saved)
-        if self._training is None or self._accumulated is None:
+        if self._training is None or self._pending is None or self._pair is None:
             return {}
-        networks = {
-            role: network.state_dict() | {"names": self._names_in_module(role)}
-            for role, network in self._networks.items()
-        }
         return {
-            "method": self.method,
-            "networks": networks,
+            "method": self.method.name,
+            "networks": self._pair.state_dict(),
             "training": self._training.state_dict(),
             "length": self._length.state_dict(),
-            "accumulated": self._accumulated.state_dict(),
+            "pending_gradients": self._pending.state_dict(),
             "random": distributed.all_gather(random_states()),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint that says nothing about this callback's masks, unless they come from its weights."""
-        saved = checkpoint.get("callbacks", {})
-        method = saved.get(self.state_key, {}).get("method", self.method)
-        if trainer.state.fn == "fit" and method != self.method:
-            raise ValueError(
-                f'the checkpoint is of a run with method="{method}", and this one has method="{self.method}". To begin '
-                "another run from its weights, load them into the module and fit without ckpt_path."
-            )
-        if trainer.state.fn != "fit" or saved.get(self.state_key) or self._masking["initial"] == "magnitude":
-            return
-        others = [key for key in saved if key.startswith(type(self).__name__)]
-        raise ValueError(
-            f"the checkpoint holds no masks for {self.state_key}"
-            + (f", but for {', '.join(others)}. Name the same networks as then." if others else ".")
-            + ' To start from the dense networks in it, say initial_masks="magnitude"; to start from its weights with '
-            "random masks, load them into the module and fit without ckpt_path."
-        )
+        """Rejects a checkpoint that says nothing about this callback's masks, unless they come from its weights."""
+        if trainer.state.fn == "fit":
+            needs_masks = self._masking.initial_masks != "magnitude"
+            check_checkpoint(checkpoint.get("callbacks", {}), self.state_key, self.method, needs_masks=needs_masks)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what `state_dict` gave; fitting goes on from it."""
+        """Restores the state returned by `state_dict`; fitting resumes from it."""
         if state_dict:
             self._saved = state_dict
             self._resumed = state_dict
-            self._networks, self._training = {}, None
-
-
-def _default_interval(updates: int | None) -> int:
-    """Between decisions, for the length of a run."""
-    if updates is None:
-        return _UNKNOWN_LENGTH_INTERVAL
-    return max(10, min(updates // 10, 100), updates // 100)
-
-
-def _default_probe_interval(interval: int | None) -> int:
-    """Between measurements: a 100th of what is between decisions, but in short runs, where that costs most, a 50th."""
-    return 1 if interval is None else max(1, min(interval // 50, 2), interval // 100)
-
-
-def _table(ledger: Mapping[str, LayerFlops]) -> str:
-    """The operations layer by layer, in Markdown."""
-    rows = [
-        "| layer | steps | dense gradients | measuring BR | dense training | share of dense |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, f in [*ledger.items(), ("**all**", LayerFlops.total(ledger.values()))]:
-        cells = [f"{value:.4g}" for value in (f.steps, f.dense_gradients, f.probes, f.dense)]
-        rows.append(f"| {name} | {' | '.join(cells)} | {f.ratio:.1%} |")
-    return "\n".join(rows)
-
-
-def _unscaled(trainer: Trainer) -> Callable[[Tensor], Tensor]:
-    """Takes the scale of fp16's loss off gradients, where there is one."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None:
-        return torch.clone
-    return lambda gradient: gradient / scaler.scale(torch.ones((), device=gradient.device))
-
-
-def _check_of_channels(given: Mapping[str, Any]) -> None:
-    """Refuses what says how single weights are masked; channels grow at random."""
-    defaults = signature(DynamicSparsityCallback).parameters
-    for name, value in given.items():
-        if value and value != defaults[name].default and (name, value) != ("growth", "random"):
-            raise ValueError(f'{name}={value!r} is for masks of single weights, and granularity="channel".')
-
-
-def _check_intervals(
-    method: str, interval: int | None, explore_interval: int | None, probe_interval: int | str | None
-) -> None:
-    for name, value in (("interval", interval), ("explore_interval", explore_interval)):
-        if value is not None:
-            check_count(name, value)
-    if probe_interval is None:
-        if method in _CONTROLLED:
-            raise ValueError(f'probe_interval=None measures no balance ratio, which method="{method}" needs.')
-    elif probe_interval != "auto":
-        if not isinstance(probe_interval, int):
-            raise ValueError(f'probe_interval={probe_interval!r} must be an integer, at least 1, "auto" or None.')
-        check_count("probe_interval", probe_interval)
-        if interval is not None and probe_interval > interval:
-            raise ValueError(f"probe_interval={probe_interval} must not be longer than interval={interval}.")
+            self._pair, self._training = None, None

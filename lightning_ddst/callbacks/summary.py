@@ -6,7 +6,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_ddst.callbacks.dynamic_sparsity import DynamicSparsityCallback
 from lightning_ddst.callbacks.quality import SampleQuality
-from lightning_ddst.sparsity import ChannelNetwork
+from lightning_ddst.methods.base import ROLES
 from lightning_ddst.utils.logging import tensorboards
 
 
@@ -64,26 +64,21 @@ def _title(metric: str) -> str:
 
 
 def _sparsity(callback: DynamicSparsityCallback) -> list[tuple[str, str]]:
-    rows = [("method", f"{callback.method}, {callback.generator_updates:,} generator updates")]
-    for role, network in callback.networks().items():
-        active = f"{network.active:,} of {network.total:,} weights active"
-        if isinstance(network, ChannelNetwork):
-            left, channels = map(sum, zip(*network.channel_counts, strict=True))
-            active = f"{left} of {channels} channels, {active}"
-        rows.append((role, f"density {network.density:.4f} ({active})"))
+    rows = [("method", f"{callback.method.name}, {callback.generator_updates:,} generator updates")]
+    networks = callback.networks()
+    rows += [(role, f"density {network.density:.4f} ({network.describe()})") for role, network in networks.items()]
     if (balance := callback.balance) is not None:
         last = f"{balance.ratio:.3f}" if balance.ratio is not None else f"undecided: {balance.reason}"
         rows.append(("balance ratio, last window", last))
-    actions = [decision.action for _, decision in callback.decisions]
-    if callback.method in ("posthoc", "imp"):
-        rows.append(("pruned by magnitude", f"{len(actions)} time{'' if len(actions) == 1 else 's'}"))
-    elif actions:
+    if actions := [decision.action for _, decision in callback.decisions]:
         counts = ", ".join(f"{action} {actions.count(action)}" for action in dict.fromkeys(actions))
         resized = actions.count("grow") + actions.count("prune")
-        rows.append(("discriminator resized", f"{resized} times in {len(actions)} decisions ({counts})"))
+        updates = callback.method.mask_updates()
+        whose = " and ".join(role for role in ROLES if any(each.resizes and role in each.roles for each in updates))
+        rows.append((f"{whose} resized", f"{resized} times in {len(actions)} decisions ({counts})"))
     if (ratio := callback.flops_ratio) is not None:
-        whole = "dense kernels do the arithmetic all the same"
-        if any(isinstance(network, ChannelNetwork) for network in callback.networks().values()):
-            whole = "inactive channels are left out, where networks are not compiled"
-        rows.append(("training FLOPs", f"{ratio:.1%} of dense training ({whole})"))
+        kernels = "dense kernels do the arithmetic all the same"
+        if not all(network.units.dense_kernels for network in networks.values()):
+            kernels = "inactive channels are left out, where networks are not compiled"
+        rows.append(("training FLOPs", f"{ratio:.1%} of dense training ({kernels})"))
     return rows

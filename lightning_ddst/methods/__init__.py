@@ -1,6 +1,41 @@
-"""Methods of sparse training, one file each."""
+"""Methods of sparse training, one file each, and the training that applies them.
 
-from lightning_ddst.methods.pruning import InitialWeights, MagnitudePruning
-from lightning_ddst.methods.training import DropFractionSchedule, Plan, SparseTraining
+A method is a frozen dataclass that returns its mask updates (`base`); `training` applies them. Add one by a file with
+a class under `training_method` (docs/extending.md).
+"""
 
-__all__ = ["DropFractionSchedule", "InitialWeights", "MagnitudePruning", "Plan", "SparseTraining"]
+from lightning_ddst.methods.base import METHODS, MaskUpdate, Method, Role, make_method, training_method
+from lightning_ddst.methods.ddst import DDA, DDST, ResizeByBalance
+from lightning_ddst.methods.plan import Intervals, Plan
+from lightning_ddst.methods.pruning import IMP, InitialWeights, MagnitudePruning, PostHoc, PruneByMagnitude
+from lightning_ddst.methods.ramp import Ramp, Resize
+from lightning_ddst.methods.sdst import SDST, DropFractionSchedule, Explore
+from lightning_ddst.methods.static import Dense, Static
+from lightning_ddst.methods.training import SparseTraining
+
+__all__ = [
+    "DDA",
+    "DDST",
+    "IMP",
+    "METHODS",
+    "SDST",
+    "Dense",
+    "DropFractionSchedule",
+    "Explore",
+    "InitialWeights",
+    "Intervals",
+    "MagnitudePruning",
+    "MaskUpdate",
+    "Method",
+    "Plan",
+    "PostHoc",
+    "PruneByMagnitude",
+    "Ramp",
+    "Resize",
+    "ResizeByBalance",
+    "Role",
+    "SparseTraining",
+    "Static",
+    "make_method",
+    "training_method",
+]

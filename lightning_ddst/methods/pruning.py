@@ -1,14 +1,18 @@
 """Pruning dense networks by magnitude, once or in rounds: the baselines of sparse training."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_ddst.balance import Decision
+from lightning_ddst.methods.base import MaskUpdate, Method, Role, training_method
+from lightning_ddst.methods.plan import Plan
+from lightning_ddst.methods.training import SparseTraining
 from lightning_ddst.sparsity.sharding import copy_like, full_tensor
 
 _POST_HOC_AT = 2 / 3
@@ -52,8 +56,15 @@ class MagnitudePruning:
 
     def round_at(self, update: int, length: int) -> int | None:
         """The round that is due at a generator update of a run of that length, from 1; None where none is."""
-        due = [number for number in range(1, self.rounds + 1) if round(length * self.first * number) == update]
+        due = [number for number in range(1, self.rounds + 1) if self._at(number, length) == update]
         return due[-1] if due else None
+
+    def rounds_until(self, update: int, length: int) -> int:
+        """Returns how many rounds a run of that length has had at a generator update."""
+        return sum(self._at(number, length) <= update for number in range(1, self.rounds + 1))
+
+    def _at(self, number: int, length: int) -> int:
+        return round(length * self.first * number)
 
     def density(self, number: int, target: float) -> float:
         """A network's density after a round, on the way to its target."""
@@ -96,3 +107,98 @@ class InitialWeights:
 def _values(network: nn.Module) -> dict[str, Tensor]:
     named = [*network.named_parameters(), *network.named_buffers()]
     return {name: value.data for name, value in named}
+
+
+class PruneByMagnitude(MaskUpdate):
+    """Prunes both networks by magnitude, on the way to their densities.
+
+    Args:
+        pruning: When, and by how much.
+        targets: The final densities.
+    """
+
+    grows: ClassVar[bool] = False
+
+    def __init__(self, pruning: MagnitudePruning, targets: Mapping[Role, float]) -> None:
+        self._pruning = pruning
+        self._targets = dict(targets)
+        self._initial: InitialWeights | None = None
+
+    def begin(self, training: SparseTraining) -> None:
+        """Copies the initial weights, if training goes back to them."""
+        if self._pruning.rewinds:
+            self._initial = InitialWeights(training.network(role).network for role in self.roles)
+
+    def due(self, update: int, plan: Plan) -> bool:
+        """Prunes at the updates that the rounds fall on."""
+        return plan.updates is not None and self._pruning.round_at(update, plan.updates) is not None
+
+    def apply(self, training: SparseTraining) -> bool:
+        """Prunes, and goes back to the initial weights where the method does."""
+        assert training.plan.updates is not None
+        number = self._pruning.rounds_until(training.updates, training.plan.updates)
+        for role, target in self._targets.items():
+            training.network(role).resize(self._pruning.density(number, target))
+        generator, discriminator = (training.network(role) for role in self.roles)
+        reason = f"round {number} of {self._pruning.rounds}: pruned by magnitude, the generator to "
+        reason += f"{generator.density:.4g}, the discriminator to {discriminator.density:.4g}"
+        if self._initial is not None:
+            self._initial.restore(training.optimizers)
+            for role in self.roles:
+                training.network(role).apply_masks()
+            training.rewinds += 1
+            reason += ", and back to the initial weights"
+        training.decisions.append((training.updates, Decision("prune", discriminator.target, reason)))
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the initial weights, if training goes back to them."""
+        return {} if self._initial is None else {"initial": self._initial.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores the state returned by `state_dict`."""
+        if self._initial is not None:
+            self._initial.load_state_dict(state["initial"])
+
+
+@training_method("posthoc")
+@dataclass(frozen=True, kw_only=True)
+class PostHoc(Method):
+    """Dense training for two thirds of the run, one pruning by magnitude, and fine-tuning (the baseline of DDST).
+
+    Args:
+        discriminator_density: The discriminator's density in the end; by default it stays dense.
+    """
+
+    starts_dense: ClassVar[bool] = True
+    needs_run_length: ClassVar[bool] = True
+
+    @property
+    def final_densities(self) -> dict[Role, float]:
+        """The discriminator's is 1 by default."""
+        discriminator = self.discriminator_density
+        return {
+            "generator": self.generator_density,
+            "discriminator": 1.0 if discriminator is None else discriminator,
+        }
+
+    def mask_updates(self) -> Sequence[MaskUpdate]:
+        """Returns the pruning."""
+        return (PruneByMagnitude(MagnitudePruning.post_hoc(), self.final_densities),)
+
+
+@training_method("imp")
+@dataclass(frozen=True, kw_only=True)
+class IMP(Method):
+    """Iterative magnitude pruning: rounds that prune a fifth and go back to the initial weights.
+
+    Lottery tickets (Frankle and Carbin 2019), in GANs Chen et al. 2021.
+    """
+
+    starts_dense: ClassVar[bool] = True
+    needs_run_length: ClassVar[bool] = True
+
+    def mask_updates(self) -> Sequence[MaskUpdate]:
+        """Returns the rounds of pruning."""
+        targets = self.final_densities
+        return (PruneByMagnitude(MagnitudePruning.iterative(min(targets.values())), targets),)

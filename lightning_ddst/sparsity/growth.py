@@ -17,6 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_ddst.utils.registry import Registry
 from lightning_ddst.utils.validation import check_choice
 
 GradientKind = Literal["none", "latest", "average"]
@@ -49,8 +50,13 @@ class GrowthRule:
     gradient: GradientKind
     magnitude: bool
 
+    @property
+    def __wrapped__(self) -> Callable[[Layer], Tensor]:
+        """The function that was registered."""
+        return self.score
 
-GROWTH_RULES: dict[str, GrowthRule] = {}
+
+GROWTH_RULES: Registry[GrowthRule] = Registry("growth rule")
 """Every registered growth rule by name."""
 
 
@@ -75,7 +81,7 @@ def growth_rule(
     check_choice("gradient", gradient, get_args(GradientKind))
 
     def register(score: Callable[[Layer], Tensor]) -> Callable[[Layer], Tensor]:
-        GROWTH_RULES[name] = GrowthRule(score, gradient, magnitude)
+        GROWTH_RULES.register(name)(GrowthRule(score, gradient, magnitude))
         return score
 
     return register

@@ -62,5 +62,6 @@ class Registry(dict[str, T]):
 
 def _origin(value: object) -> tuple[str, str]:
     """Returns the module and the name under which an object was defined."""
-    known = value if hasattr(value, "__qualname__") else type(value)
+    defined = getattr(value, "__wrapped__", value)  # as functools.wraps has it
+    known = defined if hasattr(defined, "__qualname__") else type(defined)
     return known.__module__, known.__qualname__

@@ -1,4 +1,4 @@
-"""What explains a run in TensorBoard: a page of charts, what happened in words, hyperparameters with final numbers."""
+"""What a run tells its user: scalars, reasons and warnings as they come, and the pages of TensorBoard."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,26 +6,127 @@ from itertools import groupby
 from typing import Any, TypeAlias
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_ddst.balance import SIGNALS, Decision
-from lightning_ddst.callbacks.quality import SampleQuality
-from lightning_ddst.methods import SparseTraining
-from lightning_ddst.sparsity import ChannelNetwork
-from lightning_ddst.utils.logging import tensorboards
+from lightning_ddst.balance import Decision
+from lightning_ddst.balance.controller import ACTIONS
+from lightning_ddst.methods import Method, Resize, SparseTraining
+from lightning_ddst.methods.pair import MaskedPair
+from lightning_ddst.sparsity import LayerFlops
+from lightning_ddst.utils.logging import log_scalars, logs_at, tensorboards
 
 Layout: TypeAlias = dict[str, dict[str, list[Any]]]
 
 _MOST_ROWS = 40
 _NUMBERS = ("balance/ratio", "density/discriminator", "flops/training_ratio")
 """What a run comes to, beside its samples' quality."""
-_COMPARED = ("method", "generator_density", "discriminator_density", "granularity", "growth")
-"""Arguments that stand beside the numbers; TensorBoard shows five at first."""
 _VERBS = {"grow": "grown", "prune": "pruned", "explore": "explored", "hold": "left as it was", "undecided": "undecided"}
 _BECAUSE = {"grow": " because it was too weak", "prune": " because it was too strong"}
-_BR = (
-    "BR, the balance ratio, is the share of the gap between the scores of real and of generated images that one "
-    "generator update closes. "
-)
+_WARN_AFTER, _WARN_WINDOW = 7, 10
+"""Of the last decisions, that would have pruned a discriminator at its smallest density, before there is a warning."""
+
+
+class RunReport:
+    """Logs what the sparse training of one pair of networks does.
+
+    Args:
+        method: The method.
+        pair: The two networks.
+        training: The training.
+        prefix: In front of everything that is logged; empty where there is one pair.
+        measured: Whether the balance ratio is measured.
+        stops: Whether the run ends where training has broken down.
+    """
+
+    def __init__(
+        self, method: Method, pair: MaskedPair, training: SparseTraining, *, prefix: str, measured: bool, stops: bool
+    ) -> None:
+        self._method = method
+        self._pair = pair
+        self._training = training
+        self._prefix = prefix
+        self._measured = measured
+        self._stops = stops
+        self._decisions = len(training.decisions)
+        self._divergences = len(training.divergence.reports)
+        self._warned = False
+
+    def after_update(self, trainer: Trainer) -> None:
+        """Logs a generator update, where a line is due or a decision was made, and warns of what went wrong."""
+        training = self._training
+        line_is_due = logs_at(trainer, training.updates)
+        if line_is_due:
+            training.divergence.finite(training.updates)
+        self._warn_of_divergence(trainer)
+        new, self._decisions = training.decisions[self._decisions :], len(training.decisions)
+        if not new and not line_is_due:
+            return
+        values = {f"{self._prefix}{name}": value for name, value in self.scalars().items()}
+        log_scalars(trainer, values, training.updates)
+        for update, decision in new:
+            self._write(trainer, "decision/reason", f"{decision.action}: {decision.reason}", update)
+        if new and not self._warned:
+            self._warn_of_bounds()
+
+    def after_epoch(self, trainer: Trainer) -> None:
+        """Writes what happened so far, in words."""
+        words = summary_markdown(self._method, self._training)
+        self._write(trainer, "about/what_happened", words, self._training.updates)
+
+    def after_fit(self, trainer: Trainer) -> None:
+        """Writes the operations layer by layer."""
+        if ledger := self._pair.by_full_name(self._training.flops.layers):
+            self._write(trainer, "flops/ledger", _ledger_markdown(ledger), self._training.updates)
+
+    def scalars(self) -> dict[str, float]:
+        """Returns the present numbers by name."""
+        training = self._training
+        values: dict[str, float] = {}
+        if self._measured and (balance := training.window.read()).samples:
+            parts = ("alpha", "beta", "real", "fake", "real_sign")
+            values |= {f"balance/{part}": getattr(balance, part) for part in parts}
+            if balance.ratio is not None:
+                values["balance/ratio"] = balance.ratio
+            for update in training.mask_updates:
+                values |= update.readings(training)
+        for role, network in self._pair.networks.items():
+            values[f"density/{role}"] = network.density
+            values[f"density/{role}_target"] = network.target
+            values |= {f"coverage/{role}": network.coverage, f"overlap/{role}": network.overlap}
+            densities = self._pair.layer_densities(role)
+            values |= {f"layer_density/{name}": density for name, density in densities.items()}
+        if any(update.resizes for update in training.mask_updates):
+            actions = [decision.action for _, decision in training.decisions]
+            values |= {f"decision/{action}": float(actions.count(action)) for action in ACTIONS}
+        if (flops := training.flops.total).dense:
+            values |= {"flops/training_ratio": flops.ratio, "flops/measuring_ratio": flops.probes / flops.dense}
+        return values
+
+    def _write(self, trainer: Trainer, name: str, text: str, update: int) -> None:
+        for writer in tensorboards(trainer):
+            writer.add_text(f"{self._prefix}{name}", text, update)
+
+    def _warn_of_divergence(self, trainer: Trainer) -> None:
+        reports = self._training.divergence.reports
+        new, self._divergences = reports[self._divergences :], len(reports)
+        for update, message in new:
+            trainer.should_stop |= self._stops
+            rank_zero_warn(f"at generator update {update}: {message}{' The run stops.' if self._stops else ''}")
+            self._write(trainer, "divergence", message, update)
+
+    def _warn_of_bounds(self) -> None:
+        last = self._training.decisions[-_WARN_WINDOW:]
+        at_floor = [(update, decision.reason) for update, decision in last if decision.at_floor]
+        if len(at_floor) < _WARN_AFTER:
+            return
+        self._warned = True
+        update, reason = at_floor[-1]
+        rank_zero_warn(
+            f"at generator update {update}: {reason}; so it was in {len(at_floor)} of the last {_WARN_WINDOW} "
+            "decisions. Where the signal is on one side of its bounds whatever the discriminator is, they do not fit "
+            'the GAN, and keep it too sparse to learn. bounds="auto" and method="ramp" do not depend on the '
+            "signal's level."
+        )
 
 
 def layout(prefixes: Sequence[str], metrics: Sequence[str]) -> Layout:
@@ -63,14 +164,28 @@ def layout(prefixes: Sequence[str], metrics: Sequence[str]) -> Layout:
     return page
 
 
-def hparams(arguments: Mapping[str, Any]) -> dict[str, float | str]:
-    """Of a callback's arguments, those that runs are compared by: the same ones, of the same types, for every run."""
-    # TensorBoard's columns are the first run's.
-    values = {name: "by default" if arguments[name] is None else str(arguments[name]) for name in _COMPARED}
-    return values | {"generator_density": arguments["generator_density"]}
+def hparams(method: Method, granularity: str, growth: str) -> dict[str, float | str]:
+    """Returns the arguments that runs are compared by: the same ones, of the same types, for every run.
+
+    TensorBoard's columns are those of the first run, and it shows five at first.
+
+    Args:
+        method: The method, with its densities.
+        granularity: What masks consist of.
+        growth: The growth rule.
+    """
+    return {
+        "method": method.name,
+        "generator_density": method.final_densities["generator"],
+        "discriminator_density": str(method.initial_densities["discriminator"]),
+        "granularity": granularity,
+        "growth": growth,
+    }
 
 
-def write_custom_scalars(trainer: Trainer, module: LightningModule, arguments: Mapping[str, Mapping[str, Any]]) -> None:
+def write_custom_scalars(
+    trainer: Trainer, module: LightningModule, arguments: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]
+) -> None:
     """Writes the layout, and the run's hyperparameters with the names of its final numbers.
 
     TensorBoard keeps the first that is written of either: call it before Lightning logs the module's
@@ -79,15 +194,14 @@ def write_custom_scalars(trainer: Trainer, module: LightningModule, arguments: M
     Args:
         trainer: The Trainer, before training.
         module: Its module.
-        arguments: By the prefix of every pair of networks, those that are `compared`.
+        arguments: By the prefix of every pair of networks, what `hparams` returned for it.
+        metrics: Names that `SampleQuality` logs.
     """
     writers = tensorboards(trainer) if trainer.is_global_zero else []
     if not writers:
         return
     from torch.utils.tensorboard.summary import hparams  # which other loggers do without
 
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    metrics = [name for c in callbacks if isinstance(c, SampleQuality) for name in c.names]
     numbers = [f"{prefix}{name}" for prefix in arguments for name in _NUMBERS]
     settings = dict(module.hparams)
     for prefix, own in arguments.items():
@@ -99,30 +213,25 @@ def write_custom_scalars(trainer: Trainer, module: LightningModule, arguments: M
             writer._get_file_writer().add_summary(summary)
 
 
-def summary_markdown(
-    method: str, signal: str | None, training: SparseTraining, start: float, relative: bool = False
-) -> str:
-    """What happened so far, and why.
+def summary_markdown(method: Method, training: SparseTraining) -> str:
+    """Returns what happened so far and why, in Markdown.
 
     Args:
-        method: As in `DynamicSparsityCallback`.
-        signal: What the discriminator is resized by, a key of `SIGNALS`; None where it is by nothing.
+        method: The method.
         training: The run.
-        start: The discriminator's density at the start.
-        relative: Whether the signal is compared with the highest that it has been, and not with given bounds.
-
-    Returns:
-        Markdown: a few sentences, and the decisions, those alike in a row together.
     """
-    generator, discriminator = training.generator, training.discriminator
+    generator, discriminator = training.network("generator"), training.network("discriminator")
+    resizing = [update for update in training.mask_updates if isinstance(update, Resize)]
+    judges = any(update.controller.judges for update in resizing)
     line = f"- The **generator** has {generator.density:.1%} of its weights"
     if generator.coverage > generator.density:
         line += f", and tries others: {generator.coverage:.1%} were active at some time"
-    lines = [f"### After {training.updates:,} generator updates, method {method}", f"{line}."]
+    lines = [f"### After {training.updates:,} generator updates, method {method.name}", f"{line}."]
+    start = method.initial_densities["discriminator"]
     line = f"- The **discriminator** has {discriminator.density:.1%} of its weights, after {start:.1%} at the start"
     actions = [decision.action for _, decision in training.decisions]
     counts = [
-        f"{verb} {_times(actions.count(action))}" + (_BECAUSE.get(action, "") if signal and not relative else "")
+        f"{verb} {_times(actions.count(action))}" + (_BECAUSE.get(action, "") if judges else "")
         for action, verb in _VERBS.items()
         if action in actions
     ]
@@ -131,30 +240,25 @@ def summary_markdown(
         update, last = training.decisions[-1]
         lines.append(f"- The last decision, at update {update:,}: **{last.action}**, since {last.reason}.")
     flops = training.flops.total
-    channels = isinstance(generator, ChannelNetwork)
     if flops.dense:
         lines.append(
             f"- Training took {flops.ratio:.1%} of the operations of dense training, {flops.probes / flops.dense:.1%} "
-            "for measuring BR." + ("" if channels else " Dense kernels do all of them the same.")
+            "for measuring BR." + (" Dense kernels do all of them the same." if generator.units.dense_kernels else "")
         )
-    if signal:
-        lines.append(f"- {_meaning(signal, relative)}")
+    lines += [f"- {explanation}" for update in training.mask_updates if (explanation := update.explanation())]
     return "\n".join([*lines, "", *_table(training.decisions)])
 
 
-def _meaning(signal: str, relative: bool) -> str:
-    if relative:
-        return (
-            f"{_BR}The nearer BR is to the highest that it has been, the more weights the discriminator gets; where BR "
-            "has fallen far below, it loses weights."
-        )
-    label, above = SIGNALS[signal].label, SIGNALS[signal].high_means
-    below = "weak" if above == "strong" else "strong"
-    does = {"weak": "gets weights", "strong": "loses weights"}
-    return (
-        f"{_BR if signal == 'balance_ratio' else ''}Where {label} is above its bounds, the discriminator is too "
-        f"{above} and {does[above]}; below, it is too {below} and {does[below]}."
-    )
+def _ledger_markdown(ledger: Mapping[str, LayerFlops]) -> str:
+    """Returns the operations layer by layer, in Markdown."""
+    rows = [
+        "| layer | steps | dense gradients | measuring BR | dense training | share of dense |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, f in [*ledger.items(), ("**all**", LayerFlops.total(ledger.values()))]:
+        cells = [f"{value:.4g}" for value in (f.steps, f.dense_gradients, f.probes, f.dense)]
+        rows.append(f"| {name} | {' | '.join(cells)} | {f.ratio:.1%} |")
+    return "\n".join(rows)
 
 
 def _table(decisions: Sequence[tuple[int, Decision]]) -> list[str]:

@@ -1,7 +1,11 @@
-"""Which of Lightning's strategies masks can be held under."""
+"""Which of Lightning's strategies masks can be held under, and what their precision does to gradients."""
 
+from collections.abc import Callable
+
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -45,3 +49,11 @@ def check_backward_passes(trainer: Trainer) -> None:
             "a GAN's reach one of its networks or both in turn: use "
             'Trainer(strategy="ddp_find_unused_parameters_true") (a GANModule works with "ddp", too).'
         )
+
+
+def make_unscaler(trainer: Trainer) -> Callable[[Tensor], Tensor]:
+    """Returns what copies a gradient without the scale of fp16's loss, where there is one."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None:
+        return torch.clone
+    return lambda gradient: gradient / scaler.scale(torch.ones((), device=gradient.device))

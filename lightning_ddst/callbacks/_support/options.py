@@ -1,0 +1,183 @@
+"""Options of masking and measuring: they find a module's two networks, mask them, and make the probe."""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lightning_ddst.balance import BalanceProbe, ScoresItself
+from lightning_ddst.balance.ratio import ESTIMATORS, Estimator
+from lightning_ddst.methods import Method, Role
+from lightning_ddst.methods.base import ROLES
+from lightning_ddst.methods.pair import MaskedPair
+from lightning_ddst.sparsity import MaskedNetwork, find_units, maskable_weights
+from lightning_ddst.sparsity.enforcement import OPTIMIZER_STATE, OptimizerState
+from lightning_ddst.sparsity.masked import INITIAL, REGROWN, Initial, Regrown
+from lightning_ddst.sparsity.patterns import matches, name_of_layer
+from lightning_ddst.utils.example_inputs import infer_inputs
+from lightning_ddst.utils.nested import Place
+from lightning_ddst.utils.networks import find_network, name_in
+from lightning_ddst.utils.validation import check_choice
+
+
+@dataclass(frozen=True)
+class MaskingOptions:
+    """How networks are masked, whatever the method is.
+
+    Attributes:
+        generator: Dotted name of the generator in the module; None to try the usual names.
+        discriminator: The same for the discriminator.
+        granularity: What masks consist of, a key of `lightning_ddst.sparsity.UNITS` or "N:M".
+        initial_masks: "random" or "magnitude".
+        regrown: "keep" or "reset".
+        optimizer_state: "reset" or "keep".
+        dense_layers: Patterns of layers that stay dense.
+        units: Arguments of the granularity, without those that were not given.
+
+    Raises:
+        ValueError: For an argument outside what is allowed, or one that the granularity does not have.
+    """
+
+    generator: str | None
+    discriminator: str | None
+    granularity: str
+    initial_masks: Initial
+    regrown: Regrown
+    optimizer_state: OptimizerState
+    dense_layers: Sequence[str]
+    units: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        check_choice("initial_masks", self.initial_masks, INITIAL)
+        check_choice("regrown", self.regrown, REGROWN)
+        check_choice("optimizer_state", self.optimizer_state, OPTIMIZER_STATE)
+        if isinstance(self.dense_layers, str):
+            raise ValueError(f"dense_layers={self.dense_layers!r} must be a list of patterns.")
+        find_units(self.granularity).check_options(self.granularity, self.units)
+
+    @property
+    def names(self) -> dict[Role, str | None]:
+        """The names of both networks that were given."""
+        return {"generator": self.generator, "discriminator": self.discriminator}
+
+    def check_method(self, method: Method) -> None:
+        """Checks that a method's densities suit the granularity.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        if method.starts_dense and (given := self.units.get("layer_densities")):
+            raise ValueError(
+                f'layer_densities={dict(given)} with method="{method.name}": its networks are dense at the start.'
+            )
+        for role in ROLES:
+            for density in (
+                method.initial_densities[role],
+                method.lowest_densities[role],
+                method.final_densities[role],
+            ):
+                find_units(self.granularity).check_density(self.granularity, method.argument_of(role, density), density)
+
+    def mask(self, module: nn.Module, method: Method, seed: int, saved: Mapping[str, Any] | None) -> MaskedPair:
+        """Masks the two networks of a module at the densities at which a method starts.
+
+        Args:
+            module: Holds both networks.
+            method: Has the densities.
+            seed: Of the masks that are drawn.
+            saved: The state returned by `MaskedPair.state_dict`, to resume from.
+
+        Raises:
+            ValueError: If a network is not found, or cannot be masked at its densities.
+        """
+        found = {role: find_network(module, role, name) for role, name in self.names.items()}
+        if found["generator"] is found["discriminator"]:
+            raise ValueError(f"generator and discriminator are the same module, {self.discriminator!r}.")
+        self._check_patterns(module, found)
+        inputs: Sequence[Sequence[Any]] = ((), ())
+        if find_units(self.granularity).needs_inputs:
+            inputs = infer_inputs(module, found["generator"])
+        networks: dict[Role, MaskedNetwork] = {}
+        for offset, (role, network) in enumerate(found.items()):
+            density = method.initial_densities[role]
+            # Each of several pairs has masks of its own.
+            of_name = zlib.crc32((self.names[role] or "").encode())
+            try:
+                networks[role] = MaskedNetwork(
+                    network,
+                    density,
+                    granularity=self.granularity,
+                    inputs=inputs[offset],
+                    initial=self.initial_masks,
+                    regrown=self.regrown,
+                    dense_layers=self.dense_layers,
+                    name=name_in(module, network),
+                    seed=seed % 2**62 + offset + 2 * of_name,
+                    state=None if saved is None else saved[role],
+                    **self.units,
+                )
+            except ValueError as error:
+                raise ValueError(f"{role} with {role}_density={density}: {error}") from error
+        for role, density in method.lowest_densities.items():
+            try:
+                networks[role].allocation(density)
+            except ValueError as error:
+                raise ValueError(f"{method.argument_of(role, density)}={density}: {error}") from error
+        return MaskedPair(module, networks)
+
+    def _check_patterns(self, module: nn.Module, found: Mapping[Role, nn.Module]) -> None:
+        """Rejects patterns that match no layer."""
+        patterns = {
+            "dense_layers": self.dense_layers,
+            "layer_densities": list(self.units.get("layer_densities") or {}),
+        }
+        if not any(patterns.values()):
+            return
+        layers = {
+            name_of_layer(name_in(module, network), name): layer
+            for network in found.values()
+            for weight in maskable_weights(network)
+            for name, layer in weight.layers.items()
+        }
+        for argument, given in patterns.items():
+            for pattern in given:
+                if not any(matches(pattern, name, layer) for name, layer in layers.items()):
+                    raise ValueError(
+                        f"{argument}: {pattern!r} matches no layer; there are {', '.join(layers)}, and classes "
+                        f"{', '.join(sorted({type(layer).__name__ for layer in layers.values()}))}."
+                    )
+
+
+@dataclass(frozen=True)
+class MeasuringOptions:
+    """How the balance ratio is measured.
+
+    Attributes:
+        real: The place of the real images in the batch; None to find them by their shape.
+        discriminator_output: The place of the scores in what the discriminator returns; None for its first tensor.
+        estimator: How it is estimated over a window, a key of `ESTIMATORS`.
+
+    Raises:
+        ValueError: For an unknown estimator.
+    """
+
+    real: Place | None
+    discriminator_output: Place | None
+    estimator: Estimator
+
+    def __post_init__(self) -> None:
+        """Checks the estimator."""
+        check_choice("estimator", self.estimator, ESTIMATORS)
+
+    def probe(self, pair: MaskedPair) -> BalanceProbe:
+        """Makes a probe that watches both networks, or asks a module that gives the scores by itself."""
+        return BalanceProbe(
+            pair.networks["generator"].network,
+            pair.networks["discriminator"].network,
+            real=self.real,
+            discriminator_output=self.discriminator_output,
+            module=pair.module if isinstance(pair.module, ScoresItself) else None,
+        )

@@ -1,0 +1,116 @@
+"""Double dynamic sparse training (DDST, also called ADAPT): feedback from the balance ratio."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import ClassVar, Literal, cast
+
+from lightning_ddst.balance import SIGNALS, Controller, DensityController, RelativeController
+from lightning_ddst.methods.base import MaskUpdate, Role, training_method
+from lightning_ddst.methods.ramp import Resize, ResizingMethod
+
+_REPLACED_BY_CONTROLLER = ("signal", "bounds", "delta", "min_discriminator_density")
+
+
+class ResizeByBalance(Resize):
+    """Resizes the discriminator by what a window of measurements says of its strength (DDA)."""
+
+    decides: ClassVar[bool] = True
+
+
+@training_method("ddst")
+@dataclass(frozen=True, kw_only=True)
+class DDST(ResizingMethod):
+    """Double dynamic sparse training: the generator explores, the discriminator is resized by the balance ratio.
+
+    "Double Dynamic Sparse Training for GANs" (2022); "Balanced Training for Sparse GANs" (NeurIPS 2023, arXiv
+    2302.14670, there called ADAPT).
+
+    Args:
+        signal: What the discriminator is resized by, a key of `lightning_ddst.balance.SIGNALS`.
+        bounds: The signal is kept between these; by default the signal's own, 0.45 and 0.55 for the balance ratio.
+            "auto" takes shares of the highest balance ratio so far.
+        delta: Density that a decision adds or removes, in (0, 1]; by default 0.05, the paper's, and with bounds "auto"
+            as much as takes the whole run from the lower limit to the upper.
+        min_discriminator_density: Lower limit of resizing, in (0, 1]; by default the smaller of the generator's
+            density and the discriminator's at the start.
+        max_discriminator_density: Upper limit of resizing. 1 is the paper's relaxed setting; below 1 the strict one,
+            in which the discriminator explores where it may not grow.
+        controller: Decides instead of the arguments before, except `max_discriminator_density`; each run gets a copy.
+
+    Raises:
+        ValueError: For an argument outside what is allowed.
+    """
+
+    signal: str = "balance_ratio"
+    bounds: tuple[float, float] | Literal["auto"] | None = None
+    delta: float | None = None
+    min_discriminator_density: float | None = None
+    controller: Controller | None = None
+
+    needs_balance: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        super().__post_init__()
+        SIGNALS.find("signal", self.signal)
+        self._check_controller()
+        self._make_controller()
+        start, lowest = self.initial_densities["discriminator"], self.lowest_densities["discriminator"]
+        if start < lowest:
+            raise ValueError(f"discriminator_density={start} must not be below min_discriminator_density={lowest}.")
+
+    def _check_controller(self) -> None:
+        if self.controller is None:
+            return
+        if not isinstance(self.controller, Controller):
+            raise ValueError(f"controller={self.controller!r} must be a lightning_ddst.balance.Controller.")
+        defaults = {name: field.default for name, field in type(self).__dataclass_fields__.items()}
+        for name in _REPLACED_BY_CONTROLLER:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name}={getattr(self, name)!r}: the controller that is given has its own.")
+
+    @property
+    def final_densities(self) -> dict[Role, float]:
+        """The balance ratio decides on the discriminator's; this is where it starts."""
+        return self.initial_densities
+
+    @property
+    def lowest_densities(self) -> dict[Role, float]:
+        """The discriminator's is its lower limit."""
+        initial = self.initial_densities
+        lowest = self.min_discriminator_density
+        return initial | {"discriminator": min(initial.values()) if lowest is None else lowest}
+
+    def _make_controller(self) -> Controller:
+        if self.controller is not None:
+            return deepcopy(self.controller)  # a controller remembers what it saw
+        lowest, highest = self.lowest_densities["discriminator"], self.max_discriminator_density
+        if isinstance(self.bounds, str):
+            if self.bounds != "auto" or self.signal != "balance_ratio":
+                raise ValueError(
+                    f'bounds={self.bounds!r} with signal={self.signal!r} must be two numbers; only BR\'s can be "auto".'
+                )
+            return RelativeController((lowest, highest), self.delta)
+        bounds = SIGNALS[self.signal].bounds if self.bounds is None else self.bounds
+        return DensityController(
+            cast(tuple[float, float], tuple(bounds)),  # YAML gives a list
+            DensityController.delta if self.delta is None else self.delta,
+            lowest,
+            highest,
+            self.signal,
+        )
+
+    def mask_updates(self) -> Sequence[MaskUpdate]:
+        """Returns the discriminator's resizing and the generator's exploration."""
+        return (ResizeByBalance(self._make_controller(), self.drop_fraction), *super().mask_updates())
+
+
+@training_method("dda")
+@dataclass(frozen=True, kw_only=True)
+class DDA(DDST):
+    """Dynamic density adjustment alone: the discriminator is resized by the balance ratio, the generator is static."""
+
+    def mask_updates(self) -> Sequence[MaskUpdate]:
+        """Returns the discriminator's resizing."""
+        return super().mask_updates()[:1]

@@ -1,0 +1,100 @@
+"""When measurements, decisions and explorations are due, in generator updates."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_ddst.utils.validation import check_count
+
+_UNKNOWN_LENGTH_INTERVAL = 1000
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """The intervals that a user asks for, in generator updates; None leaves them to `Plan.for_run`.
+
+    Attributes:
+        interval: Updates between two decisions.
+        explore_interval: Updates between two explorations.
+        probe_interval: Updates between two measurements of the balance ratio; "auto" leaves it to `Plan.for_run`,
+            None measures nothing.
+
+    Raises:
+        ValueError: If an interval is not a positive integer, or `probe_interval` is longer than `interval`.
+    """
+
+    interval: int | None = None
+    explore_interval: int | None = None
+    probe_interval: int | Literal["auto"] | None = "auto"
+
+    def __post_init__(self) -> None:
+        """Checks the intervals."""
+        for name in ("interval", "explore_interval"):
+            if (value := getattr(self, name)) is not None:
+                check_count(name, value)
+        if self.probe_interval is None or self.probe_interval == "auto":
+            return
+        if not isinstance(self.probe_interval, int):
+            raise ValueError(f'probe_interval={self.probe_interval!r} must be an integer, at least 1, "auto" or None.')
+        check_count("probe_interval", self.probe_interval)
+        if self.interval is not None and self.probe_interval > self.interval:
+            raise ValueError(f"probe_interval={self.probe_interval} must not be longer than interval={self.interval}.")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The intervals in force, in generator updates; None is never, or not known yet.
+
+    Attributes:
+        interval: Updates between two decisions on the discriminator's density.
+        explore_interval: Updates between two explorations of the generator.
+        probe_interval: Updates between two measurements of the balance ratio.
+        updates: The run's length, over which exploration is annealed.
+    """
+
+    interval: int | None = None
+    explore_interval: int | None = None
+    probe_interval: int | None = None
+    updates: int | None = None
+
+    @classmethod
+    def for_run(cls, intervals: Intervals, updates: int | None, *, known: bool) -> "Plan":
+        """Fills in the default intervals.
+
+        Args:
+            intervals: The intervals that were asked for.
+            updates: The run's length; None if nothing but time limits the run.
+            known: Whether the run's length was worked out. Until then, defaults stay None.
+        """
+        interval, explore_interval = intervals.interval, intervals.explore_interval
+        probe_interval = intervals.probe_interval
+        if known:
+            default = _default_interval(updates)
+            if interval is None:
+                interval = max(default, probe_interval if isinstance(probe_interval, int) else 1)
+            if explore_interval is None:
+                explore_interval = default // 2
+        if probe_interval == "auto":
+            probe_interval = _default_probe_interval(interval)
+        return cls(interval, explore_interval, probe_interval, updates)
+
+    @property
+    def window(self) -> int:
+        """Measurements between two decisions; a few while that is not known."""
+        return max(1, (self.interval or 10) // (self.probe_interval or 1))
+
+
+def is_due(update: int, interval: int | None) -> bool:
+    """Returns whether something that happens every `interval` generator updates happens at this one."""
+    return interval is not None and update % interval == 0
+
+
+def _default_interval(updates: int | None) -> int:
+    """Returns the interval between decisions for a run of that length."""
+    if updates is None:
+        return _UNKNOWN_LENGTH_INTERVAL
+    return max(10, min(updates // 10, 100), updates // 100)
+
+
+def _default_probe_interval(interval: int | None) -> int:
+    """Returns a 100th of the interval between decisions; in short runs, where that costs most, a 50th."""
+    return 1 if interval is None else max(1, min(interval // 50, 2), interval // 100)

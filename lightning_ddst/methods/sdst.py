@@ -1,0 +1,107 @@
+"""Single dynamic sparse training: the generator explores."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from lightning_ddst.methods.base import MaskUpdate, Method, Role, training_method
+from lightning_ddst.methods.plan import Plan, is_due
+from lightning_ddst.methods.training import SparseTraining
+from lightning_ddst.sparsity import SCHEDULES, MaskedNetwork, exploration_rate
+from lightning_ddst.utils.validation import check_choice, check_rate
+
+
+@dataclass(frozen=True)
+class DropFractionSchedule:
+    """The drop fraction: the share of active weights that an exploration (prune and regrow) replaces.
+
+    Attributes:
+        rate: At the start, in [0, 1]; None for the default of what the masks consist of (0.5 for weights).
+        schedule: How it falls over the run, a key of `lightning_ddst.sparsity.SCHEDULES`.
+    """
+
+    rate: float | None = None
+    schedule: str = "cosine"
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        if self.rate is not None:
+            check_rate("exploration_rate", self.rate)
+        check_choice("schedule", self.schedule, SCHEDULES)
+
+    def for_network(self, network: MaskedNetwork) -> "DropFractionSchedule":
+        """Returns the schedule with the rate that suits what the network's masks consist of."""
+        return self if self.rate is not None else replace(self, rate=network.units.drop_fraction)
+
+    def at(self, progress: float) -> float:
+        """Returns the drop fraction at a share of the run that is done, in [0, 1]."""
+        assert self.rate is not None
+        return exploration_rate(self.rate, self.schedule, progress)
+
+
+class Explore(MaskUpdate):
+    """Explores a network: prunes a share of its active weights and grows as many; the density stays.
+
+    SET grows at random, RigL by the dense gradient: that is the network's growth rule.
+
+    Args:
+        role: The network.
+        drop_fraction: The share.
+    """
+
+    resizes: ClassVar[bool] = False
+
+    def __init__(self, role: Role, drop_fraction: DropFractionSchedule) -> None:
+        self.roles = (role,)
+        self._role: Role = role
+        self._drop_fraction = drop_fraction
+        self._has_inactive = True
+
+    def begin(self, training: SparseTraining) -> None:
+        """Notes whether the network is masked: one that is dense and stays so has nothing to explore."""
+        self._has_inactive = training.is_masked(self._role)
+        self._drop_fraction = self._drop_fraction.for_network(training.network(self._role))
+
+    def due(self, update: int, plan: Plan) -> bool:
+        """Explores every ``plan.explore_interval`` updates."""
+        return self._has_inactive and is_due(update, plan.explore_interval)
+
+    def apply(self, training: SparseTraining) -> bool:
+        """Explores, once the dense gradients are there."""
+        gradients = training.dense_gradients(self._role)
+        if gradients is None:
+            return False
+        training.network(self._role).explore(self._drop_fraction.at(training.progress), gradients)
+        return True
+
+
+@training_method("sdst")
+@dataclass(frozen=True, kw_only=True)
+class SDST(Method):
+    """Single dynamic sparse training: the generator explores, the discriminator's mask is static.
+
+    With ``growth="random"`` it is SET (Mocanu et al. 2018), with "gradient" RigL (Evci et al. 2020), each with a
+    balanced discriminator (the generator's density) or a strong one (``discriminator_density=1``).
+
+    Args:
+        exploration_rate: The share of active weights, or channels, that an exploration replaces at the start, in
+            [0, 1]; by default 0.5, the paper's, and 0.1 for channels.
+        schedule: How that share falls over the run, a key of `lightning_ddst.sparsity.SCHEDULES`.
+    """
+
+    exploration_rate: float | None = None
+    schedule: str = "cosine"
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        super().__post_init__()
+        DropFractionSchedule(self.exploration_rate, self.schedule)
+
+    @property
+    def drop_fraction(self) -> DropFractionSchedule:
+        """The share of active weights that an exploration replaces, over the run."""
+        return DropFractionSchedule(self.exploration_rate, self.schedule)
+
+    def mask_updates(self) -> Sequence[MaskUpdate]:
+        """Returns the generator's exploration."""
+        return (Explore("generator", self.drop_fraction),)
