@@ -24,7 +24,8 @@ from lightning_ddst.sparsity import (
     has_updated,
 )
 from lightning_ddst.sparsity.channels.structured_forward import can_run_structured
-from lightning_ddst.sparsity.enforcement import Unscaled, get_parameters
+from lightning_ddst.sparsity.dense_gradients import Unscaled
+from lightning_ddst.sparsity.optimizers import get_parameters
 from lightning_ddst.utils import distributed
 
 
@@ -270,7 +271,7 @@ class SparseTraining:
         if self.plan.updates and self.plan.interval:
             shares = (self.updates / self.plan.updates, self.plan.interval / self.plan.updates)
         decision = self._allowed(self._controller.decide(balance, self.discriminator.target, *shares))
-        gradients = self._holds[self.discriminator].gradients.take()
+        gradients = self._holds[self.discriminator].gradients.pop()
         if decision.action in ("grow", "explore") and gradients is None:
             self._postponed("discriminator")
             return
@@ -290,7 +291,7 @@ class SparseTraining:
         return replace(decision, density=density)
 
     def _explore_generator(self) -> None:
-        gradients = self._holds[self.generator].gradients.take()
+        gradients = self._holds[self.generator].gradients.pop()
         if gradients is None:
             self._postponed("generator")
             return
@@ -313,16 +314,16 @@ class SparseTraining:
             # The first update in any case, to say at once where it cannot be measured.
             self._probe.watching = not self._probe.checked or self._is_due(self.plan.probe_interval, ahead=1)
         if self._explores:
-            self._holds[self.generator].gradients.armed = self._explore_due or self._is_due(
+            self._holds[self.generator].gradients.recording = self._explore_due or self._is_due(
                 self.plan.explore_interval, ahead=1
             )
         if self._controller is not None:
-            self._holds[self.discriminator].gradients.armed = self._decision_due or self._is_due(
+            self._holds[self.discriminator].gradients.recording = self._decision_due or self._is_due(
                 self.plan.interval, ahead=1
             )
 
     def _needs_gradients(self, network: MaskedNetwork) -> bool:
-        return network in self._holds and self._holds[network].gradients.wanted
+        return network in self._holds and self._holds[network].gradients.needed
 
     # ---- saving --------------------------------------------------------------------------------------
 
