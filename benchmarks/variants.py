@@ -4,6 +4,7 @@ PYTHONPATH=benchmarks lightning-ddst fit ... --trainer.callbacks+=variants.Plain
 """
 
 from dataclasses import replace
+from functools import partialmethod
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ class KeptState(Callback):
     """Optimizer state of inactive weights is left to the optimizer, as in the paper's code with Adam."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        MaskEnforcer._mask_state = lambda self, optimizer: None  # type: ignore[method-assign]
+        keep = partialmethod(MaskEnforcer.__init__, optimizer_state="keep")
+        MaskEnforcer.__init__ = keep  # type: ignore[method-assign, assignment]
 
 
 class ExploresInBand(Callback):

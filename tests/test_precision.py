@@ -94,7 +94,7 @@ class Watch(Callback):
             optimizer.register_step_post_hook(lambda stepped, *_: self._look(pl_module, stepped))
         for network, hold in self.sparsity._training._holds.items():
             role = "generator" if network is self.sparsity.networks()["generator"] else "discriminator"
-            hold.gradients.take = self._seen(role, hold.gradients.take)
+            hold.gradients.pop = self._seen(role, hold.gradients.pop)
 
     def _seen(self, role: str, take: Callable[[], Any]) -> Callable[[], Any]:
         def taking() -> Any:

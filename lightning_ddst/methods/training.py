@@ -23,7 +23,9 @@ from lightning_ddst.sparsity import (
     has_updated,
 )
 from lightning_ddst.sparsity.channels.structured_forward import can_run_structured
-from lightning_ddst.sparsity.enforcement import OptimizerState, Unscaled, get_parameters
+from lightning_ddst.sparsity.dense_gradients import Unscaled
+from lightning_ddst.sparsity.enforcement import OptimizerState
+from lightning_ddst.sparsity.optimizers import get_parameters
 from lightning_ddst.utils import distributed
 
 

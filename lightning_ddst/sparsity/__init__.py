@@ -10,12 +10,13 @@ from lightning_ddst.sparsity.channels.groups import Channels
 from lightning_ddst.sparsity.channels.slim import compact
 from lightning_ddst.sparsity.channels.structured_forward import StructuredForward
 from lightning_ddst.sparsity.channels.tracing import trace_channels
-from lightning_ddst.sparsity.enforcement import MaskEnforcer, find_optimizers, has_updated
+from lightning_ddst.sparsity.enforcement import MaskEnforcer
 from lightning_ddst.sparsity.flops import LayerFlops, TrainingFlops
 from lightning_ddst.sparsity.growth import GROWTH_RULES, Layer, growth_rule
 from lightning_ddst.sparsity.maskable import MASKABLE_LAYERS, MaskableWeight, maskable_weights
 from lightning_ddst.sparsity.masked import MaskedNetwork
 from lightning_ddst.sparsity.network import SparseNetwork
+from lightning_ddst.sparsity.optimizers import find_optimizers, get_parameters, has_updated
 from lightning_ddst.sparsity.paper_flops import published_flops, published_training_flops
 from lightning_ddst.sparsity.schedules import SCHEDULES, exploration_rate
 from lightning_ddst.sparsity.selection import largest, select
@@ -39,6 +40,7 @@ __all__ = [
     "compact",
     "exploration_rate",
     "find_optimizers",
+    "get_parameters",
     "growth_rule",
     "has_updated",
     "largest",

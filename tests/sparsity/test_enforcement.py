@@ -1,15 +1,13 @@
 import copy
-import io
 
 import pytest
 import torch
+from sparse_toys import FIRST, batch, network, update, with_gradients
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from lightning_ddst.sparsity import MaskEnforcer, SparseNetwork, find_optimizers
-from lightning_ddst.sparsity.enforcement import DenseGradients
-
-FIRST, LAST = "0.weight", "3.weight"
+from lightning_ddst.sparsity import MaskEnforcer, SparseNetwork
+from lightning_ddst.sparsity.enforcement import StateMasker, mask_gradients, mask_weights
 
 
 class Noisy(torch.optim.Optimizer):
@@ -46,33 +44,6 @@ OPTIMIZERS = {
 EVERY_OPTIMIZER = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
 
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
-
-
-def batch(seed, of=None):
-    """A scalar that depends on every parameter."""
-    generator = torch.Generator().manual_seed(seed)
-    inputs, targets = torch.randn(16, 6, generator=generator), torch.randn(16, 3, generator=generator)
-    return (of(inputs) - targets).pow(2).mean()
-
-
-def update(net, optimizer, seed):
-    optimizer.zero_grad()
-    batch(seed, net).backward()
-    optimizer.step()
-
-
-def with_gradients(sparse, **values):
-    """Sends gradients by hand (scalars, or tensors, by layer) to the weights: the loss is linear in them."""
-    loss = 0.0
-    for place, value in values.items():
-        parameter = sparse.network[int(place[1:])].weight
-        loss = loss + (parameter * torch.as_tensor(value).expand_as(parameter)).nansum()
-    loss.backward()
-
-
 def weight_shaped_state(optimizer, parameter):
     return [
         value
@@ -91,6 +62,67 @@ def assert_nothing_where_inactive(sparse, optimizer, *, gradients=True):
             assert not value[inactive].any()
         if gradients:
             assert not weight.parameter.grad[inactive].any()
+
+
+# ---- the parts, with a few tensors ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def masked():
+    """A weight whose first and third entry are inactive, and its mask."""
+    return nn.Parameter(torch.tensor([1.0, 2.0, -3.0, 4.0])), torch.tensor([False, True, False, True])
+
+
+def test_weights_are_masked(masked):
+    weight, mask = masked
+    weight.data[0] = float("nan")
+    mask_weights({weight: mask})
+    assert weight.tolist() == [0, 2, 0, 4]
+    assert not weight.signbit().any()
+
+
+def test_gradients_are_masked_where_there_are_some(masked):
+    weight, mask = masked
+    other = nn.Parameter(torch.ones(4))
+    weight.grad = torch.tensor([5.0, 6.0, -float("inf"), 8.0])
+    version = weight.grad._version
+    mask_gradients({weight: mask, other: mask})
+    assert weight.grad.tolist() == [0, 6, 0, 8]
+    assert weight.grad._version == version
+    assert other.grad is None
+
+
+def test_state_is_masked_at_every_step_if_the_optimizer_fills_it(masked):
+    weight, mask = masked
+    optimizer = Noisy([weight])
+    masker = StateMasker(optimizer)
+    for _ in range(3):
+        optimizer.step()
+        masker.on_step({weight: mask})
+        assert ((optimizer.state[weight]["noise"] != 0) == mask).all()
+
+
+def test_state_is_masked_again_only_after_a_change_if_the_optimizer_leaves_it_zero(masked):
+    weight, mask = masked
+    optimizer = Noisy([weight])
+    masker = StateMasker(optimizer)
+    optimizer.state[weight] = {"momentum": torch.zeros(4)}
+    masker.on_step({weight: mask})
+    optimizer.state[weight]["momentum"] += 1
+    masker.on_step({weight: mask})
+    assert optimizer.state[weight]["momentum"].tolist() == [1, 1, 1, 1]
+    masker.on_change({weight: mask})
+    assert optimizer.state[weight]["momentum"].tolist() == [0, 1, 0, 1]
+    optimizer.state[weight]["momentum"] += 1
+    masker.on_step({weight: mask})
+    assert optimizer.state[weight]["momentum"].tolist() == [0, 2, 0, 2]
+
+
+def test_state_of_optimizers_without_any_is_no_mistake(masked):
+    weight, mask = masked
+    masker = StateMasker(torch.optim.SGD([weight], lr=0.1))
+    masker.on_step({weight: mask})
+    masker.on_change({weight: mask})
 
 
 # ---- what optimizers leave behind ------------------------------------------------------------------------
@@ -320,11 +352,87 @@ def test_masks_are_enforced_once_weights_that_were_frozen_train():
     assert not any(parameter.requires_grad for parameter in sparse.network.parameters())
     for _ in range(2):  # a GAN freezes and unfreezes in turns
         sparse.network.requires_grad_(True)
-        hold.gradients.armed = True
+        hold.gradients.recording = True
         update(sparse.network, optimizer, 0)
         assert_nothing_where_inactive(sparse, optimizer)
-        assert hold.gradients.take() is not None
+        assert hold.gradients.pop() is not None
         sparse.network.requires_grad_(False)
+
+
+# ---- optimizer state that is kept ----------------------------------------------------------------------------
+
+
+@EVERY_OPTIMIZER
+@pytest.mark.parametrize("optimizer_state", ["reset", "keep"])
+def test_inactive_weights_are_zero_without_a_sign(make, optimizer_state):
+    sparse = SparseNetwork(network(), 1.0, growth="random", seed=1)
+    optimizer = make(sparse.network.parameters())
+    MaskEnforcer(sparse, [optimizer], optimizer_state=optimizer_state)
+    for seed, density in enumerate((1.0, 0.5, 0.5, 0.3, 0.7)):
+        sparse.resize(density)
+        update(sparse.network, optimizer, seed)
+        for name, weight in sparse.weights.items():
+            for value in (weight.parameter[~sparse.masks[name]], weight.parameter.grad[~sparse.masks[name]]):
+                assert not value.any()
+                assert not value.signbit().any()
+
+
+def kept_adam(optimizer_state):
+    """Adam with betas 1/2 and 3/4 on the weights 4, -3, 2, -1, after a step with gradients of 8."""
+    net = nn.Linear(4, 1, bias=False)
+    net.weight.data.copy_(torch.tensor([[4.0, -3.0, 2.0, -1.0]]))
+    sparse = SparseNetwork(net, 1.0, growth="random")
+    optimizer = torch.optim.Adam(net.parameters(), lr=2**-10, betas=(0.5, 0.75))
+    MaskEnforcer(sparse, [optimizer], optimizer_state=optimizer_state)
+
+    def step():
+        optimizer.zero_grad()
+        (8 * net.weight.sum()).backward()
+        optimizer.step()
+
+    step()
+    return sparse, net.weight, optimizer.state[net.weight], step
+
+
+def test_kept_moments_decay_as_for_gradients_of_zero():
+    sparse, weight, state, step = kept_adam("keep")
+    sparse.resize(0.5)
+    assert sparse.masks["weight"].tolist() == [[True, True, False, False]]
+    assert state["exp_avg"].tolist() == [[4, 4, 4, 4]]  # 8 / 2
+    assert state["exp_avg_sq"].tolist() == [[16, 16, 16, 16]]  # 64 / 4
+    # Active weights: 4 / 2 + 8 / 2 = 6 and 6 / 2 + 8 / 2 = 7; 16 * 3/4 + 64/4 = 28 and 28 * 3/4 + 64/4 = 37.
+    for m, v in (([6, 6, 2, 2], [28, 28, 12, 12]), ([7, 7, 1, 1], [37, 37, 9, 9])):
+        step()
+        assert state["exp_avg"].tolist() == [m]
+        assert state["exp_avg_sq"].tolist() == [v]
+        assert weight[0, 2:].tolist() == [0, 0]
+        assert weight.grad.tolist() == [[8, 8, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("optimizer_state", "m", "v"),
+    [("keep", 1 / 2 + 8 / 2, 9 * 3 / 4 + 64 / 4), ("reset", 8 / 2, 64 / 4)],
+)
+def test_a_regrown_weight_continues_from_kept_moments_or_starts_with_none(optimizer_state, m, v):
+    sparse, weight, state, step = kept_adam(optimizer_state)
+    sparse.resize(0.5)
+    step()
+    step()
+    sparse.resize(1.0)
+    assert weight[0, 2:].tolist() == [0, 0]
+    step()
+    assert state["exp_avg"][0, 2:].tolist() == [m, m]
+    assert state["exp_avg_sq"][0, 2:].tolist() == [v, v]
+    moved = -(2**-10) * (m / (1 - 0.5**4)) / (v / (1 - 0.75**4)) ** 0.5  # in Adam's fourth step
+    assert weight[0, 2:].tolist() == pytest.approx([moved, moved], rel=1e-6)
+
+
+def test_an_unknown_treatment_of_state_is_rejected():
+    sparse = SparseNetwork(network(), 0.4)
+    optimizer = torch.optim.SGD(sparse.network.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="optimizer_state='decay' is unknown; allowed are reset, keep"):
+        MaskEnforcer(sparse, [optimizer], optimizer_state="decay")
+    assert not optimizer._optimizer_step_post_hooks
 
 
 # ---- taking hold and letting go ------------------------------------------------------------------------------
@@ -333,26 +441,9 @@ def test_masks_are_enforced_once_weights_that_were_frozen_train():
 def test_a_weight_in_no_optimizer_is_refused_by_name():
     sparse = SparseNetwork(network(), 0.4)
     optimizers = [torch.optim.SGD([*sparse.network[0].parameters(), sparse.network[3].bias], lr=0.1)]
-    message = r"no optimizer updates '3\.weight' \(1 of 2 weights are in none\)"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"no optimizer updates '3\.weight'"):
         MaskEnforcer(sparse, optimizers)
-    with pytest.raises(ValueError, match=message):
-        find_optimizers(sparse.parameters, optimizers)
     assert not sparse.network[0].weight._backward_hooks
-
-
-def test_without_optimizers_the_first_weight_is_named():
-    with pytest.raises(ValueError, match=r"no optimizer updates '0\.weight' \(2 of 2"):
-        find_optimizers(SparseNetwork(network(), 0.4).parameters, [])
-
-
-def test_only_the_optimizers_of_a_networks_maskable_weights_are_found():
-    sparse = SparseNetwork(network(), 0.4)
-    first, second = (torch.optim.SGD(sparse.network[i].parameters(), lr=0.1) for i in (0, 3))
-    norms = torch.optim.SGD(sparse.network[1].parameters(), lr=0.1)
-    foreign = torch.optim.SGD(network().parameters(), lr=0.1)
-    assert find_optimizers(sparse.parameters, [foreign, second, norms, first]) == [second, first]
-    assert find_optimizers({"gain": sparse.network[1].weight}, [foreign, second, norms, first]) == [norms]
 
 
 def test_removed_it_leaves_no_hook_and_masks_nothing_any_more():
@@ -386,295 +477,3 @@ def test_removing_twice_does_no_harm():
     hold = MaskEnforcer(sparse, [torch.optim.SGD(sparse.network.parameters(), lr=0.1)])
     hold.remove()
     hold.remove()
-
-
-# ---- dense gradients -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def setting():
-    """A sparse network under enforcement, armed; an unmasked twin; and the optimizers of both, which leave weights."""
-
-    def make(growth="gradient"):
-        sparse = SparseNetwork(network(), 0.4, growth=growth, seed=1)
-        twin = copy.deepcopy(sparse.network)
-        optimizer = torch.optim.SGD(sparse.network.parameters(), lr=0.0)
-        hold = MaskEnforcer(sparse, [optimizer])
-        hold.gradients.armed = True
-        return sparse, twin, optimizer, hold.gradients
-
-    return make
-
-
-def gradients_of(net):
-    return {name: net.get_parameter(name).grad.clone() for name in (FIRST, LAST)}
-
-
-def assert_same(taken, expected):
-    assert taken is not None
-    assert taken.keys() == expected.keys()
-    for name in expected:
-        assert torch.equal(taken[name], expected[name]), name
-
-
-def test_dense_gradients_are_those_of_an_unmasked_twin(setting):
-    sparse, twin, optimizer, gradients = setting()
-    update(sparse.network, optimizer, 0)
-    batch(0, twin).backward()
-    taken = gradients.take()
-    assert_same(taken, gradients_of(twin))
-    assert all(taken[name][~mask].all() for name, mask in sparse.masks.items())
-
-
-def test_dense_gradients_of_several_backward_passes_add_up(setting):
-    sparse, twin, optimizer, gradients = setting()
-    for seed in range(3):
-        batch(seed, sparse.network).backward()
-        batch(seed, twin).backward()
-    optimizer.step()
-    assert_same(gradients.take(), gradients_of(twin))
-
-
-def _cleared_by_hand(optimizer):
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-
-
-CLEARING = {
-    "none": lambda optimizer: optimizer.zero_grad(set_to_none=True),
-    "zero": lambda optimizer: optimizer.zero_grad(set_to_none=False),
-    "by hand": _cleared_by_hand,
-}
-
-
-@pytest.mark.parametrize("clear", CLEARING.values(), ids=CLEARING)
-@pytest.mark.parametrize("passes", [1, 2])
-def test_dense_gradients_start_over_where_gradients_are_cleared(setting, clear, passes):
-    sparse, twin, optimizer, gradients = setting()
-    for seed in range(passes):
-        batch(100 + seed, sparse.network).backward()  # does not count
-    clear(optimizer)
-    for seed in range(passes):
-        batch(seed, sparse.network).backward()
-        batch(seed, twin).backward()
-    optimizer.step()
-    assert_same(gradients.take(), gradients_of(twin))
-
-
-@pytest.mark.parametrize("clear", CLEARING.values(), ids=CLEARING)
-def test_what_another_network_sends_through_does_not_count(setting, clear):
-    # As in a GAN: the generator's backward pass reaches the discriminator's weights, too.
-    sparse, twin, optimizer, gradients = setting()
-    generator = nn.Linear(4, 6)
-    generator_optimizer = torch.optim.SGD(generator.parameters(), lr=0.1)
-
-    def update_generator():
-        generator_optimizer.zero_grad()
-        sparse.network(generator(torch.randn(8, 4))).sum().backward()
-        generator_optimizer.step()
-
-    for seed in range(2):
-        update_generator()
-        clear(optimizer)
-        batch(seed, sparse.network).backward()
-        optimizer.step()
-        update_generator()
-        twin.zero_grad()
-        batch(seed, twin).backward()
-        assert_same(gradients.take(), gradients_of(twin))
-
-
-def test_dense_gradients_add_up_over_a_change_of_the_masks(setting):
-    # As where the discriminator's gradients of several batches are accumulated over updates of the generator.
-    sparse, twin, optimizer, gradients = setting()
-    batch(0, sparse.network).backward()
-    batch(0, twin).backward()
-    sparse.resize(0.2)
-    twin.load_state_dict(sparse.network.state_dict())
-    batch(1, sparse.network).backward()
-    batch(1, twin).backward()
-    optimizer.step()
-    assert_same(gradients.take(), gradients_of(twin))
-
-
-def test_a_gradient_that_is_only_looked_at_does_not_count(setting):
-    sparse, twin, optimizer, gradients = setting()
-    batch(0, sparse.network).backward()
-    torch.autograd.grad(batch(1, sparse.network), [sparse.network[0].weight])
-    batch(2, sparse.network).backward()
-    optimizer.step()
-    batch(0, twin).backward()
-    batch(2, twin).backward()
-    assert_same(gradients.take(), gradients_of(twin))
-
-
-class FromBuffer(torch.autograd.Function):
-    """Hands out one and the same tensor as gradient, as code does that uses its memory again."""
-
-    @staticmethod
-    def forward(ctx, weight, buffer):
-        ctx.buffer = buffer
-        return weight.sum()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return ctx.buffer, None
-
-
-def test_dense_gradients_are_copies(setting):
-    sparse, _, optimizer, gradients = setting()
-    buffers = {name: torch.ones_like(weight.parameter) for name, weight in sparse.weights.items()}
-    sum(FromBuffer.apply(weight.parameter, buffers[name]) for name, weight in sparse.weights.items()).backward()
-    for buffer in buffers.values():
-        buffer.fill_(7.0)
-    optimizer.step()
-    assert all((gradient == 1).all() for gradient in gradients.take().values())
-
-
-def test_of_several_updates_the_last_ones_gradients_are_kept(setting):
-    sparse, twin, optimizer, gradients = setting()
-    update(sparse.network, optimizer, 0)
-    update(sparse.network, optimizer, 1)
-    batch(1, twin).backward()
-    assert_same(gradients.take(), gradients_of(twin))
-
-
-def test_gradients_of_one_update_are_given_up_once(setting):
-    sparse, _, optimizer, gradients = setting()
-    update(sparse.network, optimizer, 0)
-    assert gradients.take() is not None
-    assert gradients.take() is None
-
-
-def test_gradients_are_not_there_before_the_optimizer_stepped(setting):
-    sparse, _, optimizer, gradients = setting()
-    batch(0, sparse.network).backward()
-    assert gradients.take() is None
-    optimizer.step()
-    assert gradients.take() is not None
-
-
-def test_nothing_is_kept_when_not_armed(setting):
-    sparse, _, optimizer, gradients = setting()
-    gradients.armed = False
-    assert not gradients.wanted
-    update(sparse.network, optimizer, 0)
-    assert gradients.state_dict()["kept"] == {}
-    assert gradients.take() is None
-    gradients.armed = True
-    assert gradients.wanted
-    assert gradients.take() is None
-    update(sparse.network, optimizer, 0)
-    assert gradients.take() is not None
-
-
-def test_a_rule_that_needs_no_gradient_gets_none_and_keeps_none(setting):
-    sparse, _, optimizer, gradients = setting("random")
-    assert not gradients.wanted
-    update(sparse.network, optimizer, 0)
-    assert gradients.state_dict()["kept"] == {}
-    assert gradients.take() == {}
-
-
-def test_the_average_moves_a_tenth_of_the_way_at_every_update_armed_or_not(setting):
-    sparse, _, optimizer, gradients = setting("momentum")
-    gradients.armed = False
-    assert gradients.wanted
-    for value in (1.0, 2.0, -3.0):
-        optimizer.zero_grad()
-        with_gradients(sparse, _0=value, _3=10 * value)
-        optimizer.step()
-    # 1, then 0.9 * 1 + 0.1 * 2 = 1.1, then 0.9 * 1.1 - 0.1 * 3 = 0.69
-    for _ in range(2):  # it stays
-        taken = gradients.take()
-        torch.testing.assert_close(taken[FIRST], torch.full((8, 6), 0.69))
-        torch.testing.assert_close(taken[LAST], torch.full((3, 8), 6.9))
-
-
-def test_a_gradient_that_is_missing_for_one_weight_gives_none(setting):
-    sparse, _, optimizer, gradients = setting()
-    with_gradients(sparse, _0=1.0)
-    optimizer.step()
-    assert gradients.take() is None
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_gives_none_and_the_next_one_counts_again(setting, bad):
-    sparse, _, optimizer, gradients = setting()
-    with_gradients(sparse, _0=torch.where(sparse.masks[FIRST], 1.0, bad), _3=1.0)
-    optimizer.step()
-    assert gradients.take() is None
-    update(sparse.network, optimizer, 0)
-    assert gradients.take() is not None
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_does_not_count_in_the_average(setting, bad):
-    sparse, _, optimizer, gradients = setting("momentum")
-    mask = sparse.masks[FIRST]
-    for values in (2.0, torch.where(mask, 3.0, bad), 4.0):
-        optimizer.zero_grad()
-        with_gradients(sparse, _0=values, _3=1.0)
-        optimizer.step()
-    # 2, then 0.9 * 2 + 0.1 * 3 = 2.1 or still 2, then 0.9 * 2.1 + 0.1 * 4 = 2.29 or 0.9 * 2 + 0.1 * 4 = 2.2
-    torch.testing.assert_close(gradients.take()[FIRST], torch.where(mask, 2.29, 2.2))
-
-
-def test_dense_gradients_grow_what_they_point_to(setting):
-    sparse, _, optimizer, gradients = setting()
-    aim = torch.zeros(8, 6)
-    places = (~sparse.masks[FIRST]).nonzero()[:4]
-    aim[places[:, 0], places[:, 1]] = torch.tensor([1.0, -2.0, 3.0, -4.0])
-    with_gradients(sparse, _0=aim, _3=0.0)
-    optimizer.step()
-    before = sparse.masks[FIRST].clone()
-    sparse.resize((sparse.active + 4) / sparse.total, gradients.take())
-    assert torch.equal(sparse.masks[FIRST] & ~before, aim != 0)
-
-
-@pytest.mark.parametrize("growth", ["gradient", "momentum"])
-def test_kept_gradients_are_saved_and_restored(setting, growth):
-    sparse, _, optimizer, gradients = setting(growth)
-    update(sparse.network, optimizer, 0)
-    file = io.BytesIO()
-    torch.save(gradients.state_dict(), file)
-    file.seek(0)
-    state = torch.load(file, weights_only=True)
-    restored = DenseGradients(sparse)
-    restored.load_state_dict(state)
-    assert restored.armed
-    assert_same(restored.take(), gradients.take())
-    assert state["kept"].keys() == {FIRST, LAST}  # not given up with the gradients
-
-
-def test_saved_gradients_are_copies(setting):
-    sparse, _, optimizer, gradients = setting("momentum")
-    update(sparse.network, optimizer, 0)
-    before = {name: gradient.clone() for name, gradient in gradients.take().items()}
-    state = gradients.state_dict()
-    for _ in range(2):  # neither what is saved nor what is restored follows further updates
-        restored = DenseGradients(sparse)
-        restored.load_state_dict(state)
-        update(sparse.network, optimizer, 1)
-        assert_same(restored.take(), before)
-        for gradient in restored.take().values():
-            gradient.fill_(7.0)
-
-
-def test_what_was_thrown_away_before_a_step_that_needs_nothing_is_not_kept(setting):
-    sparse, _, optimizer, gradients = setting()
-    batch(0, sparse.network).backward()
-    optimizer.zero_grad()
-    gradients.armed = False
-    batch(1, sparse.network).backward()
-    optimizer.step()
-    assert gradients.take() is None
-
-
-def test_what_was_thrown_away_and_not_stepped_with_is_not_kept(setting):
-    sparse, _, optimizer, gradients = setting()
-    batch(0, sparse.network).backward()
-    optimizer.zero_grad()
-    optimizer.step()
-    assert gradients.take() is None

@@ -204,9 +204,9 @@ class SparseTraining(RuleBasedStateMachine):
 
     # Only between updates, as the package does it.
     @precondition(lambda self: not self.passes)
-    @rule(armed=st.booleans())
-    def arm(self, armed):
-        self.training.gradients.armed = armed
+    @rule(recording=st.booleans())
+    def record(self, recording):
+        self.training.gradients.recording = recording
 
     @rule(seed=SEEDS)
     def accumulate(self, seed):
@@ -222,7 +222,7 @@ class SparseTraining(RuleBasedStateMachine):
             mask = self.sparse.masks.get(name, torch.tensor(True))
             torch.testing.assert_close(grad, expected.masked_fill(~mask, 0))
         self.passes += 1
-        if self.training.gradients.wanted:
+        if self.training.gradients.needed:
             for name in self.sparse.masks:
                 # All 0 after a change is not told from cleared.
                 adds = name in self.arrived and (before[name].any() or not self.changed)
@@ -277,10 +277,10 @@ class SparseTraining(RuleBasedStateMachine):
         """Dense gradients as they are or, with a seed, of an update for this purpose."""
         if seed is not None:
             self.zero_grad(True)
-            self.training.gradients.armed = True
+            self.training.gradients.recording = True
             self.accumulate(seed)
             self.step()
-        taken = self.training.gradients.take()
+        taken = self.training.gradients.pop()
         if self.options["growth"] == "random":
             assert taken == {}
         else:
@@ -446,11 +446,11 @@ class SparseTraining(RuleBasedStateMachine):
         backward(other.network, seed)
         other.optimizer.step()
         assert differing(other.everything(), self.training.everything()) == []
-        other.gradients.armed = True
+        other.gradients.recording = True
         for change, value in (("explore", rate), ("resize", density)):
             getattr(self, change)(value, seed)
             other.update(seed)
-            getattr(other.sparse, change)(value, other.gradients.take())
+            getattr(other.sparse, change)(value, other.gradients.pop())
             assert differing(other.everything(), self.training.everything()) == []
         self.update(seed, passes=1, set_to_none=True, largest=None)
         other.update(seed)

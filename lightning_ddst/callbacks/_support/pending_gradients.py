@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
-from lightning_ddst.sparsity.enforcement import get_parameters
+from lightning_ddst.sparsity.optimizers import get_parameters
 from lightning_ddst.sparsity.sharding import copy_like, full_tensor
 from lightning_ddst.utils.compilation import uncompiled
 

@@ -1,0 +1,144 @@
+"""Keeps the gradients of all weights, active or not, for growth rules that need them."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ddst.sparsity.masked import MaskedNetwork
+from lightning_ddst.sparsity.sharding import copy_like, full_tensor, is_split, local_part
+from lightning_ddst.utils import distributed
+from lightning_ddst.utils.compilation import uncompiled
+
+Unscaled = Callable[[Tensor], Tensor]
+_AVERAGE_DECAY = 0.9
+"""Decay of the averaged dense gradient, per update of the network."""
+
+
+class DenseGradients:
+    """The gradients of a network's weights before masking, kept only when growth will need them.
+
+    Gradients of several backward passes add up as they do in ``parameter.grad``, and start over
+    where that was cleared. With several processes, their mean is kept.
+
+    Args:
+        network: The sparse network; its growth rule says which gradients are needed.
+        unscaled: Copies a gradient, without the scale of the loss.
+
+    Attributes:
+        recording: Whether the gradients of the coming update will be needed. Rules that use the
+            average need every update's.
+    """
+
+    def __init__(self, network: MaskedNetwork, unscaled: Unscaled = torch.clone) -> None:
+        self.recording = False
+        self._unscaled = unscaled
+        self._kind = network.growth.gradient
+        self._network = network
+        self._weights = network.weights
+        self._incoming: dict[str, Tensor] = {}  # seen in a backward pass, maybe by torch.autograd.grad
+        self._accumulated: dict[str, Tensor] = {}  # added to parameter.grad since that was cleared
+        self._grads: dict[str, tuple[Tensor, int]] = {}  # parameter.grad after that, and its version
+        self._kept: dict[str, Tensor] = {}  # from the last update, or the average
+        self._finite: dict[str, Tensor] = {}  # whether the last update's gradients were
+
+    @property
+    def needed(self) -> bool:
+        """Whether the gradients of the coming update are kept."""
+        return self._kind == "average" or (self._kind == "latest" and self.recording)
+
+    @uncompiled
+    def on_backward(self, name: str, gradient: Tensor) -> None:
+        """Sees a dense gradient, which may be on its way to ``parameter.grad``."""
+        grad = self._weights[name].parameter.grad
+        adds = name in self._accumulated and grad is not None and not self._cleared(name, grad)
+        if self.needed or adds:
+            gradient = self._unscaled(gradient.detach())
+            if adds:
+                gradient += self._accumulated[name]
+            self._incoming[name] = gradient
+        else:
+            self._accumulated.pop(name, None)
+
+    def _cleared(self, name: str, grad: Tensor) -> bool:
+        """Whether ``parameter.grad`` was set to 0 since a gradient was added."""
+        held, version = self._grads.get(name, (None, -1))
+        # DistributedDataParallel and clipping change the version, too.
+        return not (grad is held and grad._version == version) and not bool(grad.any())
+
+    def on_accumulated(self, name: str, parameter: Tensor) -> None:
+        """Sees ``parameter.grad`` after a gradient was added, and before it is masked."""
+        if self.needed and parameter.grad is not None and is_split(parameter):
+            self._incoming[name] = self._split_gradient(name, parameter.grad)
+        if name in self._incoming and parameter.grad is not None:
+            self._accumulated[name] = self._incoming.pop(name)
+            self._grads[name] = (parameter.grad, parameter.grad._version)
+
+    def _split_gradient(self, name: str, grad: Tensor) -> Tensor:
+        """The sum of the gradients of a weight that is split over processes, whose mean is only known here."""
+        gradient = self._unscaled(grad.detach())
+        if name in self._accumulated and self._grads.get(name, (None, -1))[0] is grad:
+            # It holds the gradients that were added before, but masked.
+            local_part(gradient).add_(local_part(self._accumulated[name]) * ~self._network.local_mask(name))
+        return gradient
+
+    def on_step(self, names: Iterable[str]) -> None:
+        """Keeps the gradients of the weights that an optimizer has just updated."""
+        for name in names:
+            self._grads.pop(name, None)
+            accumulated = self._accumulated.pop(name, None)
+            if self._weights[name].parameter.grad is None:
+                accumulated = None  # cleared, so the step did not use it
+            if (gradient := self._average_over_processes(name, accumulated)) is None:
+                continue
+            self._finite[name] = local_part(gradient).isfinite().all()
+            if self._kind == "average":
+                # Entries that are not finite do not count, or the average would never be finite again.
+                kept = self._kept.get(name, torch.zeros_like(gradient))
+                weight = 1 - _AVERAGE_DECAY if name in self._kept else 1.0
+                self._kept[name] = kept.lerp(torch.where(gradient.isfinite(), gradient, kept), weight)
+            else:
+                self._kept[name] = gradient
+
+    def _average_over_processes(self, name: str, gradient: Tensor | None) -> Tensor | None:
+        """The mean over processes, where one without a gradient counts as 0; None if no process has one."""
+        if not distributed.is_distributed() or is_split(self._weights[name].parameter):
+            return gradient
+        if not self.needed or not any(distributed.all_gather(gradient is not None)):
+            return None
+        return distributed.all_reduce_mean(
+            torch.zeros_like(self._weights[name].parameter) if gradient is None else gradient
+        )
+
+    def pop(self) -> dict[str, Tensor] | None:
+        """Returns the gradients that the growth rule needs, by name; None if one is missing or not finite.
+
+        Gradients of a single update are forgotten, because they are out of date after the next.
+        """
+        kept = dict(self._kept)
+        if self._kind == "latest":
+            self._kept.clear()
+        if self._kind == "none":
+            return {}
+        usable = kept.keys() == self._weights.keys() and all(bool(self._finite[name]) for name in kept)
+        if not all(distributed.all_gather(usable)):
+            return None
+        return {name: full_tensor(gradient) for name, gradient in kept.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is kept, and added up for the coming update; loads with ``weights_only=True``."""
+        kept, accumulated = (
+            {name: full_tensor(gradient).clone() for name, gradient in held.items()}
+            for held in (self._kept, self._accumulated)
+        )
+        finite = dict(self._finite)
+        return {"recording": self.recording, "kept": kept, "accumulated": accumulated, "finite": finite}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores the state returned by `state_dict`."""
+        self.recording = state["recording"]
+        for held, saved in ((self._kept, state["kept"]), (self._accumulated, state["accumulated"])):
+            for name, gradient in saved.items():
+                held[name] = copy_like(gradient, self._weights[name].parameter)
+        self._finite = dict(state["finite"])
