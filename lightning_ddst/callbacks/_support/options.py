@@ -10,7 +10,6 @@ from torch import nn
 from lightning_ddst.balance import BalanceProbe, ScoresItself
 from lightning_ddst.balance.ratio import ESTIMATORS, Estimator
 from lightning_ddst.methods import Method, Role
-from lightning_ddst.methods.base import ROLES
 from lightning_ddst.methods.pair import MaskedPair
 from lightning_ddst.sparsity import MaskedNetwork, find_units, maskable_weights
 from lightning_ddst.sparsity.enforcement import OPTIMIZER_STATE, OptimizerState
@@ -73,13 +72,10 @@ class MaskingOptions:
             raise ValueError(
                 f'layer_densities={dict(given)} with method="{method.name}": its networks are dense at the start.'
             )
-        for role in ROLES:
-            for density in (
-                method.initial_densities[role],
-                method.lowest_densities[role],
-                method.final_densities[role],
-            ):
-                find_units(self.granularity).check_density(self.granularity, method.argument_of(role, density), density)
+        units = find_units(self.granularity)
+        for densities in (method.initial_densities, method.lowest_densities, method.final_densities):
+            for role, density in densities.items():
+                units.check_density(method.argument_of(role, density), density)
 
     def mask(self, module: nn.Module, method: Method, seed: int, saved: Mapping[str, Any] | None) -> MaskedPair:
         """Masks the two networks of a module at the densities at which a method starts.
