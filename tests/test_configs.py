@@ -10,7 +10,10 @@ from toys import toy_trainer
 
 from lightning_ddst import DynamicSparsityCallback
 from lightning_ddst.balance import DensityController, DensityRamp
+from lightning_ddst.callbacks.dynamic_sparsity import METHOD_ARGUMENTS
 from lightning_ddst.cli import CONFIGS, make_cli
+from lightning_ddst.methods import Resize
+from lightning_ddst.methods.base import unused_arguments
 
 SYSTEMS = {
     "cifar10_sngan": (32, 100_000, 6),
@@ -52,6 +55,12 @@ def test_the_papers_systems_and_methods_are_there():
     ]
 
 
+def own_arguments(settings):
+    """Without what the paper's settings bring along for other methods, as the command leaves it out."""
+    unused = unused_arguments(settings["method"], [name for name in METHOD_ARGUMENTS if name in settings])
+    return {name: value for name, value in settings.items() if name not in unused}
+
+
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_every_cell_of_the_papers_tables_parses(monkeypatch, system):
     command = parsed(monkeypatch, *cell(system, "dense", 0.1))
@@ -63,7 +72,7 @@ def test_every_cell_of_the_papers_tables_parses(monkeypatch, system):
         files = [argument for name in ("paper", system, method) for argument in ("--config", str(CONFIGS[name]))]
         config = command.parser.parse_args([*files, "--sparsity.generator_density=0.2"])
         assert config.model == command.config.model
-        settings = config.sparsity.as_dict()
+        settings = own_arguments(config.sparsity.as_dict())
         assert settings["generator_density"] == 0.2
         for density in DENSITIES:
             DynamicSparsityCallback(**settings | {"generator_density": density})
@@ -71,18 +80,26 @@ def test_every_cell_of_the_papers_tables_parses(monkeypatch, system):
 
 def test_what_the_methods_are():
     def made(name):
-        return DynamicSparsityCallback(**sparsity_of("paper") | sparsity_of(name))
+        return DynamicSparsityCallback(**own_arguments(sparsity_of("paper") | sparsity_of(name)))
+
+    def controller(name):
+        (resize,) = (each for each in made(name).method.mask_updates() if isinstance(each, Resize))
+        return resize.controller
 
     for name in METHODS:
         assert made(name).generator_density == (1.0 if name in ("dense", "posthoc", "imp") else 0.1)
         starts = 1.0 if name in ("dense", "posthoc", "imp") or name.endswith("strong") else 0.1
         assert made(name).discriminator_density == starts
-    assert made("ddst_relaxed")._controller == DensityController((0.45, 0.55), 0.05, 0.05, 1.0)
-    assert made("ddst_strict")._controller == DensityController((0.45, 0.55), 0.05, 0.05, 0.5)
-    assert made("dda")._controller == DensityController((0.5, 0.65), 0.05, 0.05, 1.0)
-    assert made("ddst_real_sign")._controller == DensityController((0.5, 0.7), 0.05, 0.05, 1.0, "real_sign")
-    assert made("ramp")._controller == DensityRamp(0.1, 1.0)
-    assert [made(name)._intervals for name in ("ddst_relaxed", "ddst_strict")] == [(1000, 500, 10), (2000, 500, 10)]
+    assert controller("ddst_relaxed") == DensityController((0.45, 0.55), 0.05, 0.05, 1.0)
+    assert controller("ddst_strict") == DensityController((0.45, 0.55), 0.05, 0.05, 0.5)
+    assert controller("dda") == DensityController((0.5, 0.65), 0.05, 0.05, 1.0)
+    assert controller("ddst_real_sign") == DensityController((0.5, 0.7), 0.05, 0.05, 1.0, "real_sign")
+    assert controller("ramp") == DensityRamp(0.1, 1.0)
+    assert [sparsity_of(name).get("interval") for name in ("paper", "ddst_relaxed", "ddst_strict")] == [
+        1000,
+        None,
+        2000,
+    ]
 
 
 def test_an_unknown_name_is_refused_with_those_there_are(capsys):
@@ -158,7 +175,7 @@ def test_every_system_trains_by_every_method(narrow, method):
     model, data = narrow
     often = {"interval": 1, "explore_interval": 1, "probe_interval": 1}
     sparsity = DynamicSparsityCallback(
-        **sparsity_of("paper") | sparsity_of(method) | {"generator_density": 0.5} | often
+        **own_arguments(sparsity_of("paper") | sparsity_of(method) | {"generator_density": 0.5} | often)
     )
     toy_trainer(sparsity, limit_val_batches=0).fit(deepcopy(model), data)
     assert (sparsity.generator_updates, sparsity.measurements) == (UPDATES, UPDATES)

@@ -36,7 +36,8 @@ from lightning_ddst.methods.base import ROLES
 from lightning_ddst.methods.pair import MaskedPair, density_of, saved_masks
 from lightning_ddst.sparsity import LayerFlops, MaskedNetwork
 from lightning_ddst.sparsity.enforcement import OptimizerState
-from lightning_ddst.sparsity.masked import Initial, Regrown
+from lightning_ddst.sparsity.masked import Regrown
+from lightning_ddst.sparsity.units import Initial
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.compilation import uncompiled
 from lightning_ddst.utils.nested import Place
@@ -235,7 +236,7 @@ class DynamicSparsityCallback(Callback):
         """The balance in the current window, with its parts; None where it is not measured."""
         if self._training is None or self._intervals.probe_interval is None:
             return None
-        return self._training.window.read()
+        return self._training.balance
 
     @property
     def balance_ratio(self) -> float | None:
@@ -383,7 +384,7 @@ class DynamicSparsityCallback(Callback):
         return None if self._pair is None else self._pair.module
 
     def _hparams(self) -> dict[str, float | str]:
-        return hparams(self.method, self._masking.granularity, str(self._masking.units.get("growth", "by default")))
+        return hparams(self.method, self._masking.granularity, self._fitted.networks["generator"].growth)
 
     def _others(self, trainer: Trainer) -> list["DynamicSparsityCallback"]:
         """Returns the callbacks of other pairs."""

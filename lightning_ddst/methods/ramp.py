@@ -37,7 +37,7 @@ class Resize(MaskUpdate):
 
     def apply(self, training: SparseTraining) -> bool:
         """Asks the controller, and does what it decides once the dense gradients that this needs are there."""
-        network, plan, balance = training.network("discriminator"), training.plan, training.window.read()
+        network, plan, balance = training.network("discriminator"), training.plan, training.balance
         if self.due(training.updates, plan):  # not again for a decision that was postponed
             self.controller.observe(balance)
         share = plan.interval / plan.updates if plan.updates and plan.interval else 0.0
@@ -55,8 +55,7 @@ class Resize(MaskUpdate):
 
     def readings(self, training: SparseTraining) -> dict[str, float]:
         """Returns what the controller reads from the window."""
-        balance = training.window.read()
-        return self.controller.readings(balance) if balance.samples else {}
+        return self.controller.readings(training.balance)
 
     def explanation(self) -> str:
         """Returns the controller's."""

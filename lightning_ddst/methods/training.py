@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ddst.balance import BalanceProbe, BalanceWindow, Decision
+from lightning_ddst.balance import Balance, BalanceProbe, BalanceWindow, Decision
 from lightning_ddst.balance.divergence import Divergence
 from lightning_ddst.balance.ratio import Estimator
 from lightning_ddst.methods.base import MaskUpdate, Role
@@ -86,6 +86,7 @@ class SparseTraining:
         self.plan = plan or Plan()
         self.flops = TrainingFlops(self._networks.values())
         self.window = BalanceWindow(self.plan.window, estimator)
+        self._balance: Balance | None = None
         self._probe = probe
         if probe is None and any(update.decides for update in self.mask_updates):
             raise ValueError("probe=None measures no balance ratio, which a mask update decides by.")
@@ -94,7 +95,7 @@ class SparseTraining:
         find_optimizers(discriminator.parameters, self.optimizers)
         self.divergence = Divergence({role: network.network for role, network in self._networks.items()})
         self._enforcers = {
-            role: MaskEnforcer(network, self.optimizers, unscaled, optimizer_state)
+            role: MaskEnforcer(network, self.optimizers, unscaled, optimizer_state=optimizer_state)
             for role, network in self._networks.items()
             if network.density < 1 or any(update.resizes and role in update.roles for update in self.mask_updates)
         }
@@ -113,6 +114,13 @@ class SparseTraining:
     def progress(self) -> float:
         """The share of the run that is done, in [0, 1]; 0 where the run's length is unknown."""
         return self.updates / self.plan.updates if self.plan.updates else 0.0
+
+    @property
+    def balance(self) -> Balance:
+        """The balance over the window, which is read once an update; reading waits for the device."""
+        if self._balance is None:
+            self._balance = self.window.read()
+        return self._balance
 
     def network(self, role: Role) -> MaskedNetwork:
         """Returns one of the two networks."""
@@ -138,6 +146,7 @@ class SparseTraining:
         """Replaces the plan by one in which more is known."""
         self.plan = plan
         self.window.resize(plan.window)
+        self._balance = None
         self._expect_next()
 
     def before_step(self, optimizer: Optimizer) -> None:
@@ -158,11 +167,12 @@ class SparseTraining:
         if not has_updated(self.network("generator").parameters, optimizer):
             return False
         self.updates += 1
+        self._balance = None
         probed = self._measure(batch)
         needed = [role in self._enforcers and self._enforcers[role].gradients.needed for role in self._networks]
         self.flops.updated(probed=probed, dense_gradients=needed)
         if self._probe is not None and is_due(self.updates, self.plan.interval):
-            self.divergence.look_at(self.window.read(), self.updates)
+            self.divergence.look_at(self.balance, self.updates)
         self._change_masks()
         self._expect_next()
         return True
@@ -227,8 +237,10 @@ class SparseTraining:
     def detach(self) -> None:
         """Takes every hook off the networks and optimizers."""
         self.flops.stop()
-        for hooked in (*self._enforcers.values(), *self._structured):
-            hooked.remove()
+        for enforcer in self._enforcers.values():
+            enforcer.remove()
+        for structured in self._structured:
+            structured.remove()
         if self._probe is not None:
             self._probe.remove()
 
@@ -261,6 +273,7 @@ class SparseTraining:
             mask_update.load_state_dict(saved["state"])
         self.plan = Plan(**state["plan"])
         self.window.load_state_dict(state["window"])
+        self._balance = None
         self.divergence.load_state_dict(state["divergence"])
         self.flops.load_state_dict(state["flops"])
         for enforcer, saved in zip(self._enforcers.values(), state["gradients"], strict=True):

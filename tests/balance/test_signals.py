@@ -58,5 +58,9 @@ def test_unknown_signals_are_refused_with_those_there_are():
 def test_bounds_are_the_signals_own_by_default():
     sparsity = DynamicSparsityCallback(0.25, signal="real_sign", interval=10, probe_interval=1)
     trained(sparsity)
-    assert sparsity._controller == DensityController((0.5, 0.7), 0.05, 0.25, 1.0, "real_sign")
-    assert DynamicSparsityCallback(0.25)._controller == DensityController((0.45, 0.55), 0.05, 0.25)
+    assert controller_of(sparsity) == DensityController((0.5, 0.7), 0.05, 0.25, 1.0, "real_sign")
+    assert controller_of(DynamicSparsityCallback(0.25)) == DensityController((0.45, 0.55), 0.05, 0.25)
+
+
+def controller_of(sparsity):
+    return sparsity.method.mask_updates()[0].controller

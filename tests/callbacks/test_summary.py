@@ -208,8 +208,8 @@ def test_large_counts_are_easy_to_read(capsys) -> None:
     assert rows["generator"] == "density 0.5000 (6,000 of 12,000 weights active)"
 
 
-@pytest.mark.parametrize(("method", "said"), [("posthoc", "1 time"), ("imp", "7 times")])
-def test_networks_that_are_pruned_are_not_called_resized(capsys, method, said) -> None:
+@pytest.mark.parametrize(("method", "times"), [("posthoc", 1), ("imp", 7)])
+def test_methods_that_resize_both_networks_are_named_so(capsys, method, times) -> None:
     rows = dict(printed(capsys, DynamicSparsityCallback(0.25, method=method), RunSummary(), epochs=4))
-    assert rows["pruned by magnitude"] == said
+    assert rows["generator and discriminator resized"] == f"{times} times in {times} decisions (prune {times})"
     assert "discriminator resized" not in rows

@@ -192,8 +192,8 @@ def test_nothing_is_left_of_another_runs_balance_ratio(tmp_path):
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     sparsity = DynamicSparsityCallback(0.25, bounds="auto", interval=2)
     toy_trainer(sparsity, epochs=3).fit(ToyGAN(), toy_data(), ckpt_path=tmp_path / "last.ckpt")
-    assert sparsity._controller.state_dict()["highest"] > 0
-    assert sparsity._new_controller.state_dict() == {"last": [], "highest": 0.0}
+    (resize, _) = sparsity.method.mask_updates()
+    assert resize.controller.state_dict() == {"last": [], "highest": 0.0}
 
 
 @pytest.mark.parametrize(("bounds", "warns"), [((1e6, 2e6), True), ((0.0, 1e-9), False)])

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_ddst.balance import Balance, BalanceProbe, BalanceWindow, DensityController
-from lightning_ddst.methods import DropFractionSchedule, Plan, SparseTraining
+from lightning_ddst.methods import DropFractionSchedule, Explore, Plan, Resize, ResizeByBalance, SparseTraining
 from lightning_ddst.sparsity import SparseNetwork
 
 NOISE, PIXELS = 3, 6
@@ -67,15 +67,17 @@ class Gan:
             Recorded(module, density, growth=growth, seed=seed, state=saved and saved["networks"][i])
             for i, (module, density) in enumerate(zip(self.modules, densities, strict=True))
         )
+        schedule = exploration or DropFractionSchedule()
+        updates = [Explore("generator", schedule)] if explores else []
+        if controller is not None:
+            resize = ResizeByBalance if measured else Resize
+            updates.insert(0, resize(DensityController() if controller == "default" else controller, schedule))
         self.training = SparseTraining(
             self.generator,
             self.discriminator,
             self.optimizers,
-            explores=explores,
-            controller=DensityController() if controller == "default" else controller,
+            updates,
             probe=BalanceProbe(*self.modules) if measured else None,
-            exploration=exploration or DropFractionSchedule(),
-            estimator="ratio_of_means",
             plan=plan,
         )
         if saved is not None:
@@ -311,19 +313,18 @@ def test_the_share_explored_falls_over_the_run():
 
 
 @pytest.mark.parametrize(
-    ("schedule", "update", "length", "expected"),
+    ("schedule", "progress", "expected"),
     [
-        ("cosine", 0, 100, 0.5),
-        ("cosine", 50, 100, 0.25),
-        ("cosine", 100, 100, 0.0),
-        ("cosine", 120, 100, 0.0),
-        ("cosine", 50, None, 0.5),
-        ("linear", 25, 100, 0.375),
-        ("constant", 99, 100, 0.5),
+        ("cosine", 0.0, 0.5),
+        ("cosine", 0.5, 0.25),
+        ("cosine", 1.0, 0.0),
+        ("cosine", 1.2, 0.0),
+        ("linear", 0.25, 0.375),
+        ("constant", 0.99, 0.5),
     ],
 )
-def test_exploration_rates_by_hand(schedule, update, length, expected):
-    assert DropFractionSchedule(0.5, schedule).at(update, length) == pytest.approx(expected)
+def test_exploration_rates_by_hand(schedule, progress, expected):
+    assert DropFractionSchedule(0.5, schedule).at(progress) == pytest.approx(expected)
 
 
 # ---- counts and densities ---------------------------------------------------------------------------
@@ -545,16 +546,7 @@ def test_a_weight_that_no_optimizer_updates_is_named():
     networks = [SparseNetwork(module, 0.5) for module in modules]
     optimizers = [torch.optim.SGD(modules[0].parameters(), 0.1), torch.optim.SGD(modules[1][2].parameters(), 0.1)]
     with pytest.raises(ValueError, match=r"no optimizer updates '0\.weight' \(1 of 2"):
-        SparseTraining(
-            *networks,
-            optimizers,
-            explores=True,
-            controller=None,
-            probe=None,
-            exploration=DropFractionSchedule(),
-            estimator="ratio_of_means",
-            plan=Plan(),
-        )
+        SparseTraining(*networks, optimizers, [Explore("generator", DropFractionSchedule())])
 
 
 def test_only_the_generators_optimizers_make_generator_updates():
@@ -690,7 +682,7 @@ def test_a_decision_to_grow_waits_for_a_finite_gradient(remedy):
     gan.training.window = Scripted([HIGH] * 4)
     gan.train(3)
     for update in (4, 5):
-        with pytest.warns(UserWarning, match=rf"discriminator's mask is put off: at generator update {update} "):
+        with pytest.warns(UserWarning, match=rf"discriminator's mask is postponed: at generator update {update} "):
             gan.train(1)
         assert gan.discriminator.active == 30
         assert gan.discriminator.target == 0.3
@@ -706,7 +698,7 @@ def test_a_decision_that_waits_is_made_from_the_window_as_it_is_then():
     gan = NotFinite(Plan(4, 100, 1), densities=(0.3, 0.3))
     gan.training.window = Scripted([HIGH, WITHIN])
     gan.train(3)
-    with pytest.warns(UserWarning, match="put off"):
+    with pytest.warns(UserWarning, match="postponed"):
         gan.train(1)
     gan.train(1)
     assert gan.decided() == [(5, "hold", 0.3)]
@@ -740,7 +732,7 @@ def test_an_exploration_waits_for_a_finite_gradient():
     explored, explore = [], gan.generator.explore
     gan.generator.explore = lambda *arguments: explored.append((gan.training.updates, explore(*arguments)))
     gan.train(3)
-    with pytest.warns(UserWarning, match=r"generator's mask is put off: at generator update 4 "):
+    with pytest.warns(UserWarning, match=r"generator's mask is postponed: at generator update 4 "):
         assert gan.changes(1) == ([], [])
     gan.train(7)
     assert explored == [(5, 27), (8, 27)]  # half of the 54 active weights
@@ -845,13 +837,13 @@ def test_saving_and_what_was_saved_are_independent_of_further_training():
     assert repr(state) == shown
 
 
-def test_what_was_put_off_is_made_up_for_after_resuming():
+def test_what_was_postponed_is_made_up_for_after_resuming():
     options = {"densities": (0.3, 0.3), "controller": DensityController(bounds=(0, 1e-9))}
     runs = []
     for resumes in (False, True):
         gan = NotFinite(Plan(4, 100, 1), **options)
         gan.train(3)
-        with pytest.warns(UserWarning, match="put off"):
+        with pytest.warns(UserWarning, match="postponed"):
             gan.train(1)
         if resumes:
             gan = NotFinite(Plan(4, 100, 1), seed=3, saved=gan.save(), **options)

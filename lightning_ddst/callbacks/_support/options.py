@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
@@ -12,9 +12,10 @@ from lightning_ddst.balance.ratio import ESTIMATORS, Estimator
 from lightning_ddst.methods import Method, Role
 from lightning_ddst.methods.pair import MaskedPair
 from lightning_ddst.sparsity import MaskedNetwork, find_units, maskable_weights
-from lightning_ddst.sparsity.enforcement import OPTIMIZER_STATE, OptimizerState
-from lightning_ddst.sparsity.masked import INITIAL, REGROWN, Initial, Regrown
+from lightning_ddst.sparsity.enforcement import OptimizerState
+from lightning_ddst.sparsity.masked import INITIAL, REGROWN, Regrown
 from lightning_ddst.sparsity.patterns import matches, name_of_layer
+from lightning_ddst.sparsity.units import Initial
 from lightning_ddst.utils.example_inputs import infer_inputs
 from lightning_ddst.utils.nested import Place
 from lightning_ddst.utils.networks import find_network, name_in
@@ -52,7 +53,7 @@ class MaskingOptions:
         """Checks the arguments."""
         check_choice("initial_masks", self.initial_masks, INITIAL)
         check_choice("regrown", self.regrown, REGROWN)
-        check_choice("optimizer_state", self.optimizer_state, OPTIMIZER_STATE)
+        check_choice("optimizer_state", self.optimizer_state, get_args(OptimizerState))
         if isinstance(self.dense_layers, str):
             raise ValueError(f"dense_layers={self.dense_layers!r} must be a list of patterns.")
         find_units(self.granularity).check_options(self.granularity, self.units)

@@ -12,7 +12,8 @@ from lightning_ddst.balance import Decision
 from lightning_ddst.balance.controller import ACTIONS
 from lightning_ddst.methods import Method, Resize, SparseTraining
 from lightning_ddst.methods.pair import MaskedPair
-from lightning_ddst.sparsity import LayerFlops
+from lightning_ddst.sparsity import GROWTH_RULES, LayerFlops
+from lightning_ddst.sparsity.growth import GrowthRule
 from lightning_ddst.utils.logging import log_scalars, logs_at, tensorboards
 
 Layout: TypeAlias = dict[str, dict[str, list[Any]]]
@@ -82,7 +83,7 @@ class RunReport:
         """Returns the present numbers by name."""
         training = self._training
         values: dict[str, float] = {}
-        if self._measured and (balance := training.window.read()).samples:
+        if self._measured and (balance := training.balance).samples:
             parts = ("alpha", "beta", "real", "fake", "real_sign")
             values |= {f"balance/{part}": getattr(balance, part) for part in parts}
             if balance.ratio is not None:
@@ -164,7 +165,7 @@ def layout(prefixes: Sequence[str], metrics: Sequence[str]) -> Layout:
     return page
 
 
-def hparams(method: Method, granularity: str, growth: str) -> dict[str, float | str]:
+def hparams(method: Method, granularity: str, growth: GrowthRule) -> dict[str, float | str]:
     """Returns the arguments that runs are compared by: the same ones, of the same types, for every run.
 
     TensorBoard's columns are those of the first run, and it shows five at first.
@@ -179,7 +180,7 @@ def hparams(method: Method, granularity: str, growth: str) -> dict[str, float | 
         "generator_density": method.final_densities["generator"],
         "discriminator_density": str(method.initial_densities["discriminator"]),
         "granularity": granularity,
-        "growth": growth,
+        "growth": next(name for name, rule in GROWTH_RULES.items() if rule is growth),
     }
 
 

@@ -11,6 +11,7 @@ from toys import ToyGAN, trained
 from lightning_ddst import DynamicSparsityCallback
 from lightning_ddst.balance import Decision
 from lightning_ddst.callbacks._support.reporting import layout, summary_markdown
+from lightning_ddst.methods import DDA, DDST, Dense, Method, Ramp, Static
 from lightning_ddst.sparsity import LayerFlops
 
 
@@ -36,27 +37,30 @@ def texts(events: EventAccumulator, tag: str) -> list[tuple[int, str]]:
 
 
 def network(density: float, coverage: float) -> SimpleNamespace:
-    return SimpleNamespace(density=density, coverage=coverage)
+    return SimpleNamespace(density=density, coverage=coverage, units=SimpleNamespace(dense_kernels=True))
 
 
-def training(*decisions: tuple[int, str, float, str]) -> SimpleNamespace:
+def training(method: Method, *decisions: tuple[int, str, float, str]) -> SimpleNamespace:
+    networks = {"generator": network(0.1, 0.25), "discriminator": network(0.2, 0.3)}
     return SimpleNamespace(
         updates=1200,
-        generator=network(0.1, 0.25),
-        discriminator=network(0.2, 0.3),
+        network=networks.get,
+        mask_updates=method.mask_updates(),
         decisions=[(update, Decision(action, density, reason)) for update, action, density, reason in decisions],
         flops=SimpleNamespace(total=LayerFlops(steps=30, dense_gradients=5, probes=5, dense=100)),
     )
 
 
 def test_decisions_are_told_with_their_reasons() -> None:
+    method = DDST(generator_density=0.1)
     run = training(
+        method,
         (300, "hold", 0.1, "BR 0.500 is within 0.45 to 0.55"),
         (600, "grow", 0.15, "BR 0.600 > 0.55: the discriminator is too weak"),
         (900, "grow", 0.2, "BR 0.700 > 0.55: the discriminator is too weak"),
         (1200, "hold", 0.2, "BR 0.510 is within 0.45 to 0.55"),
     )
-    words = summary_markdown("ddst", "balance_ratio", run, 0.1).splitlines()
+    words = summary_markdown(method, run).splitlines()
     assert words[:5] == [
         "### After 1,200 generator updates, method ddst",
         "- The **generator** has 10.0% of its weights, and tries others: 25.0% were active at some time.",
@@ -82,8 +86,9 @@ def test_decisions_are_told_with_their_reasons() -> None:
 
 
 def test_a_long_story_is_cut_at_its_beginning() -> None:
-    run = training(*[(update, ("hold", "grow")[update % 2], 0.1, "because") for update in range(1, 101)])
-    words = summary_markdown("ddst", "balance_ratio", run, 0.1)
+    method = DDST(generator_density=0.1)
+    run = training(method, *[(update, ("hold", "grow")[update % 2], 0.1, "because") for update in range(1, 101)])
+    words = summary_markdown(method, run)
     assert words.count("because |") == 40
     assert "| 100 | hold |" in words
     assert "| 60 |" not in words
@@ -91,23 +96,25 @@ def test_a_long_story_is_cut_at_its_beginning() -> None:
 
 
 def test_bounds_that_follow_are_told_as_such() -> None:
-    run = training((600, "grow", 0.15, "BR 0.600 is 97% of the highest, 0.620"))
-    words = summary_markdown("ddst", "balance_ratio", run, 0.1, relative=True)
+    method = DDST(generator_density=0.1, bounds="auto")
+    run = training(method, (600, "grow", 0.15, "BR 0.600 is 97% of the highest, 0.620"))
+    words = summary_markdown(method, run)
     assert "after 10.0% at the start: grown once.\n" in words
     assert "The nearer BR is to the highest that it has been, the more weights the discriminator gets" in words
     assert "too weak" not in words
 
 
-@pytest.mark.parametrize("method", ["dense", "static"])
-def test_where_nothing_is_decided_there_is_no_table(method: str) -> None:
-    words = summary_markdown(method, None, training(), 0.2)
-    assert "- The **discriminator** has 20.0% of its weights, after 20.0% at the start.\n" in words
+@pytest.mark.parametrize(("method", "start"), [(Dense(), "100.0%"), (Static(generator_density=0.2), "20.0%")])
+def test_where_nothing_is_decided_there_is_no_table(method: Method, start: str) -> None:
+    words = summary_markdown(method, training(method))
+    assert f"- The **discriminator** has 20.0% of its weights, after {start} at the start.\n" in words
     assert "|" not in words
     assert "BR, the balance ratio" not in words
 
 
 def test_another_signal_says_what_it_means_itself() -> None:
-    words = summary_markdown("dda", "real_sign", training((600, "hold", 0.1, "because")), 0.1)
+    method = DDA(generator_density=0.1, signal="real_sign")
+    words = summary_markdown(method, training(method, (600, "hold", 0.1, "because")))
     assert (
         "\n- Where E[sign D(x)] is above its bounds, the discriminator is too strong and loses weights; below, it is "
         "too weak and gets weights.\n"
@@ -116,9 +123,9 @@ def test_another_signal_says_what_it_means_itself() -> None:
 
 
 def test_a_ramp_does_not_claim_to_judge() -> None:
-    assert "grown once.\n" in summary_markdown(
-        "ramp", None, training((600, "grow", 0.5, "50% of the run is done")), 0.1
-    )
+    method = Ramp(generator_density=0.1)
+    run = training(method, (600, "grow", 0.5, "50% of the run is done"))
+    assert "grown once.\n" in summary_markdown(method, run)
 
 
 # ---- a run's page --------------------------------------------------------------------------------------
@@ -128,7 +135,7 @@ def test_a_run_tells_its_story_at_every_epochs_end(tmp_path) -> None:
     sparsity = DynamicSparsityCallback(0.2, interval=5, explore_interval=5, probe_interval=1)
     (step, words), *others = texts(events_of(tmp_path, sparsity), "about/what_happened")
     assert (step, others) == (10, [])
-    assert words == summary_markdown("ddst", "balance_ratio", sparsity._training, 0.2)
+    assert words.startswith("### After 10 generator updates, method ddst\n")
     assert f"**{sparsity.decisions[-1][1].action}**, since {sparsity.decisions[-1][1].reason}." in words
 
 
@@ -182,6 +189,6 @@ def test_hyperparameters_stand_beside_the_final_numbers(module, tmp_path) -> Non
     assert settings["generator_density"].number_value == 0.2
     assert settings["method"].string_value == "ddst"
     assert (settings["granularity"].string_value, settings["growth"].string_value) == ("weight", "gradient")
-    assert settings["discriminator_density"].string_value == "by default"
+    assert settings["discriminator_density"].string_value == "0.2"
     if module is WithHyperparameters:
         assert (settings["width"].number_value, settings["loss"].string_value) == (32, "hinge")
