@@ -39,16 +39,15 @@ from lightning_ddst.sparsity import (
     DISTRIBUTIONS,
     GROWTH_RULES,
     SCHEDULES,
-    ChannelNetwork,
     LayerFlops,
     MaskedNetwork,
-    SparseNetwork,
+    find_units,
     maskable_weights,
 )
-from lightning_ddst.sparsity.masked import INITIAL, REGROWN, Initial, Regrown
-from lightning_ddst.sparsity.network import SCOPES, Scope
+from lightning_ddst.sparsity.masked import REGROWN, Regrown
 from lightning_ddst.sparsity.patterns import matches, name_of_layer
 from lightning_ddst.sparsity.selection import count_true
+from lightning_ddst.sparsity.units import INITIAL, SCOPES, Initial, Scope
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.compilation import uncompiled
 from lightning_ddst.utils.example_inputs import infer_inputs
@@ -59,7 +58,6 @@ from lightning_ddst.utils.validation import check_choice, check_count, check_den
 
 Method = Literal["dense", "static", "sdst", "dda", "ddst", "ramp", "posthoc", "imp"]
 Role = Literal["generator", "discriminator"]
-Granularity = Literal["weight", "channel"]
 
 METHODS = get_args(Method)
 _EXPLORING = ("sdst", "ddst", "ramp")
@@ -72,8 +70,6 @@ T = TypeVar("T")
 _UNKNOWN_LENGTH_INTERVAL = 1000
 _WARN_AFTER, _WARN_WINDOW = 7, 10
 """Of the last decisions, that would have pruned a discriminator at its smallest density, before there is a warning."""
-_EXPLORATION_RATES: dict[Granularity, float] = {"weight": 0.5, "channel": 0.1}
-"""By default: the paper's, and of those that were tried on channels one of the two best (docs/results.md)."""
 
 
 class DynamicSparsityCallback(Callback):
@@ -130,9 +126,10 @@ class DynamicSparsityCallback(Callback):
             matches counts. Those layers keep them, and their network's others share what is left.
         initial_masks: "random", or "magnitude" to prune the weights as they are when fitting starts: for
             a GAN that was trained dense and loaded.
-        granularity: What masks consist of: single "weight"s, or whole "channel"s, which training then computes without.
-            Of channels the densities are reached as nearly as whole ones allow; what grows is drawn, and `growth`,
-            `distribution`, `scope`, `layer_floor` and `layer_densities` are not for them.
+        granularity: What masks consist of: single "weight"s, N:M patterns such as "2:4" (N active in every M
+            consecutive inputs), or whole "channel"s, which training then computes without. Densities are reached as
+            nearly as whole channels allow; with N:M they are N / M. `distribution`, `scope`, `layer_floor` and
+            `layer_densities` are for single weights only, and `growth` is not for channels, which grow at random.
         growth: Which inactive weights grow: "gradient" (RigL), "random" (SET), "momentum", or a rule
             registered with `growth_rule`.
         distribution: How active weights are spread over layers at first: "erk", "er" or "uniform".
@@ -178,7 +175,7 @@ class DynamicSparsityCallback(Callback):
         dense_layers: Sequence[str] = (),
         layer_densities: Mapping[str, float] | None = None,
         initial_masks: Initial = "random",
-        granularity: Granularity = "weight",
+        granularity: str = "weight",
         growth: str = "gradient",
         distribution: str = "erk",
         scope: Scope = "global",
@@ -192,15 +189,15 @@ class DynamicSparsityCallback(Callback):
     ) -> None:
         self._compared = hparams(locals())
         check_choice("method", method, METHODS)
-        check_choice("granularity", granularity, get_args(Granularity))
-        check_density("generator_density", generator_density)
+        units = find_units(granularity)
+        units.check_density("generator_density", generator_density)
         check_choice("signal", signal, SIGNALS)
         if discriminator_density is None:
             balanced = min(generator_density, max_discriminator_density)
             discriminator_density = 1.0 if method == "posthoc" else balanced
-        check_density("discriminator_density", discriminator_density)
+        units.check_density("discriminator_density", discriminator_density)
         if exploration_rate is None:
-            exploration_rate = _EXPLORATION_RATES[granularity]
+            exploration_rate = units.drop_fraction
         check_rate("exploration_rate", exploration_rate)
         check_choice("schedule", schedule, SCHEDULES)
         check_choice("estimator", estimator, ESTIMATORS)
@@ -263,10 +260,10 @@ class DynamicSparsityCallback(Callback):
             "layer_floor": layer_floor,
         }
         self._granularity = granularity
-        if granularity == "channel":
-            _check_of_channels(of_weights)
-        else:
-            self._masking |= of_weights
+        defaults = signature(DynamicSparsityCallback).parameters
+        given = {name: value for name, value in of_weights.items() if value and value != defaults[name].default}
+        units.check_options(granularity, given)
+        self._masking |= given
         self._min_density = min_discriminator_density
         self._new_controller: Controller | None = None
         if method in _CONTROLLED:
@@ -428,8 +425,8 @@ class DynamicSparsityCallback(Callback):
         if found["generator"] is found["discriminator"]:
             raise ValueError(f"generator and discriminator are the same module, {self._names['discriminator']!r}.")
         self._check_patterns(module, found)
-        channels = self._granularity == "channel"
-        inputs = infer_inputs(module, found["generator"]) if channels else ((), ())
+        needs_inputs = find_units(self._granularity).needs_inputs
+        inputs = infer_inputs(module, found["generator"]) if needs_inputs else ((), ())
         for offset, (role, network) in enumerate(found.items()):
             # Of several pairs each has masks of its own.
             of_name = zlib.crc32((self._names[role] or "").encode())
@@ -459,9 +456,7 @@ class DynamicSparsityCallback(Callback):
 
     def _masked(self, network: nn.Module, density: float, inputs: Sequence[Any], **options: Any) -> MaskedNetwork:
         """A network with masks, which is called with these inputs, known where masks are of channels."""
-        if self._granularity == "channel":
-            return ChannelNetwork(network, density, inputs, **self._masking, **options)
-        return SparseNetwork(network, density, **self._masking, **options)
+        return MaskedNetwork(network, density, granularity=self._granularity, inputs=inputs, **self._masking, **options)
 
     def _check_patterns(self, module: nn.Module, found: Mapping[Role, nn.Module]) -> None:
         arguments = [argument for argument in ("dense_layers", "layer_densities") if self._masking.get(argument)]
@@ -837,14 +832,6 @@ def _unscaled(trainer: Trainer) -> Callable[[Tensor], Tensor]:
     if scaler is None:
         return torch.clone
     return lambda gradient: gradient / scaler.scale(torch.ones((), device=gradient.device))
-
-
-def _check_of_channels(given: Mapping[str, Any]) -> None:
-    """Refuses what says how single weights are masked; channels grow at random."""
-    defaults = signature(DynamicSparsityCallback).parameters
-    for name, value in given.items():
-        if value and value != defaults[name].default and (name, value) != ("growth", "random"):
-            raise ValueError(f'{name}={value!r} is for masks of single weights, and granularity="channel".')
 
 
 def _check_intervals(

@@ -6,7 +6,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_ddst.callbacks.dynamic_sparsity import DynamicSparsityCallback
 from lightning_ddst.callbacks.quality import SampleQuality
-from lightning_ddst.sparsity import ChannelNetwork
 from lightning_ddst.utils.logging import tensorboards
 
 
@@ -66,11 +65,7 @@ def _title(metric: str) -> str:
 def _sparsity(callback: DynamicSparsityCallback) -> list[tuple[str, str]]:
     rows = [("method", f"{callback.method}, {callback.generator_updates:,} generator updates")]
     for role, network in callback.networks().items():
-        active = f"{network.active:,} of {network.total:,} weights active"
-        if isinstance(network, ChannelNetwork):
-            left, channels = map(sum, zip(*network.channel_counts, strict=True))
-            active = f"{left} of {channels} channels, {active}"
-        rows.append((role, f"density {network.density:.4f} ({active})"))
+        rows.append((role, f"density {network.density:.4f} ({network.describe()})"))
     if (balance := callback.balance) is not None:
         last = f"{balance.ratio:.3f}" if balance.ratio is not None else f"undecided: {balance.reason}"
         rows.append(("balance ratio, last window", last))
@@ -83,7 +78,7 @@ def _sparsity(callback: DynamicSparsityCallback) -> list[tuple[str, str]]:
         rows.append(("discriminator resized", f"{resized} times in {len(actions)} decisions ({counts})"))
     if (ratio := callback.flops_ratio) is not None:
         whole = "dense kernels do the arithmetic all the same"
-        if any(isinstance(network, ChannelNetwork) for network in callback.networks().values()):
+        if not all(network.units.dense_kernels for network in callback.networks().values()):
             whole = "inactive channels are left out, where networks are not compiled"
         rows.append(("training FLOPs", f"{ratio:.1%} of dense training ({whole})"))
     return rows

@@ -14,7 +14,6 @@ from lightning_ddst.balance.probe import BalanceProbe
 from lightning_ddst.balance.ratio import BalanceWindow, Estimator
 from lightning_ddst.methods.pruning import InitialWeights, MagnitudePruning
 from lightning_ddst.sparsity import (
-    ChannelNetwork,
     MaskedNetwork,
     MaskEnforcer,
     StructuredForward,
@@ -147,7 +146,7 @@ class SparseTraining:
         self._narrow = [
             StructuredForward(network.network, network.kept)
             for network in self._holds
-            if isinstance(network, ChannelNetwork) and can_run_structured(network.network)
+            if not network.units.dense_kernels and can_run_structured(network.network)
         ]
         self._initial: InitialWeights | None = None
         if pruning is not None and pruning.rewinds:

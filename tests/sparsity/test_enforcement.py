@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from lightning_ddst.sparsity import MaskEnforcer, SparseNetwork, find_optimizers
+from lightning_ddst.sparsity import MaskedNetwork, MaskEnforcer, find_optimizers
 from lightning_ddst.sparsity.enforcement import DenseGradients
 
 FIRST, LAST = "0.weight", "3.weight"
@@ -98,7 +98,7 @@ def assert_nothing_where_inactive(sparse, optimizer, *, gradients=True):
 
 @EVERY_OPTIMIZER
 def test_after_every_step_nothing_is_left_where_inactive(make):
-    sparse = SparseNetwork(network(), 0.4, seed=1)
+    sparse = MaskedNetwork(network(), 0.4, seed=1)
     optimizer = make(sparse.network.parameters())
     MaskEnforcer(sparse, [optimizer])
     for seed in range(6):
@@ -114,7 +114,7 @@ def test_after_every_step_nothing_is_left_where_inactive(make):
 
 @EVERY_OPTIMIZER
 def test_a_pruned_weight_loses_its_state_at_once_and_a_grown_one_starts_with_none(make):
-    sparse = SparseNetwork(network(), 1.0, growth="random", seed=1)
+    sparse = MaskedNetwork(network(), 1.0, growth="random", seed=1)
     optimizer = make(sparse.network.parameters())
     MaskEnforcer(sparse, [optimizer])
     for seed in range(3):
@@ -140,7 +140,7 @@ def test_a_pruned_weight_loses_its_state_at_once_and_a_grown_one_starts_with_non
 
 
 def test_a_weight_that_is_pruned_and_grown_at_once_starts_like_any_other():
-    sparse = SparseNetwork(network(), 0.5, seed=1)
+    sparse = MaskedNetwork(network(), 0.5, seed=1)
     optimizer = torch.optim.Adam(sparse.network.parameters(), lr=0.01)
     MaskEnforcer(sparse, [optimizer])
     for seed in range(3):
@@ -162,7 +162,7 @@ def test_a_weight_that_is_pruned_and_grown_at_once_starts_like_any_other():
 
 
 def test_a_pruned_weight_loses_its_gradient_at_once():
-    sparse = SparseNetwork(network(), 1.0, seed=1)
+    sparse = MaskedNetwork(network(), 1.0, seed=1)
     optimizer = torch.optim.SGD(sparse.network.parameters(), lr=0.1)
     MaskEnforcer(sparse, [optimizer])
     batch(0, sparse.network).backward()  # a part of an update that is still to come
@@ -173,7 +173,7 @@ def test_a_pruned_weight_loses_its_gradient_at_once():
 
 
 def test_state_of_other_shapes_and_kinds_is_left_alone():
-    sparse = SparseNetwork(network(), 0.4, seed=1)
+    sparse = MaskedNetwork(network(), 0.4, seed=1)
     optimizer = Noisy(sparse.network.parameters())
     MaskEnforcer(sparse, [optimizer])
     update(sparse.network, optimizer, 0)
@@ -185,7 +185,7 @@ def test_state_of_other_shapes_and_kinds_is_left_alone():
 
 @EVERY_OPTIMIZER
 def test_biases_and_norms_train_as_in_an_unmasked_network(make):
-    sparse = SparseNetwork(network(), 0.4, seed=1)
+    sparse = MaskedNetwork(network(), 0.4, seed=1)
     twin = copy.deepcopy(sparse.network)
     optimizer, plain = make(sparse.network.parameters()), make(twin.parameters())
     MaskEnforcer(sparse, [optimizer])
@@ -206,7 +206,7 @@ def test_biases_and_norms_train_as_in_an_unmasked_network(make):
 
 
 def test_two_optimizers_of_one_network_mask_their_own_weights():
-    sparse = SparseNetwork(network(), 0.4, seed=1)
+    sparse = MaskedNetwork(network(), 0.4, seed=1)
     first = torch.optim.Adam(sparse.network[0].parameters(), lr=0.01)
     second = torch.optim.SGD([*sparse.network[3].parameters(), *sparse.network[1].parameters()], lr=0.1, momentum=0.9)
     MaskEnforcer(sparse, [first, second])
@@ -223,7 +223,7 @@ def test_two_optimizers_of_one_network_mask_their_own_weights():
 
 
 def test_an_optimizer_of_another_network_among_them_changes_nothing():
-    sparse, other = SparseNetwork(network(), 0.4, seed=1), network()
+    sparse, other = MaskedNetwork(network(), 0.4, seed=1), network()
     own, foreign = (torch.optim.Adam(net.parameters(), lr=0.01) for net in (sparse.network, other))
     MaskEnforcer(sparse, [foreign, own])
     twin = network()
@@ -239,7 +239,7 @@ def test_an_optimizer_of_another_network_among_them_changes_nothing():
 def test_weights_under_spectral_norm_are_masked_before_it(spectral_norm):
     torch.manual_seed(0)
     net = nn.Sequential(spectral_norm(nn.Linear(6, 8)), nn.Tanh(), spectral_norm(nn.Linear(8, 3)))
-    sparse = SparseNetwork(net, 0.4, seed=1)
+    sparse = MaskedNetwork(net, 0.4, seed=1)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
     MaskEnforcer(sparse, [optimizer])
     for seed in range(4):
@@ -255,7 +255,7 @@ def test_weights_under_spectral_norm_are_masked_before_it(spectral_norm):
 
 
 def test_clipping_sees_the_norm_of_active_gradients_only():
-    sparse = SparseNetwork(network(), 0.4, seed=1)
+    sparse = MaskedNetwork(network(), 0.4, seed=1)
     twin = copy.deepcopy(sparse.network)
     MaskEnforcer(sparse, [torch.optim.SGD(sparse.network.parameters(), lr=0.1)])
     batch(0, sparse.network).backward()
@@ -274,7 +274,7 @@ def test_clipping_sees_the_norm_of_active_gradients_only():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ["sgd", "adam", "rmsprop", "adagrad"])
 def test_a_gradient_that_is_not_finite_does_not_get_through_where_inactive(bad, name):
-    sparse = SparseNetwork(network(), 0.4, seed=1)
+    sparse = MaskedNetwork(network(), 0.4, seed=1)
     optimizer = OPTIMIZERS[name](sparse.network.parameters())
     MaskEnforcer(sparse, [optimizer])
     mask = sparse.masks[FIRST]
@@ -287,7 +287,7 @@ def test_a_gradient_that_is_not_finite_does_not_get_through_where_inactive(bad, 
 
 @pytest.mark.parametrize("name", ["sgd", "nesterov", "adam", "amsgrad", "rmsprop"])
 def test_masking_gradients_equals_masking_weights_bit_for_bit(name):
-    sparse = SparseNetwork(network(), 0.4, seed=1)
+    sparse = MaskedNetwork(network(), 0.4, seed=1)
     weights_only, gradients_only = copy.deepcopy(sparse.network), copy.deepcopy(sparse.network)
     make = OPTIMIZERS[name]
     enforced = make(sparse.network.parameters())
@@ -313,7 +313,7 @@ def test_masking_gradients_equals_masking_weights_bit_for_bit(name):
 
 
 def test_masks_are_enforced_once_weights_that_were_frozen_train():
-    sparse = SparseNetwork(network(), 0.4, seed=1)
+    sparse = MaskedNetwork(network(), 0.4, seed=1)
     sparse.network.requires_grad_(False)
     optimizer = torch.optim.Adam(sparse.network.parameters(), lr=0.01)
     hold = MaskEnforcer(sparse, [optimizer])
@@ -331,7 +331,7 @@ def test_masks_are_enforced_once_weights_that_were_frozen_train():
 
 
 def test_a_weight_in_no_optimizer_is_refused_by_name():
-    sparse = SparseNetwork(network(), 0.4)
+    sparse = MaskedNetwork(network(), 0.4)
     optimizers = [torch.optim.SGD([*sparse.network[0].parameters(), sparse.network[3].bias], lr=0.1)]
     message = r"no optimizer updates '3\.weight' \(1 of 2 weights are in none\)"
     with pytest.raises(ValueError, match=message):
@@ -343,11 +343,11 @@ def test_a_weight_in_no_optimizer_is_refused_by_name():
 
 def test_without_optimizers_the_first_weight_is_named():
     with pytest.raises(ValueError, match=r"no optimizer updates '0\.weight' \(2 of 2"):
-        find_optimizers(SparseNetwork(network(), 0.4).parameters, [])
+        find_optimizers(MaskedNetwork(network(), 0.4).parameters, [])
 
 
 def test_only_the_optimizers_of_a_networks_maskable_weights_are_found():
-    sparse = SparseNetwork(network(), 0.4)
+    sparse = MaskedNetwork(network(), 0.4)
     first, second = (torch.optim.SGD(sparse.network[i].parameters(), lr=0.1) for i in (0, 3))
     norms = torch.optim.SGD(sparse.network[1].parameters(), lr=0.1)
     foreign = torch.optim.SGD(network().parameters(), lr=0.1)
@@ -356,7 +356,7 @@ def test_only_the_optimizers_of_a_networks_maskable_weights_are_found():
 
 
 def test_removed_it_leaves_no_hook_and_masks_nothing_any_more():
-    sparse = SparseNetwork(network(), 0.4, seed=1)
+    sparse = MaskedNetwork(network(), 0.4, seed=1)
     twin = copy.deepcopy(sparse.network)
     optimizer = torch.optim.Adam(sparse.network.parameters(), lr=0.01)
     plain = torch.optim.Adam(twin.parameters(), lr=0.01)
@@ -372,7 +372,7 @@ def test_removed_it_leaves_no_hook_and_masks_nothing_any_more():
 
 
 def test_removed_it_leaves_optimizer_state_alone_when_masks_change():
-    sparse = SparseNetwork(network(), 1.0)
+    sparse = MaskedNetwork(network(), 1.0)
     optimizer = torch.optim.Adam(sparse.network.parameters(), lr=0.01)
     hold = MaskEnforcer(sparse, [optimizer])
     update(sparse.network, optimizer, 0)
@@ -382,7 +382,7 @@ def test_removed_it_leaves_optimizer_state_alone_when_masks_change():
 
 
 def test_removing_twice_does_no_harm():
-    sparse = SparseNetwork(network(), 0.4)
+    sparse = MaskedNetwork(network(), 0.4)
     hold = MaskEnforcer(sparse, [torch.optim.SGD(sparse.network.parameters(), lr=0.1)])
     hold.remove()
     hold.remove()
@@ -396,7 +396,7 @@ def setting():
     """A sparse network under enforcement, armed; an unmasked twin; and the optimizers of both, which leave weights."""
 
     def make(growth="gradient"):
-        sparse = SparseNetwork(network(), 0.4, growth=growth, seed=1)
+        sparse = MaskedNetwork(network(), 0.4, growth=growth, seed=1)
         twin = copy.deepcopy(sparse.network)
         optimizer = torch.optim.SGD(sparse.network.parameters(), lr=0.0)
         hold = MaskEnforcer(sparse, [optimizer])

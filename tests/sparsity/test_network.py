@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_ddst.sparsity import DISTRIBUTIONS, MaskEnforcer, SparseNetwork, allocate, growth_rule
+from lightning_ddst.sparsity import DISTRIBUTIONS, MaskedNetwork, MaskEnforcer, allocate, growth_rule
 
 FIRST, SECOND = "0.weight", "1.weight"
 FIRST_WEIGHT = [[1.0, -2.0, 3.0, -4.0], [0.5, 6.0, -7.0, 8.0]]
@@ -31,7 +31,7 @@ def with_masks(network, *masks, seed=0, **options):
         "masks": {name: torch.tensor(mask, dtype=torch.bool) for name, mask in zip(names, masks, strict=True)},
         "rng": torch.Generator().manual_seed(seed).get_state(),
     }
-    return SparseNetwork(network, 0.5, state=state, **options)
+    return MaskedNetwork(network, 0.5, state=state, **options)
 
 
 def masks_of(sparse):
@@ -76,7 +76,7 @@ def assert_consistent(sparse):
 @pytest.mark.parametrize("density", [0.05, 0.1, 0.37, 0.5, 0.999, 1.0])
 def test_masks_are_drawn_with_the_distributions_exact_counts(distribution, density):
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 4, 4), nn.Linear(20, 10))
-    sparse = SparseNetwork(network, density, distribution=distribution)
+    sparse = MaskedNetwork(network, density, distribution=distribution)
     shapes = [(8, 3, 3, 3), (8, 4, 4, 4), (10, 20)]
     assert list(sparse.layer_counts.values()) == allocate(shapes, density, distribution)
     assert list(sparse.layer_counts) == ["0.weight", "2.weight", "3.weight"]
@@ -87,7 +87,7 @@ def test_masks_are_drawn_with_the_distributions_exact_counts(distribution, densi
 def test_drawing_masks_only_zeroes_inactive_weights():
     network = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
     before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
-    sparse = SparseNetwork(network, 0.4)
+    sparse = MaskedNetwork(network, 0.4)
     for name, parameter in network.named_parameters():
         expected = before[name] * sparse.masks[name] if name in sparse.masks else before[name]
         assert torch.equal(parameter, expected), name
@@ -95,21 +95,21 @@ def test_drawing_masks_only_zeroes_inactive_weights():
 
 def test_density_one_changes_nothing():
     network = two_layers()
-    sparse = SparseNetwork(network, 1.0)
+    sparse = MaskedNetwork(network, 1.0)
     assert all(mask.all() for mask in sparse.masks.values())
     assert network[0].weight.tolist() == FIRST_WEIGHT
     assert sparse.density == 1.0
 
 
 def test_the_same_seed_draws_the_same_masks_and_another_seed_others():
-    one, same, other = (SparseNetwork(nn.Linear(30, 30), 0.5, seed=seed) for seed in (3, 3, 4))
+    one, same, other = (MaskedNetwork(nn.Linear(30, 30), 0.5, seed=seed) for seed in (3, 3, 4))
     assert torch.equal(one.masks["weight"], same.masks["weight"])
     # Two independent masks of density 0.5 agree in half of 900 places; 3 standard deviations are 45.
     assert (one.masks["weight"] == other.masks["weight"]).sum().item() == pytest.approx(450, abs=45)
 
 
 def test_every_layer_draws_its_own_mask():
-    sparse = SparseNetwork(nn.Sequential(nn.Linear(30, 30), nn.Linear(30, 30)), 0.5)
+    sparse = MaskedNetwork(nn.Sequential(nn.Linear(30, 30), nn.Linear(30, 30)), 0.5)
     assert not torch.equal(sparse.masks[FIRST], sparse.masks[SECOND])
 
 
@@ -117,7 +117,7 @@ def test_every_layer_draws_its_own_mask():
 def test_masks_do_not_follow_weights_that_were_drawn_from_the_same_seed(bias):
     torch.manual_seed(7)
     network = nn.Sequential(*(nn.Linear(50, 50, bias=bias) for _ in range(3)))
-    sparse = SparseNetwork(network, 0.2, seed=7)
+    sparse = MaskedNetwork(network, 0.2, seed=7)
     for name, weight in sparse.weights.items():
         active = weight.parameter[sparse.masks[name]]
         # Of about 500 weights drawn from a symmetric distribution half are positive; 4 standard deviations are 0.09.
@@ -127,7 +127,7 @@ def test_masks_do_not_follow_weights_that_were_drawn_from_the_same_seed(bias):
 def test_nothing_touches_the_global_random_state():
     network = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), nn.Linear(8, 8))
     state = torch.get_rng_state()
-    sparse = SparseNetwork(network, 0.3, growth="random")
+    sparse = MaskedNetwork(network, 0.3, growth="random")
     sparse.explore(0.5)
     sparse.resize(0.5)
     assert torch.equal(torch.get_rng_state(), state)
@@ -148,14 +148,14 @@ def test_nothing_touches_the_global_random_state():
 )
 def test_arguments_outside_what_is_allowed_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        SparseNetwork(two_layers(), **{"density": 0.5, **options})
+        MaskedNetwork(two_layers(), **{"density": 0.5, **options})
 
 
 # ---- pruning by magnitude --------------------------------------------------------------------------------
 
 
 def test_global_pruning_takes_the_smallest_of_all_layers():
-    sparse = SparseNetwork(two_layers(), 1.0)
+    sparse = MaskedNetwork(two_layers(), 1.0)
     sparse.resize(8 / 14)
     # The six smallest magnitudes are 0.1, 0.2, 0.3, 0.5, 1 and 2.
     assert masks_of(sparse) == [[[0, 0, 1, 1], [0, 1, 1, 1]], [[0, 1], [1, 0], [0, 1]]]
@@ -164,7 +164,7 @@ def test_global_pruning_takes_the_smallest_of_all_layers():
 
 
 def test_pruning_by_layer_keeps_to_the_distribution():
-    sparse = SparseNetwork(two_layers(), 1.0, scope="layer")
+    sparse = MaskedNetwork(two_layers(), 1.0, scope="layer")
     sparse.resize(8 / 14)
     # 8 in proportion 6 : 5 are 4.36 and 3.64, so 4 and 4: without 0.5, 1, 2, 3 and without 0.1, 0.2.
     assert sparse.layer_counts == {FIRST: 4, SECOND: 4}
@@ -176,7 +176,7 @@ def test_of_equal_magnitudes_the_lowest_index_of_the_first_layer_is_pruned():
     with torch.no_grad():
         network[0].weight.fill_(-1.0)
         network[1].weight.fill_(1.0)
-    sparse = SparseNetwork(network, 1.0)
+    sparse = MaskedNetwork(network, 1.0)
     sparse.resize(11 / 14)
     assert masks_of(sparse) == [[[0, 0, 0, 1], [1, 1, 1, 1]], [[1, 1], [1, 1], [1, 1]]]
 
@@ -194,7 +194,7 @@ def test_global_pruning_leaves_a_layer_of_small_weights_its_floor(layer_floor, l
     network = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
     with torch.no_grad():
         network[0].weight.mul_(1e-3)
-    sparse = SparseNetwork(network, 1.0, layer_floor=layer_floor)
+    sparse = MaskedNetwork(network, 1.0, layer_floor=layer_floor)
     sparse.resize(0.1)
     # 2048 weights, 205 active, of which the distribution gives the layers 103 and 102.
     assert sparse.layer_counts == {FIRST: left, SECOND: 205 - left}
@@ -205,7 +205,7 @@ def test_exploring_again_and_again_leaves_a_layer_of_small_weights_its_floor():
     network = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
     with torch.no_grad():
         network[0].weight.mul_(1e-3)
-    sparse = SparseNetwork(network, 0.1)
+    sparse = MaskedNetwork(network, 0.1)
     least = int(0.25 * sparse.layer_counts[FIRST])
     for _ in range(10):
         # All growth goes to the second layer.
@@ -275,7 +275,7 @@ def test_where_all_gradients_are_zero_exactly_as_many_grow_as_asked_the_first_on
 
 def test_grown_weights_are_zero_whatever_was_pruned_there():
     torch.manual_seed(0)
-    sparse = SparseNetwork(nn.Linear(20, 20), 1.0, growth="random")
+    sparse = MaskedNetwork(nn.Linear(20, 20), 1.0, growth="random")
     sparse.resize(0.3)
     kept = sparse.masks["weight"].clone()
     values = sparse.network.weight.detach().clone()
@@ -397,7 +397,7 @@ def test_a_weight_pruned_just_now_may_grow_again_and_then_starts_from_zero():
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_no_more_is_explored_than_there_is_inactive(scope):
     torch.manual_seed(0)
-    sparse = SparseNetwork(nn.Linear(10, 10), 0.9, scope=scope, growth="random")
+    sparse = MaskedNetwork(nn.Linear(10, 10), 0.9, scope=scope, growth="random")
     assert sparse.explore(0.5) == 10
     assert sparse.active == 90
     assert_consistent(sparse)
@@ -406,7 +406,7 @@ def test_no_more_is_explored_than_there_is_inactive(scope):
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("growth", ["gradient", "random"])
 def test_exploring_a_dense_network_does_nothing(scope, growth):
-    sparse = SparseNetwork(two_layers(), 1.0, scope=scope, growth=growth)
+    sparse = MaskedNetwork(two_layers(), 1.0, scope=scope, growth=growth)
     changes = []
     sparse.listeners.append(lambda *_: changes.append(1))
     before = parameters(sparse)
@@ -426,7 +426,7 @@ def test_exploring_less_than_one_weight_does_nothing(rate):
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1, math.nan])
 def test_a_rate_outside_its_range_is_refused(rate):
-    sparse = SparseNetwork(two_layers(), 0.5, growth="random")
+    sparse = MaskedNetwork(two_layers(), 0.5, growth="random")
     with pytest.raises(ValueError, match=rf"rate={rate} must be in \[0, 1\]"):
         sparse.explore(rate)
 
@@ -437,7 +437,7 @@ def test_a_rate_outside_its_range_is_refused(rate):
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("density", [0.5, 1.0])
 def test_resizing_to_the_same_density_does_nothing(scope, density):
-    sparse = SparseNetwork(two_layers(), density, scope=scope, growth="random")
+    sparse = MaskedNetwork(two_layers(), density, scope=scope, growth="random")
     changes = []
     sparse.listeners.append(lambda *_: changes.append(1))
     before, weights, state = masks_of(sparse), parameters(sparse), sparse.state_dict()
@@ -452,7 +452,7 @@ def test_resizing_to_the_same_density_does_nothing(scope, density):
 def test_resizing_only_grows_or_only_prunes(scope):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(20, 10), nn.Linear(10, 30), nn.Linear(30, 5))
-    sparse = SparseNetwork(network, 0.3, scope=scope, growth="random")
+    sparse = MaskedNetwork(network, 0.3, scope=scope, growth="random")
     for density in (0.35, 0.8, 1.0, 0.6, 0.31, 0.05):
         before, active = copies(sparse), sparse.active
         sparse.resize(density)
@@ -464,7 +464,7 @@ def test_resizing_only_grows_or_only_prunes(scope):
 
 
 def test_resizing_by_layer_follows_the_distribution():
-    sparse = SparseNetwork(
+    sparse = MaskedNetwork(
         nn.Sequential(nn.Linear(20, 10), nn.Linear(10, 30), nn.Linear(30, 5)), 0.2, scope="layer", growth="random"
     )
     for density in (0.3, 0.5, 0.25, 0.1):
@@ -494,7 +494,7 @@ def test_resizing_by_layer_never_takes_back_what_a_layer_has_beyond_its_share():
     ],
 )
 def test_an_impossible_density_is_refused_and_nothing_changes(scope, density, message):
-    sparse = SparseNetwork(two_layers(), 0.5, scope=scope, growth="random")
+    sparse = MaskedNetwork(two_layers(), 0.5, scope=scope, growth="random")
     before = masks_of(sparse)
     with pytest.raises(ValueError, match=message):
         sparse.resize(density)
@@ -503,7 +503,7 @@ def test_an_impossible_density_is_refused_and_nothing_changes(scope, density, me
 
 
 def test_the_target_is_the_density_last_asked_for_and_the_density_what_there_is():
-    sparse = SparseNetwork(two_layers(), 0.4, growth="random")
+    sparse = MaskedNetwork(two_layers(), 0.4, growth="random")
     assert (sparse.target, sparse.density) == (0.4, 6 / 14)  # of 5.6 weights
     sparse.resize(0.6)
     assert (sparse.target, sparse.density) == (0.6, 8 / 14)  # of 8.4
@@ -511,7 +511,7 @@ def test_the_target_is_the_density_last_asked_for_and_the_density_what_there_is(
     assert (sparse.target, sparse.density) == (0.57, 8 / 14)  # of 7.98
     sparse.explore(0.5)
     assert (sparse.target, sparse.density) == (0.57, 8 / 14)
-    restored = SparseNetwork(two_layers(), 0.4, state=sparse.state_dict())
+    restored = MaskedNetwork(two_layers(), 0.4, state=sparse.state_dict())
     assert (restored.target, restored.density) == (0.57, 8 / 14)
 
 
@@ -519,7 +519,7 @@ def test_the_target_is_the_density_last_asked_for_and_the_density_what_there_is(
 
 
 def test_masks_change_in_place_and_listeners_hear_of_pruning_once_the_weights_are_zero():
-    sparse = SparseNetwork(two_layers(), 0.5, growth="random")
+    sparse = MaskedNetwork(two_layers(), 0.5, growth="random")
     held = dict(sparse.masks)
     heard = []
 
@@ -542,7 +542,7 @@ def test_masks_change_in_place_and_listeners_hear_of_pruning_once_the_weights_ar
 def test_a_loss_from_before_a_change_can_still_be_differentiated(norm):
     torch.manual_seed(0)
     layers = [nn.Linear(6, 6), nn.Linear(6, 6)]
-    sparse = SparseNetwork(nn.Sequential(*(layers if norm is None else map(norm, layers))), 1.0, growth="random")
+    sparse = MaskedNetwork(nn.Sequential(*(layers if norm is None else map(norm, layers))), 1.0, growth="random")
     loss = sparse.network(torch.randn(3, 6)).pow(2).sum()
     sparse.resize(0.5)
     sparse.explore(0.5)
@@ -555,7 +555,7 @@ def test_neither_modules_nor_parameter_names_change():
     modules = dict(network.named_modules())
     ids = {name: id(parameter) for name, parameter in network.named_parameters()}
     keys = list(network.state_dict())
-    sparse = SparseNetwork(network, 0.5, growth="random")
+    sparse = MaskedNetwork(network, 0.5, growth="random")
     sparse.explore(0.5)
     assert dict(network.named_modules()) == modules
     assert {name: id(parameter) for name, parameter in network.named_parameters()} == ids
@@ -570,7 +570,7 @@ def test_weights_stored_channels_last_are_masked_alike():
         with torch.no_grad():
             for layer in network:
                 layer.weight.copy_(layer.weight.sign())  # ties everywhere
-        sparse = SparseNetwork(network, 1.0)
+        sparse = MaskedNetwork(network, 1.0)
         gradient = {name: weight.parameter.detach().roll(7) for name, weight in sparse.weights.items()}
         sparse.resize(0.4)
         sparse.explore(0.5, gradient)
@@ -582,7 +582,7 @@ def test_weights_stored_channels_last_are_masked_alike():
 
 
 def test_double_precision_weights_are_masked_too():
-    sparse = SparseNetwork(nn.Linear(10, 10, dtype=torch.float64), 0.3, growth="random")
+    sparse = MaskedNetwork(nn.Linear(10, 10, dtype=torch.float64), 0.3, growth="random")
     sparse.explore(0.5)
     assert sparse.active == 30
     assert sparse.network.weight.dtype == torch.float64
@@ -605,12 +605,12 @@ def deep(seed=0):
 
 
 def test_a_saved_network_goes_on_with_the_same_masks_and_the_same_random_growth():
-    sparse = SparseNetwork(deep(), 0.3, growth="random", seed=1)
+    sparse = MaskedNetwork(deep(), 0.3, growth="random", seed=1)
     sparse.explore(0.5)
     state = through_a_file(sparse.state_dict())
     network = deep()
     network.load_state_dict(sparse.network.state_dict())
-    restored = SparseNetwork(network, 0.9, growth="random", seed=2, state=state)
+    restored = MaskedNetwork(network, 0.9, growth="random", seed=2, state=state)
     assert restored.layer_counts == sparse.layer_counts
     for _ in range(3):
         for one in (sparse, restored):
@@ -621,16 +621,16 @@ def test_a_saved_network_goes_on_with_the_same_masks_and_the_same_random_growth(
 
 
 def test_restoring_masks_zeroes_the_weights_of_a_fresh_network():
-    state = SparseNetwork(deep(), 0.3).state_dict()
-    restored = SparseNetwork(deep(seed=1), 0.3, state=state)
+    state = MaskedNetwork(deep(), 0.3).state_dict()
+    restored = MaskedNetwork(deep(seed=1), 0.3, state=state)
     assert_consistent(restored)
 
 
 def test_a_saved_state_is_a_copy():
-    sparse = SparseNetwork(deep(), 0.3, growth="random")
+    sparse = MaskedNetwork(deep(), 0.3, growth="random")
     state = sparse.state_dict()
     before = copies(sparse)
-    restored = SparseNetwork(deep(), 0.3, growth="random", state=state)
+    restored = MaskedNetwork(deep(), 0.3, growth="random", state=state)
     sparse.resize(0.9)
     restored.resize(0.6)
     assert equal(state["masks"].values(), before.values())
@@ -638,9 +638,9 @@ def test_a_saved_state_is_a_copy():
 
 
 def test_the_state_of_other_shapes_is_refused_by_the_weights_name():
-    state = SparseNetwork(deep(), 0.3).state_dict()
+    state = MaskedNetwork(deep(), 0.3).state_dict()
     with pytest.raises(ValueError, match=r"'2\.weight' is missing or differs in shape"):
-        SparseNetwork(nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 9)), 0.3, state=state)
+        MaskedNetwork(nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 9)), 0.3, state=state)
 
 
 @pytest.mark.parametrize(
@@ -651,9 +651,9 @@ def test_the_state_of_other_shapes_is_refused_by_the_weights_name():
     ],
 )
 def test_the_state_of_other_weights_is_refused_by_the_weights_name(network, name):
-    state = SparseNetwork(deep(), 0.3).state_dict()
+    state = MaskedNetwork(deep(), 0.3).state_dict()
     with pytest.raises(ValueError, match=rf"'{name}' is missing or differs in shape"):
-        SparseNetwork(network, 0.3, state=state)
+        MaskedNetwork(network, 0.3, state=state)
 
 
 # ---- any sequence of changes ---------------------------------------------------------------------------------------
@@ -682,7 +682,7 @@ def test_any_sequence_of_changes_keeps_counts_exact(scope, growth, distribution,
         [nn.Linear(8, 6), nn.Conv2d(6, 8, 2, groups=2), nn.ConvTranspose1d(5, 3, 3), nn.Linear(3, 1, bias=False)]
     )
     draw = torch.Generator().manual_seed(seed)
-    sparse = SparseNetwork(
+    sparse = MaskedNetwork(
         network, start, scope=scope, growth=growth, distribution=distribution, layer_floor=layer_floor, seed=seed
     )
     total = sum(parameter.numel() for parameter in network.parameters() if parameter.dim() > 1)
@@ -727,7 +727,7 @@ def three_layers():
 def test_a_dense_layer_is_left_alone_and_in_no_density(pattern):
     network = three_layers()
     before = network[1].weight.detach().clone()
-    sparse = SparseNetwork(network, 0.5, dense_layers=[pattern], name="painter")
+    sparse = MaskedNetwork(network, 0.5, dense_layers=[pattern], name="painter")
     assert list(sparse.masks) == ["0.weight", "2.weight"]
     assert (sparse.total, sparse.active) == (20, 10)
     sparse.resize(0.25)
@@ -737,13 +737,13 @@ def test_a_dense_layer_is_left_alone_and_in_no_density(pattern):
 
 
 def test_layers_are_left_dense_by_their_class():
-    assert list(SparseNetwork(three_layers(), 0.5, dense_layers=["Linear"]).masks) == ["2.weight"]
+    assert list(MaskedNetwork(three_layers(), 0.5, dense_layers=["Linear"]).masks) == ["2.weight"]
     with pytest.raises(ValueError, match=r"dense_layers=\['Linear', 'Conv1d'\] leaves nothing to mask"):
-        SparseNetwork(three_layers(), 0.5, dense_layers=["Linear", "Conv1d"])
+        MaskedNetwork(three_layers(), 0.5, dense_layers=["Linear", "Conv1d"])
 
 
 def test_a_layer_of_given_density_keeps_it_and_the_others_share_what_is_left():
-    sparse = SparseNetwork(three_layers(), 0.5, layer_densities={"1": 1.0, "Linear": 0.25}, growth="random")
+    sparse = MaskedNetwork(three_layers(), 0.5, layer_densities={"1": 1.0, "Linear": 0.25}, growth="random")
     # 13 of 26 active: 6 of 6 in "1", which comes first; 2 of 8 in the other Linear; 5 are left for the Conv1d.
     assert list(sparse.layer_counts.values()) == [2, 6, 5]
     for density, last in ((0.7, 10), (0.05, 1), (0.4, 2), (1.0, 12), (0.35, 1), (0.5, 5)):
@@ -755,7 +755,7 @@ def test_a_layer_of_given_density_keeps_it_and_the_others_share_what_is_left():
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_a_layer_of_given_density_explores_by_itself(scope):
-    sparse = SparseNetwork(three_layers(), 0.5, layer_densities={"1": 0.5}, growth="random", scope=scope)
+    sparse = MaskedNetwork(three_layers(), 0.5, layer_densities={"1": 0.5}, growth="random", scope=scope)
     counts = sparse.layer_counts
     assert counts["1.weight"] == 3
     first = copies(sparse)["1.weight"]
@@ -771,9 +771,9 @@ def test_a_layer_of_given_density_explores_by_itself(scope):
 
 def test_a_small_layer_of_given_density_does_not_lose_to_larger_weights():
     # Without it the smallest magnitudes, all in layer 0, would be pruned first.
-    sparse = SparseNetwork(three_layers(), 20 / 26, initial="magnitude", layer_densities={"0": 0.75})
+    sparse = MaskedNetwork(three_layers(), 20 / 26, initial="magnitude", layer_densities={"0": 0.75})
     assert list(sparse.layer_counts.values()) == [6, 2, 12]  # 4 of the 6 from the layer with the next smallest
-    free = SparseNetwork(three_layers(), 20 / 26, initial="magnitude")
+    free = MaskedNetwork(three_layers(), 20 / 26, initial="magnitude")
     assert list(free.layer_counts.values()) == [2, 6, 12]
 
 
@@ -788,13 +788,13 @@ def test_a_small_layer_of_given_density_does_not_lose_to_larger_weights():
 )
 def test_densities_that_cannot_be_are_refused(densities, density, message):
     with pytest.raises(ValueError, match=message):
-        SparseNetwork(three_layers(), density, layer_densities=densities)
+        MaskedNetwork(three_layers(), density, layer_densities=densities)
 
 
 def test_first_masks_by_magnitude_keep_the_largest_weights_of_all_layers():
     # 8 + 6 + 12 weights of magnitudes 1 to 26; 13 stay. Floors of a quarter of ERK's counts (at most 6, 5 and 7,
     # of 13 in proportion 6 to 5 to 7) leave layer 0 its largest one and layer 1 its largest one.
-    sparse = SparseNetwork(three_layers(), 0.5, initial="magnitude")
+    sparse = MaskedNetwork(three_layers(), 0.5, initial="magnitude")
     assert masks_of(sparse)[0] == [[0, 0, 0, 0], [0, 0, 0, 1]]
     assert masks_of(sparse)[1] == [[0, 0], [0, 0], [0, 1]]
     assert sparse.layer_counts["2.weight"] == 11
@@ -804,8 +804,8 @@ def test_first_masks_by_magnitude_keep_the_largest_weights_of_all_layers():
 
 
 def test_first_masks_by_magnitude_layer_by_layer_have_the_distributions_counts():
-    random = SparseNetwork(three_layers(), 0.5, scope="layer", distribution="uniform")
-    sparse = SparseNetwork(three_layers(), 0.5, scope="layer", distribution="uniform", initial="magnitude")
+    random = MaskedNetwork(three_layers(), 0.5, scope="layer", distribution="uniform")
+    sparse = MaskedNetwork(three_layers(), 0.5, scope="layer", distribution="uniform", initial="magnitude")
     assert sparse.layer_counts == random.layer_counts == {"0.weight": 4, "1.weight": 3, "2.weight": 6}
     for mask in sparse.masks.values():
         size = mask.numel()
@@ -814,21 +814,21 @@ def test_first_masks_by_magnitude_layer_by_layer_have_the_distributions_counts()
 
 def test_first_masks_of_an_unknown_kind_are_refused():
     with pytest.raises(ValueError, match="initial='largest' is unknown; allowed are random, magnitude"):
-        SparseNetwork(three_layers(), 0.5, initial="largest")
+        MaskedNetwork(three_layers(), 0.5, initial="largest")
 
 
 # ---- coverage and overlap ----------------------------------------------------------------------------
 
 
 def test_coverage_and_overlap_at_the_start():
-    network = SparseNetwork(nn.Linear(4, 2, bias=False), 0.5)
+    network = MaskedNetwork(nn.Linear(4, 2, bias=False), 0.5)
     assert (network.coverage, network.overlap) == (0.5, 1.0)
-    network = SparseNetwork(nn.Linear(4, 2, bias=False), 0.5, initial="magnitude")
+    network = MaskedNetwork(nn.Linear(4, 2, bias=False), 0.5, initial="magnitude")
     assert (network.coverage, network.overlap) == (0.5, 1.0)
 
 
 def test_an_exploration_covers_what_it_grows():
-    network = SparseNetwork(nn.Linear(4, 2, bias=False), 0.5)
+    network = MaskedNetwork(nn.Linear(4, 2, bias=False), 0.5)
     with torch.no_grad():
         network.network.weight[network.masks["weight"]] = torch.tensor([1.0, 2.0, 3.0, 4.0])
     # The smallest active weight goes, and the inactive one of largest gradient comes.
@@ -846,7 +846,7 @@ def test_an_exploration_covers_what_it_grows():
 
 
 def test_resizing_moves_the_overlap_and_only_growing_the_coverage():
-    network = SparseNetwork(nn.Linear(4, 2, bias=False), 0.5, growth="random")
+    network = MaskedNetwork(nn.Linear(4, 2, bias=False), 0.5, growth="random")
     network.resize(0.75)
     assert (network.coverage, network.overlap) == (0.75, 4 / 6)
     network.resize(0.25)
@@ -858,7 +858,7 @@ def test_resizing_moves_the_overlap_and_only_growing_the_coverage():
 @pytest.mark.parametrize("density", [0.1, 0.5])
 def test_coverage_is_the_share_of_weights_that_were_ever_active(density):
     torch.manual_seed(0)
-    network = SparseNetwork(nn.Sequential(nn.Linear(9, 7), nn.Linear(7, 5)), density, growth="random")
+    network = MaskedNetwork(nn.Sequential(nn.Linear(9, 7), nn.Linear(7, 5)), density, growth="random")
     ever = {name: mask.clone() for name, mask in network.masks.items()}
     for _ in range(5):
         before = torch.cat([mask.flatten().clone() for mask in network.masks.values()])
@@ -871,7 +871,7 @@ def test_coverage_is_the_share_of_weights_that_were_ever_active(density):
             ever[name] |= mask
         assert network.coverage == sum(int(mask.sum()) for mask in ever.values()) / network.total
         assert network.overlap == int((before & after).sum()) / int((before | after).sum())
-    again = SparseNetwork(nn.Sequential(nn.Linear(9, 7), nn.Linear(7, 5)), density, state=network.state_dict())
+    again = MaskedNetwork(nn.Sequential(nn.Linear(9, 7), nn.Linear(7, 5)), density, state=network.state_dict())
     assert (again.coverage, again.overlap) == (network.coverage, network.overlap)
 
 

@@ -10,7 +10,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_ddst.balance import SIGNALS, Decision
 from lightning_ddst.callbacks.quality import SampleQuality
 from lightning_ddst.methods import SparseTraining
-from lightning_ddst.sparsity import ChannelNetwork
 from lightning_ddst.utils.logging import tensorboards
 
 Layout: TypeAlias = dict[str, dict[str, list[Any]]]
@@ -131,11 +130,10 @@ def summary_markdown(
         update, last = training.decisions[-1]
         lines.append(f"- The last decision, at update {update:,}: **{last.action}**, since {last.reason}.")
     flops = training.flops.total
-    channels = isinstance(generator, ChannelNetwork)
     if flops.dense:
         lines.append(
             f"- Training took {flops.ratio:.1%} of the operations of dense training, {flops.probes / flops.dense:.1%} "
-            "for measuring BR." + ("" if channels else " Dense kernels do all of them the same.")
+            "for measuring BR." + (" Dense kernels do all of them the same." if generator.units.dense_kernels else "")
         )
     if signal:
         lines.append(f"- {_meaning(signal, relative)}")
