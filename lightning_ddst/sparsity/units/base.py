@@ -102,7 +102,10 @@ class Units(ABC):
         for name, value in given.items():
             if name not in cls.options:
                 raise ValueError(f'{name}={value!r} is no option of masks with granularity="{granularity}".')
-            cls.options[name](name, value)
+            try:
+                cls.options[name](name, value)
+            except ValueError as error:
+                raise ValueError(f'{str(error).removesuffix(".")} with granularity="{granularity}".') from None
 
     @classmethod
     def check_density(cls, argument: str, value: float) -> None:

@@ -20,6 +20,11 @@ def chain(*widths):
     return nn.Sequential(*layers[:-1])
 
 
+def groups(sparse):
+    """Active channels, and all, of each group."""
+    return list(zip(sparse.units.now, sparse.units.sizes, strict=True))
+
+
 def rows(sparse, name="0.weight"):
     """Which rows of a weight are active."""
     return sparse.masks[name].any(1).nonzero().squeeze(1).tolist()
@@ -30,7 +35,7 @@ def test_counts_are_those_of_the_nearest_number_of_channels():
     for density, active in ((1 / 3, 3), (0.4, 3), (0.5, 3), (0.51, 6), (0.8, 6), (0.9, 9), (1.0, 9)):
         sparse = MaskedNetwork(chain(3), density, granularity="channel", inputs=(X,))
         assert (sparse.active, sparse.total) == (active, 9)
-        assert sparse.channel_counts == [(active // 3, 3)]
+        assert groups(sparse) == [(active // 3, 3)]
         assert (
             sparse.allocation(density) == {"0.weight": active // 3 * 2, "2.weight": active // 3} == sparse.layer_counts
         )
@@ -43,7 +48,7 @@ def test_the_emptiest_group_gets_the_next_channel():
     counts = ((1, 1), (2, 1), (3, 1), (3, 2), (4, 2))
     for (a, b), active in zip(counts, (4, 7, 10, 14, 18), strict=True):
         sparse = MaskedNetwork(chain(4, 2), active / 18, granularity="channel", inputs=(X,))
-        assert sparse.channel_counts == [(a, 4), (b, 2)]
+        assert groups(sparse) == [(a, 4), (b, 2)]
         assert sparse.active == active == sum(int(mask.sum()) for mask in sparse.masks.values())
 
 
@@ -84,14 +89,14 @@ def test_pruning_keeps_what_is_largest_of_what_is_active():
 def test_growth_changes_nothing_of_what_is_computed_and_gives_rows_as_large_as_the_others():
     network = chain(64, 64)
     sparse = MaskedNetwork(network, 0.3, granularity="channel", inputs=(X,))
-    before, counts = network(X), sparse.channel_counts
+    before, counts = network(X), groups(sparse)
     old = {name: mask.clone() for name, mask in sparse.masks.items()}
     scales = {
         name: float(p.detach()[sparse.masks[name]].square().mean().sqrt()) for name, p in sparse.parameters.items()
     }
     sparse.resize(0.9)
     torch.testing.assert_close(network(X), before, rtol=0, atol=1e-6)
-    assert all(now > was for (now, _), (was, _) in zip(sparse.channel_counts, counts, strict=True))
+    assert all(now > was for (now, _), (was, _) in zip(groups(sparse), counts, strict=True))
     for name, parameter in sparse.parameters.items():
         new = sparse.masks[name] & ~old[name]
         values = parameter.detach()
@@ -122,12 +127,12 @@ def test_grown_channels_learn():
 
 def test_exploring_replaces_a_share_of_every_group():
     sparse = MaskedNetwork(chain(10, 10), 0.3, granularity="channel", inputs=(X,))
-    counts, active = sparse.channel_counts, sparse.active
+    counts, active = groups(sparse), sparse.active
     ((first, _), (second, _)) = counts
     replaced = sparse.explore(0.5)
     left = (first - first // 2, second - second // 2)
     assert replaced == active - (2 * left[0] + left[0] * left[1] + left[1])
-    assert sparse.channel_counts == counts
+    assert groups(sparse) == counts
     assert sparse.active == active
     assert 0 < sparse.overlap <= 1
     assert sparse.explore(0.0) == 0
@@ -156,7 +161,7 @@ def test_a_density_of_less_than_a_channel_a_group_is_refused_and_changes_nothing
 def test_dense_layers_keep_their_channels():
     sparse = MaskedNetwork(chain(4, 4), 0.5, granularity="channel", inputs=(X,), dense_layers=["0"])
     assert sparse.weights.keys() == {"2.weight", "4.weight"}
-    assert sparse.channel_counts == [(2, 4)]
+    assert groups(sparse) == [(2, 4)]
     assert sparse.masks["2.weight"].all(1).sum() == 2
 
 
@@ -194,8 +199,11 @@ def test_state_goes_on_alike_and_loads_safely(tmp_path):
 
 def test_masks_of_single_weights_or_other_channels_are_refused():
     state = MaskedNetwork(chain(4), 0.5, granularity="channel", inputs=(X,)).state_dict()
-    with pytest.raises(ValueError, match="the saved masks are of single weights, or of a network with other channels"):
+    with pytest.raises(ValueError, match=r"the saved masks are another network's: '0.weight' .* differs in shape"):
         MaskedNetwork(chain(5), 0.5, granularity="channel", inputs=(X,), state=state)
+    state["channels"] = state["channels"][1:]
+    with pytest.raises(ValueError, match="the saved masks are of single weights, or of a network with other channels"):
+        MaskedNetwork(chain(4), 0.5, granularity="channel", inputs=(X,), state=state)
     del state["channels"]
     with pytest.raises(ValueError, match="the saved masks are of single weights"):
         MaskedNetwork(chain(4), 0.5, granularity="channel", inputs=(X,), state=state)
@@ -217,15 +225,15 @@ def test_whatever_changes_masks_are_of_channels_and_counts_exact(widths, changes
     lowest = sparse.reachable(1e-9)
     for change, value in changes:
         value = max(value, lowest) if change == "resize" else value
-        before = sparse.channel_counts
+        before = groups(sparse)
         getattr(sparse, change)(value)
         if change == "resize":
             # No other step of the way is nearer.
-            counts = [sparse._weights_at(step) for step in range(len(sparse._path))]
+            counts = [sparse.units._weights_at(step) for step in range(len(sparse.units._path))]
             wanted = value * sparse.total
             assert abs(sparse.active - wanted) == min(abs(count - wanted) for count in counts)
         else:
-            assert sparse.channel_counts == before
+            assert groups(sparse) == before
         assert sparse.layer_counts == {name: int(mask.sum()) for name, mask in sparse.masks.items()}
         names = list(sparse.masks)
         for upper, lower in pairwise(names):
@@ -233,5 +241,5 @@ def test_whatever_changes_masks_are_of_channels_and_counts_exact(widths, changes
         for name, mask in sparse.masks.items():
             assert torch.equal(mask, mask.any(1)[:, None] & mask.any(0)[None])
             assert not sparse.parameters[name][~mask].any()
-        assert sum(active for active, _ in sparse.channel_counts) >= len(widths)
+        assert sum(active for active, _ in groups(sparse)) >= len(widths)
         assert sparse.density <= sparse.coverage + 1e-9
