@@ -15,7 +15,7 @@ from rows import add, origin
 from lightning_ddst import export
 from lightning_ddst.export.benchmark import onnx_time_ratio, sparse_linears, time_ratio
 from lightning_ddst.models import SNGANGenerator
-from lightning_ddst.sparsity import ChannelNetwork, SparseNetwork, compact
+from lightning_ddst.sparsity import MaskedNetwork, compact
 
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5)
 BATCH = 16
@@ -26,7 +26,9 @@ def measure(granularity: str, density: float, folder: Path) -> None:
     generator = SNGANGenerator(32).eval()
     noise = torch.randn(BATCH, generator.latent_dim)
     sparse = (
-        ChannelNetwork(generator, density, (noise,)) if granularity == "channel" else SparseNetwork(generator, density)
+        MaskedNetwork(generator, density, granularity="channel", inputs=(noise,))
+        if granularity == "channel"
+        else MaskedNetwork(generator, density)
     )
     small, left, channels = compact(generator, noise)
     files = {name: folder / name for name in ("dense", "compressed", "onnx", "program")}

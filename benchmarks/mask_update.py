@@ -23,7 +23,7 @@ from overhead import USUAL, synchronize
 from rows import add, origin
 from torch import nn
 
-from lightning_ddst.sparsity import SparseNetwork
+from lightning_ddst.sparsity import MaskedNetwork
 
 TURNS = {1: 31, 10: 15, 100: 3}
 DENSITY = 0.1
@@ -69,9 +69,9 @@ def compare(millions: int, clones: dict[str, Any], accelerator: str) -> None:
         optimizer.step()
 
     functions: dict[str, Callable[[], object]] = {"dense step": step}
-    networks: dict[str, SparseNetwork] = {}
+    networks: dict[str, MaskedNetwork] = {}
     for scope in ("global", "layer"):
-        sparse = SparseNetwork(perceptron(millions).to(device), DENSITY, scope=scope)
+        sparse = MaskedNetwork(perceptron(millions).to(device), DENSITY, scope=scope)
         networks[f"lightning_ddst, {scope}"] = sparse
         functions[f"lightning_ddst, {scope}"] = lambda sparse=sparse: sparse.explore(0.5, gradients)
     values = {name: torch.randn_like(parameter) for name, parameter in network.named_parameters()}

@@ -25,7 +25,7 @@ from torch import nn
 
 from lightning_ddst.report import plots
 from lightning_ddst.report.runs import Series, read_run
-from lightning_ddst.sparsity import SparseNetwork
+from lightning_ddst.sparsity import MaskedNetwork
 
 Box: TypeAlias = tuple[int, int, int, int]
 
@@ -54,7 +54,7 @@ def masks() -> Figure:
     figure = Figure(figsize=(9, 2.5), layout="constrained")
     FigureCanvasAgg(figure)
     for ax, (title, change) in zip(figure.subplots(1, 3), steps, strict=True):
-        network = SparseNetwork(nn.Sequential(layer), 0.25, seed=1)
+        network = MaskedNetwork(nn.Sequential(layer), 0.25, seed=1)
         (before,) = (mask.clone() for mask in network.masks.values())
         change(network)
         (after,) = network.masks.values()

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim import Adam
 
 from lightning_ddst.balance import BalanceWindow, DensityController
-from lightning_ddst.sparsity import MaskEnforcer, SparseNetwork, maskable_weights, published_flops
+from lightning_ddst.sparsity import MaskedNetwork, MaskEnforcer, maskable_weights, published_flops
 from lightning_ddst.sparsity.averaging import WeightAverage
 from lightning_ddst.sparsity.flops import OpCounter
 
@@ -33,7 +33,7 @@ def theirs_grown(gradient, mask, number):
 
 
 def test_growth_where_gradients_are_zero_is_exact():
-    network = SparseNetwork(layer(), 0.2)
+    network = MaskedNetwork(layer(), 0.2)
     gradient = torch.zeros(10, 10)
     gradient[~network.masks["weight"]] = torch.cat([torch.ones(5), torch.zeros(75)])  # dead units: only 5 are not 0
     assert theirs_grown(gradient, network.masks["weight"], 15).float().mean() == 1.0  # asked for 0.35
@@ -43,7 +43,7 @@ def test_growth_where_gradients_are_zero_is_exact():
 
 
 def test_growing_nothing_does_nothing():
-    network = SparseNetwork(layer(), 0.2)
+    network = MaskedNetwork(layer(), 0.2)
     with pytest.raises(IndexError):
         theirs_grown(torch.ones(1), torch.zeros(1, dtype=torch.bool), 3)  # an index that is not there
     before = network.masks["weight"].clone()
@@ -56,7 +56,7 @@ def test_the_first_masks_have_exactly_the_count_asked_for():
     torch.manual_seed(1)
     theirs = [int((torch.rand(10, 10) < 0.2).sum()) for _ in range(20)]  # weight by weight
     assert len(set(theirs)) > 1
-    assert {SparseNetwork(layer(), 0.2, seed=seed).active for seed in range(20)} == {20}
+    assert {MaskedNetwork(layer(), 0.2, seed=seed).active for seed in range(20)} == {20}
 
 
 def test_a_layer_of_small_weights_is_not_emptied():
@@ -66,7 +66,7 @@ def test_a_layer_of_small_weights_is_not_emptied():
     weights = torch.cat([module.weight.detach().abs().flatten() for module in network])
     theirs = network[1].weight.abs() >= weights.sort(descending=True).values[99]
     assert theirs.sum() == 0
-    sparse = SparseNetwork(network, 0.5, initial="magnitude")
+    sparse = MaskedNetwork(network, 0.5, initial="magnitude")
     assert sparse.active == 100
     # A quarter of what ERK gives two layers alike, half of each: 12 of 50.
     assert sparse.layer_counts == {"0.weight": 88, "1.weight": 12}
@@ -79,7 +79,7 @@ def test_adam_has_no_state_where_weights_are_inactive():
     def trained(enforced):
         network = layer()
         optimizer = Adam(network.parameters(), betas=(0.5, 0.9))
-        sparse = SparseNetwork(network, 0.2)
+        sparse = MaskedNetwork(network, 0.2)
         if enforced:
             MaskEnforcer(sparse, [optimizer])
         for _ in range(20):
@@ -104,7 +104,7 @@ def test_spectral_norm_is_right_after_a_mask_changed():
     with torch.no_grad():
         theirs.parametrizations.weight.original *= mask
     assert abs(norm_of(theirs) - 1) > 0.03  # by singular vectors of the dense weight
-    SparseNetwork(ours, 0.1)
+    MaskedNetwork(ours, 0.1)
     assert norm_of(ours) == pytest.approx(1, abs=1e-4)
 
 

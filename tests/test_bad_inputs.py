@@ -11,7 +11,7 @@ from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA, Sam
 from lightning_ddst.cli import make_cli
 from lightning_ddst.data import DigitsDataModule, ResumableLoader
 from lightning_ddst.models import SmallDiscriminator, SmallGenerator
-from lightning_ddst.sparsity import SparseNetwork
+from lightning_ddst.sparsity import MaskedNetwork
 
 ARGUMENTS = [
     ({"generator_density": 0.0}, r"generator_density=0.0 must be in \(0, 1\]"),
@@ -101,7 +101,7 @@ def networks():
 
 
 def sparse(**arguments):
-    return lambda: SparseNetwork(nn.Linear(10, 10), **{"density": 0.5} | arguments)
+    return lambda: MaskedNetwork(nn.Linear(10, 10), **{"density": 0.5} | arguments)
 
 
 def module(**arguments):

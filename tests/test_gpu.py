@@ -14,7 +14,7 @@ from toys import toy_trainer
 from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA
 from lightning_ddst.data import ResumableLoader
 from lightning_ddst.models import SmallDiscriminator, SmallGenerator
-from lightning_ddst.sparsity import SparseNetwork
+from lightning_ddst.sparsity import MaskedNetwork
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -146,10 +146,10 @@ def test_mask_updates_choose_what_they_choose_on_a_cpu():
     torch.manual_seed(0)
     shapes = (700, 900, 300)  # more than is worked on at once on a CPU
 
-    def network(device: str) -> SparseNetwork:
+    def network(device: str) -> MaskedNetwork:
         torch.manual_seed(1)
         layers = [torch.nn.Linear(n_in, n_out) for n_in, n_out in pairwise(shapes)]
-        return SparseNetwork(torch.nn.Sequential(*layers).to(device), 0.2, seed=0)
+        return MaskedNetwork(torch.nn.Sequential(*layers).to(device), 0.2, seed=0)
 
     cpu, gpu = network("cpu"), network("cuda")
     gradients = {name: torch.randn_like(parameter) for name, parameter in cpu.parameters.items()}

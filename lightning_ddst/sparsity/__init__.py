@@ -1,11 +1,10 @@
 """Masks of one network: allocation, pruning and growing, schedules, enforcement. Needs torch only.
 
-A mask changes in `network` alone, one of whole channels in `channel_network`: `explore` and `resize`. What grows is
-scored in `growth`, and `enforcement` keeps the rest at 0.
+Masks change in `masked` alone, by `explore` and `resize`; `units` says what they consist of: single weights, N of M
+weights, or whole channels. Growth rules are in `growth`, and `enforcement` keeps inactive weights at 0.
 """
 
 from lightning_ddst.sparsity.allocation import DISTRIBUTIONS, allocate
-from lightning_ddst.sparsity.channel_network import ChannelNetwork
 from lightning_ddst.sparsity.channels.groups import Channels
 from lightning_ddst.sparsity.channels.slim import compact
 from lightning_ddst.sparsity.channels.structured_forward import StructuredForward
@@ -15,31 +14,32 @@ from lightning_ddst.sparsity.flops import LayerFlops, TrainingFlops
 from lightning_ddst.sparsity.growth import GROWTH_RULES, Layer, growth_rule
 from lightning_ddst.sparsity.maskable import MASKABLE_LAYERS, MaskableWeight, maskable_weights
 from lightning_ddst.sparsity.masked import MaskedNetwork
-from lightning_ddst.sparsity.network import SparseNetwork
 from lightning_ddst.sparsity.optimizers import find_optimizers, get_parameters, has_updated
 from lightning_ddst.sparsity.paper_flops import published_flops, published_training_flops
 from lightning_ddst.sparsity.schedules import SCHEDULES, exploration_rate
 from lightning_ddst.sparsity.selection import largest, select
+from lightning_ddst.sparsity.units import UNITS, Units, find_units
 
 __all__ = [
     "DISTRIBUTIONS",
     "GROWTH_RULES",
     "MASKABLE_LAYERS",
     "SCHEDULES",
-    "ChannelNetwork",
+    "UNITS",
     "Channels",
     "Layer",
     "LayerFlops",
     "MaskEnforcer",
     "MaskableWeight",
     "MaskedNetwork",
-    "SparseNetwork",
     "StructuredForward",
     "TrainingFlops",
+    "Units",
     "allocate",
     "compact",
     "exploration_rate",
     "find_optimizers",
+    "find_units",
     "get_parameters",
     "growth_rule",
     "has_updated",

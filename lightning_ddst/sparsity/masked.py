@@ -1,10 +1,9 @@
-"""What every network with masks has: which weights are masked, the masks, and how they are saved."""
+"""A network with masks: how they change, and how they are saved; `units` says what they consist of."""
 
 import hashlib
 import zlib
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,49 +11,51 @@ from torch import Tensor, nn
 from lightning_ddst.sparsity.bitpack import choose_chunk, count_bits, pack_bits, view_as_integers
 from lightning_ddst.sparsity.growth import GrowthRule
 from lightning_ddst.sparsity.maskable import MaskableWeight, maskable_weights
-from lightning_ddst.sparsity.patterns import matches, name_of_layer
-from lightning_ddst.sparsity.selection import count_true
+from lightning_ddst.sparsity.patterns import first_match
 from lightning_ddst.sparsity.sharding import is_split, local_part, reshard, split_like
-from lightning_ddst.utils.validation import check_choice, check_density
+from lightning_ddst.sparsity.units import Units, find_units
+from lightning_ddst.sparsity.units.base import INITIAL, ByTensor, Gradients, Initial
+from lightning_ddst.utils.validation import check_choice, check_rate
 
-Initial = Literal["random", "magnitude"]
-INITIAL = ("random", "magnitude")
 Regrown = Literal["keep", "reset"]
-REGROWN = ("keep", "reset")
-Gradients = Mapping[str, Tensor]
+REGROWN = get_args(Regrown)
 
 _PIECE = 2**20
 
 
-class MaskedNetwork(ABC):
-    """A network whose maskable weights are partly inactive; subclasses say which, and how that changes.
+class MaskedNetwork:
+    """A network whose maskable weights are partly inactive.
 
     The network itself keeps its modules and parameter names; only values change. Weights that
     become inactive are set to 0. What keeps them at 0 while an optimizer runs is `MaskEnforcer`.
 
     Args:
         network: The module to sparsify.
-        density: Active over maskable weights at the start, in (0, 1].
-        initial: "random" draws the first masks; "magnitude" prunes the weights as they are (of a
-            network that was trained dense), by the same rules as later.
-        growth: What grows.
-        regrown: What an exploration does with weights that it prunes and grows again: "keep" leaves them their value
-            and optimizer state, as RigL's reference code does; "reset" has them start from 0.
+        density: Active over maskable weights at the start, in (0, 1], as near as the units allow.
+        granularity: What masks consist of: "weight", "channel", a pattern N:M such as "2:4", or a key of `UNITS`.
+        inputs: Example inputs of the network, the batch first; only "channel" needs them.
+        initial: "random" draws the first masks; "magnitude" prunes the network as it is (one that was
+            trained dense), by the same rules as later.
+        regrown: What an exploration does with units that it prunes and grows again: "keep" leaves them their value
+            and optimizer state, as RigL's reference code does; "reset" has them start anew.
         dense_layers: Layers that are left dense, and out of every density: patterns as in `matches`.
         name: The network's name, in front of its layers' where patterns are compared.
-        seed: Of everything that is drawn here.
+        seed: Seed of everything that is drawn here.
+        state: A state returned by `state_dict` for a network of the same shapes; its masks
+            replace those that would be drawn.
+        options: Arguments of the units; for "weight" those of `WeightUnits`.
 
     Attributes:
         network: The module.
         weights: The maskable weights by name.
+        units: What the masks consist of.
         masks: A bool mask by name, true where active, one byte a weight.
-        growth: The growth rule.
         listeners: Called whenever weights were pruned, before others grow.
         target: The density last asked for, as far as it can be reached; `density` is what there is, a whole number
-            of weights.
+            of units.
         coverage: The share of maskable weights that were ever active, in [density, 1].
-        overlap: Of the mask before and after its last change: weights active in both over weights active in
-            either, in [0, 1]; 1 before the first.
+        overlap: Weights active both before and after the masks' last change over weights active in either, in
+            [0, 1]; 1 before the first.
 
     Raises:
         ValueError: For an argument outside what is allowed, or a network with nothing to mask.
@@ -65,35 +66,51 @@ class MaskedNetwork(ABC):
         network: nn.Module,
         density: float,
         *,
-        initial: Initial,
-        growth: GrowthRule,
-        regrown: Regrown,
-        dense_layers: Sequence[str],
-        name: str,
-        seed: int,
+        granularity: str = "weight",
+        inputs: Sequence[Any] = (),
+        initial: Initial = "random",
+        regrown: Regrown = "reset",
+        dense_layers: Sequence[str] = (),
+        name: str = "",
+        seed: int = 0,
+        state: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> None:
-        check_density("density", density)
+        units = find_units(granularity)
+        units.check_density("density", density)
+        units.check_options(granularity, options)
         check_choice("initial", initial, INITIAL)
         check_choice("regrown", regrown, REGROWN)
-        self.network = network
-        self.weights: dict[str, MaskableWeight] = {
-            weight.name: weight for weight in maskable_weights(network) if not first_match(dense_layers, weight, name)
-        }
-        if not self.weights:
+        free = [
+            weight for weight in maskable_weights(network) if first_match(dense_layers, weight.layers, name) is None
+        ]
+        if not free:
             raise ValueError(f"dense_layers={list(dense_layers)} leaves nothing to mask.")
+        self.network = network
+        self.weights: dict[str, MaskableWeight] = {weight.name: weight for weight in free if units.accepts(weight)}
+        if not self.weights:
+            raise ValueError(f"granularity={granularity!r} fits the shape of no layer, so there is nothing to mask.")
         self.target = density
-        self.growth = growth
-        self._regrown = regrown
         # Not the seed itself: weights may have been drawn from it, and masks must not follow them.
         digest = hashlib.sha256(f"masks {seed}".encode()).digest()
         self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") // 2)
+        self.units: Units = units(network, self.weights, self._generator, inputs=inputs, name=name, **options)
+        self.masks = self.units.masks
         self.listeners: list[Callable[[], None]] = []
-        self.masks: dict[str, Tensor]
-        self._counts: dict[str, int]
+        self._regrown = regrown
         self._parts: dict[str, Tensor] = {}
         self._ever: dict[str, Tensor] = {}
         self.coverage = 0.0
         self.overlap = 1.0
+        if state is not None:
+            self.load_state_dict(state)
+            return
+        self.units.begin(density, initial)
+        self._split()
+        self._zero_inactive()
+        self._cover()
+        if self.active < self.total or not self.units.dense_kernels:  # a dense network of single weights is untouched
+            self._refresh_spectral()
 
     # ---- what there is -------------------------------------------------------------------------
 
@@ -110,7 +127,7 @@ class MaskedNetwork(ABC):
     @property
     def active(self) -> int:
         """Number of active weights."""
-        return sum(self._counts.values())
+        return sum(self.layer_counts.values())
 
     @property
     def density(self) -> float:
@@ -120,12 +137,38 @@ class MaskedNetwork(ABC):
     @property
     def layer_counts(self) -> dict[str, int]:
         """Active weights by name."""
-        return dict(self._counts)
+        return dict(self.units.layer_counts)
 
     @property
     def layer_densities(self) -> dict[str, float]:
         """Density by name."""
-        return {name: count / self.masks[name].numel() for name, count in self._counts.items()}
+        return {name: count / self.masks[name].numel() for name, count in self.layer_counts.items()}
+
+    @property
+    def growth(self) -> GrowthRule:
+        """The growth rule."""
+        return self.units.growth_rule
+
+    @property
+    def kept(self) -> Mapping[str, Mapping[int, Tensor]]:
+        """What stays of parameters and buffers, for `StructuredForward`; empty for units with dense kernels."""
+        return self.units.kept
+
+    def describe(self) -> str:
+        """Returns how much is active, in words, such as "12 of 40 channels, 57 of 570 weights active"."""
+        return self.units.describe()
+
+    def allocation(self, density: float) -> dict[str, int]:
+        """Returns how many weights are active at a density, by name.
+
+        Raises:
+            ValueError: If the density is outside (0, 1], or lower than what is possible.
+        """
+        return self.units.allocation(density)
+
+    def reachable(self, density: float) -> float:
+        """Returns the allowed density that is nearest to this one."""
+        return self.units.reachable(density)
 
     def local_mask(self, name: str) -> Tensor:
         """The mask of what this process holds of a weight: all of it, unless weights are split over processes."""
@@ -135,40 +178,45 @@ class MaskedNetwork(ABC):
         """Moves the masks to where their weights are."""
         for held in (self.masks, self._ever):
             held |= {name: values.to(self.weights[name].parameter.device) for name, values in held.items()}
-        self._split(self.masks)
+        self.units.update_masks()
+        self._split()
 
     # ---- the changes ---------------------------------------------------------------------------
 
-    @abstractmethod
-    def allocation(self, density: float) -> dict[str, int]:
-        """How many weights are active at a density, by name.
-
-        Raises:
-            ValueError: If the density is outside (0, 1], or lower than what is possible.
-        """
-
-    @abstractmethod
-    def reachable(self, density: float) -> float:
-        """The density nearest to this one that is allowed."""
-
-    @abstractmethod
     def resize(self, density: float, gradients: Gradients | None = None) -> None:
         """Grows or prunes, only one of them, to a new density.
 
         Args:
-            density: The new density, in (0, 1].
+            density: The new density, in (0, 1]; it is reached as nearly as the units allow.
             gradients: Dense gradients by name, for growth rules that use them.
 
         Raises:
             ValueError: If the density is outside (0, 1], or lower than what is possible.
         """
+        numbers = self.units.numbers(density)
+        moves = [number - now for number, now in zip(numbers, self.units.now, strict=True)]
+        before = self.active
+        if any(move > 0 for move in moves):
+            scores = self.units.growth(gradients)
+            self._zero_inactive()  # in case something else wrote there
+            self._grow(moves, scores, pruned={})
+        elif any(moves):
+            self._prune([-move for move in moves], self.units.magnitudes(), self.units.limits(numbers))
+            self._forget_pruned()
+        self.target = self.reachable(density)
+        if any(moves):
+            self.overlap = min(before, self.active) / max(before, self.active)
+            self._refresh_spectral()
 
-    @abstractmethod
     def explore(self, rate: float, gradients: Gradients | None = None) -> int:
-        """Prunes a share of what is active and grows as much; the density stays.
+        """Prunes a share of the active units of each pool and grows as many; the density stays.
+
+        As in RigL, what was pruned just now may grow again. With ``regrown="keep"`` it then keeps its value and
+        optimizer state, so a dense network stays as it is (Evci et al. 2020 and their reference code). With
+        ``regrown="reset"`` it starts anew, and no more is pruned than there is inactive.
 
         Args:
-            rate: The share, in [0, 1].
+            rate: The share of active units, in [0, 1].
             gradients: Dense gradients by name, for growth rules that use them.
 
         Returns:
@@ -177,6 +225,30 @@ class MaskedNetwork(ABC):
         Raises:
             ValueError: If the rate is outside [0, 1].
         """
+        check_rate("rate", rate)
+        units, keeps = self.units, self._regrown == "keep"
+        limits = units.limits(units.now)
+        numbers = []
+        for pool, now, size in zip(units.pools, units.now, units.sizes, strict=True):
+            number = min(int(rate * now + 1e-9), sum(limits[key] for key in pool))
+            numbers.append(number if keeps else min(number, size - now))
+        if not any(numbers):
+            return 0
+        magnitudes, scores = units.magnitudes(), units.growth(gradients)
+        before = self.active
+        if keeps:
+            self._zero_inactive()  # in case something else wrote there
+        pruned = self._prune(numbers, magnitudes, limits)
+        replaced = before - self.active
+        if not keeps:
+            self._forget_pruned()
+        new = self._grow(numbers, scores, pruned)
+        if keeps:
+            self._forget_pruned()
+        both = units.count_weights(new)
+        self.overlap = both / (before + self.active - both)
+        self._refresh_spectral()
+        return replaced
 
     def apply_masks(self) -> None:
         """Sets what is inactive to 0, after something else gave the network other weights."""
@@ -189,17 +261,35 @@ class MaskedNetwork(ABC):
         for listener in self.listeners:
             listener()
 
-    def _cover(self, names: Iterable[str]) -> None:
+    def _prune(self, numbers: Sequence[int], magnitudes: ByTensor, limits: Mapping[str, int]) -> ByTensor:
+        pruned = self.units.prune(numbers, magnitudes, limits)
+        self._split()
+        return pruned
+
+    def _grow(self, numbers: Sequence[int], scores: ByTensor, pruned: ByTensor) -> ByTensor:
+        """Activates units, and gives those their first values that do not keep what they have.
+
+        Returns:
+            Marks of what grew and was not pruned just before.
+        """
+        grown = self.units.grow(numbers, scores)
+        self._split()
+        new = {key: marks & ~pruned[key] if key in pruned else marks for key, marks in grown.items()}
+        self.units.born(new if self._regrown == "keep" else grown)
+        self._cover()
+        return new
+
+    def _cover(self) -> None:
         """Remembers what is active now."""
-        for name in names:
-            bits = pack_bits(self.masks[name])
+        for name, mask in self.masks.items():
+            bits = pack_bits(mask)
             self._ever[name] = self._ever[name] | bits if name in self._ever else bits
         self.coverage = sum(count_bits(bits) for bits in self._ever.values()) / self.total
 
-    def _split(self, names: Iterable[str]) -> None:
-        for name in names:
-            if is_split(parameter := self.weights[name].parameter):
-                self._parts[name] = local_part(split_like(self.masks[name], parameter))
+    def _split(self) -> None:
+        for name, weight in self.weights.items():
+            if is_split(weight.parameter):
+                self._parts[name] = local_part(split_like(self.masks[name], weight.parameter))
 
     def _refresh_spectral(self) -> None:
         for weight in self.weights.values():
@@ -217,54 +307,39 @@ class MaskedNetwork(ABC):
 
     @property
     def checksum(self) -> int:
-        """Of the masks; 32 bits."""
+        """CRC-32 of all masks."""
         value = 0
         for mask in self.masks.values():
             value = zlib.crc32(mask.cpu().numpy().tobytes(), value)
         return value
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks and random state, on the CPU; loads with ``weights_only=True``."""
+        """Returns masks and random state, on the CPU; loads with ``weights_only=True``."""
         masks, ever = (
             {name: values.to("cpu", copy=True) for name, values in held.items()} for held in (self.masks, self._ever)
         )
         rng = self._generator.get_state()
-        return {"target": self.target, "rng": rng, "masks": masks, "ever": ever, "overlap": self.overlap}
+        state = {"target": self.target, "rng": rng, "masks": masks, "ever": ever, "overlap": self.overlap}
+        return state | self.units.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` gave.
+        """Restores the state returned by `state_dict`.
 
         Raises:
-            ValueError: If it is of a network with other maskable weights.
+            ValueError: If it is of a network with other maskable weights, or of other units.
         """
         saved = state["masks"]
         for name in sorted(self.weights.keys() | saved.keys()):
             if name not in self.weights or name not in saved or saved[name].shape != self.weights[name].parameter.shape:
                 raise ValueError(f"the saved masks are another network's: {name!r} is missing or differs in shape.")
-        self.masks = {name: saved[name].to(weight.parameter.device, copy=True) for name, weight in self.weights.items()}
-        self._counts = {name: count_true(mask) for name, mask in self.masks.items()}
+        self.units.load_state_dict(state)
         ever = state.get("ever", {})
         self._ever = {name: bits.to(self.masks[name].device, copy=True) for name, bits in ever.items()}
-        self._cover(self.masks)
+        self._cover()
         self.target, self.overlap = state["target"], state.get("overlap", 1.0)
         self._generator.set_state(state["rng"].cpu())
-        self._split(self.masks)
+        self._split()
         self._zero_inactive()  # spectral norm's vectors were saved with the weights and fit these masks
-
-
-def first_match(patterns: Iterable[str], weight: MaskableWeight, network: str) -> str | None:
-    """The first pattern that matches a layer of this weight."""
-    for pattern in patterns:
-        for name, layer in weight.layers.items():
-            if matches(pattern, name_of_layer(network, name), layer):
-                return pattern
-    return None
-
-
-def check_finite(what: str, values: Tensor) -> None:
-    """Raises a `ValueError` where a value is not finite."""
-    if not all(extreme.isfinite() for extreme in values.aminmax()):
-        raise ValueError(f"{what} must be finite to compare, and some are not.")
 
 
 @torch.no_grad()
@@ -281,8 +356,3 @@ def zero_where_inactive(tensor: Tensor, mask: Tensor) -> None:
     rows = max(1, size * len(tensor) // tensor.numel())
     for part, local_mask in zip(bits.split(rows), mask.split(rows), strict=True):
         part.mul_(local_mask)
-
-
-def all_active(parameter: Tensor) -> Tensor:
-    """A mask with every entry active."""
-    return torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)

@@ -35,7 +35,9 @@ class EveryUpdate(Callback):
     def on_train_batch_end(self, trainer, pl_module, *args):
         (sparsity,) = (c for c in trainer.callbacks if isinstance(c, DynamicSparsityCallback))
         networks = sparsity.networks()
-        self.counts.append({role: network.channel_counts for role, network in networks.items()})
+        self.counts.append(
+            {role: list(zip(network.units.now, network.units.sizes, strict=True)) for role, network in networks.items()}
+        )
         self.checksums.append(networks["generator"].checksum)
         for network in networks.values():
             assert network.active == sum(int(mask.sum()) for mask in network.masks.values())
@@ -169,13 +171,15 @@ def test_a_density_below_a_channel_a_group_names_network_and_argument():
 )
 def test_what_is_for_single_weights_is_refused(given):
     (name,) = given
-    with pytest.raises(ValueError, match=rf'{name}=.* is for masks of single weights, and granularity="channel"'):
+    with pytest.raises(ValueError, match=rf'{name}=.* granularity="channel"'):
         DynamicSparsityCallback(0.3, granularity="channel", **given)
     DynamicSparsityCallback(0.3, granularity="channel", growth="random")
 
 
 def test_another_granularity_is_refused():
-    with pytest.raises(ValueError, match=r"granularity='row' is unknown; allowed are weight, channel"):
+    with pytest.raises(
+        ValueError, match=r"granularity='row' is unknown; allowed are channel, weight, and patterns N:M such as 2:4"
+    ):
         DynamicSparsityCallback(0.3, granularity="row")
 
 

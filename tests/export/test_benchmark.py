@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from lightning_ddst.export import benchmark
-from lightning_ddst.sparsity import SparseNetwork
+from lightning_ddst.sparsity import MaskedNetwork
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -16,7 +16,7 @@ from lightning_ddst.sparsity import SparseNetwork
 def test_a_sparse_layer_computes_what_the_dense_one_does(shape, bias):
     torch.manual_seed(0)
     dense = nn.Linear(7, 5, bias=bias)
-    SparseNetwork(dense, 0.3)
+    MaskedNetwork(dense, 0.3)
     x = torch.randn(shape)
     sparse = benchmark.SparseLinear(dense)
     assert torch.allclose(sparse(x), dense(x), atol=1e-6)

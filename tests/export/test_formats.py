@@ -16,7 +16,7 @@ from toys import LATENT, PIXELS, ToyGAN, toy_data, toy_trainer, trained
 
 from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA, export
 from lightning_ddst.models import SNGANGenerator
-from lightning_ddst.sparsity import SparseNetwork, compact
+from lightning_ddst.sparsity import MaskedNetwork, compact
 
 NOISE = torch.randn(20, LATENT, generator=torch.Generator().manual_seed(3))
 
@@ -159,7 +159,7 @@ def test_the_format_by_hand(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_precisions(dtype, tmp_path):
     network = nn.Linear(40, 10).to(dtype)
-    SparseNetwork(network, 0.1)
+    MaskedNetwork(network, 0.1)
     export.save_compressed(network, tmp_path / "small.safetensors")
     loaded = export.load_compressed(tmp_path / "small.safetensors")
     assert all(torch.equal(loaded[name], value) for name, value in network.state_dict().items())
@@ -167,7 +167,7 @@ def test_other_precisions(dtype, tmp_path):
 
 def test_sngan_at_ten_percent_is_within_15_percent_of_its_maskable_weights(tmp_path):
     network = SNGANGenerator(32)
-    sparse = SparseNetwork(network, 0.1)
+    sparse = MaskedNetwork(network, 0.1)
     export.save_compressed(network, tmp_path / "small.safetensors")
     size = (tmp_path / "small.safetensors").stat().st_size
     assert size / (4 * sparse.total) < 0.15

@@ -4,7 +4,7 @@ from torch import nn
 from torch.optim import Adam
 
 from lightning_ddst.methods import InitialWeights, MagnitudePruning
-from lightning_ddst.sparsity import SparseNetwork
+from lightning_ddst.sparsity import MaskedNetwork
 
 
 def test_post_hoc_pruning_is_once_after_two_thirds():
@@ -74,7 +74,7 @@ def test_masks_hold_for_weights_that_came_back():
     torch.manual_seed(0)
     network = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
     initial = InitialWeights([network])
-    sparse = SparseNetwork(network, 1.0)
+    sparse = MaskedNetwork(network, 1.0)
     sparse.resize(0.25)
     initial.restore([])
     assert network.parametrizations.weight.original.count_nonzero() == 64

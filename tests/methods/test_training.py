@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightning_ddst.balance import Balance, BalanceProbe, BalanceWindow, DensityController
 from lightning_ddst.methods import DropFractionSchedule, Explore, Plan, Resize, ResizeByBalance, SparseTraining
-from lightning_ddst.sparsity import SparseNetwork
+from lightning_ddst.sparsity import MaskedNetwork
 
 NOISE, PIXELS = 3, 6
 
@@ -25,7 +25,7 @@ def make_discriminator():
     return nn.Sequential(nn.Linear(PIXELS, 10), nn.LeakyReLU(0.2), nn.Linear(10, 4))  # 60 + 40 = 100 weights
 
 
-class Recorded(SparseNetwork):
+class Recorded(MaskedNetwork):
     """Also remembers the rate of every exploration, and how many weights it replaced."""
 
     def __init__(self, *args, **kwargs):
@@ -543,7 +543,7 @@ def test_measuring_changes_nothing():
 
 def test_a_weight_that_no_optimizer_updates_is_named():
     modules = [make_generator(), make_discriminator()]
-    networks = [SparseNetwork(module, 0.5) for module in modules]
+    networks = [MaskedNetwork(module, 0.5) for module in modules]
     optimizers = [torch.optim.SGD(modules[0].parameters(), 0.1), torch.optim.SGD(modules[1][2].parameters(), 0.1)]
     with pytest.raises(ValueError, match=r"no optimizer updates '0\.weight' \(1 of 2"):
         SparseTraining(*networks, optimizers, [Explore("generator", DropFractionSchedule())])

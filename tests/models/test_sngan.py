@@ -4,7 +4,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_ddst.models import SNGANDiscriminator, SNGANGenerator
-from lightning_ddst.sparsity import SparseNetwork, maskable_weights
+from lightning_ddst.sparsity import MaskedNetwork, maskable_weights
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +120,7 @@ def test_states_are_taken_over(size: int) -> None:
 def test_they_can_be_sparse(kind: type[nn.Module]) -> None:
     network = kind(width=4)
     total = sum(weight.parameter.numel() for weight in maskable_weights(network))
-    sparse = SparseNetwork(network, 0.1)
+    sparse = MaskedNetwork(network, 0.1)
     assert sparse.active == sum(int(mask.sum()) for mask in sparse.masks.values()) == round(0.1 * total)
     assert sum(int(weight.parameter.count_nonzero()) for weight in maskable_weights(network)) <= sparse.active
 

@@ -6,7 +6,7 @@ import torch
 from sparse_toys import FIRST, LAST, batch, network, update, with_gradients
 from torch import nn
 
-from lightning_ddst.sparsity import MaskEnforcer, SparseNetwork
+from lightning_ddst.sparsity import MaskedNetwork, MaskEnforcer
 from lightning_ddst.sparsity.dense_gradients import DenseGradients
 
 
@@ -15,7 +15,7 @@ def setting():
     """A sparse network that is enforced and recorded, an unmasked twin, and the optimizers of both at rate 0."""
 
     def make(growth="gradient"):
-        sparse = SparseNetwork(network(), 0.4, growth=growth, seed=1)
+        sparse = MaskedNetwork(network(), 0.4, growth=growth, seed=1)
         twin = copy.deepcopy(sparse.network)
         optimizer = torch.optim.SGD(sparse.network.parameters(), lr=0.0)
         hold = MaskEnforcer(sparse, [optimizer])

@@ -6,7 +6,7 @@ from sparse_toys import FIRST, batch, network, update, with_gradients
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from lightning_ddst.sparsity import MaskEnforcer, SparseNetwork
+from lightning_ddst.sparsity import MaskedNetwork, MaskEnforcer
 from lightning_ddst.sparsity.enforcement import StateMasker, mask_gradients, mask_weights
 
 
@@ -130,7 +130,7 @@ def test_state_of_optimizers_without_any_is_no_mistake(masked):
 
 @EVERY_OPTIMIZER
 def test_after_every_step_nothing_is_left_where_inactive(make):
-    sparse = SparseNetwork(network(), 0.4, seed=1)
+    sparse = MaskedNetwork(network(), 0.4, seed=1)
     optimizer = make(sparse.network.parameters())
     MaskEnforcer(sparse, [optimizer])
     for seed in range(6):
@@ -146,7 +146,7 @@ def test_after_every_step_nothing_is_left_where_inactive(make):
 
 @EVERY_OPTIMIZER
 def test_a_pruned_weight_loses_its_state_at_once_and_a_grown_one_starts_with_none(make):
-    sparse = SparseNetwork(network(), 1.0, growth="random", seed=1)
+    sparse = MaskedNetwork(network(), 1.0, growth="random", seed=1)
     optimizer = make(sparse.network.parameters())
     MaskEnforcer(sparse, [optimizer])
     for seed in range(3):
@@ -172,7 +172,7 @@ def test_a_pruned_weight_loses_its_state_at_once_and_a_grown_one_starts_with_non
 
 
 def test_a_weight_that_is_pruned_and_grown_at_once_starts_like_any_other():
-    sparse = SparseNetwork(network(), 0.5, seed=1)
+    sparse = MaskedNetwork(network(), 0.5, seed=1)
     optimizer = torch.optim.Adam(sparse.network.parameters(), lr=0.01)
     MaskEnforcer(sparse, [optimizer])
     for seed in range(3):
@@ -194,7 +194,7 @@ def test_a_weight_that_is_pruned_and_grown_at_once_starts_like_any_other():
 
 
 def test_a_pruned_weight_loses_its_gradient_at_once():
-    sparse = SparseNetwork(network(), 1.0, seed=1)
+    sparse = MaskedNetwork(network(), 1.0, seed=1)
     optimizer = torch.optim.SGD(sparse.network.parameters(), lr=0.1)
     MaskEnforcer(sparse, [optimizer])
     batch(0, sparse.network).backward()  # a part of an update that is still to come
@@ -205,7 +205,7 @@ def test_a_pruned_weight_loses_its_gradient_at_once():
 
 
 def test_state_of_other_shapes_and_kinds_is_left_alone():
-    sparse = SparseNetwork(network(), 0.4, seed=1)
+    sparse = MaskedNetwork(network(), 0.4, seed=1)
     optimizer = Noisy(sparse.network.parameters())
     MaskEnforcer(sparse, [optimizer])
     update(sparse.network, optimizer, 0)
@@ -217,7 +217,7 @@ def test_state_of_other_shapes_and_kinds_is_left_alone():
 
 @EVERY_OPTIMIZER
 def test_biases_and_norms_train_as_in_an_unmasked_network(make):
-    sparse = SparseNetwork(network(), 0.4, seed=1)
+    sparse = MaskedNetwork(network(), 0.4, seed=1)
     twin = copy.deepcopy(sparse.network)
     optimizer, plain = make(sparse.network.parameters()), make(twin.parameters())
     MaskEnforcer(sparse, [optimizer])
@@ -238,7 +238,7 @@ def test_biases_and_norms_train_as_in_an_unmasked_network(make):
 
 
 def test_two_optimizers_of_one_network_mask_their_own_weights():
-    sparse = SparseNetwork(network(), 0.4, seed=1)
+    sparse = MaskedNetwork(network(), 0.4, seed=1)
     first = torch.optim.Adam(sparse.network[0].parameters(), lr=0.01)
     second = torch.optim.SGD([*sparse.network[3].parameters(), *sparse.network[1].parameters()], lr=0.1, momentum=0.9)
     MaskEnforcer(sparse, [first, second])
@@ -255,7 +255,7 @@ def test_two_optimizers_of_one_network_mask_their_own_weights():
 
 
 def test_an_optimizer_of_another_network_among_them_changes_nothing():
-    sparse, other = SparseNetwork(network(), 0.4, seed=1), network()
+    sparse, other = MaskedNetwork(network(), 0.4, seed=1), network()
     own, foreign = (torch.optim.Adam(net.parameters(), lr=0.01) for net in (sparse.network, other))
     MaskEnforcer(sparse, [foreign, own])
     twin = network()
@@ -271,7 +271,7 @@ def test_an_optimizer_of_another_network_among_them_changes_nothing():
 def test_weights_under_spectral_norm_are_masked_before_it(spectral_norm):
     torch.manual_seed(0)
     net = nn.Sequential(spectral_norm(nn.Linear(6, 8)), nn.Tanh(), spectral_norm(nn.Linear(8, 3)))
-    sparse = SparseNetwork(net, 0.4, seed=1)
+    sparse = MaskedNetwork(net, 0.4, seed=1)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
     MaskEnforcer(sparse, [optimizer])
     for seed in range(4):
@@ -287,7 +287,7 @@ def test_weights_under_spectral_norm_are_masked_before_it(spectral_norm):
 
 
 def test_clipping_sees_the_norm_of_active_gradients_only():
-    sparse = SparseNetwork(network(), 0.4, seed=1)
+    sparse = MaskedNetwork(network(), 0.4, seed=1)
     twin = copy.deepcopy(sparse.network)
     MaskEnforcer(sparse, [torch.optim.SGD(sparse.network.parameters(), lr=0.1)])
     batch(0, sparse.network).backward()
@@ -306,7 +306,7 @@ def test_clipping_sees_the_norm_of_active_gradients_only():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ["sgd", "adam", "rmsprop", "adagrad"])
 def test_a_gradient_that_is_not_finite_does_not_get_through_where_inactive(bad, name):
-    sparse = SparseNetwork(network(), 0.4, seed=1)
+    sparse = MaskedNetwork(network(), 0.4, seed=1)
     optimizer = OPTIMIZERS[name](sparse.network.parameters())
     MaskEnforcer(sparse, [optimizer])
     mask = sparse.masks[FIRST]
@@ -319,7 +319,7 @@ def test_a_gradient_that_is_not_finite_does_not_get_through_where_inactive(bad, 
 
 @pytest.mark.parametrize("name", ["sgd", "nesterov", "adam", "amsgrad", "rmsprop"])
 def test_masking_gradients_equals_masking_weights_bit_for_bit(name):
-    sparse = SparseNetwork(network(), 0.4, seed=1)
+    sparse = MaskedNetwork(network(), 0.4, seed=1)
     weights_only, gradients_only = copy.deepcopy(sparse.network), copy.deepcopy(sparse.network)
     make = OPTIMIZERS[name]
     enforced = make(sparse.network.parameters())
@@ -345,7 +345,7 @@ def test_masking_gradients_equals_masking_weights_bit_for_bit(name):
 
 
 def test_masks_are_enforced_once_weights_that_were_frozen_train():
-    sparse = SparseNetwork(network(), 0.4, seed=1)
+    sparse = MaskedNetwork(network(), 0.4, seed=1)
     sparse.network.requires_grad_(False)
     optimizer = torch.optim.Adam(sparse.network.parameters(), lr=0.01)
     hold = MaskEnforcer(sparse, [optimizer])
@@ -365,7 +365,7 @@ def test_masks_are_enforced_once_weights_that_were_frozen_train():
 @EVERY_OPTIMIZER
 @pytest.mark.parametrize("optimizer_state", ["reset", "keep"])
 def test_inactive_weights_are_zero_without_a_sign(make, optimizer_state):
-    sparse = SparseNetwork(network(), 1.0, growth="random", seed=1)
+    sparse = MaskedNetwork(network(), 1.0, growth="random", seed=1)
     optimizer = make(sparse.network.parameters())
     MaskEnforcer(sparse, [optimizer], optimizer_state=optimizer_state)
     for seed, density in enumerate((1.0, 0.5, 0.5, 0.3, 0.7)):
@@ -381,7 +381,7 @@ def kept_adam(optimizer_state):
     """Adam with betas 1/2 and 3/4 on the weights 4, -3, 2, -1, after a step with gradients of 8."""
     net = nn.Linear(4, 1, bias=False)
     net.weight.data.copy_(torch.tensor([[4.0, -3.0, 2.0, -1.0]]))
-    sparse = SparseNetwork(net, 1.0, growth="random")
+    sparse = MaskedNetwork(net, 1.0, growth="random")
     optimizer = torch.optim.Adam(net.parameters(), lr=2**-10, betas=(0.5, 0.75))
     MaskEnforcer(sparse, [optimizer], optimizer_state=optimizer_state)
 
@@ -428,7 +428,7 @@ def test_a_regrown_weight_continues_from_kept_moments_or_starts_with_none(optimi
 
 
 def test_an_unknown_treatment_of_state_is_rejected():
-    sparse = SparseNetwork(network(), 0.4)
+    sparse = MaskedNetwork(network(), 0.4)
     optimizer = torch.optim.SGD(sparse.network.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="optimizer_state='decay' is unknown; allowed are reset, keep"):
         MaskEnforcer(sparse, [optimizer], optimizer_state="decay")
@@ -439,7 +439,7 @@ def test_an_unknown_treatment_of_state_is_rejected():
 
 
 def test_a_weight_in_no_optimizer_is_refused_by_name():
-    sparse = SparseNetwork(network(), 0.4)
+    sparse = MaskedNetwork(network(), 0.4)
     optimizers = [torch.optim.SGD([*sparse.network[0].parameters(), sparse.network[3].bias], lr=0.1)]
     with pytest.raises(ValueError, match=r"no optimizer updates '3\.weight'"):
         MaskEnforcer(sparse, optimizers)
@@ -447,7 +447,7 @@ def test_a_weight_in_no_optimizer_is_refused_by_name():
 
 
 def test_removed_it_leaves_no_hook_and_masks_nothing_any_more():
-    sparse = SparseNetwork(network(), 0.4, seed=1)
+    sparse = MaskedNetwork(network(), 0.4, seed=1)
     twin = copy.deepcopy(sparse.network)
     optimizer = torch.optim.Adam(sparse.network.parameters(), lr=0.01)
     plain = torch.optim.Adam(twin.parameters(), lr=0.01)
@@ -463,7 +463,7 @@ def test_removed_it_leaves_no_hook_and_masks_nothing_any_more():
 
 
 def test_removed_it_leaves_optimizer_state_alone_when_masks_change():
-    sparse = SparseNetwork(network(), 1.0)
+    sparse = MaskedNetwork(network(), 1.0)
     optimizer = torch.optim.Adam(sparse.network.parameters(), lr=0.01)
     hold = MaskEnforcer(sparse, [optimizer])
     update(sparse.network, optimizer, 0)
@@ -473,7 +473,7 @@ def test_removed_it_leaves_optimizer_state_alone_when_masks_change():
 
 
 def test_removing_twice_does_no_harm():
-    sparse = SparseNetwork(network(), 0.4)
+    sparse = MaskedNetwork(network(), 0.4)
     hold = MaskEnforcer(sparse, [torch.optim.SGD(sparse.network.parameters(), lr=0.1)])
     hold.remove()
     hold.remove()

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_ddst import models
 from lightning_ddst.gan.losses import LOSSES
-from lightning_ddst.sparsity import LayerFlops, SparseNetwork, TrainingFlops, maskable_weights
+from lightning_ddst.sparsity import LayerFlops, MaskedNetwork, TrainingFlops, maskable_weights
 from lightning_ddst.sparsity.flops import OpCounter
 
 
@@ -166,7 +166,7 @@ class Training:
 
     def __init__(self):
         self.generator, self.discriminator = nn.Linear(2, 4), nn.Linear(4, 1)
-        self.networks = [SparseNetwork(net, 0.5, growth="random") for net in (self.generator, self.discriminator)]
+        self.networks = [MaskedNetwork(net, 0.5, growth="random") for net in (self.generator, self.discriminator)]
         self.flops = TrainingFlops(self.networks)
 
     def update(self, *, probed=False, needed=(False, False)):
@@ -346,7 +346,7 @@ def test_densities_averaged_over_updates():
     ],
 )
 def test_dense_training_counts_what_torchs_counter_counts(generator, discriminator, size, labelled):
-    flops = TrainingFlops([SparseNetwork(generator, 1.0), SparseNetwork(discriminator, 1.0)])
+    flops = TrainingFlops([MaskedNetwork(generator, 1.0), MaskedNetwork(discriminator, 1.0)])
     labels = (torch.tensor([0, 1]),) if labelled else ()
 
     def update():

@@ -3,11 +3,11 @@ import torch
 from sparse_toys import network
 from torch import nn
 
-from lightning_ddst.sparsity import SparseNetwork, find_optimizers, get_parameters, has_updated
+from lightning_ddst.sparsity import MaskedNetwork, find_optimizers, get_parameters, has_updated
 
 
 def test_a_weight_in_no_optimizer_is_named():
-    sparse = SparseNetwork(network(), 0.4)
+    sparse = MaskedNetwork(network(), 0.4)
     optimizers = [torch.optim.SGD([*sparse.network[0].parameters(), sparse.network[3].bias], lr=0.1)]
     with pytest.raises(ValueError, match=r"no optimizer updates '3\.weight' \(1 of 2 weights are in none\)"):
         find_optimizers(sparse.parameters, optimizers)
@@ -15,11 +15,11 @@ def test_a_weight_in_no_optimizer_is_named():
 
 def test_without_optimizers_the_first_weight_is_named():
     with pytest.raises(ValueError, match=r"no optimizer updates '0\.weight' \(2 of 2"):
-        find_optimizers(SparseNetwork(network(), 0.4).parameters, [])
+        find_optimizers(MaskedNetwork(network(), 0.4).parameters, [])
 
 
 def test_only_the_optimizers_of_a_networks_maskable_weights_are_found():
-    sparse = SparseNetwork(network(), 0.4)
+    sparse = MaskedNetwork(network(), 0.4)
     first, second = (torch.optim.SGD(sparse.network[i].parameters(), lr=0.1) for i in (0, 3))
     norms = torch.optim.SGD(sparse.network[1].parameters(), lr=0.1)
     foreign = torch.optim.SGD(network().parameters(), lr=0.1)

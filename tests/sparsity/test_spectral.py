@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils import spectral_norm as old_spectral_norm
 
-from lightning_ddst.sparsity import SparseNetwork
+from lightning_ddst.sparsity import MaskedNetwork
 from lightning_ddst.sparsity.spectral import spectral_norms
 
 BOTH_NORMS = pytest.mark.parametrize("norm", [old_spectral_norm, parametrizations.spectral_norm], ids=["old", "new"])
@@ -50,7 +50,7 @@ def test_after_every_change_of_the_mask_the_largest_singular_value_is_one(norm, 
     torch.manual_seed(seed)
     layer = norm(make())
     inputs = torch.randn(shape)
-    sparse = SparseNetwork(nn.Sequential(layer), 0.1, seed=seed + 100)
+    sparse = MaskedNetwork(nn.Sequential(layer), 0.1, seed=seed + 100)
     assert_normalised(sparse, layer, inputs)
     (weight,) = sparse.weights.values()
     gradient = {weight.name: torch.randn(weight.parameter.shape)}
@@ -80,7 +80,7 @@ def test_also_when_every_row_that_the_old_vector_pointed_to_was_pruned(norm):
     for _ in range(100):
         layer(torch.zeros(1, 64))
     network = nn.Sequential(layer)
-    sparse = SparseNetwork(network, 1.0)
+    sparse = MaskedNetwork(network, 1.0)
     (weight,) = sparse.weights.values()
     u, _ = weight.spectral[0].vectors()
     assert u[4:].abs().max() < 1e-30
@@ -97,7 +97,7 @@ def test_also_when_every_row_that_the_old_vector_pointed_to_was_pruned(norm):
 def test_the_output_is_finite_even_when_only_weights_grown_from_zero_are_left(norm):
     torch.manual_seed(0)
     layer = norm(nn.Linear(4, 3))
-    sparse = SparseNetwork(nn.Sequential(layer), 0.25, scope="layer", seed=1)
+    sparse = MaskedNetwork(nn.Sequential(layer), 0.25, scope="layer", seed=1)
     (name,) = sparse.weights
     # All three active weights are pruned, and others grow.
     sparse.explore(1.0, {name: (~sparse.masks[name]).float()})
@@ -109,7 +109,7 @@ def test_the_output_is_finite_even_when_only_weights_grown_from_zero_are_left(no
 def test_the_vectors_are_singular_vectors_of_unit_length_in_either_mode(norm, training):
     torch.manual_seed(0)
     layer = norm(nn.Linear(24, 16)).train(training)
-    sparse = SparseNetwork(nn.Sequential(layer), 0.2, seed=1)
+    sparse = MaskedNetwork(nn.Sequential(layer), 0.2, seed=1)
     (weight,) = sparse.weights.values()
     u, v = weight.spectral[0].vectors()
     assert u.norm().item() == pytest.approx(1, abs=1e-5)
@@ -124,7 +124,7 @@ def test_vectors_are_changed_in_place(norm):
     layer = norm(nn.Linear(24, 16))
     held = dict(layer.named_buffers())
     before = buffers(layer)
-    SparseNetwork(nn.Sequential(layer), 0.2, seed=1)
+    MaskedNetwork(nn.Sequential(layer), 0.2, seed=1)
     assert dict(layer.named_buffers()).keys() == held.keys()
     assert all(dict(layer.named_buffers())[name] is buffer for name, buffer in held.items())
     assert not any(torch.equal(before[name], buffer) for name, buffer in held.items())
@@ -134,7 +134,7 @@ def test_vectors_are_changed_in_place(norm):
 def test_vectors_stay_as_they_are_where_no_mask_changes(norm):
     network = nn.Sequential(norm(nn.Linear(24, 16)))
     before = buffers(network)
-    sparse = SparseNetwork(network, 1.0, growth="random")
+    sparse = MaskedNetwork(network, 1.0, growth="random")
     sparse.explore(0.5)
     sparse.resize(1.0)
     assert all(torch.equal(before[name], buffer) for name, buffer in network.named_buffers())
@@ -143,18 +143,18 @@ def test_vectors_stay_as_they_are_where_no_mask_changes(norm):
 @BOTH_NORMS
 def test_vectors_that_were_saved_with_the_network_are_kept_when_masks_are_restored(norm):
     network = nn.Sequential(norm(nn.Linear(24, 16)))
-    sparse = SparseNetwork(network, 0.2)
+    sparse = MaskedNetwork(network, 0.2)
     network(torch.zeros(1, 24))  # one power iteration more
     state, saved = sparse.state_dict(), buffers(network)
     other = nn.Sequential(norm(nn.Linear(24, 16)))
     other.load_state_dict(network.state_dict())
-    SparseNetwork(other, 0.2, state=state)
+    MaskedNetwork(other, 0.2, state=state)
     assert all(torch.equal(saved[name], buffer) for name, buffer in other.named_buffers())
 
 
 def test_double_precision_is_kept():
     layer = parametrizations.spectral_norm(nn.Linear(24, 16, dtype=torch.float64))
-    sparse = SparseNetwork(nn.Sequential(layer), 0.2)
+    sparse = MaskedNetwork(nn.Sequential(layer), 0.2)
     assert_normalised(sparse, layer, torch.zeros(1, 24, dtype=torch.float64))
     assert {buffer.dtype for buffer in layer.buffers()} == {torch.float64}
 
@@ -173,7 +173,7 @@ def test_a_shared_weight_is_normalised_in_each_of_its_layers(norm):
     torch.manual_seed(0)
     first, second = nn.Linear(16, 16), nn.Linear(16, 16)
     second.weight = first.weight
-    sparse = SparseNetwork(nn.Sequential(norm(first), norm(second)), 0.2, seed=1)
+    sparse = MaskedNetwork(nn.Sequential(norm(first), norm(second)), 0.2, seed=1)
     for layer in (first, second):
         assert_normalised(sparse, layer, torch.zeros(1, 16))
 

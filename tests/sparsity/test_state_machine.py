@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from lightning_ddst.sparsity import DISTRIBUTIONS, MaskEnforcer, SparseNetwork, allocate
+from lightning_ddst.sparsity import DISTRIBUTIONS, MaskedNetwork, MaskEnforcer, allocate
 
 LAYERS, TOTAL = 4, 240
 SPECTRAL = {"parametrization": nn.utils.parametrizations.spectral_norm, "hook": nn.utils.spectral_norm}
@@ -93,7 +93,7 @@ class Training:
             self.network.load_state_dict(saved["network"])
             self.optimizer.load_state_dict(saved["optimizer"])
         state = saved and saved["sparse"]
-        self.sparse = SparseNetwork(self.network, density, seed=seed, state=state, **options)
+        self.sparse = MaskedNetwork(self.network, density, seed=seed, state=state, **options)
         self.gradients = MaskEnforcer(self.sparse, [self.optimizer]).gradients
         if saved is not None:
             self.gradients.load_state_dict(saved["gradients"])

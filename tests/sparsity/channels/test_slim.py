@@ -6,7 +6,7 @@ from torch.nn.utils import spectral_norm as hooked_spectral_norm
 from torch.nn.utils.parametrizations import spectral_norm
 
 from lightning_ddst import models
-from lightning_ddst.sparsity import ChannelNetwork, SparseNetwork, compact
+from lightning_ddst.sparsity import MaskedNetwork, compact
 from lightning_ddst.utils.modules import eval_mode
 
 
@@ -22,10 +22,10 @@ from lightning_ddst.utils.modules import eval_mode
 def test_masks_of_channels_leave_exactly_the_active_ones(make, inputs):
     torch.manual_seed(0)
     network = make()
-    sparse = ChannelNetwork(network, 0.3, inputs)
+    sparse = MaskedNetwork(network, 0.3, granularity="channel", inputs=inputs)
     sizes = {name: parameter.shape for name, parameter in network.named_parameters()}
     small, left, channels = compact(network, *inputs)
-    assert (left, channels) == tuple(map(sum, zip(*sparse.channel_counts, strict=True)))
+    assert (left, channels) == (sum(sparse.units.now), sum(sparse.units.sizes))
     weights = [m.weight for m in small.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)]
     assert sum(weight.numel() for weight in weights) == sparse.active
     with torch.no_grad(), eval_mode(network):
@@ -72,7 +72,7 @@ def test_of_every_group_a_channel_stays():
 def test_weights_are_those_that_spectral_norm_made_and_the_network_keeps_it(norm):
     torch.manual_seed(0)
     network = nn.Sequential(norm(nn.Linear(2, 6)), nn.Tanh(), norm(nn.Linear(6, 1))).eval()
-    sparse = SparseNetwork(network, 0.6)
+    sparse = MaskedNetwork(network, 0.6)
     last = next(name for name in sparse.weights if name.startswith("2."))
     with torch.no_grad():
         sparse.parameters[last][:, :4] = 0  # the rows of these stay, and are part of the first layer's norm

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_ddst import models
-from lightning_ddst.sparsity import ChannelNetwork, StructuredForward
+from lightning_ddst.sparsity import MaskedNetwork, StructuredForward
 from lightning_ddst.sparsity.channels.structured_forward import can_run_structured
 
 NETWORKS = {
@@ -22,7 +22,7 @@ def pair(request):
     torch.manual_seed(0)
     make, inputs = NETWORKS[request.param]
     whole = make()
-    sparse = ChannelNetwork(whole, 0.3, inputs)
+    sparse = MaskedNetwork(whole, 0.3, granularity="channel", inputs=inputs)
     narrow = deepcopy(whole)
     return whole, narrow, sparse, inputs
 
@@ -79,7 +79,7 @@ def test_a_copy_computes_with_its_own_weights():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
     x = torch.randn(4, 3)
-    sparse = ChannelNetwork(network, 0.5, (x,))
+    sparse = MaskedNetwork(network, 0.5, granularity="channel", inputs=(x,))
     StructuredForward(network, sparse.kept)
     copy = deepcopy(network)
     with torch.no_grad():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from lightning_ddst.sparsity import ChannelNetwork, MaskEnforcer
+from lightning_ddst.sparsity import MaskedNetwork, MaskEnforcer
 
 X = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
 
@@ -20,6 +20,11 @@ def chain(*widths):
     return nn.Sequential(*layers[:-1])
 
 
+def groups(sparse):
+    """Active channels, and all, of each group."""
+    return list(zip(sparse.units.now, sparse.units.sizes, strict=True))
+
+
 def rows(sparse, name="0.weight"):
     """Which rows of a weight are active."""
     return sparse.masks[name].any(1).nonzero().squeeze(1).tolist()
@@ -28,9 +33,9 @@ def rows(sparse, name="0.weight"):
 def test_counts_are_those_of_the_nearest_number_of_channels():
     # Three channels between 2 inputs and 1 output: 3, 6 or 9 active weights of 9.
     for density, active in ((1 / 3, 3), (0.4, 3), (0.5, 3), (0.51, 6), (0.8, 6), (0.9, 9), (1.0, 9)):
-        sparse = ChannelNetwork(chain(3), density, (X,))
+        sparse = MaskedNetwork(chain(3), density, granularity="channel", inputs=(X,))
         assert (sparse.active, sparse.total) == (active, 9)
-        assert sparse.channel_counts == [(active // 3, 3)]
+        assert groups(sparse) == [(active // 3, 3)]
         assert (
             sparse.allocation(density) == {"0.weight": active // 3 * 2, "2.weight": active // 3} == sparse.layer_counts
         )
@@ -42,13 +47,13 @@ def test_the_emptiest_group_gets_the_next_channel():
     # Of 4 and 2 channels, with 2 a + a b + b active weights of 18. Two of four and one of two are as full.
     counts = ((1, 1), (2, 1), (3, 1), (3, 2), (4, 2))
     for (a, b), active in zip(counts, (4, 7, 10, 14, 18), strict=True):
-        sparse = ChannelNetwork(chain(4, 2), active / 18, (X,))
-        assert sparse.channel_counts == [(a, 4), (b, 2)]
+        sparse = MaskedNetwork(chain(4, 2), active / 18, granularity="channel", inputs=(X,))
+        assert groups(sparse) == [(a, 4), (b, 2)]
         assert sparse.active == active == sum(int(mask.sum()) for mask in sparse.masks.values())
 
 
 def test_a_weight_is_active_where_both_its_channels_are():
-    sparse = ChannelNetwork(chain(4, 4), 0.4, (X,))
+    sparse = MaskedNetwork(chain(4, 4), 0.4, granularity="channel", inputs=(X,))
     first, second = rows(sparse), rows(sparse, "4.weight")
     assert second == [0]  # the output
     between = sparse.masks["2.weight"]
@@ -65,12 +70,12 @@ def test_the_channels_of_smallest_share_of_squares_are_pruned():
     with torch.no_grad():
         network[0].weight.copy_(torch.tensor([[3.0, 0.0], [0.0, 1.0], [2.0, 0.0], [1.0, 1.0]]))  # squares 9 1 4 2 of 16
         network[2].weight.copy_(torch.tensor([[0.0, 0.5, 0.1, 0.1]]))  # 0, 25, 1, 1 of 27: that outweighs 1 of 16
-    sparse = ChannelNetwork(network, 0.5, (X,), initial="magnitude")
+    sparse = MaskedNetwork(network, 0.5, granularity="channel", inputs=(X,), initial="magnitude")
     assert rows(sparse) == [0, 1]
 
 
 def test_pruning_keeps_what_is_largest_of_what_is_active():
-    sparse = ChannelNetwork(chain(4), 0.75, (X,))
+    sparse = MaskedNetwork(chain(4), 0.75, granularity="channel", inputs=(X,))
     active = rows(sparse)
     with torch.no_grad():
         sparse.network[0].weight[active[1]] *= 1e-3
@@ -83,15 +88,15 @@ def test_pruning_keeps_what_is_largest_of_what_is_active():
 
 def test_growth_changes_nothing_of_what_is_computed_and_gives_rows_as_large_as_the_others():
     network = chain(64, 64)
-    sparse = ChannelNetwork(network, 0.3, (X,))
-    before, counts = network(X), sparse.channel_counts
+    sparse = MaskedNetwork(network, 0.3, granularity="channel", inputs=(X,))
+    before, counts = network(X), groups(sparse)
     old = {name: mask.clone() for name, mask in sparse.masks.items()}
     scales = {
         name: float(p.detach()[sparse.masks[name]].square().mean().sqrt()) for name, p in sparse.parameters.items()
     }
     sparse.resize(0.9)
     torch.testing.assert_close(network(X), before, rtol=0, atol=1e-6)
-    assert all(now > was for (now, _), (was, _) in zip(sparse.channel_counts, counts, strict=True))
+    assert all(now > was for (now, _), (was, _) in zip(groups(sparse), counts, strict=True))
     for name, parameter in sparse.parameters.items():
         new = sparse.masks[name] & ~old[name]
         values = parameter.detach()
@@ -109,7 +114,7 @@ def test_growth_changes_nothing_of_what_is_computed_and_gives_rows_as_large_as_t
 
 def test_grown_channels_learn():
     network = chain(8)
-    sparse = ChannelNetwork(network, 0.25, (X,))
+    sparse = MaskedNetwork(network, 0.25, granularity="channel", inputs=(X,))
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
     MaskEnforcer(sparse, [optimizer])
     sparse.resize(1.0)
@@ -121,22 +126,22 @@ def test_grown_channels_learn():
 
 
 def test_exploring_replaces_a_share_of_every_group():
-    sparse = ChannelNetwork(chain(10, 10), 0.3, (X,))
-    counts, active = sparse.channel_counts, sparse.active
+    sparse = MaskedNetwork(chain(10, 10), 0.3, granularity="channel", inputs=(X,))
+    counts, active = groups(sparse), sparse.active
     ((first, _), (second, _)) = counts
     replaced = sparse.explore(0.5)
     left = (first - first // 2, second - second // 2)
     assert replaced == active - (2 * left[0] + left[0] * left[1] + left[1])
-    assert sparse.channel_counts == counts
+    assert groups(sparse) == counts
     assert sparse.active == active
     assert 0 < sparse.overlap <= 1
     assert sparse.explore(0.0) == 0
 
 
 def test_a_group_keeps_a_channel_and_a_dense_network_stays_as_it_is():
-    sparse = ChannelNetwork(chain(3), 1 / 3, (X,))
+    sparse = MaskedNetwork(chain(3), 1 / 3, granularity="channel", inputs=(X,))
     assert sparse.explore(1.0) == 0
-    dense = ChannelNetwork(chain(3), 1.0, (X,))
+    dense = MaskedNetwork(chain(3), 1.0, granularity="channel", inputs=(X,))
     before = dense.checksum
     assert dense.explore(0.5) == 0
     assert dense.checksum == before
@@ -144,7 +149,7 @@ def test_a_group_keeps_a_channel_and_a_dense_network_stays_as_it_is():
 
 
 def test_a_density_of_less_than_a_channel_a_group_is_refused_and_changes_nothing():
-    sparse = ChannelNetwork(chain(4), 0.5, (X,))
+    sparse = MaskedNetwork(chain(4), 0.5, granularity="channel", inputs=(X,))
     before = sparse.checksum
     with pytest.raises(ValueError, match=r"density=0.1 leaves less than one channel a group; it must be at least 0.25"):
         sparse.resize(0.1)
@@ -154,15 +159,15 @@ def test_a_density_of_less_than_a_channel_a_group_is_refused_and_changes_nothing
 
 
 def test_dense_layers_keep_their_channels():
-    sparse = ChannelNetwork(chain(4, 4), 0.5, (X,), dense_layers=["0"])
+    sparse = MaskedNetwork(chain(4, 4), 0.5, granularity="channel", inputs=(X,), dense_layers=["0"])
     assert sparse.weights.keys() == {"2.weight", "4.weight"}
-    assert sparse.channel_counts == [(2, 4)]
+    assert groups(sparse) == [(2, 4)]
     assert sparse.masks["2.weight"].all(1).sum() == 2
 
 
 def test_spectral_norms_vectors_fit_after_changes():
     network = nn.Sequential(spectral_norm(nn.Linear(2, 16)), nn.ReLU(), spectral_norm(nn.Linear(16, 1)))
-    sparse = ChannelNetwork(network, 0.5, (X,))
+    sparse = MaskedNetwork(network, 0.5, granularity="channel", inputs=(X,))
     for change in (lambda: sparse.explore(0.5), lambda: sparse.resize(0.9), lambda: sparse.resize(0.2)):
         change()
         for layer in (network[0], network[2]):
@@ -172,13 +177,13 @@ def test_spectral_norms_vectors_fit_after_changes():
 
 
 def test_state_goes_on_alike_and_loads_safely(tmp_path):
-    one = ChannelNetwork(chain(8, 8), 0.4, (X,), seed=3)
+    one = MaskedNetwork(chain(8, 8), 0.4, granularity="channel", inputs=(X,), seed=3)
     one.explore(0.3)
     torch.save({"sparse": one.state_dict(), "network": one.network.state_dict()}, tmp_path / "state")
     saved = torch.load(tmp_path / "state", weights_only=True)
     network = chain(8, 8)
     network.load_state_dict(saved["network"])
-    other = ChannelNetwork(network, 0.9, (X,), seed=4, state=saved["sparse"])
+    other = MaskedNetwork(network, 0.9, granularity="channel", inputs=(X,), seed=4, state=saved["sparse"])
     assert other.checksum == one.checksum
     for sparse in (one, other):
         sparse.explore(0.5)
@@ -193,12 +198,15 @@ def test_state_goes_on_alike_and_loads_safely(tmp_path):
 
 
 def test_masks_of_single_weights_or_other_channels_are_refused():
-    state = ChannelNetwork(chain(4), 0.5, (X,)).state_dict()
+    state = MaskedNetwork(chain(4), 0.5, granularity="channel", inputs=(X,)).state_dict()
+    with pytest.raises(ValueError, match=r"the saved masks are another network's: '0.weight' .* differs in shape"):
+        MaskedNetwork(chain(5), 0.5, granularity="channel", inputs=(X,), state=state)
+    state["channels"] = state["channels"][1:]
     with pytest.raises(ValueError, match="the saved masks are of single weights, or of a network with other channels"):
-        ChannelNetwork(chain(5), 0.5, (X,), state=state)
+        MaskedNetwork(chain(4), 0.5, granularity="channel", inputs=(X,), state=state)
     del state["channels"]
     with pytest.raises(ValueError, match="the saved masks are of single weights"):
-        ChannelNetwork(chain(4), 0.5, (X,), state=state)
+        MaskedNetwork(chain(4), 0.5, granularity="channel", inputs=(X,), state=state)
 
 
 CHANGES = st.lists(
@@ -213,19 +221,19 @@ CHANGES = st.lists(
 @given(widths=st.lists(st.integers(2, 9), min_size=1, max_size=3), changes=CHANGES, seed=st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
 def test_whatever_changes_masks_are_of_channels_and_counts_exact(widths, changes, seed):
-    sparse = ChannelNetwork(chain(*widths), 1.0, (X,), seed=seed)
+    sparse = MaskedNetwork(chain(*widths), 1.0, granularity="channel", inputs=(X,), seed=seed)
     lowest = sparse.reachable(1e-9)
     for change, value in changes:
         value = max(value, lowest) if change == "resize" else value
-        before = sparse.channel_counts
+        before = groups(sparse)
         getattr(sparse, change)(value)
         if change == "resize":
             # No other step of the way is nearer.
-            counts = [sparse._weights_at(step) for step in range(len(sparse._path))]
+            counts = [sparse.units._weights_at(step) for step in range(len(sparse.units._path))]
             wanted = value * sparse.total
             assert abs(sparse.active - wanted) == min(abs(count - wanted) for count in counts)
         else:
-            assert sparse.channel_counts == before
+            assert groups(sparse) == before
         assert sparse.layer_counts == {name: int(mask.sum()) for name, mask in sparse.masks.items()}
         names = list(sparse.masks)
         for upper, lower in pairwise(names):
@@ -233,5 +241,5 @@ def test_whatever_changes_masks_are_of_channels_and_counts_exact(widths, changes
         for name, mask in sparse.masks.items():
             assert torch.equal(mask, mask.any(1)[:, None] & mask.any(0)[None])
             assert not sparse.parameters[name][~mask].any()
-        assert sum(active for active, _ in sparse.channel_counts) >= len(widths)
+        assert sum(active for active, _ in groups(sparse)) >= len(widths)
         assert sparse.density <= sparse.coverage + 1e-9

@@ -1,0 +1,289 @@
+"""The interface of units: what a mask consists of."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ddst.sparsity.growth import GROWTH_RULES, Layer
+from lightning_ddst.sparsity.maskable import MaskableWeight
+from lightning_ddst.sparsity.selection import Key, count_true, select
+from lightning_ddst.sparsity.sharding import full_tensor
+from lightning_ddst.utils import validation
+from lightning_ddst.utils.registry import Registry
+
+Initial = Literal["random", "magnitude"]
+INITIAL = get_args(Initial)
+Gradients = Mapping[str, Tensor]
+ByTensor = dict[str, Tensor]
+"""One value, score or mark for every unit, under the keys of `Units.active`."""
+Options = Mapping[str, Callable[[str, Any], None]]
+
+UNITS: Registry[type["Units"]] = Registry("granularity")
+"""Every registered granularity by name; the patterns N:M are made by `find_units`."""
+
+
+class Units(ABC):
+    """The parts of a network that are pruned and grown as one.
+
+    `MaskedNetwork` explores, resizes, saves and loads the same way for all units. A subclass decides what a unit is:
+    which units compete, which of them is pruned first and which grows first, how active units become masks, and which
+    values new ones start from. The methods that are not abstract are those of units that are single weights.
+
+    There `active` is `masks`, the same dict: the only copy, of one byte a weight, changed in place. That is why units
+    hold what is active, and `prune` and `grow` change it and return marks of what changed, rather than take and return
+    masks.
+
+    Args:
+        network: The network.
+        weights: Its maskable weights by name.
+        generator: Random generator of everything that is drawn.
+        inputs: Example inputs of the network, for units with `needs_inputs`.
+        name: The network's name, in front of its layers' where patterns are compared.
+        growth: A key of `GROWTH_RULES`.
+
+    Attributes:
+        masks: A bool mask of every weight by name, true where active.
+        active: Bool tensors of the units, true where active.
+        counts: The number of active units in each of these tensors.
+        layer_counts: The number of active weights by name.
+        pools: The keys of `active` whose units compete with each other. A number of units is always one for each pool.
+        growth_rule: The growth rule.
+        kept: What stays of parameters and buffers, for `StructuredForward`; changed in place.
+    """
+
+    drop_fraction: ClassVar[float] = 0.5
+    """The exploration rate by default."""
+    needs_inputs: ClassVar[bool] = False
+    """Whether units are found by calling the network with example inputs."""
+    dense_kernels: ClassVar[bool] = True
+    """Whether training computes with inactive units, which are 0; otherwise layers are smaller without them."""
+    fixed_density: ClassVar[float | None] = None
+    """The only density that is possible; None where all are."""
+    options: ClassVar[Options] = {}
+    """Arguments of these units by name, with what checks a value: ``check(name, value)`` raises a ValueError."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        weights: Mapping[str, MaskableWeight],
+        generator: torch.Generator,
+        *,
+        inputs: Sequence[Any] = (),
+        name: str = "",
+        growth: str = "gradient",
+    ) -> None:
+        self.network = network
+        self.weights = weights
+        self.growth_rule = GROWTH_RULES[growth]
+        self.masks: dict[str, Tensor] = {}
+        self.active: dict[str, Tensor] = self.masks
+        self.counts: dict[str, int] = {}
+        self.layer_counts = self.counts
+        self.pools = [[weight] for weight in weights]
+        self.kept: dict[str, dict[int, Tensor]] = {}
+        self._generator = generator
+
+    # ---- facts for arguments -------------------------------------------------------------------
+
+    @classmethod
+    def check_options(cls, granularity: str, given: Mapping[str, Any]) -> None:
+        """Checks arguments for these units.
+
+        Args:
+            granularity: The name of these units, for the error.
+            given: The arguments' values by name.
+
+        Raises:
+            ValueError: If these units do not have such an argument, or it has another value than allowed.
+        """
+        for name, value in given.items():
+            if name not in cls.options:
+                raise ValueError(f'{name}={value!r} is no option of masks with granularity="{granularity}".')
+            try:
+                cls.options[name](name, value)
+            except ValueError as error:
+                raise ValueError(f'{str(error).removesuffix(".")} with granularity="{granularity}".') from None
+
+    @classmethod
+    def check_density(cls, argument: str, value: float) -> None:
+        """Checks a density.
+
+        Args:
+            argument: The argument that gave it, for the error.
+            value: The density.
+
+        Raises:
+            ValueError: If it is outside (0, 1], or another one than these units can have.
+        """
+        validation.check_density(argument, value)
+
+    @classmethod
+    def accepts(cls, weight: MaskableWeight) -> bool:
+        """Returns whether a weight can consist of these units; others stay dense, outside the density."""
+        return True
+
+    # ---- densities -----------------------------------------------------------------------------
+
+    @property
+    def sizes(self) -> list[int]:
+        """Units in each pool."""
+        return [sum(self.active[key].numel() for key in pool) for pool in self.pools]
+
+    @property
+    def now(self) -> list[int]:
+        """Active units in each pool."""
+        return [sum(self.counts[key] for key in pool) for pool in self.pools]
+
+    @abstractmethod
+    def numbers(self, density: float) -> list[int]:
+        """Returns the active units in each pool at a density, to which all pools only grow or only shrink.
+
+        Raises:
+            ValueError: If the density is outside (0, 1], or lower than possible.
+        """
+
+    @abstractmethod
+    def allocation(self, density: float) -> dict[str, int]:
+        """Returns the number of active weights at a density by name, with the errors of `numbers`."""
+
+    def reachable(self, density: float) -> float:
+        """Returns the allowed density that is nearest to this one."""
+        return density
+
+    def limits(self, numbers: Sequence[int]) -> dict[str, int]:
+        """Returns the most units that pruning takes from each tensor on the way to these numbers."""
+        return dict(self.counts)
+
+    # ---- changes -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def begin(self, density: float, initial: Initial) -> None:
+        """Sets the first masks, at random or by magnitude."""
+
+    def magnitudes(self) -> ByTensor:
+        """Returns values of which the smallest, without their sign, are pruned first."""
+        weights = {name: full_tensor(weight.parameter.detach()) for name, weight in self.weights.items()}
+        for name, weight in weights.items():
+            check_finite(f"the weights of {name!r}", weight)
+        return weights
+
+    def growth(self, gradients: Gradients | None) -> ByTensor:
+        """Returns scores of which the largest grow first, without their sign if the growth rule says so."""
+        scores = {}
+        for name, weight in self.weights.items():
+            gradient = torch.empty(0)
+            if self.growth_rule.gradient != "none":
+                if gradients is None or name not in gradients:
+                    raise ValueError(f"gradients must hold the dense gradient of {name!r} for this growth rule.")
+                gradient = gradients[name]
+            layer = Layer(full_tensor(weight.parameter.detach()), self.masks[name], gradient, self._generator)
+            scores[name] = self.growth_rule.score(layer)
+            check_finite(f"the growth rule's scores of {name!r}", scores[name])
+        return scores
+
+    def prune(self, numbers: Sequence[int], magnitudes: ByTensor, limits: Mapping[str, int]) -> ByTensor:
+        """Deactivates so many active units of smallest magnitude in each pool.
+
+        Args:
+            numbers: How many, for each pool.
+            magnitudes: The values returned by `magnitudes`.
+            limits: The most that each tensor loses.
+
+        Returns:
+            Marks of what was pruned; tensors that lost nothing are left out.
+        """
+        pruned: ByTensor = {}
+        for pool, number in zip(self.pools, numbers, strict=True):
+            if number:
+                values, active = ([held[key] for key in pool] for held in (magnitudes, self.active))
+                marks, counts = select(values, active, number, [limits[key] for key in pool], _smallness)
+                pruned |= self._flip(pool, marks, [-count for count in counts])
+        self.update_masks()
+        return pruned
+
+    def grow(self, numbers: Sequence[int], scores: ByTensor) -> ByTensor:
+        """Activates so many inactive units of highest score in each pool.
+
+        Args:
+            numbers: How many, for each pool.
+            scores: The values returned by `growth`.
+
+        Returns:
+            Marks of what grew; tensors that gained nothing are left out.
+        """
+        grown: ByTensor = {}
+        for pool, number in zip(self.pools, numbers, strict=True):
+            if number:
+                inactive = [self.active[key].logical_not() for key in pool]
+                limits = [self.active[key].numel() - self.counts[key] for key in pool]
+                grown |= self._flip(
+                    pool, *select([scores[key] for key in pool], inactive, number, limits, self._growth_key)
+                )
+        self.update_masks()
+        return grown
+
+    def born(self, new: ByTensor) -> None:  # noqa: B027 - right for single weights
+        """Sets the first values of the marked units, which grew just now; single weights are 0 already."""
+
+    def update_masks(self) -> None:  # noqa: B027 - right for single weights
+        """Writes what is active into the masks; nothing to do where they are the same."""
+
+    def count_weights(self, without: ByTensor) -> int:
+        """Returns the number of active weights that are active without the marked units, too."""
+        return sum(self.layer_counts.values()) - sum(map(count_true, without.values()))
+
+    @property
+    def _growth_key(self) -> Key:
+        return torch.abs if self.growth_rule.magnitude else torch.detach
+
+    def _flip(self, keys: Iterable[str], marks: Iterable[Tensor], changes: Iterable[int]) -> ByTensor:
+        """Flips marked units in place, so that what holds the tensors sees it; leaves out where nothing changes."""
+        flipped = {}
+        for key, marked, change in zip(keys, marks, changes, strict=True):
+            if change:
+                self.active[key].logical_xor_(marked)
+                self.counts[key] += change
+                flipped[key] = marked
+        return flipped
+
+    # ---- words and saving ----------------------------------------------------------------------
+
+    def describe(self) -> str:
+        """Returns how much is active, in words."""
+        total = sum(weight.parameter.numel() for weight in self.weights.values())
+        return f"{sum(self.layer_counts.values()):,} of {total:,} weights active"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what the masks do not tell; loads with ``weights_only=True``."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores masks and whatever `state_dict` returned.
+
+        Args:
+            state: It, with the masks under ``"masks"``, which have the weights' names and shapes.
+
+        Raises:
+            ValueError: If the masks are of other units; nothing has changed then.
+        """
+        for name, weight in self.weights.items():
+            self.masks[name] = state["masks"][name].to(weight.parameter.device, copy=True)
+            self.counts[name] = count_true(self.masks[name])
+
+
+def all_active(weight: Tensor) -> Tensor:
+    """Returns a mask with every entry active."""
+    return torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+
+
+def check_finite(what: str, values: Tensor) -> None:
+    """Raises a ValueError where a value is not finite."""
+    if not all(extreme.isfinite() for extreme in values.aminmax()):
+        raise ValueError(f"{what} must be finite to compare, and some are not.")
+
+
+def _smallness(values: Tensor) -> Tensor:
+    return values.copysign(-1.0)

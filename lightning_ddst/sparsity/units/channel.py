@@ -1,0 +1,226 @@
+"""Masks of whole channels."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ddst.sparsity.channels.tracing import trace_channels
+from lightning_ddst.sparsity.maskable import MaskableWeight, maskable_weights
+from lightning_ddst.sparsity.selection import largest
+from lightning_ddst.sparsity.units.base import (
+    UNITS,
+    ByTensor,
+    Gradients,
+    Initial,
+    Options,
+    Units,
+    all_active,
+    check_finite,
+)
+from lightning_ddst.utils.validation import check_choice, check_density
+
+
+@UNITS.register("channel")
+class ChannelUnits(Units):
+    """Whole channels: a weight is active where the channels that it computes and reads are.
+
+    Every group of channels (those that are in the same layers) has the same share of active ones, as near as whole
+    channels allow, and is a pool. In a group the channels of smallest magnitude are pruned: the sum, over the weights
+    that compute or read a channel, of its part of their squares. Inactive channels grow at random: with all weights at
+    0 neither magnitudes nor gradients tell them apart. A channel that grows starts with random weights as large as the
+    others' where it is computed, and with 0 where it is read, so that the network computes the same as before.
+
+    Args:
+        network: The network.
+        weights: Its maskable weights by name; other maskable weights keep all channels.
+        generator: Random generator of everything that is drawn.
+        inputs: Example inputs of the network, the batch first.
+        name: Not used.
+        growth: Only "random".
+
+    Raises:
+        ValueError: If the channels cannot be traced.
+    """
+
+    drop_fraction = 0.1  # of those that were tried, one of the two best (docs/results.md)
+    needs_inputs = True
+    dense_kernels = False
+    options: ClassVar[Options] = {"growth": partial(check_choice, allowed=("random",))}
+
+    def __init__(
+        self,
+        network: nn.Module,
+        weights: Mapping[str, MaskableWeight],
+        generator: torch.Generator,
+        *,
+        inputs: Sequence[Any] = (),
+        name: str = "",
+        growth: str = "random",
+    ) -> None:
+        super().__init__(network, weights, generator, inputs=inputs, name=name, growth=growth)
+        dense = [weight.name for weight in maskable_weights(network) if weight.name not in weights]
+        self._channels = trace_channels(network, *inputs, whole=dense)
+        self._path = _path(self._channels.sizes)
+        self._all = torch.ones(sum(self._channels.sizes), dtype=torch.bool)
+        self.active = self._by_group(self._all)  # views
+        self.pools = [[key] for key in self.active]
+        self.masks |= {key: all_active(weight.parameter) for key, weight in weights.items()}
+        self.update_masks()
+
+    def begin(self, density: float, initial: Initial) -> None:
+        """Draws the channels of each group, or keeps those of largest magnitude."""
+        drawn = self.growth(None)
+        scores = drawn if initial == "random" else self.magnitudes()
+        for (key, active), number in zip(self.active.items(), self.numbers(density), strict=True):
+            active.copy_(largest(scores[key], number))
+        self.update_masks()
+
+    # ---- densities -----------------------------------------------------------------------------
+
+    def numbers(self, density: float) -> list[int]:
+        """Returns the channels of each group at which the density is nearest; of two as near, the smaller."""
+        check_density("density", density)
+        wanted = density * self._total
+        if wanted < (least := self._weights_at(0)) - 1e-6:
+            raise ValueError(
+                f"density={density} leaves less than one channel a group; "
+                f"it must be at least {least / self._total:.4g}."
+            )
+        low, high = 0, len(self._path) - 1
+        while low < high:  # to the first step that is not below
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if self._weights_at(middle) < wanted else (low, middle)
+        if low and wanted - self._weights_at(low - 1) <= self._weights_at(low) - wanted:
+            low -= 1
+        return self._path[low]
+
+    def allocation(self, density: float) -> dict[str, int]:
+        """Returns the active weights at the nearest density that there is."""
+        return self._entries(self._first(self.numbers(density)))
+
+    def reachable(self, density: float) -> float:
+        """Returns the density, or that of one channel a group if it is lower."""
+        return max(density, self._weights_at(0) / self._total)
+
+    def limits(self, numbers: Sequence[int]) -> dict[str, int]:
+        """Leaves one channel to each group."""
+        return {key: count - 1 for key, count in self.counts.items()}
+
+    @property
+    def _total(self) -> int:
+        return sum(weight.parameter.numel() for weight in self.weights.values())
+
+    def _weights_at(self, step: int) -> int:
+        """Returns the active weights at a step of the way from one channel a group to all."""
+        return sum(self._entries(self._first(self._path[step])).values())
+
+    def _first(self, numbers: Sequence[int]) -> Tensor:
+        """Marks the first channels of each group, which stand for any others: counts are the same."""
+        sizes = zip(self._channels.sizes, numbers, strict=True)
+        return torch.cat([torch.arange(size) < number for size, number in sizes])
+
+    def _entries(self, active: Tensor) -> dict[str, int]:
+        """Returns the active weights by name."""
+        return {
+            name: self._channels.entries(name, weight.parameter.shape, active) for name, weight in self.weights.items()
+        }
+
+    # ---- changes -------------------------------------------------------------------------------
+
+    def magnitudes(self) -> ByTensor:
+        """Returns every channel's share of the squares of the weights that compute or read it."""
+        scores = torch.zeros(len(self._all) + 1)  # the last is of what belongs to none
+        for name, weight in self.weights.items():
+            values = weight.parameter.detach().float().cpu().where(self.masks[name].cpu(), 0.0)
+            check_finite(f"the weights of {name!r}", values)
+            squares = values.square()
+            for dim, channels in self._channels.axes.get(name, {}).items():
+                part = squares.sum([i for i in range(values.dim()) if i != dim]) / squares.sum().clamp(min=1e-30)
+                scores.index_add_(0, channels.where(channels >= 0, len(self._all)), part)
+        return self._by_group(scores[:-1])
+
+    def growth(self, gradients: Gradients | None) -> ByTensor:
+        """Draws scores."""
+        return self._by_group(torch.rand(len(self._all), generator=self._generator))
+
+    def grow(self, numbers: Sequence[int], scores: ByTensor) -> ByTensor:
+        """Activates channels, and remembers how large the others' weights are."""
+        self._scales = {name: self._scale(name) for name in self.weights}
+        return super().grow(numbers, scores)
+
+    @torch.no_grad()
+    def born(self, new: ByTensor) -> None:
+        """Sets random weights where a new channel is computed, and 0 where it is read."""
+        marked = torch.zeros_like(self._all)
+        for key, group in self._by_group(marked).items():
+            group.copy_(new.get(key, group))
+        for name, weight in self.weights.items():
+            axes = self._channels.axes.get(name, {})
+            values = weight.parameter.data  # past autograd's version counter
+            for dim in sorted(axes, key=lambda dim: dim != weight.out_dim):  # what a channel is read by comes last
+                index = ((axes[dim] >= 0) & marked[axes[dim].clamp(min=0)]).nonzero().squeeze(1).to(values.device)
+                fresh = torch.zeros_like(values.index_select(dim, index))
+                if dim == weight.out_dim:
+                    fresh = torch.randn(fresh.shape, generator=self._generator).mul_(self._scales[name]).to(values)
+                values.index_copy_(dim, index, fresh)
+            values.mul_(self.masks[name])
+
+    def update_masks(self) -> None:
+        """Writes the masks of the active channels, and what stays of parameters and buffers."""
+        self.counts |= {key: int(active.sum()) for key, active in self.active.items()}
+        self.layer_counts = self._entries(self._all)
+        for name, mask in self.masks.items():
+            mask.copy_(self._channels.mask(name, mask.shape, self._all))
+        devices = {n: t.device for n, t in [*self.network.named_parameters(), *self.network.named_buffers()]}
+        self.kept.clear()
+        for name, dims in self._channels.kept(self._all).items():
+            self.kept[name] = {dim: index.to(devices[name]) for dim, index in dims.items()}
+
+    def count_weights(self, without: ByTensor) -> int:
+        """Returns the number of active weights that are active without the marked channels, too."""
+        groups = [active & ~without.get(key, ~active) for key, active in self.active.items()]
+        return sum(self._entries(torch.cat(groups)).values())
+
+    def _scale(self, name: str) -> float:
+        """Returns the root of the mean square of a weight's active entries."""
+        weight = self.weights[name].parameter.detach().float() * self.masks[name]
+        return float((weight.square().sum() / self.layer_counts[name]).sqrt())
+
+    def _by_group(self, values: Tensor) -> ByTensor:
+        """Returns views of the values of each group's channels."""
+        return {str(i): group for i, group in enumerate(values.split(list(self._channels.sizes)))}
+
+    # ---- words and saving ----------------------------------------------------------------------
+
+    def describe(self) -> str:
+        """Returns how many channels and weights are active, in words."""
+        return f"{sum(self.now)} of {sum(self.sizes)} channels, {super().describe()}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the active channels."""
+        return {"channels": self._all.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores the active channels.
+
+        Raises:
+            ValueError: If the state is of other masks, or of a network with other channels.
+        """
+        saved = state.get("channels")
+        if saved is None or saved.shape != self._all.shape:
+            raise ValueError("the saved masks are of single weights, or of a network with other channels.")
+        self._all.copy_(saved)
+        self.update_masks()
+
+
+def _path(sizes: Sequence[int]) -> list[list[int]]:
+    """Returns numbers of channels of each group from one to all, one more at every step, the emptiest group first."""
+    numbers = [1] * len(sizes)
+    path = [numbers.copy()]
+    for _, group in sorted((number / size, group) for group, size in enumerate(sizes) for number in range(1, size)):
+        numbers[group] += 1
+        path.append(numbers.copy())
+    return path

@@ -1,0 +1,129 @@
+"""Masks with N active weights in every M consecutive ones, such as 2:4."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_ddst.sparsity.growth import GROWTH_RULES
+from lightning_ddst.sparsity.maskable import TRANSPOSED_LAYERS, MaskableWeight
+from lightning_ddst.sparsity.units.base import ByTensor, Initial, Options, Units
+from lightning_ddst.utils.validation import check_choice
+
+_TOLERANCE = 1e-3
+"""Of a density: 0.333 is 1:3."""
+
+
+class NMUnits(Units):
+    """Single weights, of which exactly N in every group of M consecutive inputs are active.
+
+    A group holds the weights by which one output (at one position of a kernel) reads M consecutive inputs. That is the
+    layout of NVIDIA's sparse tensor cores for 2:4 (Mishra et al. 2021, "Accelerating Sparse Deep Neural Networks"),
+    and of SR-STE (Zhou et al. 2021, "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch").
+    Layers whose number of inputs is not divisible by M stay dense, outside the density, which is N / M always.
+
+    In an exploration each layer prunes its share of active weights of smallest magnitude, whichever groups they are in;
+    then every group grows as many as it lost, those that the growth rule scores highest among its inactive ones. So the
+    number that is replaced is exact, as for single weights, and every group has N active weights after every change.
+
+    `n_m` makes the class of a pattern.
+    """
+
+    n: ClassVar[int]
+    m: ClassVar[int]
+    options: ClassVar[Options] = {"growth": partial(check_choice, allowed=GROWTH_RULES)}
+
+    @classmethod
+    def check_density(cls, argument: str, value: float) -> None:
+        """Requires N / M, rounded to three decimals at least."""
+        if abs(value - cls.n / cls.m) > _TOLERANCE:
+            raise ValueError(
+                f'{argument}={value} must be {cls.n / cls.m:.4g}, the density of granularity="{cls.n}:{cls.m}".'
+            )
+
+    @classmethod
+    def accepts(cls, weight: MaskableWeight) -> bool:
+        """Returns whether the inputs of every output are divisible by M."""
+        layer = next(iter(weight.layers.values()))
+        groups = layer.groups if isinstance(layer, TRANSPOSED_LAYERS) else 1  # others have one group's inputs there
+        return weight.parameter.shape[_in_dim(weight)] // groups % cls.m == 0
+
+    def begin(self, density: float, initial: Initial) -> None:
+        """Draws N weights of every group, or keeps those of largest magnitude."""
+        self.check_density("density", density)
+        magnitudes = None if initial == "random" else self.magnitudes()
+        for name, weight in self.weights.items():
+            shape, device = weight.parameter.shape, weight.parameter.device
+            if magnitudes is None:
+                scores = torch.rand(shape, generator=self._generator).to(device)
+            else:
+                scores = magnitudes[name].abs()
+            self.masks[name] = self._mark(name, self._grouped(name, scores), self.n)
+        self.counts |= self.allocation(density)
+
+    def numbers(self, density: float) -> list[int]:
+        """Returns what is active, since there is one density only."""
+        self.check_density("density", density)
+        return self.now
+
+    def allocation(self, density: float) -> dict[str, int]:
+        """Returns N of M weights in every layer."""
+        self.check_density("density", density)
+        return {name: weight.parameter.numel() // self.m * self.n for name, weight in self.weights.items()}
+
+    def reachable(self, density: float) -> float:
+        """Returns N / M."""
+        return self.n / self.m
+
+    def grow(self, numbers: Sequence[int], scores: ByTensor) -> ByTensor:
+        """Activates in every group as many weights as are missing, those of highest score; the numbers follow."""
+        grown: ByTensor = {}
+        for name, mask in self.active.items():
+            active = self._grouped(name, mask)
+            missing = self.n - active.sum(-1, keepdim=True)
+            score = self._growth_key(self._grouped(name, scores[name])).masked_fill(active, float("-inf"))
+            grown |= self._flip([name], [self._mark(name, score, missing)], [int(missing.sum())])
+        return grown
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores the masks.
+
+        Raises:
+            ValueError: If a group has another number of active weights than N.
+        """
+        for name in self.weights:
+            if not bool((self._grouped(name, state["masks"][name]).sum(-1) == self.n).all()):
+                raise ValueError(f"the saved masks are not {self.n}:{self.m}: {name!r} has groups with other numbers.")
+        super().load_state_dict(state)
+
+    def _grouped(self, name: str, values: Tensor) -> Tensor:
+        """Returns a view of a weight-shaped tensor that has the groups' M inputs last."""
+        grouped: Tensor = values.movedim(_in_dim(self.weights[name]), -1).unflatten(-1, (-1, self.m))
+        return grouped
+
+    def _mark(self, name: str, scores: Tensor, numbers: Tensor | int) -> Tensor:
+        """Marks so many of each group's largest scores, ties by position; has the shape of the weight."""
+        marks = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) < numbers
+        return marks.flatten(-2).movedim(-1, _in_dim(self.weights[name])).contiguous()
+
+
+def _in_dim(weight: MaskableWeight) -> int:
+    return 1 - weight.out_dim
+
+
+@cache
+def n_m(n: int, m: int) -> type[NMUnits]:
+    """Returns the units of a pattern.
+
+    Args:
+        n: Active weights of a group, less than `m`.
+        m: Weights of a group.
+
+    Raises:
+        ValueError: If these numbers make no pattern.
+    """
+    if not 0 < n < m:
+        raise ValueError(f'granularity="{n}:{m}" must be N:M with 0 < N < M.')
+    return type(f"Units{n}Of{m}", (NMUnits,), {"__doc__": NMUnits.__doc__, "n": n, "m": m, "fixed_density": n / m})

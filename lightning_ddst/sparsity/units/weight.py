@@ -1,0 +1,134 @@
+"""Masks of single weights."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import nn
+
+from lightning_ddst.sparsity.allocation import DISTRIBUTIONS, allocate, apportion
+from lightning_ddst.sparsity.growth import GROWTH_RULES
+from lightning_ddst.sparsity.maskable import MaskableWeight
+from lightning_ddst.sparsity.patterns import first_match
+from lightning_ddst.sparsity.selection import largest
+from lightning_ddst.sparsity.units.base import UNITS, Initial, Options, Units, all_active
+from lightning_ddst.utils.validation import check_choice, check_density
+
+Scope = Literal["global", "layer"]
+SCOPES = get_args(Scope)
+
+
+def check_densities(name: str, densities: Mapping[str, float]) -> None:
+    """Requires densities in (0, 1] by pattern."""
+    for pattern, density in densities.items():
+        check_density(f"{name}[{pattern!r}]", density)
+
+
+@UNITS.register("weight")
+class WeightUnits(Units):
+    """Single weights: those of smallest magnitude are pruned, those that the growth rule chooses grow, from 0.
+
+    Args:
+        network: The network.
+        weights: Its maskable weights by name.
+        generator: Random generator of everything that is drawn.
+        inputs: Not used.
+        name: The network's name, in front of its layers' where patterns are compared.
+        growth: A key of `GROWTH_RULES`.
+        distribution: How the active weights are spread over layers, a key of `DISTRIBUTIONS`.
+        scope: Where weights compete to stay or to grow: "global", over all layers together (as the
+            paper does), or "layer", with the layers' counts given by the distribution.
+        layer_floor: The share of what the distribution gives a layer that global pruning must leave
+            it, in (0, 1]; at least one weight. Without it a layer of small weights would be emptied.
+        layer_densities: Densities of single layers, in (0, 1], by pattern; the first that matches
+            counts. They keep them, explore by themselves, and the other layers share what is left.
+    """
+
+    options: ClassVar[Options] = {
+        "growth": partial(check_choice, allowed=GROWTH_RULES),
+        "distribution": partial(check_choice, allowed=DISTRIBUTIONS),
+        "scope": partial(check_choice, allowed=SCOPES),
+        "layer_floor": check_density,
+        "layer_densities": check_densities,
+    }
+
+    def __init__(
+        self,
+        network: nn.Module,
+        weights: Mapping[str, MaskableWeight],
+        generator: torch.Generator,
+        *,
+        inputs: Sequence[Any] = (),
+        name: str = "",
+        growth: str = "gradient",
+        distribution: str = "erk",
+        scope: Scope = "global",
+        layer_floor: float = 0.25,
+        layer_densities: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(network, weights, generator, inputs=inputs, name=name, growth=growth)
+        self._sizes = {key: weight.parameter.numel() for key, weight in weights.items()}
+        self._total = sum(self._sizes.values())
+        self._distribution = distribution
+        self._layer_floor = layer_floor
+        self._given: dict[str, int] = {}
+        densities = layer_densities or {}
+        for key, weight in weights.items():
+            if (pattern := first_match(densities, weight.layers, name)) is not None:
+                self._given[key] = max(1, round(densities[pattern] * self._sizes[key]))
+        if scope == "global":
+            free = [key for key in weights if key not in self._given]
+            self.pools = [*([free] if free else []), *([key] for key in self._given)]
+
+    def begin(self, density: float, initial: Initial) -> None:
+        """Draws masks with the counts of the distribution, or prunes to them from dense."""
+        counts = self.allocation(density)
+        for name, weight in self.weights.items():
+            mask = all_active(weight.parameter)
+            if initial == "random" and counts[name] < mask.numel():
+                mask = largest(torch.rand(mask.shape, generator=self._generator), counts[name]).to(mask.device)
+            self.masks[name] = mask
+        if initial == "random":
+            self.counts |= counts
+        else:
+            self.counts |= self._sizes
+            numbers = [sum(counts[key] for key in pool) for pool in self.pools]
+            excess = [now - number for now, number in zip(self.now, numbers, strict=True)]
+            self.prune(excess, self.magnitudes(), self.limits(numbers))
+
+    def numbers(self, density: float) -> list[int]:
+        """Returns exactly ``round(density * total)`` weights in all, or as near as layers of given densities allow."""
+        check_density("density", density)
+        density = self.reachable(density)
+        total = round(density * self._total)
+        grows = total >= sum(self.counts.values())
+        lower = [count if grows or key in self._given else 1 for key, count in self.counts.items()]
+        upper = [self._sizes[key] if grows and key not in self._given else n for key, n in self.counts.items()]
+        shares = [float(count) for count in self.allocation(density).values()]
+        counts = dict(zip(self.counts, apportion(shares, total, lower, upper), strict=True))
+        return [sum(counts[key] for key in pool) for pool in self.pools]
+
+    def allocation(self, density: float) -> dict[str, int]:
+        """Returns the counts of the distribution."""
+        shapes = [weight.parameter.shape for weight in self.weights.values()]
+        given = {i: self._given[key] for i, key in enumerate(self.weights) if key in self._given}
+        return dict(zip(self.weights, allocate(shapes, density, self._distribution, given=given), strict=True))
+
+    def reachable(self, density: float) -> float:
+        """Returns the nearest density that layers of given densities allow."""
+        if not self._given:
+            return density
+        given = sum(self._given.values())
+        free = [size for key, size in self._sizes.items() if key not in self._given]
+        return min(max(density, (given + len(free)) / self._total), (given + sum(free)) / self._total)
+
+    def limits(self, numbers: Sequence[int]) -> dict[str, int]:
+        """Leaves each layer among others its floor, and one weight to each of the rest."""
+        allocation = self.allocation(sum(numbers) / self._total)
+        floors = {
+            key: max(1, int(self._layer_floor * allocation[key])) if len(pool) > 1 else 1
+            for pool in self.pools
+            for key in pool
+        }
+        return {key: max(0, count - floors[key]) for key, count in self.counts.items()}
