@@ -1,7 +1,7 @@
 """Masks of one network: allocation, pruning and growing, schedules, enforcement. Needs torch only.
 
 A mask changes in `network` alone, one of whole channels in `channel_network`: `explore` and `resize`. What grows is
-scored in `growth`, and `enforcement` keeps the rest at 0.
+scored in `growth`, by gradients that `dense_gradients` keeps, and `enforcement` keeps the rest at 0.
 """
 
 from lightning_ddst.sparsity.allocation import DISTRIBUTIONS, allocate
