@@ -14,7 +14,7 @@ from lightning_ddst.sparsity.sharding import reshard
 
 @dataclass(frozen=True)
 class CallState:
-    """What a call depends on except its arguments and weights.
+    """Everything that a call depends on, except its arguments and weights.
 
     Attributes:
         buffers: Copies of the network's buffers, with their modules and names.

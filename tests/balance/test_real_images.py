@@ -217,7 +217,7 @@ def test_fakes_that_are_changed_alone_are_rejected():
 
 def test_other_images_of_the_batch_are_named():
     batch = {"input": torch.rand(8, 2), "target": torch.rand(8, 2)}
-    with pytest.raises(RuntimeError, match="should be real='target', but .* the discriminator is shown \"input\""):
+    with pytest.raises(RuntimeError, match=r"should be real='target', but .* the discriminator is shown .input."):
         check_shown([batch["input"]], batch["target"], batch, place="target")
 
 
