@@ -1,7 +1,8 @@
 """The balance ratio: its measurement without side effects, its window, and the density controller.
 
-BR is computed in `ratio`, from what `probe` measured. `controller` decides by it, or by another of the `signals`.
-`training` does all of it at every generator update, and has masks changed.
+At every generator update that is measured, `recorder` records the networks' calls, `real_images` finds the real images
+in the batch, `probe` scores them and the old and new fakes, and `ratio` computes BR from the scores of a window.
+`controller` decides by it, or by another of the `signals`.
 """
 
 from lightning_ddst.balance.controller import (

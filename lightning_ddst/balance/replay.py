@@ -1,4 +1,4 @@
-"""Repeating a network's call as if nothing had happened since, and as if it was never repeated."""
+"""Repeats a network's call from the state that it began from, and leaves no trace of it."""
 
 import random
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,18 +14,26 @@ from lightning_ddst.sparsity.sharding import reshard
 
 @dataclass(frozen=True)
 class CallState:
-    """What a call depends on beside its arguments and weights: buffers, autocast, random states of torch and Python."""
+    """Everything that a call depends on, except its arguments and weights.
+
+    Attributes:
+        buffers: Copies of the network's buffers, with their modules and names.
+        autocast: Device type, dtype and whether autocast is enabled.
+        python_rng: Python's random state.
+        torch_rng: Torch's random state on the CPU.
+        device_rng: Torch's random state by GPU.
+    """
 
     buffers: list[tuple[nn.Module, str, Tensor]]
     autocast: tuple[str, torch.dtype, bool]
-    of_python: Any
-    of_torch: Tensor
-    of_devices: dict[int, Tensor]
+    python_rng: Any
+    torch_rng: Tensor
+    device_rng: dict[int, Tensor]
 
     @classmethod
-    def now(cls, network: nn.Module) -> "CallState":
-        """That of a call that would come now."""
-        buffers = [(module, name, buffer.clone()) for module, name, buffer in _buffers(network)]
+    def capture(cls, network: nn.Module) -> "CallState":
+        """Snapshots the present buffers, autocast and random states."""
+        buffers = [(module, name, buffer.clone()) for module, name, buffer in _list_buffers(network)]
         devices = sorted({p.device.index for p in network.parameters() if p.device.type == "cuda"})
         kind = next(network.parameters()).device.type
         return cls(
@@ -38,35 +46,40 @@ class CallState:
 
 
 @contextmanager
-def replayed(network: nn.Module, state: CallState) -> Iterator[None]:
-    """Calls of the network find this state, and no gradients; afterwards everything is as it was before."""
+def replay(network: nn.Module, state: CallState) -> Iterator[None]:
+    """Calls of the network in this context begin from a state, without gradients; everything is restored after it."""
     reshard(network)
     kind, dtype, enabled = state.autocast
-    # The buffers themselves stay what they are, so a backward pass that is still to come finds what it saved.
-    kept = _buffers(network)
-    of_python = random.getstate()
+    # The buffer objects are kept, because a pending backward pass may have saved them.
+    buffers = _list_buffers(network)
+    python_rng = random.getstate()
     try:
         for module, name, buffer in state.buffers:
             module._buffers[name] = buffer.clone()
         # Without autocast's cache: it may hold half-precision copies of other weights.
         autocast = torch.autocast(kind, dtype, enabled, cache_enabled=False)
-        with torch.no_grad(), autocast, torch.random.fork_rng(devices=list(state.of_devices)):
-            random.setstate(state.of_python)
-            torch.set_rng_state(state.of_torch)
-            for device, of_device in state.of_devices.items():
-                torch.cuda.set_rng_state(of_device, device)
+        with torch.no_grad(), autocast, torch.random.fork_rng(devices=list(state.device_rng)):
+            random.setstate(state.python_rng)
+            torch.set_rng_state(state.torch_rng)
+            for device, rng in state.device_rng.items():
+                torch.cuda.set_rng_state(rng, device)
             yield
     finally:
-        random.setstate(of_python)
-        for module, name, buffer in kept:
+        random.setstate(python_rng)
+        for module, name, buffer in buffers:
             module._buffers[name] = buffer
         reshard(network)
 
 
 @contextmanager
-def weights(values: Mapping[nn.Parameter, Tensor], of: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Those of the parameters that are among the values have them; afterwards they are what they were."""
-    changed = {parameter: values[parameter] for parameter in of if parameter in values}
+def swap_weights(values: Mapping[nn.Parameter, Tensor], only: Iterable[nn.Parameter] | None = None) -> Iterator[None]:
+    """Parameters have other values in this context.
+
+    Args:
+        values: The values by parameter.
+        only: The parameters to change; by default all that have values.
+    """
+    changed = {parameter: values[parameter] for parameter in (values if only is None else only) if parameter in values}
     now = {parameter: parameter.detach().clone() for parameter in changed}
     try:
         for parameter, value in changed.items():
@@ -77,7 +90,7 @@ def weights(values: Mapping[nn.Parameter, Tensor], of: Iterable[nn.Parameter]) -
             parameter.data.copy_(value)
 
 
-def _buffers(network: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+def _list_buffers(network: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
     return [
         (module, name, buffer)
         for module in network.modules()

@@ -1,7 +1,8 @@
 """Masks of one network: allocation, pruning and growing, schedules, enforcement. Needs torch only.
 
 Masks change in `masked` alone, by `explore` and `resize`; `units` says what they consist of: single weights, N of M
-weights, or whole channels. Growth rules are in `growth`, and `enforcement` keeps inactive weights at 0.
+weights, or whole channels. Growth rules are in `growth`, their gradients in
+`dense_gradients`, and `enforcement` keeps inactive weights at 0.
 """
 
 from lightning_ddst.sparsity.allocation import DISTRIBUTIONS, allocate

@@ -30,6 +30,12 @@ def get_first_tensor(value: Any) -> Tensor:
     raise TypeError(f"no tensor in what a network returned: {type(value).__name__}.")
 
 
+def describe_tensors(value: Any) -> str:
+    """Place, shape and dtype of every tensor in a value, for messages."""
+    described = [f"{place} {tuple(tensor.shape)} {tensor.dtype}".strip() for place, tensor in tensors_in(value)]
+    return ", ".join(described) or "no tensor"
+
+
 def get_entry(value: Any, place: Place) -> Any:
     """The entry at a place.
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from lightning_ddst.balance.replay import CallState, replayed, weights
+from lightning_ddst.balance.replay import CallState, replay, swap_weights
 
 
 class Drawing(nn.Module):
@@ -34,12 +34,12 @@ def same(ones, others):
 
 def test_a_call_gives_again_what_it_gave_and_is_not_noticed():
     network, x = Drawing(), torch.randn(4, 3)
-    state = CallState.now(network)
+    state = CallState.capture(network)
     first = network(x)
     network(x)
     now, buffers = everything(network), dict(network.named_buffers())
     for _ in range(2):  # the state can be used again
-        with replayed(network, state):
+        with replay(network, state):
             again = network(x)
             assert not again.requires_grad
         assert torch.equal(again, first)
@@ -49,11 +49,11 @@ def test_a_call_gives_again_what_it_gave_and_is_not_noticed():
 
 def test_everything_is_put_back_after_an_error():
     network, x = Drawing(), torch.randn(4, 3)
-    state = CallState.now(network)
+    state = CallState.capture(network)
     network(x)
     now = everything(network)
     try:
-        with replayed(network, state):
+        with replay(network, state):
             network(x)
             raise KeyboardInterrupt
     except KeyboardInterrupt:
@@ -65,12 +65,12 @@ def test_everything_is_put_back_after_an_error():
 def test_autocast_is_that_of_the_call():
     network, x = nn.Linear(3, 3), torch.randn(4, 3)
     with torch.autocast("cpu", torch.bfloat16):
-        half = CallState.now(network)
-    full = CallState.now(network)
+        half = CallState.capture(network)
+    full = CallState.capture(network)
     for state, dtype in ((half, torch.bfloat16), (full, torch.float32)):
-        with replayed(network, state):
+        with replay(network, state):
             assert network(x).dtype == dtype
-        with torch.autocast("cpu", torch.float16), replayed(network, state):
+        with torch.autocast("cpu", torch.float16), replay(network, state):
             assert network(x).dtype == dtype
 
 
@@ -82,7 +82,7 @@ def test_weights_are_exchanged_and_put_back_past_autograd():
     updated = [parameter.detach() + 1 for parameter in network.parameters()]
     for parameter, value in zip(network.parameters(), updated, strict=True):
         parameter.data.copy_(value)
-    with weights(kept, of=[network.weight]):
+    with swap_weights(kept, only=[network.weight]):
         assert torch.equal(network.weight, kept[network.weight])
         assert torch.equal(network.bias, updated[1])
     assert all(torch.equal(p, value) for p, value in zip(network.parameters(), updated, strict=True))
@@ -94,5 +94,5 @@ def test_weights_are_exchanged_and_put_back_past_autograd():
 def test_only_what_was_kept_is_exchanged():
     network = nn.Linear(2, 2)
     before = network.bias.detach().clone()
-    with weights({}, of=network.parameters()):
+    with swap_weights({}, only=network.parameters()):
         assert torch.equal(network.bias, before)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_ddst.utils.nested import get_entry, get_first_tensor, tensors_in
+from lightning_ddst.utils.nested import describe_tensors, get_entry, get_first_tensor, tensors_in
 
 ONE, TWO, THREE = torch.tensor(1), torch.tensor(2), torch.tensor(3)
 Pair = namedtuple("Pair", ["x", "y"])
@@ -56,3 +56,10 @@ def test_the_first_tensor():
     assert get_first_tensor({"text": "a", "list": [None, TWO], "last": ONE}) is TWO
     with pytest.raises(TypeError, match="no tensor in what a network returned: dict"):
         get_first_tensor({"text": "a"})
+
+
+def test_tensors_are_described_with_place_shape_and_type():
+    value = {"image": torch.zeros(2, 3), "more": [torch.arange(2), "text"]}
+    assert describe_tensors(value) == "image (2, 3) torch.float32, more.0 (2,) torch.int64"
+    assert describe_tensors(torch.tensor(1.0)) == "() torch.float32"
+    assert describe_tensors("text") == "no tensor"

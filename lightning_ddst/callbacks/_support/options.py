@@ -15,7 +15,7 @@ from lightning_ddst.sparsity import MaskedNetwork, find_units, maskable_weights
 from lightning_ddst.sparsity.enforcement import OptimizerState
 from lightning_ddst.sparsity.masked import REGROWN, Regrown
 from lightning_ddst.sparsity.patterns import matches, name_of_layer
-from lightning_ddst.sparsity.units import Initial
+from lightning_ddst.sparsity.units import INITIAL, Initial
 from lightning_ddst.utils.example_inputs import infer_inputs
 from lightning_ddst.utils.nested import Place
 from lightning_ddst.utils.networks import find_network, name_in
@@ -51,7 +51,7 @@ class MaskingOptions:
 
     def __post_init__(self) -> None:
         """Checks the arguments."""
-        check_choice("initial_masks", self.initial_masks, get_args(Initial))
+        check_choice("initial_masks", self.initial_masks, INITIAL)
         check_choice("regrown", self.regrown, REGROWN)
         check_choice("optimizer_state", self.optimizer_state, get_args(OptimizerState))
         if isinstance(self.dense_layers, str):
