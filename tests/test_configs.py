@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 import yaml
 from commands import parsed
-from toys import toy_trainer
+from toys import for_method, toy_trainer
 
 from lightning_ddst import DynamicSparsityCallback
 from lightning_ddst.balance import DensityController, DensityRamp
-from lightning_ddst.callbacks.dynamic_sparsity import METHOD_ARGUMENTS
 from lightning_ddst.cli import CONFIGS, make_cli
 from lightning_ddst.methods import Resize
-from lightning_ddst.methods.base import unused_arguments
 
 SYSTEMS = {
     "cifar10_sngan": (32, 100_000, 6),
@@ -55,12 +53,6 @@ def test_the_papers_systems_and_methods_are_there():
     ]
 
 
-def own_arguments(settings):
-    """Without what the paper's settings bring along for other methods, as the command leaves it out."""
-    unused = unused_arguments(settings["method"], [name for name in METHOD_ARGUMENTS if name in settings])
-    return {name: value for name, value in settings.items() if name not in unused}
-
-
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_every_cell_of_the_papers_tables_parses(monkeypatch, system):
     command = parsed(monkeypatch, *cell(system, "dense", 0.1))
@@ -72,7 +64,7 @@ def test_every_cell_of_the_papers_tables_parses(monkeypatch, system):
         files = [argument for name in ("paper", system, method) for argument in ("--config", str(CONFIGS[name]))]
         config = command.parser.parse_args([*files, "--sparsity.generator_density=0.2"])
         assert config.model == command.config.model
-        settings = own_arguments(config.sparsity.as_dict())
+        settings = for_method(**config.sparsity.as_dict())
         assert settings["generator_density"] == 0.2
         for density in DENSITIES:
             DynamicSparsityCallback(**settings | {"generator_density": density})
@@ -80,10 +72,10 @@ def test_every_cell_of_the_papers_tables_parses(monkeypatch, system):
 
 def test_what_the_methods_are():
     def made(name):
-        return DynamicSparsityCallback(**own_arguments(sparsity_of("paper") | sparsity_of(name)))
+        return DynamicSparsityCallback(**for_method(**sparsity_of("paper") | sparsity_of(name)))
 
     def controller(name):
-        (resize,) = (each for each in made(name).method.mask_updates() if isinstance(each, Resize))
+        (resize,) = (each for each in made(name).settings.mask_updates() if isinstance(each, Resize))
         return resize.controller
 
     for name in METHODS:
@@ -175,7 +167,7 @@ def test_every_system_trains_by_every_method(narrow, method):
     model, data = narrow
     often = {"interval": 1, "explore_interval": 1, "probe_interval": 1}
     sparsity = DynamicSparsityCallback(
-        **own_arguments(sparsity_of("paper") | sparsity_of(method) | {"generator_density": 0.5} | often)
+        **for_method(**sparsity_of("paper") | sparsity_of(method) | {"generator_density": 0.5} | often)
     )
     toy_trainer(sparsity, limit_val_batches=0).fit(deepcopy(model), data)
     assert (sparsity.generator_updates, sparsity.measurements) == (UPDATES, UPDATES)

@@ -92,8 +92,7 @@ class Watch(Callback):
         self.scales: list[float] = []
         for optimizer in trainer.optimizers:  # after the hooks of the callback
             optimizer.register_step_post_hook(lambda stepped, *_: self._look(pl_module, stepped))
-        for network, hold in self.sparsity._training._holds.items():
-            role = "generator" if network is self.sparsity.networks()["generator"] else "discriminator"
+        for role, hold in self.sparsity._training._enforcers.items():
             hold.gradients.pop = self._seen(role, hold.gradients.pop)
 
     def _seen(self, role: str, take: Callable[[], Any]) -> Callable[[], Any]:
@@ -291,7 +290,7 @@ def test_without_mixed_precision_growth_sees_the_gradients_themselves(growth: st
 
     same(plain, gan, expected, watch)
     gradient = torch.randn(3, 3)
-    for hold in watch.sparsity._training._holds.values():
+    for hold in watch.sparsity._training._enforcers.values():
         seen = hold.gradients._unscaled(gradient)
         assert torch.equal(seen, gradient)
         assert seen.data_ptr() != gradient.data_ptr()

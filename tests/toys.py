@@ -11,6 +11,9 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim import Adam
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_ddst.callbacks.dynamic_sparsity import METHOD_ARGUMENTS
+from lightning_ddst.methods.base import unused_arguments
+
 PIXELS = 16
 LATENT = 8
 
@@ -70,6 +73,12 @@ def toy_trainer(*callbacks: Callback, epochs: int = 1, folder: Path | None = Non
         "enable_model_summary": False,
     } | settings
     return Trainer(callbacks=list(callbacks), **settings)
+
+
+def for_method(method: str, **settings: Any) -> dict[str, Any]:
+    """The arguments without those that belong to other methods."""
+    unused = unused_arguments(method, [name for name in settings if name in METHOD_ARGUMENTS])
+    return {"method": method} | {name: value for name, value in settings.items() if name not in unused}
 
 
 def trained(*callbacks: Callback, seed: int = 0, gan: ToyGAN | None = None, epochs: int = 1, **settings: Any) -> ToyGAN:

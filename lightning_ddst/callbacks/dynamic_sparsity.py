@@ -130,6 +130,9 @@ class DynamicSparsityCallback(Callback):
         stop_on_divergence: Whether to end the run where a warning says that it has broken down: weights
             that are not finite, a discriminator that scores everything alike, no BR for ten intervals.
 
+    Attributes:
+        settings: The method with its arguments, a `lightning_ddst.methods.Method`.
+
     Raises:
         ValueError: For an argument outside what is allowed; at the start of fitting, for a network
             that is not found or cannot be masked at these densities.
@@ -174,7 +177,7 @@ class DynamicSparsityCallback(Callback):
         stop_on_divergence: bool = False,
     ) -> None:
         arguments = dict(locals())
-        self.method = make_method(method, {name: arguments[name] for name in METHOD_ARGUMENTS})
+        self.settings = make_method(method, {name: arguments[name] for name in METHOD_ARGUMENTS})
         self._masking = MaskingOptions(
             generator,
             discriminator,
@@ -185,11 +188,11 @@ class DynamicSparsityCallback(Callback):
             dense_layers,
             {name: arguments[name] for name in UNITS_ARGUMENTS if arguments[name] is not None},
         )
-        self._masking.check_method(self.method)
+        self._masking.check_method(self.settings)
         self._measuring = MeasuringOptions(real, discriminator_output, estimator)
         self._intervals = Intervals(interval, explore_interval, probe_interval)
-        if probe_interval is None and self.method.needs_balance:
-            raise ValueError(f'probe_interval=None measures no balance ratio, which method="{self.method.name}" needs.')
+        if probe_interval is None and self.settings.needs_balance:
+            raise ValueError(f'probe_interval=None measures no balance ratio, which method="{self.method}" needs.')
         self._seed = seed
         self._stop_on_divergence = stop_on_divergence
         self._length = RunLength()
@@ -205,6 +208,11 @@ class DynamicSparsityCallback(Callback):
         self._warned_of_raw_optimizers = False
 
     # ---- what can be read at any time ----------------------------------------------------------------
+
+    @property
+    def method(self) -> str:
+        """The name of the method; `settings` is the method with its arguments."""
+        return self.settings.name
 
     @property
     def generator_density(self) -> float:
@@ -294,7 +302,7 @@ class DynamicSparsityCallback(Callback):
         if self._pair is not None:
             return self._pair.networks[role].density
         masks = self.masks(role)
-        return density_of(masks) if masks else self.method.initial_densities[role]
+        return density_of(masks) if masks else self.settings.initial_densities[role]
 
     # ---- attaching -----------------------------------------------------------------------------------
 
@@ -311,7 +319,7 @@ class DynamicSparsityCallback(Callback):
         seed = distributed.broadcast(torch.initial_seed() if self._seed is None else self._seed)
         self._pair = None
         saved = None if self._saved is None else self._saved["networks"]
-        self._pair = self._masking.mask(module, self.method, seed, saved)
+        self._pair = self._masking.mask(module, self.settings, seed, saved)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that masks can be held under the Trainer's strategy."""
@@ -335,7 +343,7 @@ class DynamicSparsityCallback(Callback):
             if distributed.is_distributed():  # after a call of attach there may be others
                 network.load_state_dict(distributed.broadcast(network.state_dict()))
             network.to_weights()
-        mask_updates = self.method.mask_updates()
+        mask_updates = self.settings.mask_updates()
         generator = pair.networks["generator"]
         if any("generator" in each.roles and (each.resizes or generator.density < 1) for each in mask_updates):
             refuse_other_averages(trainer, pl_module, generator.network)
@@ -367,7 +375,7 @@ class DynamicSparsityCallback(Callback):
                 optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(trainer, stepped)),
             ]
         prefix, stops = self._prefix(trainer), self._stop_on_divergence
-        self._report = RunReport(self.method, pair, self._training, prefix=prefix, measured=measured, stops=stops)
+        self._report = RunReport(self.settings, pair, self._training, prefix=prefix, measured=measured, stops=stops)
         if all(other._module is pl_module for other in others):  # this is the last one
             arguments = {each._prefix(trainer): each._hparams() for each in (self, *others)}
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -384,7 +392,7 @@ class DynamicSparsityCallback(Callback):
         return None if self._pair is None else self._pair.module
 
     def _hparams(self) -> dict[str, float | str]:
-        return hparams(self.method, self._masking.granularity, self._fitted.networks["generator"].growth)
+        return hparams(self.settings, self._masking.granularity, self._fitted.networks["generator"].growth)
 
     def _others(self, trainer: Trainer) -> list["DynamicSparsityCallback"]:
         """Returns the callbacks of other pairs."""
@@ -450,7 +458,7 @@ class DynamicSparsityCallback(Callback):
         if self._length.known:
             self._training.schedule(self._planned())
             if self._length.updates is None:
-                check_unlimited(self.method, self._training)
+                check_unlimited(self.settings, self._training)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes what happened so far, in words."""
@@ -502,7 +510,7 @@ class DynamicSparsityCallback(Callback):
         if self._training is None or self._pending is None or self._pair is None:
             return {}
         return {
-            "method": self.method.name,
+            "method": self.method,
             "networks": self._pair.state_dict(),
             "training": self._training.state_dict(),
             "length": self._length.state_dict(),
@@ -514,7 +522,7 @@ class DynamicSparsityCallback(Callback):
         """Rejects a checkpoint that says nothing about this callback's masks, unless they come from its weights."""
         if trainer.state.fn == "fit":
             needs_masks = self._masking.initial_masks != "magnitude"
-            check_checkpoint(checkpoint.get("callbacks", {}), self.state_key, self.method, needs_masks=needs_masks)
+            check_checkpoint(checkpoint.get("callbacks", {}), self.state_key, self.settings, needs_masks=needs_masks)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the state returned by `state_dict`; fitting resumes from it."""

@@ -64,7 +64,7 @@ def _title(metric: str) -> str:
 
 
 def _sparsity(callback: DynamicSparsityCallback) -> list[tuple[str, str]]:
-    rows = [("method", f"{callback.method.name}, {callback.generator_updates:,} generator updates")]
+    rows = [("method", f"{callback.method}, {callback.generator_updates:,} generator updates")]
     networks = callback.networks()
     rows += [(role, f"density {network.density:.4f} ({network.describe()})") for role, network in networks.items()]
     if (balance := callback.balance) is not None:
@@ -73,7 +73,7 @@ def _sparsity(callback: DynamicSparsityCallback) -> list[tuple[str, str]]:
     if actions := [decision.action for _, decision in callback.decisions]:
         counts = ", ".join(f"{action} {actions.count(action)}" for action in dict.fromkeys(actions))
         resized = actions.count("grow") + actions.count("prune")
-        updates = callback.method.mask_updates()
+        updates = callback.settings.mask_updates()
         whose = " and ".join(role for role in ROLES if any(each.resizes and role in each.roles for each in updates))
         rows.append((f"{whose} resized", f"{resized} times in {len(actions)} decisions ({counts})"))
     if (ratio := callback.flops_ratio) is not None:

@@ -63,4 +63,4 @@ def test_bounds_are_the_signals_own_by_default():
 
 
 def controller_of(sparsity):
-    return sparsity.method.mask_updates()[0].controller
+    return sparsity.settings.mask_updates()[0].controller

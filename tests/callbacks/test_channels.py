@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
 from torch import nn
-from toys import ToyGAN, toy_data, toy_trainer, trained
+from toys import ToyGAN, for_method, toy_data, toy_trainer, trained
 
 from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA
 from lightning_ddst.models import SmallDiscriminator, SmallGenerator
@@ -48,7 +48,7 @@ class EveryUpdate(Callback):
 
 @pytest.mark.parametrize("method", ["static", "sdst", "dda", "ddst", "ramp", "posthoc"])
 def test_counts_are_exact_layers_smaller_and_inactive_weights_zero(method):
-    every, sparsity = EveryUpdate(), DynamicSparsityCallback(0.3, method=method, **CHANNELS)
+    every, sparsity = EveryUpdate(), DynamicSparsityCallback(0.3, **for_method(method, **CHANNELS))
     gan = trained(sparsity, every, epochs=2)
     every.handle.remove()
     assert all(every.clean)

@@ -192,7 +192,7 @@ def test_nothing_is_left_of_another_runs_balance_ratio(tmp_path):
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     sparsity = DynamicSparsityCallback(0.25, bounds="auto", interval=2)
     toy_trainer(sparsity, epochs=3).fit(ToyGAN(), toy_data(), ckpt_path=tmp_path / "last.ckpt")
-    (resize, _) = sparsity.method.mask_updates()
+    (resize, _) = sparsity.settings.mask_updates()
     assert resize.controller.state_dict() == {"last": [], "highest": 0.0}
 
 
