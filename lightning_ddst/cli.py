@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_warn
@@ -37,26 +38,33 @@ class SparseGANCLI(LightningCLI):
             trainer.callbacks.append(InterruptCheckpoint())  # type: ignore[attr-defined]
         return trainer
 
-    def before_instantiate_classes(self) -> None:
-        """Leaves out arguments of other methods that layered configurations bring along, with one warning."""
-        config = self.config.get(self.subcommand, self.config) if self.subcommand else self.config
-        sparsity = config.sparsity
-        given = [name for name in METHOD_ARGUMENTS if sparsity.get(name) is not None]
-        unused = unused_arguments(sparsity.method, given)
-        if unused and (not isinstance(sparsity.method, str) or sparsity.method in METHODS):
-            values = ", ".join(f"{name}={sparsity[name]!r}" for name in unused)
-            kind = sparsity.method if isinstance(sparsity.method, str) else sparsity.method.class_path
-            rank_zero_warn(f"sparsity.method={kind} does not take {values} from --sparsity: not used.")
-            for name in unused:
-                sparsity[name] = None
-
     def instantiate_classes(self) -> None:
-        """Makes everything; a value that is refused ends the process with its reason, without a traceback."""
+        """Makes everything; a value that is rejected ends the process with its reason, without a traceback."""
+        given = self.config
         try:
+            self.config = _without_unused(given, self.subcommand)  # which is what config.yaml records
             super().instantiate_classes()
         except (ValueError, OSError) as error:
             print(f"lightning-ddst: error: {_first_reason(error)}", file=sys.stderr)
             sys.exit(2)
+        finally:
+            self.config = given
+
+
+def _without_unused(config: Namespace, subcommand: str | None) -> Namespace:
+    """Leaves out arguments of other methods that layered configurations bring along, with one warning."""
+    config = config.clone()
+    sparsity = (config[subcommand] if subcommand else config).sparsity
+    method = sparsity.method
+    unused = unused_arguments(method, [name for name in METHOD_ARGUMENTS if sparsity[name] is not None])
+    if not unused or (isinstance(method, str) and method not in METHODS):
+        return config
+    values = ", ".join(f"{name}={sparsity[name]!r}" for name in unused)
+    name = method if isinstance(method, str) else method.class_path
+    rank_zero_warn(f"--sparsity: method={name} does not take {values}, which is left out.")
+    for argument in unused:
+        sparsity[argument] = None
+    return config
 
 
 def main() -> None:

@@ -334,7 +334,7 @@ def spoiled(role: str, weight: str, value: float, updates: set[int]) -> Callable
 )
 def test_a_change_of_the_generator_waits_for_finite_gradients(precision: str, value: float) -> None:
     settings = PRECISIONS.get(precision, dict)()
-    with pytest.warns(UserWarning, match="generator's mask is put off: at generator update 4"):
+    with pytest.warns(UserWarning, match="generator's mask is postponed: at generator update 4"):
         _, watch = trained(settings, setup=spoiled("generator", "0.weight", value, {4, 5, 12}))
 
     assert watch.wrong == []
@@ -347,7 +347,7 @@ def test_a_change_of_the_generator_waits_for_finite_gradients(precision: str, va
 def test_a_change_of_the_discriminator_waits_for_finite_gradients(precision: str, value: float) -> None:
     settings = PRECISIONS.get(precision, dict)()
     weight = "0.parametrizations.weight.original"
-    with pytest.warns(UserWarning, match="discriminator's mask is put off: at generator update 5"):
+    with pytest.warns(UserWarning, match="discriminator's mask is postponed: at generator update 5"):
         _, watch = trained(settings, setup=spoiled("discriminator", weight, value, {5, 6}))
 
     assert watch.wrong == []
@@ -358,7 +358,7 @@ def test_a_change_of_the_discriminator_waits_for_finite_gradients(precision: str
 
 def test_an_average_of_gradients_goes_on_past_one_that_is_not_finite() -> None:
     setup = spoiled("generator", "0.weight", math.inf, {2, 8})
-    with pytest.warns(UserWarning, match="generator's mask is put off: at generator update 8"):
+    with pytest.warns(UserWarning, match="generator's mask is postponed: at generator update 8"):
         # At a constant rate: annealed, the exploration at 28 prunes a single weight, which may grow again.
         _, watch = trained(PRECISIONS["fp16"](), setup=setup, growth="momentum", schedule="constant")
 

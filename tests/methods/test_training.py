@@ -603,7 +603,7 @@ def test_any_order_of_training_steps_is_followed(order):
     gan = order(Plan(4, 3, 2), densities=(0.3, 0.3))
     gan.training.window = Scripted([HIGH, LOW, HIGH])
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # nothing is put off
+        warnings.simplefilter("error")  # nothing is postponed
         assert gan.changes(12) == ([3, 6, 9, 12], [4, 8, 12])
     assert gan.decided() == [(4, "grow", 0.35), (8, "prune", 0.3), (12, "grow", 0.35)]
     assert gan.training.measurements == 6
