@@ -1,4 +1,4 @@
-"""Where compared images come from: the loaders of an evaluation and the generator, shared out among processes."""
+"""Sources of the images to compare: an evaluation's loaders, and the generator; processes share the work."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -22,16 +22,16 @@ from lightning_ddst.utils.lightning_private import evaluation_loaders, transfer_
 
 T = TypeVar("T")
 
-_SLACK = 1e-3  # of the range of images
+_TOLERANCE = 1e-3  # of the range of images
 
 
 def in_turn(own: Iterator[T]) -> Iterator[T]:
-    """What the processes have, in every one of them: each one's first in order, then each one's second.
+    """Yields all processes' items in every process: the first of each in order of rank, then the second of each.
 
-    Every process must go through it to the end. With several, what is passed on must be on the CPU.
+    Every process must exhaust the iterator. With several processes, items must be on the CPU.
 
     Args:
-        own: This process's share; others' may be longer or shorter.
+        own: This process's items; other processes may have more or fewer.
     """
     while True:
         present = [item for item in distributed.all_gather(next(own, None)) if item is not None]
@@ -41,14 +41,18 @@ def in_turn(own: Iterator[T]) -> Iterator[T]:
 
 
 def check_range(images: Tensor, whose: str) -> None:
-    """Refuses images ``(n, channels, height, width)`` outside [-1, 1]; NaN passes, and so does what is no image.
+    """Checks that images ``(n, channels, height, width)`` are in [-1, 1]; accepts NaN, and tensors of other shapes.
+
+    Args:
+        images: The images.
+        whose: Their name in the error.
 
     Raises:
-        ValueError: If a pixel is outside.
+        ValueError: If a pixel is outside [-1, 1].
     """
     if images.dim() == 4 and images.numel():
         low, high = (float(end) for end in torch.aminmax(images))
-        if low < -1 - _SLACK or high > 1 + _SLACK:
+        if low < -1 - _TOLERANCE or high > 1 + _TOLERANCE:
             raise ValueError(
                 f"{whose} have pixels from {low:.4g} to {high:.4g}; images that are compared must be in [-1, 1]."
             )
@@ -57,17 +61,17 @@ def check_range(images: Tensor, whose: str) -> None:
 class RealImages:
     """The images of an evaluation's loaders.
 
-    Of a loader without a sampler of its own these are the data set's, each once and in its order, with
-    any number of processes; of another, what it gives each process. Batches have the loader's size and
-    go through the hooks around their transfer. ``Trainer(limit_val_batches=...)`` limits them as it
-    limits the evaluation.
+    A loader without a custom sampler gives every image of its data set once, in order, with any number of
+    processes. A loader with a custom sampler gives each process whatever its sampler draws. Batches have the
+    loader's size, and pass the hooks around their transfer to the device. ``Trainer(limit_val_batches=...)``
+    limits them like the evaluation.
 
     Args:
-        trainer: It evaluates at present.
+        trainer: A Trainer that is evaluating.
 
     Attributes:
-        datasets: Where the images are from.
-        count: Number of images in all processes, None if the loaders do not say.
+        datasets: The loaders' data sets.
+        count: Number of images in all processes; None if unknown.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -80,7 +84,7 @@ class RealImages:
         self.count = sum(known) if len(known) == len(counts) else None
 
     def batches(self) -> Iterator[Tensor]:
-        """This process's share."""
+        """Yields this process's share of the images, batch by batch."""
         for index, (loader, limit) in enumerate(self._loaders):
             count = _count(loader, limit)
             shared = loader if count is None else _shared(loader, count)
@@ -90,13 +94,13 @@ class RealImages:
                 yield batch if isinstance(batch, Tensor) else batch[0]
 
     def same_as(self, datasets: list[Dataset[Any]], count: int | None) -> bool:
-        """Whether these are the images of other loaders, too."""
+        """Tells whether other loaders, with these data sets and this count, give the same images."""
         alike = len(datasets) == len(self.datasets)
         return alike and count == self.count and all(a is b for a, b in zip(datasets, self.datasets, strict=True))
 
 
 def _count(loader: Any, limit: float) -> int | None:
-    """How many images of a loader are taken, by their place in its data set; None where that cannot be said."""
+    """Counts the images to take from a loader's data set by index; None if its sampler must choose them."""
     plain = (
         isinstance(loader, DataLoader)
         and not isinstance(loader.dataset, IterableDataset)
@@ -108,7 +112,7 @@ def _count(loader: Any, limit: float) -> int | None:
     sampler, length = loader.sampler, len(loader.dataset)
     if isinstance(sampler, RandomSampler) and (sampler.replacement or len(sampler) != length):
         return None
-    # Lightning's own for several processes; where it wraps another sampler, its data set is not the loader's.
+    # Lightning's sampler for several processes. If it wraps a custom sampler, its dataset is not the loader's.
     of_processes = isinstance(sampler, DistributedSampler) and sampler.dataset is loader.dataset
     if not of_processes and type(sampler) not in (SequentialSampler, RandomSampler):
         return None
@@ -126,7 +130,7 @@ def _shared(loader: DataLoader[Any], count: int) -> DataLoader[Any]:
         collate_fn=loader.collate_fn,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
-        generator=torch.Generator(),  # or it would draw from training's random state
+        generator=torch.Generator(),  # the default would draw from training's random state
     )
 
 
