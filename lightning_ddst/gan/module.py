@@ -71,7 +71,7 @@ class GANModule(LightningModule):
         discriminator_optimizer: OptimizerCallable = paper_adam,
     ) -> None:
         super().__init__()
-        self._loss = LOSSES.find("loss", loss)
+        self._loss = LOSSES.find("loss", loss)()
         check_count("discriminator_steps", discriminator_steps)
         if gradient_penalty is None:
             gradient_penalty = 10.0 if loss == "wasserstein" else 0.0
