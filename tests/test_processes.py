@@ -15,7 +15,7 @@ NEEDS_FSDP2 = pytest.mark.skipif(not two_processes.FSDP2, reason="FSDP2 works on
 
 def run(folder, *cases):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}"}
     done = subprocess.run(
         [*command, str(HERE / "two_processes.py"), str(folder), *cases],
         env=environment,

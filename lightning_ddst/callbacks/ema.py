@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_ddst.sparsity import find_optimizers, has_updated
 from lightning_ddst.sparsity.averaging import BufferHandling, WeightAverage
 from lightning_ddst.utils.compilation import uncompiled
+from lightning_ddst.utils.lightning_private import state_key
 from lightning_ddst.utils.networks import find_network
 
 
@@ -47,7 +48,7 @@ class GeneratorEMA(Callback):
     @property
     def state_key(self) -> str:
         """Of its own for every generator that is named."""
-        return super().state_key if self._name is None else self._generate_state_key(generator=self._name)
+        return super().state_key if self._name is None else state_key(self, generator=self._name)
 
     def averages(self) -> dict[str, Tensor]:
         """The averaged weights and buffers, by the names they have in the generator; empty before they are known."""

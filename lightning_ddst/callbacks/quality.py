@@ -19,6 +19,7 @@ from lightning_ddst.metrics.sources import RealImages, check_range, in_turn, sam
 from lightning_ddst.metrics.statistics import LEAST, Comparison, MetricName, RealStatistics, keeps
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.cache import check_writable, digest, load_tensors, save_tensors
+from lightning_ddst.utils.lightning_private import state_key
 from lightning_ddst.utils.logging import generator_updates, log_scalars
 from lightning_ddst.utils.networks import check_sample
 from lightning_ddst.utils.validation import check_choice, check_count
@@ -238,7 +239,7 @@ class SampleQuality(Callback):
     @property
     def state_key(self) -> str:
         """A key of its own for metrics on other features beside these."""
-        return self._generate_state_key(name=self.name)
+        return state_key(self, name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured."""

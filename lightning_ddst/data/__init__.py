@@ -1,4 +1,4 @@
-"""Data modules, and a loader that resumes."""
+"""Data modules, and a loader that resumes in the middle of an epoch."""
 
 from lightning_ddst.data.arrays import ArrayDataModule
 from lightning_ddst.data.cifar10 import CIFAR10DataModule

@@ -1,4 +1,4 @@
-"""Images in NumPy's files."""
+"""Images in NumPy files."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -20,25 +20,25 @@ _CHUNK = 1000
 class ArrayDataModule(ImageDataModule):
     """Images from a ``.npz`` file, with or without labels, or from a ``.npy`` file.
 
-    A ``.npz`` file holds ``images`` and perhaps ``labels``, integers ``(n,)``; it is read into memory. A ``.npy``
-    file holds images, and is mapped into memory, so that it may be larger than that. Without labels, all are 0.
+    A ``.npz`` file holds ``images`` and optionally ``labels``, integers ``(n,)``; it is read into memory. A ``.npy``
+    file holds images; it is memory-mapped, so it may be larger than memory. Without labels, all labels are 0.
 
     Args:
         path: The file to train on.
         image_size: Height and width.
         channels: 1 or 3.
-        test_path: The file that ``reference="test"`` means.
-        layout: "NHW", "NHWC" or "NCHW". By default, three dimensions are the first; of four, the one
-            of size 1 or 3 is the channels.
-        value_range: Which values are black and white; they become -1 and 1. By default (0, 255) for
-            uint8; for floats, (-1, 1) where the lowest is at most -0.5, and (0, 1) where none is
-            negative. Floats are not rounded to 8 bits.
-        **settings: As `ImageDataModule`'s.
+        test_path: The file that ``reference="test"`` uses.
+        layout: "NHW", "NHWC" or "NCHW". By default, three dimensions mean "NHW"; with four, the dimension
+            of size 1 or 3 holds the channels.
+        value_range: The values of black and white, which become -1 and 1. By default (0, 255) for uint8; for
+            floats, (-1, 1) if the lowest value is at most -0.5, and (0, 1) if none is negative. Floats are
+            not rounded to 8 bits.
+        **settings: Further arguments of `ImageDataModule`.
 
     Raises:
-        ValueError: For an argument outside what is allowed; in `setup`, for an array of which the
-            layout or the range must be given, or is not as given.
-        FileNotFoundError: In `setup`, for a file that is not there.
+        ValueError: For an invalid argument; in `setup`, if the layout or the range of an array is ambiguous
+            and not given, or differs from the given one.
+        FileNotFoundError: In `setup`, for a missing file.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class ArrayDataModule(ImageDataModule):
         self.value_range = value_range
 
     def make_dataset(self, train: bool) -> Dataset[Any]:
-        """The images and labels of a file."""
+        """Reads the images and labels of a file."""
         path = self.root if train or self.test_path is None else self.test_path
         if not path.is_file():
             raise self.missing(path, "images of a .npz or .npy file")
@@ -126,7 +126,7 @@ class ArrayDataModule(ImageDataModule):
 
 
 def _tensor(images: NDArray[Any], layout: Layout, value_range: tuple[float, float]) -> Tensor:
-    """Images ``(n, channels, height, width)``, uint8 as they are, and others as float32 in [-1, 1]."""
+    """Converts images to ``(n, channels, height, width)``: uint8 unchanged, others to float32 in [-1, 1]."""
     if layout == "NHW":
         images = images[:, None]
     elif layout == "NHWC":
@@ -139,7 +139,7 @@ def _tensor(images: NDArray[Any], layout: Layout, value_range: tuple[float, floa
 
 
 class _Mapped(Dataset[Any]):
-    """Images of a ``.npy`` file, mapped into memory by each process that reads them."""
+    """Images of a ``.npy`` file, memory-mapped by each process that reads them."""
 
     def __init__(self, path: Path, layout: Layout, value_range: tuple[float, float]) -> None:
         self._path, self._layout, self._range = path, layout, value_range

@@ -14,18 +14,17 @@ from lightning_ddst.data.images import ImageDataModule
 class CIFAR10DataModule(ImageDataModule):
     """50,000 and 10,000 colour images of things and animals, 32x32, in 10 classes (Krizhevsky 2009).
 
-    Reads the original files as torchvision has them, ``root/cifar-10-batches-py``, or else
+    Reads the original files from torchvision's folder ``root/cifar-10-batches-py``, or else
     ``root/train.npz`` and ``root/test.npz`` with ``images``, uint8 ``(n, 32, 32, 3)``, ``labels``, integers
-    ``(n,)``, and perhaps ``lossless``, bool ``(n,)``: which images have the original pixels.
+    ``(n,)``, and optionally ``lossless``, bool ``(n,)``, which marks images with the original pixels.
 
     Args:
-        root: Where the files are.
+        root: Folder of the files.
         image_size: Height and width.
         channels: 3, or 1 for gray.
-        horizontal_flips: As `ImageDataModule`'s, but by default done.
-        lossless_reference: Whether images that are not lossless are left out of what samples are
-            compared with. They are trained on anyway.
-        **settings: As `ImageDataModule`'s.
+        horizontal_flips: As in `ImageDataModule`, but True by default.
+        lossless_reference: Whether samples are compared with lossless images only. Training uses all images.
+        **settings: Further arguments of `ImageDataModule`.
     """
 
     home = "https://www.cs.toronto.edu/~kriz/cifar.html"
@@ -45,12 +44,12 @@ class CIFAR10DataModule(ImageDataModule):
         self._lossless: dict[bool, list[int]] = {}
 
     def prepare_data(self) -> None:
-        """Downloads the original files where that is asked for and they are not there."""
+        """Downloads the original files if `download` is True and they are missing."""
         if self.download:
             CIFAR10(self.root, download=True)
 
     def make_dataset(self, train: bool) -> TensorDataset:
-        """The images and labels of a split."""
+        """Reads the images and labels of a split."""
         original = self.root / CIFAR10.base_folder
         if original.is_dir():
             try:
@@ -76,5 +75,5 @@ class CIFAR10DataModule(ImageDataModule):
         return TensorDataset(torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))), torch.tensor(labels))
 
     def reference_indices(self) -> list[int] | None:
-        """The lossless images, unless all are compared with."""
+        """Returns the indices of the lossless images, or None to use all."""
         return self._lossless.get(self.reference == "train") if self.lossless_reference else None

@@ -1,4 +1,4 @@
-"""The handwritten digits that scikit-learn ships."""
+"""scikit-learn's handwritten digits."""
 
 from functools import cache
 
@@ -14,7 +14,7 @@ from lightning_ddst.utils.validation import check_count
 
 @cache
 def digits() -> TensorDataset:
-    """1,797 handwritten digits (UCI, Alpaydin and Kaynak 1998).
+    """Returns 1,797 handwritten digits (UCI, Alpaydin and Kaynak 1998).
 
     Returns:
         Images, float32 ``(1797, 1, 8, 8)`` in [-1, 1], and labels, int64 ``(1797,)`` from 0 to 9.
@@ -27,10 +27,11 @@ def digits() -> TensorDataset:
 class DigitsDataModule(LightningDataModule):
     """Handwritten digits, 8x8 and gray, without a download.
 
-    All 1,797 images are trained on and, in order, what samples are compared with.
+    Training uses all 1,797 images. Validation, test and prediction give the same images in order, for
+    comparison with samples.
 
     Args:
-        batch_size: Images a batch, in each process; the last, smaller one is left out.
+        batch_size: Images per batch in each process; a smaller last batch is dropped.
         batches_per_epoch: Length of an epoch, which may be more than one pass over the images; by
             default one pass.
 
@@ -49,13 +50,13 @@ class DigitsDataModule(LightningDataModule):
         self.batches_per_epoch = batches_per_epoch
 
     def train_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
-        """Batches of shuffled images and labels; resumes in the middle of an epoch."""
+        """Makes a loader of shuffled images and labels that resumes in the middle of an epoch."""
         one_pass = len(digits()) // (self.batch_size * distributed.get_world_size())
         return ResumableLoader(digits(), self.batch_size, self.batches_per_epoch or one_pass)
 
     def val_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
-        """Every image once, in order."""
-        rng = torch.Generator()  # or the loader would draw from training's random state
+        """Makes a loader of every image once, in order."""
+        rng = torch.Generator()  # the default would draw from training's random state
         return DataLoader(digits(), batch_size=256, generator=rng)
 
     test_dataloader = val_dataloader

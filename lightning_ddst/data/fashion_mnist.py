@@ -19,14 +19,14 @@ class FashionMNISTDataModule(ImageDataModule):
     """60,000 and 10,000 gray images of clothes, 28x28, in 10 classes (Xiao et al. 2017).
 
     Reads the four files ``{train,t10k}-{images-idx3,labels-idx1}-ubyte``, gzipped (``.gz``) or not, from
-    `root` or from where torchvision has them, ``root/FashionMNIST/raw``.
+    `root`, or from torchvision's folder ``root/FashionMNIST/raw``.
 
     Args:
-        root: Where the files are.
+        root: Folder of the files.
         image_size: Height and width. At 32 the images keep their pixels and get a black margin of 2; at
-            other sizes than 28 they are resized.
-        channels: 1, or 3 that are alike.
-        **settings: As `ImageDataModule`'s.
+            sizes other than 28 and 32 they are resized.
+        channels: 1, or 3 identical ones.
+        **settings: Further arguments of `ImageDataModule`.
     """
 
     home = "https://github.com/zalandoresearch/fashion-mnist"
@@ -36,19 +36,19 @@ class FashionMNISTDataModule(ImageDataModule):
         super().__init__(root, image_size, channels, **settings)
 
     def prepare_data(self) -> None:
-        """Downloads the files where that is asked for and they are not there."""
+        """Downloads missing files if `download` is True."""
         if self.download:
             FashionMNIST(self.root, download=True)
 
     def make_dataset(self, train: bool) -> TensorDataset:
-        """The images and labels of a split."""
+        """Reads the images and labels of a split."""
         split = "train" if train else "t10k"
         images = torch.from_numpy(self._idx(f"{split}-images-idx3-ubyte"))[:, None]
         labels = torch.from_numpy(self._idx(f"{split}-labels-idx1-ubyte"))
         return TensorDataset(F.pad(images, (2, 2, 2, 2)) if self.image_size == 32 else images, labels)
 
     def _idx(self, name: str) -> NDArray[np.uint8]:
-        # Not torchvision's reader, which needs the files unpacked.
+        # torchvision's reader needs unpacked files in one folder, and stops at an incomplete one by a bare assert.
         folder = self.root / "FashionMNIST" / "raw"
         paths = [parent / name for parent in (folder, self.root)]
         paths = [path for plain in paths for path in (plain, plain.with_name(f"{name}.gz")) if path.is_file()]
@@ -56,7 +56,7 @@ class FashionMNISTDataModule(ImageDataModule):
             raise self.missing(folder / name, f"this file, also as {name}.gz, there or in {self.root}")
         with gzip.open(paths[0]) if paths[0].suffix == ".gz" else paths[0].open("rb") as file:
             content = file.read()
-        # Two zeros, 8 for bytes, the number of dimensions, and each dimension in four bytes.
+        # The header: two zeros, 8 for bytes, the number of dimensions, and each dimension in four bytes.
         dimensions = int(name.split("idx")[1][0])
         start = 4 + 4 * dimensions
         shape = [int.from_bytes(content[place : place + 4], "big") for place in range(4, start, 4)]

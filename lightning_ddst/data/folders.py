@@ -13,11 +13,11 @@ from lightning_ddst.data.images import ImageDataModule
 
 
 class ImageFiles(Dataset[Any]):
-    """Images of files, read when they are needed.
+    """Images in any files, read when they are needed; torchvision's ImageFolder needs one folder per class.
 
     Args:
-        paths: Of the files.
-        labels: Of the images.
+        paths: Paths of the files.
+        labels: Labels of the images.
     """
 
     def __init__(self, paths: Sequence[Path], labels: Sequence[int]) -> None:
@@ -32,29 +32,29 @@ class ImageFiles(Dataset[Any]):
 
 
 def opened(path: str | Path) -> Image.Image:
-    """An image as it is in a file, in its own mode."""
+    """Reads an image in its own mode; torchvision's loader converts it to RGB, which cuts 16 bits."""
     image = Image.open(path)
     image.load()
     return image
 
 
 class ImageFolderDataModule(ImageDataModule):
-    """Images of a folder: in a subfolder a class, or all in it.
+    """Images of a folder: one subfolder per class, or all images in the folder itself.
 
-    With subfolders, labels are their places in alphabetical order, as torchvision's ImageFolder has
-    them; without, all are 0. Images are read when they are needed, so that `num_workers` helps.
+    With subfolders, a label is the position of the subfolder in alphabetical order, as in torchvision's
+    ImageFolder; without subfolders, all labels are 0. Images are read when they are needed, so `num_workers` helps.
 
     Args:
         root: The folder to train on.
         image_size: Height and width.
         channels: 3, or 1 for gray.
-        test_root: The folder that ``reference="test"`` means, with the same subfolders.
-        **settings: As `ImageDataModule`'s.
+        test_root: The folder that ``reference="test"`` uses, with the same subfolders.
+        **settings: Further arguments of `ImageDataModule`.
 
     Raises:
-        ValueError: For an argument outside what is allowed; in `setup`, for a folder without images, one
-            with images both in it and in subfolders, or a test folder with other classes.
-        FileNotFoundError: In `setup`, for a folder that is not there, or a subfolder without images.
+        ValueError: For an invalid argument; in `setup`, for a folder without images, with images both in it
+            and in subfolders, or for a test folder with other classes.
+        FileNotFoundError: In `setup`, for a missing folder, or a subfolder without images.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class ImageFolderDataModule(ImageDataModule):
         self.test_root = None if test_root is None else Path(test_root).expanduser()
 
     def make_dataset(self, train: bool) -> Dataset[Any]:
-        """The images and labels of a folder."""
+        """Lists the images and labels of a folder."""
         if train or self.test_root is None:
             return self._folder(self.root)
         dataset = self._folder(self.test_root)

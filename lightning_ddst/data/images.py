@@ -1,4 +1,4 @@
-"""What data modules of images have in common."""
+"""Base class of the data modules for images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,34 +28,32 @@ class ImageDataModule(LightningDataModule):
     Batches are tuples of images, float32 ``(batch, channels, size, size)`` in [-1, 1], and labels,
     int64 ``(batch,)``. A value x of 8 bits becomes x / 127.5 - 1.
 
-    A subclass needs `make_dataset` alone. Nothing is downloaded unless `download` asks for it.
+    A subclass must implement `make_dataset` only. Nothing is downloaded unless `download` is True.
 
     Args:
-        root: Where the files are.
-        image_size: Height and width. The middle square of images of another size is resized,
-            bilinearly with antialiasing.
-        channels: 1 for gray, 0.299 R + 0.587 G + 0.114 B where images are in colour; or 3, which are alike
-            where images are gray.
-        batch_size: Images a batch, in each process; in training the last, smaller one is left out.
+        root: Folder of the files.
+        image_size: Height and width. For images of another size, the middle square is resized bilinearly
+            with antialiasing.
+        channels: 1 for gray (color images become 0.299 R + 0.587 G + 0.114 B), or 3 (identical for gray images).
+        batch_size: Images per batch in each process; training drops a smaller last batch.
         batches_per_epoch: Length of an epoch, which may be more than one pass over the images; by
             default one pass.
-        horizontal_flips: Whether the Trainer mirrors each training image, each time, with probability
-            1/2. Drawn from torch's random state on the batch's device.
-        images: Trains on that many, drawn once from all alike, whatever their class: always the same
-            ones, and more of them include fewer of them. By default all.
-        reference: What validation, test and prediction give, so what samples are compared with: "train"
-            or "test". The whole split in order, whatever `images` is, and never mirrored.
+        horizontal_flips: Whether to mirror each training image with probability 1/2, anew in each batch, drawn
+            from torch's random state on the batch's device.
+        images: Number of images to train on, drawn uniformly whatever their class: always the same ones, and a
+            smaller number draws a subset of a larger one. By default all.
+        reference: The split for validation, test and prediction, with which samples are compared: "train" or
+            "test". It is always complete, in order, and never mirrored.
         num_workers: Processes that read images; 0 reads them in the training process.
-        download: Whether to download what is not there, where torchvision can.
+        download: Whether to download missing files, if torchvision can.
 
     Raises:
-        ValueError: For an argument outside what is allowed; in `setup`, for `images` or `batch_size`
-            above the number of images.
-        FileNotFoundError: In `setup`, for files that are not there.
+        ValueError: For an invalid argument; in `setup`, for `images` or `batch_size` above the number of images.
+        FileNotFoundError: In `setup`, for missing files.
     """
 
     home: ClassVar[str | None] = None
-    """Where people get the data."""
+    """Address where users get the data."""
 
     downloads: ClassVar[bool] = False
     """Whether `prepare_data` downloads."""
@@ -97,32 +95,32 @@ class ImageDataModule(LightningDataModule):
         self.download = download
         self._read: dict[bool, Dataset[Any]] = {}
 
-    # ---- what a subclass gives -------------------------------------------------------------------------
+    # ---- for subclasses --------------------------------------------------------------------------------
 
     def make_dataset(self, train: bool) -> Dataset[Any]:
-        """The images and labels of a split, for training or comparing.
+        """Makes the data set of a split. Subclasses must implement this method.
 
         Args:
-            train: Whether of the training split, else of the test split.
+            train: True for the training split, False for the test split.
 
         Returns:
-            A data set with a length, of which a sample is an image, as PIL's or as a tensor
+            A data set with a length, whose samples are an image, either PIL's or a tensor
             ``(channels, height, width)``, and a label, an integer. Tensors are uint8, or floats in
-            [-1, 1]. A TensorDataset, of images ``(n, channels, height, width)`` and labels ``(n,)``,
-            is resized once and kept in memory; anything else is read image by image, in every epoch.
+            [-1, 1]. A TensorDataset of images ``(n, channels, height, width)`` and labels ``(n,)``
+            is resized once and kept in memory; other data sets are read image by image, in every epoch.
         """
         raise NotImplementedError(f"{type(self).__name__} must override make_dataset.")
 
     def reference_indices(self) -> Sequence[int] | None:
-        """Which of the reference split's images samples are compared with; None for all."""
+        """Returns the indices of the reference images with which samples are compared; None for all."""
         return None
 
     def missing(self, path: Path, expected: str) -> FileNotFoundError:
-        """The error to raise for a path that is not there.
+        """Makes the error to raise for a missing path.
 
         Args:
-            path: What is not there.
-            expected: What belongs there.
+            path: The missing path.
+            expected: Description of the files that belong there.
         """
         message = f"{path} is not there: {type(self).__name__} reads {expected}.{self._where_to_get_it()}"
         if self.downloads:
@@ -130,7 +128,7 @@ class ImageDataModule(LightningDataModule):
         return FileNotFoundError(message)
 
     def not_original(self, folder: Path) -> ValueError:
-        """The error to raise where torchvision finds other files than the original ones, whose MD5 it knows."""
+        """Makes the error to raise if torchvision finds files whose MD5 is not that of the original ones."""
         message = f"{folder} lacks a file, or has one that is not the original (by its MD5)."
         return ValueError(message + self._where_to_get_it())
 
@@ -140,7 +138,7 @@ class ImageDataModule(LightningDataModule):
     # ---- reading ---------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Reads what the stage needs, so that whatever is wrong with it is known before training."""
+        """Reads the data that the stage needs, so that errors appear before training."""
         if stage == "fit":
             self._batches(len(self._training()))
         self._compared()
@@ -172,7 +170,7 @@ class ImageDataModule(LightningDataModule):
         return dataset if indices is None else Subset(dataset, indices)
 
     def _batches(self, images: int) -> int:
-        """Batches an epoch, of so many images."""
+        """Returns the number of batches per epoch for a number of images."""
         together = self.batch_size * distributed.get_world_size()
         if self.batches_per_epoch is None and together > images:
             processes = f" in each of {distributed.get_world_size()} processes" if distributed.is_distributed() else ""
@@ -184,14 +182,14 @@ class ImageDataModule(LightningDataModule):
     # ---- loaders ---------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Batches of shuffled images and labels; resumes in the middle of an epoch."""
+        """Makes a loader of shuffled images and labels that resumes in the middle of an epoch."""
         dataset = self._training()
         batches = self._batches(len(dataset))
         return ResumableLoader(dataset, self.batch_size, batches, num_workers=self.num_workers, collate_fn=batch_of)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Every image of the reference split once, in order."""
-        rng = torch.Generator()  # or the loader would draw from training's random state
+        """Makes a loader of every image of the reference split once, in order."""
+        rng = torch.Generator()  # the default would draw from training's random state
         return DataLoader(
             self._compared(), batch_size=256, generator=rng, num_workers=self.num_workers, collate_fn=batch_of
         )
@@ -200,8 +198,8 @@ class ImageDataModule(LightningDataModule):
     predict_dataloader = val_dataloader
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Mirrors some of the images in training."""
-        # Not in the loader, whose processes have random states that no checkpoint holds.
+        """Mirrors half of the images in training."""
+        # Not in the loader: no checkpoint holds the random states of its worker processes.
         if not (self.horizontal_flips and self.trainer is not None and self.trainer.training):
             return batch
         images, labels = batch
@@ -210,18 +208,21 @@ class ImageDataModule(LightningDataModule):
 
 
 def fitted(images: Tensor, image_size: int, channels: int) -> Tensor:
-    """Images of the size and the number of channels asked for.
+    """Crops and resizes images to a size and a number of channels.
+
+    torchvision's transforms round gray values down and resize bytes in other arithmetic: up to half of the pixels
+    differ, by 1 or 2 of 255.
 
     Args:
         images: ``(n, 1 or 3, height, width)``, uint8 or float.
-        image_size: Height and width of the result: of the middle square, resized bilinearly with antialiasing.
-        channels: 1 or 3, of the result.
+        image_size: Height and width of the result: the middle square, resized bilinearly with antialiasing.
+        channels: Channels of the result, 1 or 3.
 
     Returns:
-        ``(n, channels, image_size, image_size)``, uint8 and rounded where `images` are uint8, else float32.
+        ``(n, channels, image_size, image_size)``, rounded to uint8 if `images` are uint8, else float32.
 
     Raises:
-        ValueError: If images have another shape.
+        ValueError: If the images have another shape.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images of shape {tuple(images.shape)} must have shape (n, 1 or 3, height, width).")
@@ -243,10 +244,10 @@ def fitted(images: Tensor, image_size: int, channels: int) -> Tensor:
 
 
 def batch_of(samples: Any) -> tuple[Tensor, Tensor]:
-    """A batch as networks take it.
+    """Collates samples to a batch for networks.
 
     Args:
-        samples: A list of images and labels, or images and labels that are stacked already.
+        samples: A list of images and labels, or a tuple of stacked images and stacked labels.
 
     Returns:
         Images, float32 in [-1, 1], and labels, int64.
@@ -274,12 +275,12 @@ class _InMemory(Dataset[Any]):
         return self._images[index], int(self._labels[index])
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """A whole batch at once, which the loader asks for."""
+        """Returns a batch at once, as the loader asks for."""
         return self._images[indices], self._labels[indices]
 
 
 class _OneByOne(Dataset[Any]):
-    """Images of a data set, resized each time."""
+    """Images of a data set, resized whenever they are read."""
 
     def __init__(self, dataset: Dataset[Any], image_size: int, channels: int) -> None:
         self._dataset, self._image_size, self._channels = dataset, image_size, channels

@@ -1,4 +1,4 @@
-"""A loader of shuffled batches that goes on in the middle of an epoch."""
+"""A loader of shuffled batches that resumes in the middle of an epoch."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,12 +12,12 @@ from lightning_ddst.utils.validation import check_count
 
 
 class ShuffledSampler(DistributedSampler[Any]):
-    """Indices of a data set in an order that the seed and the epoch give, shared out over processes.
+    """Draws indices of a data set in an order that depends on the seed and the epoch; processes share them.
 
     Args:
-        dataset: Has a length.
-        samples: Indices an epoch of each process; more than there are make several passes.
-        seed: Of the order.
+        dataset: A data set with a length.
+        samples: Indices per epoch in each process; more than the data set holds make several passes.
+        seed: Seed of the order.
     """
 
     def __init__(self, dataset: Dataset[Any], samples: int, seed: int) -> None:
@@ -26,8 +26,8 @@ class ShuffledSampler(DistributedSampler[Any]):
         self.skip = 0
 
     def __iter__(self) -> Iterator[int]:
-        """This process's indices, without those to skip."""
-        # Asked now, because a loader may be made before the other processes are there.
+        """Yields this process's indices after the first `skip`."""
+        # Only now: a loader may be made before the other processes start.
         self.seed = distributed.broadcast(self.seed)
         size, total = len(self.dataset), self.num_samples * distributed.get_world_size()  # type: ignore[arg-type]
         rng = torch.Generator().manual_seed((self.seed + self.epoch) % 2**32)
@@ -36,16 +36,18 @@ class ShuffledSampler(DistributedSampler[Any]):
         return iter(order[self.skip :].tolist())
 
 
+# torchdata's StatefulDataLoader resumes the same cases only with a sampler that saves its own epoch and position, which
+# is as much code as this, and it builds on private parts of torch's DataLoader.
 class ResumableLoader(DataLoader[tuple[Tensor, ...]]):
-    """Shuffled batches of one size, which Lightning resumes in the middle of an epoch.
+    """Shuffled batches of one size; Lightning resumes them in the middle of an epoch.
 
-    Nothing is drawn from the global random state.
+    It draws nothing from the global random state.
 
     Args:
-        dataset: Has a length.
-        batch_size: Samples a batch of each process.
-        batches: Batches an epoch; may be more than one pass over the data.
-        seed: Of the order; by default torch's initial seed, which `seed_everything` sets.
+        dataset: A data set with a length.
+        batch_size: Samples per batch in each process.
+        batches: Batches per epoch; may be more than one pass over the data.
+        seed: Seed of the order; by default torch's initial seed, which `seed_everything` sets.
         **loader: Further arguments of torch's DataLoader, such as `num_workers` and `collate_fn`.
 
     Raises:
@@ -65,8 +67,8 @@ class ResumableLoader(DataLoader[tuple[Tensor, ...]]):
         super().__init__(dataset, batch_size, sampler=self._shuffled, drop_last=True, generator=rng, **loader)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """The epoch's batches, or those that are left of it; the next iteration is the next epoch."""
-        # Lazily: Lightning says which epoch it is after it asked for the iterator.
+        """Yields the epoch's batches, or the rest of a resumed epoch; the next iteration is the next epoch."""
+        # A generator, because Lightning sets the epoch after it made the iterator.
         loaded, self._loaded = self._loaded, {}
         self._served = loaded["batches"] if loaded.get("epoch") == self._shuffled.epoch else 0
         self._shuffled.skip = self._served * (self.batch_size or 1)
@@ -77,11 +79,11 @@ class ResumableLoader(DataLoader[tuple[Tensor, ...]]):
         self._served = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Where in which epoch this is, and the seed."""
+        """Returns the epoch, the number of batches served, and the seed."""
         return {"epoch": self._shuffled.epoch, "batches": self._served, "seed": self._shuffled.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on from there."""
+        """Restores the state returned by `state_dict`."""
         self._loaded = state
         self._shuffled.seed = state["seed"]
         self._shuffled.set_epoch(state["epoch"])

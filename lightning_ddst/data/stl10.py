@@ -15,18 +15,18 @@ TrainSplit = Literal["unlabeled", "train+unlabeled", "train"]
 class STL10DataModule(ImageDataModule):
     """100,000 colour images without labels, and 5,000 and 8,000 in 10 classes (Coates et al. 2011).
 
-    Reads the original files as torchvision has them, ``root/stl10_binary``. Their check by MD5 takes some
-    seconds, and the images, 96x96, are held in memory: 2.8 GB of those without labels. Each is resized when
-    it is needed, so that `num_workers` helps.
+    Reads the original files from torchvision's folder ``root/stl10_binary``. The MD5 check takes some seconds.
+    The images, 96x96, are held in memory: 2.8 GB for the unlabeled split. Each is resized when it is read, so
+    `num_workers` helps.
 
     Args:
-        root: Where the files are.
-        image_size: Height and width. GANs are mostly trained at 48.
+        root: Folder of the files.
+        image_size: Height and width; most GANs are trained at 48.
         channels: 3, or 1 for gray.
-        horizontal_flips: As `ImageDataModule`'s, but by default done.
-        split: What is trained on, and is ``reference="train"``: "unlabeled", "train+unlabeled" or "train".
-            Labels of images without one are -1.
-        **settings: As `ImageDataModule`'s; ``reference="test"`` is the 8,000.
+        horizontal_flips: As in `ImageDataModule`, but True by default.
+        split: The split to train on, also used by ``reference="train"``: "unlabeled", "train+unlabeled" or
+            "train". Images without a label get the label -1.
+        **settings: Further arguments of `ImageDataModule`; ``reference="test"`` uses the 8,000 images.
     """
 
     home = "https://cs.stanford.edu/~acoates/stl10"
@@ -46,12 +46,12 @@ class STL10DataModule(ImageDataModule):
         self.split = split
 
     def prepare_data(self) -> None:
-        """Downloads the files where that is asked for and they are not there."""
+        """Downloads missing files if `download` is True."""
         if self.download:
             STL10(self.root, "test", download=True)
 
     def make_dataset(self, train: bool) -> Dataset[Any]:
-        """The images and labels of a split."""
+        """Reads the images and labels of a split."""
         folder = self.root / STL10.base_folder
         if not folder.is_dir():
             raise self.missing(folder, "the original binary files there")

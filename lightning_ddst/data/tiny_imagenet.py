@@ -14,15 +14,15 @@ class TinyImageNetDataModule(ImageDataModule):
 
     Reads the unpacked original zip file: ``wnids.txt``, ``train/<class>/images/*.JPEG``,
     ``val/images/*.JPEG`` and ``val/val_annotations.txt``, in `root` or in ``root/tiny-imagenet-200``.
-    Labels are places in the sorted ``wnids.txt``. The original test images have none, and are not used.
-    Images are read when they are needed, so that `num_workers` helps.
+    A label is the position of its class in the sorted ``wnids.txt``. The original test images have no labels
+    and are not used. Images are read when they are needed, so `num_workers` helps.
 
     Args:
-        root: Where the files are.
+        root: Folder of the files.
         image_size: Height and width.
         channels: 3, or 1 for gray.
-        horizontal_flips: As `ImageDataModule`'s, but by default done.
-        **settings: As `ImageDataModule`'s; ``reference="test"`` is the 10,000.
+        horizontal_flips: As in `ImageDataModule`, but True by default.
+        **settings: Further arguments of `ImageDataModule`; ``reference="test"`` uses the 10,000 images.
     """
 
     home = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -38,11 +38,11 @@ class TinyImageNetDataModule(ImageDataModule):
         super().__init__(root, image_size, channels, horizontal_flips=horizontal_flips, **settings)
 
     def make_dataset(self, train: bool) -> ImageFiles:
-        """The images and labels of a split."""
+        """Lists the images and labels of a split."""
         nested = self.root / _FOLDER
         folder = nested if nested.is_dir() else self.root
         wnids = sorted(self._existing(folder / "wnids.txt").read_text().split())
-        if train:
+        if train:  # torchvision's ImageFolder would shift the labels after a missing class
             images = [
                 (path, label)
                 for label, wnid in enumerate(wnids)
@@ -50,7 +50,7 @@ class TinyImageNetDataModule(ImageDataModule):
             ]
         else:
             table = self._existing(folder / "val" / "val_annotations.txt")
-            # The file's name, the class and four corners of a box.
+            # A line holds the name of a file, its class, and the four corners of a box.
             names = [line.split("\t")[:2] for line in table.read_text().splitlines()]
             unknown = sorted({wnid for _, wnid in names} - set(wnids))
             if unknown:

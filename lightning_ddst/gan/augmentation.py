@@ -1,32 +1,32 @@
-"""Random changes to images that a discriminator sees, real and generated alike (DiffAugment, Zhao et al. 2020)."""
+"""Differentiable augmentation of all images that a discriminator sees (DiffAugment, Zhao et al. 2020)."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_ddst.utils.validation import check_choice
+from lightning_ddst.utils.registry import Registry
 
-Policy = Literal["color", "translation", "cutout"]
+DIFF_AUGMENTS: Registry[Callable[[Tensor], Tensor]] = Registry("augmentation")
+"""Augmentations by name, each from images to images of the same shape. Register another one to use it by its name."""
 
 _LARGEST_SHIFT = 1 / 8  # of the size
 _CUT = 1 / 2  # of the size
 
 
-def diff_augment(images: Tensor, policy: Sequence[Policy]) -> Tensor:
-    """Changes images at random, each in its own way and so that gradients flow through.
+def diff_augment(images: Tensor, policy: Sequence[str]) -> Tensor:
+    """Augments each image at random; gradients flow through.
 
-    Used on real and on generated images, for both networks' losses, it lets a GAN learn from few
-    images ("Differentiable Augmentation for Data-Efficient GAN Training", NeurIPS 2020, arXiv
-    2006.10738). The changes have the distribution of that paper's code. Everything is drawn from torch's random
-    state on the images' device; some copies of that code seed it anew in each call, which makes the noise of
-    training depend on the augmentation, and must not be followed.
+    Applied to real and to generated images, in both networks' losses, it lets a GAN learn from few images
+    ("Differentiable Augmentation for Data-Efficient GAN Training", NeurIPS 2020, arXiv 2006.10738). The
+    augmentations have the distribution of the paper's code. They draw from torch's random state on the images'
+    device. Some copies of that code seed this state in each call, which makes training's noise depend on the
+    augmentation; do not imitate them.
 
     Args:
         images: ``(batch, channels, height, width)``, floats in [-1, 1].
-        policy: Names of `DIFF_AUGMENTS`, done in this order; none for no change.
+        policy: Names of `DIFF_AUGMENTS`, applied in this order; an empty list changes nothing.
 
     Returns:
         Images of the same shape and dtype; "color" may leave [-1, 1].
@@ -36,15 +36,15 @@ def diff_augment(images: Tensor, policy: Sequence[Policy]) -> Tensor:
     """
     if isinstance(policy, str):
         raise ValueError(f"policy={policy!r} must be a sequence of names, such as ['color', 'cutout'].")
-    for name in policy:
-        check_choice("policy", name, DIFF_AUGMENTS)
+    augmentations = [DIFF_AUGMENTS.find("policy", name) for name in policy]
     if images.ndim != 4:
         raise ValueError(f"images of shape {tuple(images.shape)} must have shape (batch, channels, height, width).")
-    for name in policy:
-        images = DIFF_AUGMENTS[name](images)
+    for augment in augmentations:
+        images = augment(images)
     return images
 
 
+@DIFF_AUGMENTS.register("color")
 def color(images: Tensor) -> Tensor:
     """Changes brightness by up to 0.5, saturation by a factor of up to 2, and contrast by one from 0.5 to 1.5.
 
@@ -57,14 +57,15 @@ def color(images: Tensor) -> Tensor:
     return mean + (images - mean) * (_uniform(images) + 0.5)
 
 
+@DIFF_AUGMENTS.register("translation")
 def translation(images: Tensor) -> Tensor:
-    """Shifts by up to 1/8 of the height and of the width, by whole pixels; zeros come in."""
+    """Shifts by up to 1/8 of the height and of the width, in whole pixels; pads with zeros."""
     padded = F.pad(images, (1, 1, 1, 1))
     for dimension in (2, 3):
         size = images.shape[dimension]
         largest = _rounded(size * _LARGEST_SHIFT)
         shifts = _integers(-largest, largest, images)
-        # Of each place in the result, the place in the padded image: its margin for what was outside.
+        # Each pixel of the result comes from here in the padded image; from the margin if that is outside.
         places = (torch.arange(size, device=images.device) + shifts + 1).clamp(0, size + 1)
         places = places[:, None, :, None] if dimension == 2 else places[:, None, None, :]
         shape = list(padded.shape)
@@ -73,8 +74,9 @@ def translation(images: Tensor) -> Tensor:
     return padded
 
 
+@DIFF_AUGMENTS.register("cutout")
 def cutout(images: Tensor) -> Tensor:
-    """Sets a rectangle of half the height and half the width to 0; its middle is anywhere in the image."""
+    """Sets a rectangle of half the height and half the width to 0, centered anywhere in the image."""
     inside = []
     for dimension in (2, 3):
         size = images.shape[dimension]
@@ -86,24 +88,16 @@ def cutout(images: Tensor) -> Tensor:
     return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
 
 
-DIFF_AUGMENTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "color": color,
-    "translation": translation,
-    "cutout": cutout,
-}
-"""Changes by name."""
-
-
 def _rounded(value: float) -> int:
-    """The nearest integer, of two the larger; for positive numbers."""
+    """Rounds a positive number, halves up."""
     return int(value + 0.5)
 
 
 def _uniform(images: Tensor) -> Tensor:
-    """A number from 0 to 1 an image."""
+    """Draws one number from 0 to 1 per image."""
     return torch.rand(len(images), 1, 1, 1, dtype=images.dtype, device=images.device)
 
 
 def _integers(low: int, high: int, images: Tensor) -> Tensor:
-    """An integer from `low` to `high`, both included, an image: ``(batch, 1)``."""
+    """Draws one integer from `low` to `high`, both included, per image: ``(batch, 1)``."""
     return torch.randint(low, high + 1, (len(images), 1), device=images.device)

@@ -1,46 +1,102 @@
 """Adversarial losses and penalties."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-class Loss(NamedTuple):
-    """A discriminator's and a generator's loss, each from scores of any shape to a scalar."""
-
-    discriminator: Callable[[Tensor, Tensor], Tensor]
-    """From the scores of real and of generated images."""
-    generator: Callable[[Tensor], Tensor]
-    """From the scores of generated images."""
+from lightning_ddst.utils.registry import Registry
 
 
-LOSSES: dict[str, Loss] = {
-    "hinge": Loss(
-        lambda real, fake: F.relu(1 - real).mean() + F.relu(1 + fake).mean(),
-        lambda fake: -fake.mean(),
-    ),
-    "non-saturating": Loss(
-        lambda real, fake: F.softplus(-real).mean() + F.softplus(fake).mean(),
-        lambda fake: F.softplus(-fake).mean(),
-    ),
-    "wasserstein": Loss(
-        lambda real, fake: fake.mean() - real.mean(),
-        lambda fake: -fake.mean(),
-    ),
-    "least-squares": Loss(
-        lambda real, fake: 0.5 * ((real - 1).square().mean() + fake.square().mean()),
-        lambda fake: 0.5 * (fake - 1).square().mean(),
-    ),
-}
-"""Losses by name: hinge (Lim and Ye 2017), non-saturating (Goodfellow et al. 2014), Wasserstein
-(Arjovsky et al. 2017), least squares (Mao et al. 2017)."""
+class Loss(ABC):
+    """A discriminator's and a generator's loss, each from scores of any shape to a scalar.
+
+    Example::
+
+        @LOSSES.register("logistic")
+        class Logistic(Loss):
+            @staticmethod
+            def discriminator(real, fake):
+                return F.softplus(fake - real).mean()
+
+            @staticmethod
+            def generator(fake):
+                return -fake.mean()
+
+        GANModule(generator, discriminator, loss="logistic")
+    """
+
+    @staticmethod
+    @abstractmethod
+    def discriminator(real: Tensor, fake: Tensor) -> Tensor:
+        """Returns the discriminator's loss from its scores of real and of generated images."""
+
+    @staticmethod
+    @abstractmethod
+    def generator(fake: Tensor) -> Tensor:
+        """Returns the generator's loss from the discriminator's scores of generated images."""
+
+
+LOSSES: Registry[type[Loss]] = Registry("loss")
+"""Losses by name."""
+
+
+@LOSSES.register("hinge")
+class Hinge(Loss):
+    """Hinge loss (Lim and Ye 2017)."""
+
+    @staticmethod
+    def discriminator(real: Tensor, fake: Tensor) -> Tensor:  # noqa: D102
+        return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+
+    @staticmethod
+    def generator(fake: Tensor) -> Tensor:  # noqa: D102
+        return -fake.mean()
+
+
+@LOSSES.register("non-saturating")
+class NonSaturating(Loss):
+    """Cross-entropy with the generator's non-saturating loss (Goodfellow et al. 2014)."""
+
+    @staticmethod
+    def discriminator(real: Tensor, fake: Tensor) -> Tensor:  # noqa: D102
+        return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+    @staticmethod
+    def generator(fake: Tensor) -> Tensor:  # noqa: D102
+        return F.softplus(-fake).mean()
+
+
+@LOSSES.register("wasserstein")
+class Wasserstein(Loss):
+    """Wasserstein loss (Arjovsky et al. 2017)."""
+
+    @staticmethod
+    def discriminator(real: Tensor, fake: Tensor) -> Tensor:  # noqa: D102
+        return fake.mean() - real.mean()
+
+    @staticmethod
+    def generator(fake: Tensor) -> Tensor:  # noqa: D102
+        return -fake.mean()
+
+
+@LOSSES.register("least-squares")
+class LeastSquares(Loss):
+    """Least-squares loss (Mao et al. 2017)."""
+
+    @staticmethod
+    def discriminator(real: Tensor, fake: Tensor) -> Tensor:  # noqa: D102
+        return 0.5 * ((real - 1).square().mean() + fake.square().mean())
+
+    @staticmethod
+    def generator(fake: Tensor) -> Tensor:  # noqa: D102
+        return 0.5 * (fake - 1).square().mean()
 
 
 def gradient_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor) -> Tensor:
-    """How far the discriminator is from slope 1 between real and generated images (Gulrajani et al. 2017).
+    """Penalizes slopes of the discriminator other than 1 between real and generated images (Gulrajani et al. 2017).
 
     Args:
         discriminator: From images to scores.
@@ -57,7 +113,7 @@ def gradient_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor, fa
 
 
 def r1_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:
-    """How steep the discriminator is at real images (Mescheder et al. 2018).
+    """Penalizes the discriminator's slope at real images: the R1 penalty (Mescheder et al. 2018).
 
     Args:
         discriminator: From images to scores.

@@ -1,36 +1,34 @@
 """The base class for GANs with two optimizers."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from lightning_ddst.gan.augmentation import DIFF_AUGMENTS, Policy, diff_augment
+from lightning_ddst.gan.augmentation import DIFF_AUGMENTS, diff_augment
 from lightning_ddst.gan.losses import LOSSES, gradient_penalty, r1_penalty
 from lightning_ddst.utils import distributed
+from lightning_ddst.utils.lightning_private import set_ddp_default
 from lightning_ddst.utils.logging import log_scalars, logs_at
 from lightning_ddst.utils.modules import eval_mode
-from lightning_ddst.utils.validation import check_choice, check_count
-
-LossName = Literal["hinge", "non-saturating", "wasserstein", "least-squares"]
+from lightning_ddst.utils.validation import check_count
 
 
 def paper_adam(params: Any) -> Optimizer:
-    """The paper's optimizer: Adam, learning rate 2e-4, betas (0, 0.9); in torch's fused version."""
-    # The other ones take longer on a CPU where weights are inactive: torch's square root is slow at 0.
+    """Makes the paper's optimizer: Adam, learning rate 2e-4, betas (0, 0.9), in torch's fused version."""
+    # The other versions are slower on a CPU for inactive weights: torch's square root is slow at 0.
     return Adam(params, lr=2e-4, betas=(0.0, 0.9), fused=True)
 
 
 class GANModule(LightningModule):
     """A generator and a discriminator, trained in turn by manual optimization.
 
-    Every batch is one discriminator update; every `discriminator_steps`-th also a generator
-    update. To change how a step is made, override `discriminator_loss` or `generator_loss`.
+    Every batch makes one discriminator update; every `discriminator_steps`-th batch also makes a generator
+    update. To change a step, override `discriminator_loss` or `generator_loss`.
 
     Batches are images, or tuples or lists of images and labels; images are ``(batch, channels,
     ...)`` floats in the generator's range, labels int64 ``(batch,)``.
@@ -38,13 +36,15 @@ class GANModule(LightningModule):
     Args:
         generator: From noise ``(batch, latent_dim)``, and labels if `num_classes` is given, to images.
         discriminator: From images, and labels if `num_classes` is given, to scores.
-        loss: "hinge", "non-saturating", "wasserstein" or "least-squares".
-        discriminator_steps: Discriminator updates a generator update.
+        loss: "hinge", "non-saturating", "wasserstein", "least-squares", or another key of
+            `lightning_ddst.gan.losses.LOSSES`.
+        discriminator_steps: Discriminator updates per generator update.
         gradient_penalty: Weight of the gradient penalty; by default 10 with the Wasserstein loss, else 0.
         r1: Weight of the R1 penalty.
-        augment: Random changes to all images that the discriminator is trained on, real and generated
-            (DiffAugment): any of "color", "translation" and "cutout". The balance ratio is measured without.
-        num_classes: Number of classes of a conditional GAN; None for an unconditional one.
+        augment: Random augmentations of all images that the discriminator is trained on, real and generated
+            (DiffAugment): a list of "color", "translation", "cutout", or other keys of
+            `lightning_ddst.gan.augmentation.DIFF_AUGMENTS`. The balance ratio is measured without them.
+        num_classes: Number of classes of a conditional GAN; None for an unconditional GAN.
         latent_dim: Size of the noise; by default ``generator.latent_dim``.
         generator_optimizer: From parameters to the generator's optimizer.
         discriminator_optimizer: From parameters to the discriminator's.
@@ -60,18 +60,18 @@ class GANModule(LightningModule):
         self,
         generator: nn.Module,
         discriminator: nn.Module,
-        loss: LossName = "hinge",
+        loss: str = "hinge",
         discriminator_steps: int = 1,
         gradient_penalty: float | None = None,
         r1: float = 0.0,
-        augment: Sequence[Policy] = (),
+        augment: Sequence[str] = (),
         num_classes: int | None = None,
         latent_dim: int | None = None,
         generator_optimizer: OptimizerCallable = paper_adam,
         discriminator_optimizer: OptimizerCallable = paper_adam,
     ) -> None:
         super().__init__()
-        check_choice("loss", loss, LOSSES)
+        self._loss = LOSSES.find("loss", loss)()
         check_count("discriminator_steps", discriminator_steps)
         if gradient_penalty is None:
             gradient_penalty = 10.0 if loss == "wasserstein" else 0.0
@@ -81,7 +81,7 @@ class GANModule(LightningModule):
         if isinstance(augment, str):
             raise ValueError(f"augment={augment!r} must be a list of names, such as ['color', 'cutout'].")
         for name in augment:
-            check_choice("augment", name, DIFF_AUGMENTS)
+            DIFF_AUGMENTS.find("augment", name)
         latent_dim = getattr(generator, "latent_dim", None) if latent_dim is None else latent_dim
         if latent_dim is None:
             raise ValueError(f"latent_dim=None: {type(generator).__name__} has no latent_dim, so it must be given.")
@@ -96,14 +96,13 @@ class GANModule(LightningModule):
         self.generator_updates = 0
         self._discriminator_updates = 0
         self._discriminator_steps = discriminator_steps
-        self._loss = LOSSES[loss]
         self._gradient_penalty = gradient_penalty
         self._r1 = r1
         self._augment = tuple(augment)
         self._optimizers = (generator_optimizer, discriminator_optimizer)
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[Any]]:
-        """The generator's optimizer, then the discriminator's."""
+        """Makes the generator's optimizer, then the discriminator's."""
         generator_optimizer, discriminator_optimizer = self._optimizers
         return [
             generator_optimizer(self.generator.parameters()),
@@ -113,12 +112,11 @@ class GANModule(LightningModule):
     # ---- several processes -----------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Has DistributedDataParallel expect that a backward pass reaches one of the networks alone."""
-        if isinstance(self.trainer.strategy, DDPStrategy):
-            self.trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
+        """Tells DistributedDataParallel that a backward pass may reach only one of the networks."""
+        set_ddp_default(self.trainer, "find_unused_parameters", True)
 
     def on_fit_start(self) -> None:
-        """Lets every process draw noise of its own."""
+        """Gives every process its own noise."""
         if distributed.is_distributed():
             torch.manual_seed(torch.initial_seed() + distributed.get_rank())
 
@@ -158,7 +156,7 @@ class GANModule(LightningModule):
         return None if self.num_classes is None else torch.randint(self.num_classes, (n,), generator=rng)
 
     def _generate(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images and labels for a training step, as many as in a batch of real ones."""
+        """Generates images and labels for a training step, as many as in the batch of real images."""
         z = torch.randn(len(like), self.latent_dim, device=like.device, dtype=like.dtype)
         labels = self._draw_labels(len(like))
         labels = None if labels is None else labels.to(like.device)
@@ -194,7 +192,7 @@ class GANModule(LightningModule):
         self.log_dict(losses, prog_bar=True, logger=False)
 
     def discriminator_loss(self, real: Tensor, labels: Tensor | None) -> Tensor:
-        """The discriminator's loss with its penalties, for a batch of real images."""
+        """Computes the discriminator's loss with its penalties, for a batch of real images."""
         with torch.no_grad():
             fake, fake_labels = self._generate(real)
         loss = self._loss.discriminator(self._score(real, labels), self._score(fake, fake_labels))
@@ -205,7 +203,7 @@ class GANModule(LightningModule):
         return loss
 
     def generator_loss(self, real: Tensor) -> Tensor:
-        """The generator's loss, for as many images as in a batch of real ones."""
+        """Computes the generator's loss, on as many images as in the batch of real images."""
         return self._loss.generator(self._score(*self._generate(real)))
 
     def _score(self, images: Tensor, labels: Tensor | None) -> Tensor:
@@ -225,13 +223,13 @@ class GANModule(LightningModule):
             raise ValueError(f"num_classes={self.num_classes}, but the batch holds no labels.")
         return images, labels
 
-    # ---- eval_mode ------------------------------------------------------------------------------------
+    # ---- evaluation ------------------------------------------------------------------------------------
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Nothing here: callbacks compare the batch with samples."""
+        """Does nothing: callbacks compare the batch with samples."""
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Nothing here: callbacks compare the batch with samples."""
+        """Does nothing: callbacks compare the batch with samples."""
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         """Generates as many images as the batch holds."""
@@ -241,9 +239,9 @@ class GANModule(LightningModule):
     # ---- saving ----------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Saves the counts of updates, which are no parameters."""
+        """Saves the counts of updates."""
         checkpoint["gan_updates"] = (self.generator_updates, self._discriminator_updates)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes over the counts of updates."""
+        """Restores the counts of updates."""
         self.generator_updates, self._discriminator_updates = checkpoint.get("gan_updates", (0, 0))

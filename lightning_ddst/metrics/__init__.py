@@ -1,1 +1,1 @@
-"""Feature extractors, and the statistics that compare samples with real images on them."""
+"""Feature extractors, and statistics that compare samples with real images by their features."""

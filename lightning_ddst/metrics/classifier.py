@@ -1,4 +1,4 @@
-"""A small classifier of gray images that is trained on the spot, and whose features measure samples' quality."""
+"""A small image classifier, trained in minutes, whose features measure the quality of samples."""
 
 from pathlib import Path
 
@@ -17,13 +17,13 @@ _BATCH = 64
 
 
 class SmallClassifier(FeatureExtractor):
-    """A small convolutional classifier; its forward pass gives features.
+    """A small convolutional classifier; its forward pass returns features.
 
-    Images of 16 pixels and more are halved once or more before the widest convolution.
+    Pooling halves images of 16 pixels or more, once or several times, before the widest convolution.
 
     Args:
         image_size: Height and width, at least 4.
-        channels: Of the images.
+        channels: Channels of the images.
         num_classes: Number of classes.
 
     Attributes:
@@ -52,26 +52,26 @@ class SmallClassifier(FeatureExtractor):
         self.classifier = nn.Linear(self.num_features, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """From images ``(batch, channels, image_size, image_size)`` in [-1, 1] to features ``(batch, 64)``."""
+        """Maps images ``(batch, channels, image_size, image_size)`` in [-1, 1] to features ``(batch, 64)``."""
         features: Tensor = self.features(images)
         return features
 
     def logits(self, features: Tensor) -> Tensor:
-        """From features to logits ``(batch, num_classes)``."""
+        """Maps features to logits ``(batch, num_classes)``."""
         logits: Tensor = self.classifier(features)
         return logits
 
     @torch.no_grad()
     def classify(self, images: Tensor) -> Tensor:
-        """From images to their most likely classes, int64 ``(batch,)``."""
+        """Maps images to their most likely classes, int64 ``(batch,)``."""
         return self.logits(self(images)).argmax(1)
 
 
 def train_classifier(network: SmallClassifier, images: Tensor, labels: Tensor, epochs: int) -> None:
-    """Trains a classifier by Adam, and freezes it; draws the batches from torch's random state.
+    """Trains a classifier with Adam, and freezes it; draws the batches from torch's random state.
 
     Args:
-        network: On the device to train on; its layers have no modes.
+        network: The classifier, on the device to train on; it has no dropout or batch normalization.
         images: Float ``(n, channels, height, width)`` in [-1, 1].
         labels: int64 ``(n,)``.
         epochs: Passes over the images.
@@ -96,21 +96,21 @@ def trained_classifier(
     cache: str | Path | None = None,
     device: str | torch.device = "cpu",
 ) -> SmallClassifier:
-    """Trains a classifier on images, or reads one that was trained on them before.
+    """Trains a classifier on images, or loads one that was trained on them before.
 
     Args:
         images: Float ``(n, channels, size, size)`` in [-1, 1].
         labels: Classes from 0, int64 ``(n,)``.
         epochs: Passes over the images.
-        seed: Of its weights and batches; torch's own random state is left as it was.
-        cache: A folder for its weights, in a file named by a digest of the images, labels and arguments.
-        device: Where it is trained; it is returned on the CPU.
+        seed: Seed of its weights and batches; torch's own random state does not change.
+        cache: A folder for its weights; the file's name is a digest of the images, labels and arguments.
+        device: Device to train on; the classifier is returned on the CPU.
 
     Returns:
         The frozen classifier, in evaluation mode.
 
     Raises:
-        ValueError: If images and labels are not as above.
+        ValueError: If the shapes of images and labels do not fit.
         OSError: If the file cannot be written.
     """
     if images.dim() != 4 or labels.shape != images.shape[:1] or not len(images):
@@ -144,21 +144,21 @@ def trained_fashion_cnn(
     cache: str | Path | None = None,
     device: str | torch.device = "cpu",
 ) -> SmallClassifier:
-    """Trains a classifier on Fashion-MNIST's 60,000 training images, in minutes, or reads it.
+    """Trains a classifier on Fashion-MNIST's 60,000 training images, in minutes, or loads it.
 
     Args:
-        root: Where Fashion-MNIST is, as for `lightning_ddst.data.FashionMNISTDataModule`.
-        image_size: Height and width, those of the images that are compared.
+        root: Folder of Fashion-MNIST, as for `lightning_ddst.data.FashionMNISTDataModule`.
+        image_size: Height and width of the images to compare.
         epochs: Passes over the images.
-        seed: Of its weights and batches.
+        seed: Seed of its weights and batches.
         cache: A folder for its weights.
-        device: Where it is trained.
+        device: Device to train on.
 
     Returns:
         The frozen classifier, in evaluation mode.
 
     Raises:
-        FileNotFoundError: If Fashion-MNIST is not there.
+        FileNotFoundError: If Fashion-MNIST is not in `root`.
     """
     images, labels = FashionMNISTDataModule(root, image_size).make_dataset(train=True).tensors
     images, labels = batch_of((fitted(images, image_size, 1), labels))

@@ -1,4 +1,4 @@
-"""A classifier of handwritten digits, whose features measure samples' quality."""
+"""A classifier of handwritten digits, whose features measure the quality of samples."""
 
 from lightning_ddst.data.digits import digits
 from lightning_ddst.metrics.classifier import SmallClassifier, train_classifier
@@ -6,7 +6,7 @@ from lightning_ddst.metrics.features import seeded
 
 
 class DigitsCNN(SmallClassifier):
-    """A small convolutional classifier of 8x8 digits; its forward pass gives features."""
+    """A small convolutional classifier of 8x8 digits; its forward pass returns features."""
 
     def __init__(self) -> None:
         super().__init__(image_size=8)
@@ -17,7 +17,7 @@ def trained_digits_cnn(epochs: int = 10, seed: int = 0) -> DigitsCNN:
 
     Args:
         epochs: Passes over the images.
-        seed: Of its weights and batches; torch's own random state is left as it was.
+        seed: Seed of its weights and batches; torch's own random state does not change.
 
     Returns:
         The frozen classifier, in evaluation mode.

@@ -1,4 +1,4 @@
-"""Networks from images to features, for `SampleQuality`: Inception's, torchvision's, and a ResNet of CIFAR-10."""
+"""Feature extractors for `SampleQuality`: Inception, torchvision's classifiers, and a ResNet for CIFAR-10."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,9 +23,9 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's red,
 class FeatureExtractor(nn.Module):
     """A network from images to features.
 
-    Its forward pass takes float images ``(batch, channels, height, width)`` in [-1, 1], and gives
-    float features ``(batch, num_features)``. One that classifies has also a method `logits`, from
-    features to ``(batch, classes)``. Once frozen, it stays so, and in evaluation mode.
+    Its forward pass takes float images ``(batch, channels, height, width)`` in [-1, 1], and returns
+    float features ``(batch, num_features)``. A classifier also has a method `logits`, from features
+    to ``(batch, classes)``. Once frozen, it stays frozen and in evaluation mode.
 
     Attributes:
         num_features: Number of features.
@@ -38,7 +38,7 @@ class FeatureExtractor(nn.Module):
         self._settings: dict[str, object] = {}
 
     def freeze(self) -> None:
-        """Puts it into evaluation mode for good, without gradients."""
+        """Turns gradients off and evaluation mode on, permanently."""
         self.requires_grad_(False)
         self.eval()
 
@@ -47,35 +47,35 @@ class FeatureExtractor(nn.Module):
         return super().train(False)
 
     def extra_repr(self) -> str:
-        """The settings that decide on features, beside the weights."""
+        """Lists the settings that determine the features, next to the weights."""
         return ", ".join(f"{name}={value!r}" for name, value in self._settings.items())
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """For making and training a network on the CPU, whatever else is going on; torch's random states stay as they are.
+    """Seeds the CPU's random state for a while, with gradients on; restores torch's random states afterwards.
 
     Args:
-        seed: Of what is drawn on the CPU.
+        seed: The seed.
     """
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-        # Not torch.manual_seed, which would set those of all devices for good.
+        # torch.manual_seed would also seed all devices, permanently.
         torch.default_generator.manual_seed(seed)
         yield
 
 
 class InceptionFeatures(FeatureExtractor):
-    """The Inception network that the FID, the KID and the Inception Score are defined on, as torch-fidelity has it.
+    """The Inception network that defines the FID, the KID and the Inception Score; torch-fidelity's version.
 
-    2,048 features, and logits of 1,008 classes without bias. Images become bytes first, as if they had been
-    saved; gray ones become colour; the network resizes them to 299x299 as the original did.
+    It returns 2,048 features, and logits of 1,008 classes without bias. Images are rounded to 8 bits first, as
+    if they had been saved; gray images become color images. The network resizes them to 299x299 as the original does.
 
     Args:
         weights: torch-fidelity's file ``weights-inception-2015-12-05-6726825d.pth``.
 
     Raises:
-        FileNotFoundError: If it is not there.
-        ValueError: If it holds something else.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it does not hold these weights.
     """
 
     num_features = 2048
@@ -83,7 +83,7 @@ class InceptionFeatures(FeatureExtractor):
     def __init__(self, weights: str | Path) -> None:
         super().__init__()
         path = Path(weights).expanduser()
-        _read(path, f"Download {URL_INCEPTION_V3} and put it there")  # torch-fidelity would execute what is in it
+        _read(path, f"Download {URL_INCEPTION_V3} and put it there")  # torch-fidelity would unpickle it unsafely
         try:
             self.network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
@@ -93,13 +93,13 @@ class InceptionFeatures(FeatureExtractor):
         self.freeze()
 
     def forward(self, images: Tensor) -> Tensor:
-        """From images ``(batch, 1 or 3, height, width)`` in [-1, 1] to features ``(batch, 2048)``."""
+        """Maps images ``(batch, 1 or 3, height, width)`` in [-1, 1] to features ``(batch, 2048)``."""
         pixels = (_in_colour(images) * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
         features: Tensor = self.network(pixels)[0]
         return features
 
     def logits(self, features: Tensor) -> Tensor:
-        """From features to logits without bias, ``(batch, 1008)``."""
+        """Maps features to logits without bias, ``(batch, 1008)``."""
         logits: Tensor = features @ self.network.fc.weight.T
         return logits
 
@@ -107,25 +107,25 @@ class InceptionFeatures(FeatureExtractor):
 class TorchvisionFeatures(FeatureExtractor):
     """A layer of one of torchvision's classifiers.
 
-    Gray images become colour, are resized bilinearly with antialiasing, and normalised. What the layer
-    gives is averaged over space. There are no logits.
+    Gray images become color images; all are resized bilinearly with antialiasing, and normalized. The layer's
+    output is averaged over space. There are no logits.
 
     Args:
-        model: Its name, of ``torchvision.models.list_models()``.
-        weights: A file with its ``state_dict``, as torchvision's are.
-        layer: Dotted name of the layer, as "avgpool" of a ResNet.
-        image_size: Height and width that the network gets.
-        mean: Of red, green and blue in [0, 1], subtracted; by default ImageNet's.
-        std: Divided by; by default ImageNet's.
-        num_classes: Of the classifier in `weights`.
-        random: Whether its weights are random instead: drawn from `seed`, with `weights` None. Random
-            features tell sets of images apart, too; say so in their name.
-        seed: Of random weights; torch's own random state is left as it was.
+        model: Its name in ``torchvision.models.list_models()``.
+        weights: A file with its ``state_dict``, as torchvision provides.
+        layer: Dotted name of the layer, such as "avgpool" of a ResNet.
+        image_size: Height and width of the network's input.
+        mean: Mean of red, green and blue in [0, 1], subtracted; by default ImageNet's.
+        std: Standard deviation, divided by; by default ImageNet's.
+        num_classes: Number of classes of the classifier in `weights`.
+        random: Uses random weights drawn from `seed` instead of a file. Random features tell sets of images
+            apart, too; mention it in the name that you give them.
+        seed: Seed of random weights; torch's own random state does not change.
 
     Raises:
-        FileNotFoundError: If the file is not there.
-        ValueError: If `model` or `layer` is unknown, if the layer does not give one vector or map an image,
-            if the file holds something else, or unless exactly one of `weights` and `random` is given.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If `model` or `layer` is unknown, if the layer does not output one vector or map per image,
+            if the file holds other weights, or unless exactly one of `weights` and `random` is given.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class TorchvisionFeatures(FeatureExtractor):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_choice("model", model, list_models(module=torchvision.models))  # others download a part of themselves
+        check_choice("model", model, list_models(module=torchvision.models))  # models of other modules download parts
         check_count("image_size", image_size)
         if (weights is None) != random:
             raise ValueError(f"weights={weights!r}, random={random}: give a file, or have random ones by random=True.")
@@ -165,7 +165,7 @@ class TorchvisionFeatures(FeatureExtractor):
             self.num_features = self(torch.zeros(1, 3, 1, 1)).shape[1]
 
     def forward(self, images: Tensor) -> Tensor:
-        """From images ``(batch, 1 or 3, height, width)`` in [-1, 1] to features ``(batch, num_features)``."""
+        """Maps images ``(batch, 1 or 3, height, width)`` in [-1, 1] to features ``(batch, num_features)``."""
         features: Tensor = self.network(_normalised(_in_colour(images), self._image_size, self._mean, self._std))[
             "features"
         ]
@@ -180,18 +180,18 @@ class TorchvisionFeatures(FeatureExtractor):
 
 
 class CifarResNet(FeatureExtractor):
-    """A ResNet that classifies CIFAR-10, He et al. 2016, section 4.2, with shortcuts of option A.
+    """A ResNet that classifies CIFAR-10 (He et al. 2016, section 4.2), with shortcuts of option A.
 
-    64 features, averaged over space, and logits of 10 classes. Gray images become colour; those of
-    another size are resized to 32x32, bilinearly with antialiasing.
+    It returns 64 features, averaged over space, and logits of 10 classes. Gray images become color images;
+    images of other sizes are resized to 32x32, bilinearly with antialiasing.
 
     Args:
-        weights: A file of github.com/akamaster/pytorch_resnet_cifar10, as ``resnet56-4bfd9763.th``.
-        depth: 6 n + 2 layers, as in the file's name.
+        weights: A file of github.com/akamaster/pytorch_resnet_cifar10, such as ``resnet56-4bfd9763.th``.
+        depth: Number of layers, 6 n + 2, as in the file's name.
 
     Raises:
-        FileNotFoundError: If it is not there.
-        ValueError: If it holds something else, or `depth` is none of 8, 14, 20, ...
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it holds other weights, or `depth` is not 8, 14, 20, ...
     """
 
     num_features = 64
@@ -216,19 +216,19 @@ class CifarResNet(FeatureExtractor):
         self.freeze()
 
     def forward(self, images: Tensor) -> Tensor:
-        """From images ``(batch, 1 or 3, height, width)`` in [-1, 1] to features ``(batch, 64)``."""
+        """Maps images ``(batch, 1 or 3, height, width)`` in [-1, 1] to features ``(batch, 64)``."""
         x = F.relu(self.bn1(self.conv1(_normalised(_in_colour(images), 32, self._mean, self._std))))
         features: Tensor = self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
         return features
 
     def logits(self, features: Tensor) -> Tensor:
-        """From features to logits ``(batch, 10)``."""
+        """Maps features to logits ``(batch, 10)``."""
         logits: Tensor = self.linear(features)
         return logits
 
 
 class _Block(nn.Module):
-    """Two convolutions beside a shortcut without weights: every other pixel, and zeros for new channels."""
+    """Two convolutions, and a shortcut without weights: every other pixel, and zeros for new channels."""
 
     def __init__(self, given: int, made: int) -> None:
         super().__init__()
@@ -267,12 +267,12 @@ def _read(path: Path, advice: str) -> Any:
         raise FileNotFoundError(f"weights={str(path)!r} is not there. {advice}.")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds, for what is no file of torch's
+    except Exception as error:  # torch raises many kinds for other files
         raise ValueError(f"{path} holds no weights that can be loaded: {_first_line(error)}") from error
 
 
 def _load(network: nn.Module, path: Path, advice: str) -> None:
-    """Loads a ``state_dict``, also one inside a checkpoint, and of a module in DataParallel."""
+    """Loads a ``state_dict``, also from inside a checkpoint or of a module in DataParallel."""
     held = _read(path, advice)
     held = held.get("state_dict", held) if isinstance(held, Mapping) else held
     try:

@@ -1,13 +1,12 @@
-"""Where compared images come from: the loaders of an evaluation and the generator, shared out among processes."""
+"""Sources of the images to compare: an evaluation's loaders, and the generator; processes share the work."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -19,19 +18,20 @@ from torch.utils.data import (
 )
 
 from lightning_ddst.utils import distributed
+from lightning_ddst.utils.lightning_private import evaluation_loaders, transfer_batch
 
 T = TypeVar("T")
 
-_SLACK = 1e-3  # of the range of images
+_TOLERANCE = 1e-3  # of the range of images
 
 
 def in_turn(own: Iterator[T]) -> Iterator[T]:
-    """What the processes have, in every one of them: each one's first in order, then each one's second.
+    """Yields all processes' items in every process: the first of each in order of rank, then the second of each.
 
-    Every process must go through it to the end. With several, what is passed on must be on the CPU.
+    Every process must exhaust the iterator. With several processes, items must be on the CPU.
 
     Args:
-        own: This process's share; others' may be longer or shorter.
+        own: This process's items; other processes may have more or fewer.
     """
     while True:
         present = [item for item in distributed.all_gather(next(own, None)) if item is not None]
@@ -41,14 +41,18 @@ def in_turn(own: Iterator[T]) -> Iterator[T]:
 
 
 def check_range(images: Tensor, whose: str) -> None:
-    """Refuses images ``(n, channels, height, width)`` outside [-1, 1]; NaN passes, and so does what is no image.
+    """Checks that images ``(n, channels, height, width)`` are in [-1, 1]; accepts NaN, and tensors of other shapes.
+
+    Args:
+        images: The images.
+        whose: Their name in the error.
 
     Raises:
-        ValueError: If a pixel is outside.
+        ValueError: If a pixel is outside [-1, 1].
     """
     if images.dim() == 4 and images.numel():
         low, high = (float(end) for end in torch.aminmax(images))
-        if low < -1 - _SLACK or high > 1 + _SLACK:
+        if low < -1 - _TOLERANCE or high > 1 + _TOLERANCE:
             raise ValueError(
                 f"{whose} have pixels from {low:.4g} to {high:.4g}; images that are compared must be in [-1, 1]."
             )
@@ -57,49 +61,46 @@ def check_range(images: Tensor, whose: str) -> None:
 class RealImages:
     """The images of an evaluation's loaders.
 
-    Of a loader without a sampler of its own these are the data set's, each once and in its order, with
-    any number of processes; of another, what it gives each process. Batches have the loader's size and
-    go through the hooks around their transfer. ``Trainer(limit_val_batches=...)`` limits them as it
-    limits the evaluation.
+    A loader without a custom sampler gives every image of its data set once, in order, with any number of
+    processes. A loader with a custom sampler gives each process whatever its sampler draws. Batches have the
+    loader's size, and pass the hooks around their transfer to the device. ``Trainer(limit_val_batches=...)``
+    limits them like the evaluation.
 
     Args:
-        trainer: It evaluates at present.
+        trainer: A Trainer that is evaluating.
 
     Attributes:
-        datasets: Where the images are from.
-        count: Number of images in all processes, None if the loaders do not say.
+        datasets: The loaders' data sets.
+        count: Number of images in all processes; None if unknown.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        combined = trainer._evaluation_loop._combined_loader  # val_dataloaders is fit's after a fit
         limits = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
-        self._loaders = list(zip(combined.flattened, limits, strict=True)) if combined is not None else []
+        self._loaders = list(zip(evaluation_loaders(trainer), limits, strict=True))
         self.datasets = [getattr(loader, "dataset", loader) for loader, _ in self._loaders]
         counts = [_count(loader, limit) for loader, limit in self._loaders]
         known = [count for count in counts if count is not None]
         self.count = sum(known) if len(known) == len(counts) else None
 
     def batches(self) -> Iterator[Tensor]:
-        """This process's share."""
-        module = self._trainer.lightning_module
+        """Yields this process's share of the images, batch by batch."""
         for index, (loader, limit) in enumerate(self._loaders):
             count = _count(loader, limit)
             shared = loader if count is None else _shared(loader, count)
             limited = shared if count is not None or limit == float("inf") else islice(shared, int(limit))
             for batch in limited:
-                batch = module._on_before_batch_transfer(batch, dataloader_idx=index)
-                batch = self._trainer.strategy.batch_to_device(batch, dataloader_idx=index)
+                batch = transfer_batch(self._trainer, batch, index)
                 yield batch if isinstance(batch, Tensor) else batch[0]
 
     def same_as(self, datasets: list[Dataset[Any]], count: int | None) -> bool:
-        """Whether these are the images of other loaders, too."""
+        """Tells whether other loaders, with these data sets and this count, give the same images."""
         alike = len(datasets) == len(self.datasets)
         return alike and count == self.count and all(a is b for a, b in zip(datasets, self.datasets, strict=True))
 
 
 def _count(loader: Any, limit: float) -> int | None:
-    """How many images of a loader are taken, by their place in its data set; None where that cannot be said."""
+    """Counts the images to take from a loader's data set by index; None if its sampler must choose them."""
     plain = (
         isinstance(loader, DataLoader)
         and not isinstance(loader.dataset, IterableDataset)
@@ -111,7 +112,7 @@ def _count(loader: Any, limit: float) -> int | None:
     sampler, length = loader.sampler, len(loader.dataset)
     if isinstance(sampler, RandomSampler) and (sampler.replacement or len(sampler) != length):
         return None
-    # Lightning's own for several processes; where it wraps another sampler, its data set is not the loader's.
+    # Lightning's sampler for several processes. If it wraps a custom sampler, its dataset is not the loader's.
     of_processes = isinstance(sampler, DistributedSampler) and sampler.dataset is loader.dataset
     if not of_processes and type(sampler) not in (SequentialSampler, RandomSampler):
         return None
@@ -129,72 +130,30 @@ def _shared(loader: DataLoader[Any], count: int) -> DataLoader[Any]:
         collate_fn=loader.collate_fn,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
-        generator=torch.Generator(),  # or it would draw from training's random state
+        generator=torch.Generator(),  # the default would draw from training's random state
     )
 
 
 def sampled(module: LightningModule, total: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """This process's share of a number of samples: every so many-th batch.
+    """Generates this process's share of the samples: one batch in every `world_size`.
 
-    All noise is drawn from one generator in the order of the batches, in every process, so the samples are
-    the same with any number of them. The noise of others' batches is drawn without generating their images.
+    Each batch draws its noise from its own seed, so the samples do not depend on the number of processes.
 
     Args:
         module: Has ``sample(n, rng=...)``.
         total: Number of samples in all processes.
         batch_size: Samples generated at once.
-        seed: Of the noise.
+        seed: Seed of the batches' seeds.
     """
     sample: Callable[..., Tensor] = module.sample  # type: ignore[assignment]
-    rng = torch.Generator().manual_seed(seed)
-    sizes = [min(batch_size, total - start) for start in range(0, total, batch_size)]
-    draws = _recorded(sample, sizes[0], seed) if distributed.is_distributed() else None
-    for start in range(0, len(sizes), distributed.get_world_size()):
-        own = None
-        # In every process as many calls of sample, also in the last round: where parameters are split over
-        # processes, they are collected in each.
-        for place in range(start, start + distributed.get_world_size()):
-            mine = place % distributed.get_world_size() == distributed.get_rank()
-            if mine or draws is None:
-                images = sample(sizes[min(place, len(sizes) - 1)], rng=rng)
-                own = images if mine and place < len(sizes) else own
-            else:
-                draws.repeat(rng)
-        if own is not None:
-            yield own
-
-
-def _recorded(sample: Callable[..., Tensor], n: int, seed: int) -> "_Draws | None":
-    """What a call of sample draws; None where repeating it does not move a generator as the call did."""
-    rng = torch.Generator().manual_seed(seed)
-    with _Draws(rng) as draws:
-        sample(n, rng=rng)
-    again = torch.Generator().manual_seed(seed)
-    draws.repeat(again)
-    return draws if torch.equal(again.get_state(), rng.get_state()) else None
-
-
-class _Draws(TorchFunctionMode):
-    """Remembers the calls of torch's functions that draw from a generator."""
-
-    def __init__(self, rng: torch.Generator) -> None:
-        super().__init__()
-        self._rng = rng
-        self._calls: list[tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]] = []
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if kwargs.get("generator") is self._rng:
-            self._calls.append((func, args, kwargs))
-        return func(*args, **kwargs)
-
-    def repeat(self, rng: torch.Generator) -> None:
-        """Draws as much from another generator."""
-        for func, args, kwargs in self._calls:
-            func(*args, **{**kwargs, "generator": rng})
+    batches = [min(batch_size, total - start) for start in range(0, total, batch_size)]
+    # Drawn, not counted up from `seed`: runs with the seeds 0 and 1 must not share noise.
+    seeds = torch.randint(2**32, (len(batches),), generator=torch.Generator().manual_seed(seed)).tolist()
+    for start in range(0, len(batches), distributed.get_world_size()):
+        number = start + distributed.get_rank()
+        # Every process calls `sample` equally often, also without a batch of its own in the last round: FSDP
+        # gathers parameters in all processes at once.
+        place = min(number, len(batches) - 1)
+        images = sample(batches[place], rng=torch.Generator().manual_seed(seeds[place]))
+        if number < len(batches):
+            yield images

@@ -1,4 +1,4 @@
-"""Statistics of features that compare two sets of images, in an amount of memory that does not grow with them."""
+"""Statistics that compare the features of two sets of images, in constant memory."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
@@ -12,13 +12,13 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 MetricName = Literal["frechet_distance", "kernel_distance", "inception_score", "precision", "recall"]
 
 LEAST: Mapping[str, int] = {
-    "frechet_distance": 4,  # two in each half
+    "frechet_distance": 4,  # two in each half of the real images
     "kernel_distance": 2,
-    "inception_score": 10,  # one a split
-    "precision": 4,  # an image and its neighbours
+    "inception_score": 10,  # one per split
+    "precision": 4,  # an image and its three neighbors
     "recall": 4,
 }
-"""The metrics, and how many images each needs at least."""
+"""Metrics, and the number of images that each needs at least."""
 
 _ON_KEPT = ("kernel_distance", "precision", "recall")
 _KID_SUBSET = 1000
@@ -28,18 +28,20 @@ _SPLITS = 10
 
 
 def keeps(metrics: Collection[str]) -> bool:
-    """Whether metrics need features one by one."""
+    """Tells whether metrics need single images' features, not only their sums."""
     return any(metric in metrics for metric in _ON_KEPT)
 
 
+# torchmetrics' KernelInceptionDistance holds all features (400 MB for 50,000 of Inception's), and draws its subsets
+# from the global random state.
 class KeptFeatures:
-    """A uniformly random subset of features that come batch by batch, in their order; all, where they are few.
+    """A uniformly random subset of a stream of features, in the order of the stream (reservoir sampling).
 
-    Each feature gets a random number when it comes, and those of the largest stay.
+    Each feature draws a random number; those with the largest numbers are kept.
 
     Args:
-        limit: Of the subset; up to about twice as many are held meanwhile.
-        seed: Of the random numbers.
+        limit: Size of the subset; up to about twice as many features are held in between.
+        seed: Seed of the random numbers.
     """
 
     def __init__(self, limit: int, seed: int) -> None:
@@ -49,14 +51,14 @@ class KeptFeatures:
         self._features: list[Tensor] = []
 
     def add(self, features: Tensor) -> None:
-        """Takes in ``(n, num_features)``, on any device."""
+        """Adds features ``(n, num_features)``, on any device."""
         self._numbers.append(torch.rand(len(features), generator=self._rng, dtype=torch.float64))
         self._features.append(features.cpu())
         if sum(map(len, self._features)) >= 2 * self._limit:
             self._reduce()
 
     def features(self) -> Tensor:
-        """The subset, on the CPU."""
+        """Returns the subset, on the CPU; all features if they were fewer."""
         self._reduce()
         return self._features[0]
 
@@ -68,13 +70,15 @@ class KeptFeatures:
         self._numbers, self._features = [numbers], [features]
 
 
+# torchmetrics and torch-fidelity hold all logits: 200 MB for 50,000 of Inception's, and copies in double precision in
+# torch-fidelity. torchmetrics also shuffles them by the global random state.
 class InceptionScore:
-    """``exp`` of the mean divergence of classes given an image from classes, averaged over 10 parts of the images.
+    """The Inception Score (Salimans et al. 2016), averaged over 10 consecutive parts of the images.
 
-    Salimans et al. 2016. Parts follow each other, as in torch-fidelity without shuffling.
+    Equals torch-fidelity's without shuffling: ``exp`` of the mean KL divergence between an image's classes and all.
 
     Args:
-        total: Number of images that will come, at least 10.
+        total: Number of images that will be added, at least 10.
     """
 
     def __init__(self, total: int) -> None:
@@ -84,7 +88,7 @@ class InceptionScore:
         self._negative_entropies = torch.zeros(_SPLITS, dtype=torch.float64)
 
     def add(self, logits: Tensor) -> None:
-        """Takes in the next images' logits ``(n, classes)``."""
+        """Adds the next images' logits ``(n, classes)``."""
         logits = logits.double()
         parts = torch.searchsorted(self._ends, torch.arange(self._seen, self._seen + len(logits)), right=True)
         self._seen += len(logits)
@@ -96,7 +100,7 @@ class InceptionScore:
         self._negative_entropies.index_add_(0, parts, torch.xlogy(probabilities, probabilities).sum(1).cpu())
 
     def compute(self) -> float:
-        """The score, from 1 to the number of classes."""
+        """Returns the score, from 1 to the number of classes."""
         assert self._probabilities is not None
         counts = self._ends.diff(prepend=self._ends.new_zeros(1))
         means = self._probabilities / counts[:, None]
@@ -105,20 +109,20 @@ class InceptionScore:
 
 
 class RealStatistics:
-    """What metrics need to know of real images.
+    """Statistics of the real images that metrics need.
 
     Args:
-        metrics: Which.
+        metrics: Names of the metrics.
         num_features: Number of features.
-        kept_features: How many images' features are kept at most, where a metric needs them.
-        seed: Of the choice of those.
-        device: Where sums are made.
+        kept_features: Largest number of images whose features are kept, if a metric needs them.
+        seed: Seed of the choice of these images.
+        device: Device of the sums.
 
     Attributes:
         count: Number of images.
-        halves: The Frechet distance between two halves of them, every other one; None without that metric.
-        frechet: Their sums, beside which samples' are put; None without that metric.
-        kept: Features of some; None where no metric needs them.
+        halves: Frechet distance between the even and the odd images; None without this metric.
+        frechet: torchmetrics' metric with the real images' sums; None without this metric.
+        kept: The kept features; None if no metric needs them.
     """
 
     def __init__(
@@ -129,19 +133,20 @@ class RealStatistics:
         self.kept: Tensor | None = None
         self.frechet: FrechetInceptionDistance | None = None
         if "frechet_distance" in metrics:
-            as_they_are = _AsTheyAre(num_features)
-            # Every process has all features.
-            self.frechet = FrechetInceptionDistance(as_they_are, reset_real_features=False, sync_on_compute=False)
-            # Twice num_features squared double-precision numbers; some devices have none.
+            identity = nn.Identity()  # as torchmetrics' feature extractor: it gets features
+            identity.num_features = num_features  # type: ignore[assignment]
+            # Every process gets all features.
+            self.frechet = FrechetInceptionDistance(identity, reset_real_features=False, sync_on_compute=False)
+            # Its sums are in double precision, which Apple's GPUs lack.
             self.frechet.to("cpu" if device.type == "mps" else device)
         self._least = max(LEAST[metric] for metric in metrics)
         self._keeping = KeptFeatures(kept_features, seed) if keeps(metrics) else None
 
     def add(self, features: Tensor) -> None:
-        """Takes in ``(n, num_features)``.
+        """Adds features ``(n, num_features)``.
 
         Raises:
-            ValueError: If one is not finite.
+            ValueError: If a feature is not finite.
         """
         if not features.isfinite().all():
             raise ValueError("features of real images are not finite.")
@@ -156,10 +161,10 @@ class RealStatistics:
         self.count += len(features)
 
     def finish(self) -> None:
-        """Makes the attributes, after the last image.
+        """Computes the attributes, after the last image.
 
         Raises:
-            ValueError: If there were too few.
+            ValueError: If there were too few images.
         """
         if self.count < self._least:
             raise ValueError(f"{self.count} real images are too few; the metrics need at least {self._least}.")
@@ -174,7 +179,7 @@ class RealStatistics:
             self._keeping = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All of it, to be saved."""
+        """Returns everything, to be saved."""
         state = {"count": torch.tensor(self.count)}
         if self.frechet is not None:
             state["sum"] = self.frechet.real_features_sum
@@ -185,7 +190,7 @@ class RealStatistics:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over what `state_dict` gave for the same arguments."""
+        """Restores the state returned by `state_dict` for the same arguments."""
         self.count = int(state["count"])
         if self.frechet is not None:
             device = self.frechet.device
@@ -201,11 +206,11 @@ class Comparison:
     """Compares samples with real images.
 
     Args:
-        metrics: Which.
-        reals: Of the real images.
-        total: Number of samples that will come.
-        kept_features: How many samples' features are kept at most, where a metric needs them.
-        seed: Of the choice of those.
+        metrics: Names of the metrics.
+        reals: Statistics of the real images.
+        total: Number of samples that will be added.
+        kept_features: Largest number of samples whose features are kept, if a metric needs them.
+        seed: Seed of the choice of these samples.
         logits: From features to logits; needed by the Inception Score.
     """
 
@@ -225,11 +230,11 @@ class Comparison:
         self._score = InceptionScore(total) if "inception_score" in metrics else None
         self._logits = logits
         if reals.frechet is not None:
-            reals.frechet.reset()  # earlier samples' sums
+            reals.frechet.reset()  # removes the sums of earlier samples
 
     def add(self, features: Tensor) -> None:
-        """Takes in samples' features ``(n, num_features)``."""
-        # Eigenvalues of what is not finite are an error, and on some machines the process's end.
+        """Adds samples' features ``(n, num_features)``."""
+        # Eigenvalues of matrices that are not finite raise an error, and on some machines crash the process.
         self._finite &= bool(features.isfinite().all())
         if self._reals.frechet is not None:
             self._reals.frechet.update(features.to(self._reals.frechet.device), real=False)
@@ -240,14 +245,14 @@ class Comparison:
             self._score.add(self._logits(features))
 
     def compute(self, done: Callable[[], object] = lambda: None) -> dict[str, float]:
-        """The metrics by name; all NaN if a sample's features were not finite.
+        """Computes the metrics by name; all are NaN if a feature was not finite.
 
         Args:
-            done: Called after every metric.
+            done: Called after each metric.
         """
         values: dict[str, float] = {}
         for metric in self._metrics:
-            if metric not in values:  # precision and recall come together
+            if metric not in values:  # precision and recall are computed together
                 values |= self._compute(metric) if self._finite else {metric: float("nan")}
             done()
         return {metric: values[metric] for metric in self._metrics}
@@ -270,14 +275,3 @@ class Comparison:
             samples, reals, prc_neighborhood=_NEIGHBORS, prc_batch_size=_BLOCK, save_cpu_ram=True, verbose=False
         )
         return {"precision": computed[KEY_METRIC_PRECISION], "recall": computed[KEY_METRIC_RECALL]}
-
-
-class _AsTheyAre(nn.Module):
-    """Features of features, for torchmetrics."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features

@@ -1,32 +1,34 @@
-"""How many weights each layer gets: uniform, ER and ERK allocation in exact integer counts."""
+"""Distributes active weights over layers in exact integer counts: uniform, ER and ERK."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from lightning_ddst.utils.validation import check_choice, check_density
+from lightning_ddst.utils.registry import Registry
+from lightning_ddst.utils.validation import check_density
 
 Shape = Sequence[int]
 
 
-def _uniform(shape: Shape) -> float:
+DISTRIBUTIONS: Registry[Callable[[Shape], float]] = Registry("distribution")
+"""A layer's density up to a common factor, by the shape of its weight. Register another one to use it by its name."""
+
+
+@DISTRIBUTIONS.register("uniform")
+def uniform(shape: Shape) -> float:
+    """Gives every layer the same density."""
     return 1.0
 
 
-def _er(shape: Shape) -> float:
+@DISTRIBUTIONS.register("er")
+def er(shape: Shape) -> float:
+    """Erdos-Renyi (Mocanu et al. 2018): ``(n_out + n_in) / (n_out * n_in)``."""
     return (shape[0] + shape[1]) / (shape[0] * shape[1])
 
 
-def _erk(shape: Shape) -> float:
+@DISTRIBUTIONS.register("erk")
+def erk(shape: Shape) -> float:
+    """Erdos-Renyi-Kernel (RigL, Evci et al. 2020): ``(n_out + n_in + k_1 + ...) / (n_out * n_in * k_1 * ...)``."""
     return sum(shape) / math.prod(shape)
-
-
-DISTRIBUTIONS: dict[str, Callable[[Shape], float]] = {"uniform": _uniform, "er": _er, "erk": _erk}
-"""A layer's density up to a common factor, by its weight's shape.
-
-"uniform" gives every layer the same density; "er" (Erdos-Renyi; Mocanu et al. 2018) scales it with
-``(n_out + n_in) / (n_out * n_in)``; "erk" (Evci et al. 2020, RigL) with
-``(n_out + n_in + k_1 + ...) / (n_out * n_in * k_1 * ...)``.
-"""
 
 
 def allocate(
@@ -54,7 +56,7 @@ def allocate(
         ValueError: If the density is outside (0, 1] or too low for the floor, or the distribution unknown.
     """
     check_density("density", density)
-    check_choice("distribution", distribution, DISTRIBUTIONS)
+    relative_density = DISTRIBUTIONS.find("distribution", distribution)
     sizes = [math.prod(shape) for shape in shapes]
     given = given or {}
     lower = [given.get(i, min(floor, size)) for i, size in enumerate(sizes)]
@@ -71,7 +73,7 @@ def allocate(
             f"density={density} needs {total} active weights, more than layers of given densities allow; "
             f"it must be at most {_rounded_down(sum(upper) / sum(sizes)):.3g} here."
         )
-    shares = [DISTRIBUTIONS[distribution](shape) * size for shape, size in zip(shapes, sizes, strict=True)]
+    shares = [relative_density(shape) * size for shape, size in zip(shapes, sizes, strict=True)]
     return apportion(shares, total, lower, upper)
 
 

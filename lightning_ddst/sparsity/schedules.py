@@ -1,23 +1,37 @@
-"""How the exploration rate falls over a run."""
+"""Schedules of the exploration rate (drop fraction) over a run."""
 
 import math
 from collections.abc import Callable
 
-from lightning_ddst.utils.validation import check_choice
+from lightning_ddst.utils.registry import Registry
 
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
-    "linear": lambda progress: 1 - progress,
-    "constant": lambda progress: 1.0,
-}
+SCHEDULES: Registry[Callable[[float], float]] = Registry("schedule")
 """Factor on the exploration rate by progress through the run, 0 at its start and 1 at its end.
 
-"cosine" is that of Dettmers and Zettlemoyer (2019) and RigL (Evci et al. 2020), annealed to zero at the end.
+Register another one to use it by its name.
 """
 
 
+@SCHEDULES.register("cosine")
+def cosine(progress: float) -> float:
+    """Anneals to zero at the end (Dettmers and Zettlemoyer 2019; RigL, Evci et al. 2020)."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@SCHEDULES.register("linear")
+def linear(progress: float) -> float:
+    """Falls linearly to zero at the end."""
+    return 1 - progress
+
+
+@SCHEDULES.register("constant")
+def constant(progress: float) -> float:
+    """Stays at the initial rate."""
+    return 1.0
+
+
 def exploration_rate(initial: float, schedule: str, progress: float) -> float:
-    """The share of active weights to explore now.
+    """Returns the share of active weights to prune and regrow now.
 
     Args:
         initial: The rate at the start, in [0, 1].
@@ -30,5 +44,4 @@ def exploration_rate(initial: float, schedule: str, progress: float) -> float:
     Raises:
         ValueError: If the schedule is unknown.
     """
-    check_choice("schedule", schedule, SCHEDULES)
-    return initial * SCHEDULES[schedule](min(max(progress, 0.0), 1.0))
+    return initial * SCHEDULES.find("schedule", schedule)(min(max(progress, 0.0), 1.0))

@@ -113,7 +113,7 @@ def runs(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
 @pytest.mark.parametrize("page", [name for name in NAMES if on(name, "bash")])
 def test_commands(page: str, beside_a_run: Path, monkeypatch, capsys) -> None:
     if page == "docs/extending.md":
-        rule, _, script = on(page, "python")
+        rule, *_, script = on(page, "python")
         Path("my_rules.py").write_text(rule.text)
         Path("my_ddst.py").write_text(script.text)
     for block in on(page, "bash"):

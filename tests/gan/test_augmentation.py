@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_ddst.cli import make_cli
 from lightning_ddst.gan.augmentation import DIFF_AUGMENTS, diff_augment
 
 ALL = ["color", "translation", "cutout"]
@@ -58,6 +59,19 @@ def test_names_are_done_in_their_order():
     changed = diff_augment(images, ["cutout", "color"])
     torch.manual_seed(0)
     assert torch.equal(changed, DIFF_AUGMENTS["color"](DIFF_AUGMENTS["cutout"](images)))
+
+
+def test_an_augmentation_of_the_users_own_is_known_by_its_name(request):
+    request.addfinalizer(lambda: DIFF_AUGMENTS.pop("mirror", None))
+
+    @DIFF_AUGMENTS.register("mirror")
+    def mirror(images):
+        return images.flip(3)
+
+    images = random_images(2, 1, 4, 4)
+    assert torch.equal(diff_augment(images, ["mirror"]), images.flip(3))
+    cli = make_cli(["--model.augment", "[mirror, cutout]"], run=False)
+    assert float(cli.model.discriminator_loss(images.repeat(1, 1, 2, 2), None)) > 0
 
 
 def test_the_random_state_goes_on():

@@ -4,13 +4,36 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_ddst.gan.losses import LOSSES, gradient_penalty, r1_penalty
+from lightning_ddst import GANModule
+from lightning_ddst.cli import make_cli
+from lightning_ddst.gan.losses import LOSSES, Loss, gradient_penalty, r1_penalty
 
 SHAPES = [(3,), (3, 1), (3, 1, 1, 1), (1, 3)]
 
 
 def test_the_losses_are_these_four() -> None:
-    assert LOSSES.keys() == {"hinge", "non-saturating", "wasserstein", "least-squares"}
+    assert list(LOSSES)[:4] == ["hinge", "non-saturating", "wasserstein", "least-squares"]
+
+
+def test_a_loss_of_the_users_own_is_known_by_its_name(request) -> None:
+    @LOSSES.register("mine")
+    class Mine(Loss):
+        @staticmethod
+        def discriminator(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+            return 2 * fake.mean() - real.mean()
+
+        @staticmethod
+        def generator(fake: torch.Tensor) -> torch.Tensor:
+            return -3 * fake.mean()
+
+    request.addfinalizer(lambda: LOSSES.pop("mine"))
+    cli = make_cli(["--model.loss", "mine"], run=False)
+    assert float(cli.model.discriminator_loss(torch.zeros(4, 1, 8, 8), None)) != 0
+    gan = GANModule(nn.Identity(), nn.Flatten(), loss="mine", latent_dim=1)
+    torch.manual_seed(0)
+    loss = gan.generator_loss(torch.zeros(5, 1))
+    torch.manual_seed(0)
+    assert float(loss) == pytest.approx(-3 * float(torch.randn(5, 1).mean()))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

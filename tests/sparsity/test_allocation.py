@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_ddst import DynamicSparsityCallback
 from lightning_ddst.sparsity import DISTRIBUTIONS, allocate
 from lightning_ddst.sparsity.allocation import apportion
 
@@ -22,6 +23,13 @@ LINEAR = (10, 32)  # 320 weights
 )
 def test_counts_by_hand(distribution, counts):
     assert allocate([CONV, LINEAR], 0.1, distribution) == counts
+
+
+def test_a_distribution_of_the_users_own_is_known_by_its_name(request):
+    request.addfinalizer(lambda: DISTRIBUTIONS.pop("mine", None))
+    DISTRIBUTIONS.register("mine")(lambda shape: 1.0 if len(shape) == 4 else 2.0)
+    assert allocate([CONV, LINEAR], 0.1, "mine") == [19, 42]  # 288 to 640: 18.9 and 42.1
+    DynamicSparsityCallback(0.1, distribution="mine")
 
 
 def test_erk_is_the_default():

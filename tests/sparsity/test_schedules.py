@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_ddst import DynamicSparsityCallback
 from lightning_ddst.sparsity import SCHEDULES, exploration_rate
 
 
@@ -21,6 +22,18 @@ from lightning_ddst.sparsity import SCHEDULES, exploration_rate
 )
 def test_rates_by_hand(schedule, progress, rate):
     assert exploration_rate(0.8, schedule, progress) == pytest.approx(rate, abs=1e-12)
+
+
+def test_a_schedule_of_the_users_own_is_known_by_its_name(request):
+    request.addfinalizer(lambda: SCHEDULES.pop("mine", None))
+    SCHEDULES.register("mine")(lambda progress: (1 - progress) ** 2)
+    assert exploration_rate(0.8, "mine", 0.5) == pytest.approx(0.2)
+    DynamicSparsityCallback(0.1, schedule="mine")
+
+
+def test_an_unknown_schedule_is_rejected():
+    with pytest.raises(ValueError, match=r"schedule='cosin' is unknown; .* Did you mean 'cosine'\?"):
+        exploration_rate(0.8, "cosin", 0.5)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])

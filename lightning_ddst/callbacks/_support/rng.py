@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_ddst.utils import distributed
+from lightning_ddst.utils.lightning_private import renew_train_iterator, resumes_mid_epoch, train_loaders
 
 
 def random_states() -> dict[str, Any]:
@@ -41,12 +42,11 @@ def resume_randomness(trainer: Trainer, states: Sequence[Mapping[str, Any]]) -> 
         trainer: Has restored its loops, and has asked the loaders for iterators.
         states: What `random_states` gave, a process.
     """
-    loop = trainer.fit_loop
-    progress = loop.epoch_loop.batch_progress
-    mid_epoch = loop.restarted_mid_epoch and not progress.is_last_batch
-    if mid_epoch and not all(hasattr(loader, "load_state_dict") for loader in _loaders(trainer)):
+    stateful = all(hasattr(loader, "load_state_dict") for loader in train_loaders(trainer))
+    if resumes_mid_epoch(trainer) and not stateful:
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         rank_zero_warn(
-            f"the checkpoint was made after batch {progress.current.ready} of an epoch, and the train loader cannot "
+            f"the checkpoint was made after batch {batches} of an epoch, and the train loader cannot "
             "go on from there: the rest of the epoch has other batches than the interrupted run would have had. Resume "
             "from the end of an epoch, or use a loader with state_dict and load_state_dict "
             "(lightning_ddst.data.ResumableLoader)."
@@ -59,11 +59,4 @@ def resume_randomness(trainer: Trainer, states: Sequence[Mapping[str, Any]]) -> 
         )
         return
     set_random_states(states[distributed.get_rank()])
-    if not mid_epoch and not (loop.restarted_mid_epoch and loop.epoch_loop.restarted_on_last):
-        # The epoch's iterator was made before this, and drew from other random states; elsewhere it is made later.
-        iter(loop._data_fetcher)  # type: ignore[arg-type]
-
-
-def _loaders(trainer: Trainer) -> list[Any]:
-    combined = trainer.fit_loop._combined_loader
-    return [] if combined is None else combined.flattened
+    renew_train_iterator(trainer)  # the first one drew from other random states

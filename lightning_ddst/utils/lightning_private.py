@@ -1,0 +1,90 @@
+"""Every use of a private attribute of Lightning.
+
+Lightning may change these without notice. This module is the only one that touches them, so that a new release of
+Lightning breaks one file. `tests/utils/test_lightning_private.py` checks both.
+"""
+
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+
+
+def state_key(callback: Callback, **facts: Any) -> str:
+    """Builds the key of a callback's state in checkpoints, for several callbacks of one class in one Trainer.
+
+    Uses ``Callback._generate_state_key`` (Lightning 1.5): its documentation recommends it, but it has no public name.
+
+    Args:
+        callback: The callback whose `state_key` this is.
+        **facts: The arguments that tell it apart from others of its class.
+    """
+    return callback._generate_state_key(**facts)
+
+
+def set_ddp_default(trainer: Trainer, name: str, value: Any) -> None:
+    """Sets an argument of DistributedDataParallel unless the user did; other strategies are left alone.
+
+    Uses ``DDPStrategy._ddp_kwargs`` (Lightning 1.5): the strategy exists before the module that knows what it needs.
+
+    Args:
+        trainer: The Trainer; its strategy has not wrapped the module yet, as in `LightningModule.setup`.
+        name: The argument.
+        value: Its value.
+    """
+    if isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy._ddp_kwargs.setdefault(name, value)
+
+
+def evaluation_loaders(trainer: Trainer) -> list[Any]:
+    """Returns the loaders of the running validation or test.
+
+    Uses ``Trainer._evaluation_loop`` (Lightning 1.5) and ``_EvaluationLoop._combined_loader`` (2.0): after a fit, the
+    public ``Trainer.val_dataloaders`` returns the fit's loaders even in `Trainer.validate` with others.
+    """
+    return _flattened(trainer._evaluation_loop._combined_loader)
+
+
+def train_loaders(trainer: Trainer) -> list[Any]:
+    """Returns the loaders of the running fit; an empty list before it made them.
+
+    Uses ``_FitLoop._combined_loader`` (Lightning 2.0): the public ``Trainer.train_dataloader`` keeps the nesting that
+    the user gave.
+    """
+    return _flattened(trainer.fit_loop._combined_loader)
+
+
+def _flattened(combined_loader: Any) -> list[Any]:
+    return [] if combined_loader is None else list(combined_loader.flattened)
+
+
+def transfer_batch(trainer: Trainer, batch: Any, dataloader_idx: int) -> Any:
+    """Moves a batch to the device with all of the user's hooks around the transfer.
+
+    Uses ``LightningModule._on_before_batch_transfer`` (Lightning 2.0): `Strategy.batch_to_device` leaves out that hook.
+    """
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
+
+
+def resumes_mid_epoch(trainer: Trainer) -> bool:
+    """Tells whether a fit resumes before the last batch of an epoch.
+
+    Uses ``_FitLoop.restarted_mid_epoch`` (Lightning 2.5): public by name, but of an internal class.
+    """
+    loop = trainer.fit_loop
+    return loop.restarted_mid_epoch and not loop.epoch_loop.batch_progress.is_last_batch
+
+
+def renew_train_iterator(trainer: Trainer) -> None:
+    """Makes the train loaders' iterator anew, if Lightning made the one of the next epoch already.
+
+    A loader draws its order and its workers' seeds when its iterator is made; Lightning makes the first one before
+    callbacks can restore random states. A fit that resumes in the middle of an epoch, or after its last batch, makes
+    another one later. Uses ``_FitLoop._data_fetcher`` (Lightning 1.5) and ``_TrainingEpochLoop.restarted_on_last``
+    (2.5).
+    """
+    loop = trainer.fit_loop
+    made_later = resumes_mid_epoch(trainer) or (loop.restarted_mid_epoch and loop.epoch_loop.restarted_on_last)
+    if not made_later and loop._data_fetcher is not None:
+        iter(loop._data_fetcher)
