@@ -220,6 +220,8 @@ class DynamicSparsityCallback(Callback):
         fixed = cast(tuple[float, float], tuple(fixed))  # YAML gives a list
         step = DensityController.delta if delta is None else delta
         controller = DensityController(fixed, step, min_discriminator_density, max_discriminator_density, signal)
+        if method in _RESIZING:
+            units.check_density("max_discriminator_density", max_discriminator_density)
         if discriminator_density > max_discriminator_density and method in _RESIZING:
             raise ValueError(
                 f"discriminator_density={discriminator_density} must not be above "

@@ -36,7 +36,7 @@ def texts(events: EventAccumulator, tag: str) -> list[tuple[int, str]]:
 
 
 def network(density: float, coverage: float) -> SimpleNamespace:
-    return SimpleNamespace(density=density, coverage=coverage)
+    return SimpleNamespace(density=density, coverage=coverage, units=SimpleNamespace(dense_kernels=True))
 
 
 def training(*decisions: tuple[int, str, float, str]) -> SimpleNamespace:
