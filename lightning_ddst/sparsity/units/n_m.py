@@ -105,7 +105,9 @@ class NMUnits(Units):
 
     def _mark(self, name: str, scores: Tensor, numbers: Tensor | int) -> Tensor:
         """Marks so many of each group's largest scores, ties by position; has the shape of the weight."""
-        marks = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) < numbers
+        order = scores.argsort(dim=-1, descending=True, stable=True)
+        best = (torch.arange(self.m, device=scores.device) < numbers).expand_as(order)
+        marks = torch.zeros_like(best).scatter(-1, order, best)
         return marks.flatten(-2).movedim(-1, _in_dim(self.weights[name])).contiguous()
 
 
