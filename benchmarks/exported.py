@@ -25,11 +25,7 @@ def measure(granularity: str, density: float, folder: Path) -> None:
     torch.manual_seed(0)
     generator = SNGANGenerator(32).eval()
     noise = torch.randn(BATCH, generator.latent_dim)
-    sparse = (
-        MaskedNetwork(generator, density, granularity="channel", inputs=(noise,))
-        if granularity == "channel"
-        else MaskedNetwork(generator, density)
-    )
+    sparse = MaskedNetwork(generator, density, granularity=granularity, inputs=(noise,))
     small, left, channels = compact(generator, noise)
     files = {name: folder / name for name in ("dense", "compressed", "onnx", "program")}
     export.save_dense(generator, files["dense"])

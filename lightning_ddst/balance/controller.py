@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from lightning_ddst.balance.ratio import Balance
 from lightning_ddst.balance.signals import SIGNALS
-from lightning_ddst.utils.validation import check_choice, check_density
+from lightning_ddst.utils.validation import check_density
 
 Action = Literal["grow", "prune", "explore", "hold", "undecided"]
 ACTIONS: tuple[Action, ...] = ("grow", "prune", "explore", "hold", "undecided")
@@ -112,7 +112,7 @@ class DensityController(Controller):
     signal: str = "balance_ratio"
 
     def __post_init__(self) -> None:
-        check_choice("signal", self.signal, SIGNALS)
+        SIGNALS.find("signal", self.signal)
         least, never = (0.0, ", neither negative") if self.signal == "balance_ratio" else (-math.inf, "")
         if len(self.bounds) != 2 or not least <= self.bounds[0] < self.bounds[1]:
             raise ValueError(f"bounds={tuple(self.bounds)} must be two numbers, lower < upper{never}.")

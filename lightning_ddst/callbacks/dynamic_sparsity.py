@@ -40,6 +40,7 @@ from lightning_ddst.sparsity.masked import Regrown
 from lightning_ddst.sparsity.units import Initial
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.compilation import uncompiled
+from lightning_ddst.utils.lightning_private import state_key
 from lightning_ddst.utils.nested import Place
 from lightning_ddst.utils.networks import name_in, refuse_other_averages
 from lightning_ddst.utils.validation import check_choice
@@ -501,7 +502,7 @@ class DynamicSparsityCallback(Callback):
     def state_key(self) -> str:
         """A key of its own for every pair of networks that is named."""
         named = {role: name for role, name in self._masking.names.items() if name is not None}
-        return self._generate_state_key(**named) if named else super().state_key
+        return state_key(self, **named) if named else super().state_key
 
     def state_dict(self) -> dict[str, Any]:
         """Returns masks, counters, the balance window and every random state; loads with ``weights_only=True``."""

@@ -10,6 +10,7 @@ from lightning_ddst.export.formats import (
     save_onnx,
     save_program,
 )
+from lightning_ddst.export.semi_structured import to_semi_structured
 
 __all__ = [
     "FORMAT",
@@ -20,4 +21,5 @@ __all__ = [
     "save_dense",
     "save_onnx",
     "save_program",
+    "to_semi_structured",
 ]

@@ -8,7 +8,7 @@ from lightning_ddst.methods.base import MaskUpdate, Method, Role, training_metho
 from lightning_ddst.methods.plan import Plan, is_due
 from lightning_ddst.methods.training import SparseTraining
 from lightning_ddst.sparsity import SCHEDULES, MaskedNetwork, exploration_rate
-from lightning_ddst.utils.validation import check_choice, check_rate
+from lightning_ddst.utils.validation import check_rate
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class DropFractionSchedule:
         """Checks the arguments."""
         if self.rate is not None:
             check_rate("exploration_rate", self.rate)
-        check_choice("schedule", self.schedule, SCHEDULES)
+        SCHEDULES.find("schedule", self.schedule)
 
     def for_network(self, network: MaskedNetwork) -> "DropFractionSchedule":
         """Returns the schedule with the rate that suits what the network's masks consist of."""

@@ -19,7 +19,7 @@ INITIAL = get_args(Initial)
 Gradients = Mapping[str, Tensor]
 ByTensor = dict[str, Tensor]
 """One value, score or mark for every unit, under the keys of `Units.active`."""
-Options = Mapping[str, Callable[[str, Any], None]]
+Options = Mapping[str, Callable[[str, Any], object]]
 
 UNITS: Registry[type["Units"]] = Registry("granularity")
 """Every registered granularity by name; the patterns N:M are made by `find_units`."""
@@ -32,9 +32,10 @@ class Units(ABC):
     which units compete, which of them is pruned first and which grows first, how active units become masks, and which
     values new ones start from. The methods that are not abstract are those of units that are single weights.
 
-    There `active` is `masks`, the same dict: the only copy, of one byte a weight, changed in place. That is why units
-    hold what is active, and `prune` and `grow` change it and return marks of what changed, rather than take and return
-    masks.
+    For these `active` is `masks`, the same dict: the only copy, of one byte a weight, changed in place. That is why
+    units hold what is active, and `prune` and `grow` change it and return marks of what changed, rather than take and
+    return masks. Other units set `active`, `pools` and `masks` in `__init__`, and keep `counts`, `layer_counts` and
+    `masks` up to date in `update_masks`.
 
     Args:
         network: The network.

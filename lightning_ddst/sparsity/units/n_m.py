@@ -1,7 +1,7 @@
 """Masks with N active weights in every M consecutive ones, such as 2:4."""
 
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 from lightning_ddst.sparsity.growth import GROWTH_RULES
 from lightning_ddst.sparsity.maskable import TRANSPOSED_LAYERS, MaskableWeight
 from lightning_ddst.sparsity.units.base import ByTensor, Initial, Options, Units
-from lightning_ddst.utils.validation import check_choice
 
 _TOLERANCE = 1e-3
 """Of a density: 0.333 is 1:3."""
@@ -33,7 +32,7 @@ class NMUnits(Units):
 
     n: ClassVar[int]
     m: ClassVar[int]
-    options: ClassVar[Options] = {"growth": partial(check_choice, allowed=GROWTH_RULES)}
+    options: ClassVar[Options] = {"growth": GROWTH_RULES.find}
 
     @classmethod
     def check_density(cls, argument: str, value: float) -> None:
@@ -105,7 +104,9 @@ class NMUnits(Units):
 
     def _mark(self, name: str, scores: Tensor, numbers: Tensor | int) -> Tensor:
         """Marks so many of each group's largest scores, ties by position; has the shape of the weight."""
-        marks = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) < numbers
+        order = scores.argsort(dim=-1, descending=True, stable=True)
+        best = (torch.arange(self.m, device=scores.device) < numbers).expand_as(order)
+        marks = torch.zeros_like(best).scatter(-1, order, best)
         return marks.flatten(-2).movedim(-1, _in_dim(self.weights[name])).contiguous()
 
 

@@ -46,8 +46,8 @@ class WeightUnits(Units):
     """
 
     options: ClassVar[Options] = {
-        "growth": partial(check_choice, allowed=GROWTH_RULES),
-        "distribution": partial(check_choice, allowed=DISTRIBUTIONS),
+        "growth": GROWTH_RULES.find,
+        "distribution": DISTRIBUTIONS.find,
         "scope": partial(check_choice, allowed=SCOPES),
         "layer_floor": check_density,
         "layer_densities": check_densities,
