@@ -1,6 +1,6 @@
 """The runs of each study: what `lightning-ddst fit` is asked for, those that matter most first."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
 
@@ -97,9 +97,11 @@ CLAIMS = tuple(METHODS)[:6]
 """All but the last: other learning rates are no better (the study "rates")."""
 
 
-def _options(base: str, setting: str, run: str, density: float) -> str:
+def _options(
+    base: str, setting: str, run: str, density: float, matched: Mapping[tuple[str, float], float] = MATCHED
+) -> str:
     """Of a method in a setting."""
-    method = METHODS[run].format(matched=MATCHED.get((setting, density), ""))
+    method = METHODS[run].format(matched=matched.get((setting, density), ""))
     return f"{base} {method} --sparsity.generator_density {density}"
 
 
@@ -294,6 +296,39 @@ def wide_trials() -> list[Cell]:
     ]
 
 
+WIDE_MATCHED = {("60,000 images", 0.05): 0.5, ("60,000 images", 0.1): 0.7}
+"""About the discriminator's mean density in the trials of DDST relaxed (results/wide_trials.jsonl)."""
+WIDE_RUNS = (
+    *("DDST relaxed", "ramp", "ramp to 0.5", "RigL, strong D", "RigL, D explores at a fixed density"),
+    *("DDST auto", "RigL, balanced D", "DDST strict"),
+)
+
+
+def wide() -> list[Cell]:
+    """Wide networks, those cells first in which the discriminator's density matters most."""
+    large, few, *_ = WIDE
+
+    def cells(setting: str, density: float, runs: Iterable[str], seed: int) -> list[Cell]:
+        return [
+            Cell(setting, run, density, seed, _options(WIDE[setting], setting, run, density, WIDE_MATCHED))
+            for run in runs
+            if "fixed density" not in run or (setting, density) in WIDE_MATCHED
+        ]
+
+    rounds: list[Cell] = []
+    for seed in range(3):
+        for density in (0.05, 0.1):
+            rounds += cells(large, density, WIDE_RUNS, seed)
+        rounds.append(Cell(large, "dense", 1.0, seed, f"{WIDE[large]} --config dense"))
+    for seed in range(3):
+        rounds += cells(large, 0.2, WIDE_RUNS, seed) + cells(few, 0.1, WIDE_RUNS, seed)
+        rounds += cells(large, 0.02, ("DDST relaxed", "DDST auto", "ramp", "ramp to 0.5"), seed)
+        rounds.append(Cell(few, "dense", 1.0, seed, f"{WIDE[few]} --config dense"))
+    for seed, density in product((3, 4), (0.05, 0.1)):
+        rounds += cells(large, density, WIDE_RUNS[:6], seed)
+    return rounds
+
+
 # ---- whole channels ------------------------------------------------------------------------------------
 
 _WIDE = "--model.init_args.generator.init_args.width 16 --model.init_args.discriminator.init_args.width 16"
@@ -361,6 +396,7 @@ STUDIES: dict[str, Callable[[], list[Cell]]] = {
     "unbalanced": unbalanced,
     "ablations": ablations,
     "wide_trials": wide_trials,
+    "wide": wide,
     "channels": channels,
     "cifar10": cifar10,
     "digits": digits,
