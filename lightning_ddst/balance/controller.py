@@ -14,10 +14,8 @@ from lightning_ddst.utils.validation import check_density
 Action = Literal["grow", "prune", "explore", "hold", "undecided"]
 ACTIONS: tuple[Action, ...] = ("grow", "prune", "explore", "hold", "undecided")
 
-_STEADY = 0.65
-"""The share of the highest at which BR leaves the density as it is."""
 _REACH = 0.3
-"""How far above, or below, that share steps are as large as they get."""
+"""How far above, or below, the steady share steps are as large as they get."""
 _WINDOWS = 3
 """In a row, whose median counts as a level that BR has been at: it may jump while training begins."""
 _BR = (
@@ -173,7 +171,7 @@ class RelativeController(Controller):
 
     What BR is depends on networks, losses, learning rates and the generator's density; that it falls when the
     discriminator gets ahead does not (docs/bounds.md). Where BR is at its highest the density rises as in a straight
-    line from the smallest to the largest over the run; with BR lower it rises more slowly, and below `_STEADY` of the
+    line from the smallest to the largest over the run; with BR lower it rises more slowly, and below `steady` of the
     highest it falls. The highest is that of medians of `_WINDOWS` windows in a row, and never fades: BR that falls for
     another reason, as with a learning rate that goes to 0, takes density away, too. A discriminator that does not tell
     real from fake is no strong one, so it grows as in a straight line. At a largest density below 1, where it may not
@@ -183,17 +181,21 @@ class RelativeController(Controller):
         limits: Smallest and largest density, smallest <= largest, in (0, 1].
         delta: The largest step of a decision, in (0, 1]; None for what a straight line adds meanwhile, and the paper's
             0.05 where the run's length is unknown.
+        steady: The share of the highest at which BR leaves the density as it is, in (0, 1).
 
     Raises:
         ValueError: For an argument outside what is allowed.
     """
 
-    def __init__(self, limits: tuple[float, float], delta: float | None = None) -> None:
+    def __init__(self, limits: tuple[float, float], delta: float | None = None, steady: float = 0.65) -> None:
         _check_limits(*limits)
         if delta is not None:
             check_density("delta", delta)
+        if not 0 < steady < 1:
+            raise ValueError(f"steady={steady} must be in (0, 1).")
         self._limits = limits
         self._delta = delta
+        self._steady = steady
         self._last: list[float] = []
         self._highest = 0.0
 
@@ -211,7 +213,7 @@ class RelativeController(Controller):
         step, reason = 1.0, balance.reason
         if balance.ratio is not None and self._highest > 0:
             level = balance.ratio / self._highest
-            step = min(max((level - _STEADY) / _REACH, -1.0), 1.0)
+            step = min(max((level - self._steady) / _REACH, -1.0), 1.0)
             reason = f"BR {balance.ratio:.3f} is {level:.0%} of the highest, {self._highest:.3f}"
         elif balance.ratio is not None and balance.ratio > 0:
             reason = f"BR is {balance.ratio:.3f}, and its level is not known yet"
@@ -240,7 +242,7 @@ class RelativeController(Controller):
         decided = {} if balance.ratio is None else {"control/signal": balance.ratio}
         if not self._highest:
             return decided
-        lower, upper = (share * self._highest for share in (_STEADY, _STEADY + _REACH))
+        lower, upper = (share * self._highest for share in (self._steady, self._steady + _REACH))
         return decided | {"control/lower": lower, "control/upper": upper}
 
     def state_dict(self) -> dict[str, Any]:
