@@ -393,6 +393,17 @@ def test_delta_is_the_largest_step():
     ]
 
 
+def test_the_density_is_steady_at_another_share_of_the_highest():
+    steps = followed(RelativeController((0.1, 0.9), steady=0.5), 0.1, [0.4, 0.4, 0.4, 0.2, 0.14], 0.1)
+    assert steps[2:] == [("grow", 0.34), ("hold", 0.34), ("prune", 0.3)]
+
+
+@pytest.mark.parametrize("steady", [0.0, 1.0])
+def test_a_steady_share_is_between_0_and_1(steady):
+    with pytest.raises(ValueError, match=rf"steady={steady} must be in \(0, 1\)"):
+        RelativeController((0.1, 1.0), steady=steady)
+
+
 def test_without_a_length_steps_are_the_papers():
     assert followed(RelativeController((0.1, 1.0)), 0.1, [0.4] * 4, 0.0)[-1] == ("grow", 0.3)
 

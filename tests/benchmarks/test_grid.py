@@ -68,7 +68,7 @@ def test_no_run_is_begun_after_the_time_given(study, monkeypatch, tmp_path):
     assert not rows.rows("tiny")
 
 
-@pytest.mark.parametrize("name", ["fashion", "ablations", "cifar10", "digits"])
+@pytest.mark.parametrize("name", ["fashion", "ablations", "rules", "cifar10", "digits"])
 def test_every_command_of_a_study_parses(name, monkeypatch):
     monkeypatch.chdir(rows.HERE.parent)
     seen = set()
@@ -80,7 +80,9 @@ def test_every_command_of_a_study_parses(name, monkeypatch):
             config = parsed(monkeypatch, *options).config
             assert config.seed_everything == cell.seed
             if cell.density < 1:
-                assert config.sparsity.generator_density == cell.density
+                method = config.sparsity.method
+                arguments = config.sparsity if isinstance(method, str) else method.init_args
+                assert arguments.generator_density == cell.density
 
 
 def test_what_matters_most_comes_first():
