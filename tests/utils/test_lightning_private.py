@@ -67,6 +67,7 @@ class At(Callback):
 def test_state_keys_of_two_callbacks_of_a_class_differ():
     keys = [lightning_private.state_key(ModelCheckpoint(), name=name) for name in ("a", "b")]
     assert keys == ["ModelCheckpoint{'name': 'a'}", "ModelCheckpoint{'name': 'b'}"]
+    assert lightning_private.state_key_of("ModelCheckpoint", name="a") == keys[0]
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, True), ({"find_unused_parameters": False}, False)])
