@@ -27,10 +27,10 @@ PRIVATE = {
 
 
 def private_uses(source: str) -> list[str]:
-    """Private attributes of Lightning, and imports of its private modules and names."""
+    """Private attributes of Lightning, and imports of its private modules and names; not a class's own attributes."""
     uses = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Attribute) and node.attr in PRIVATE:
+        if isinstance(node, ast.Attribute) and node.attr in PRIVATE and f"self.{node.attr} = " not in source:
             uses.append(node.attr)
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("lightning.", "pytorch_lightning")):
             parts = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
