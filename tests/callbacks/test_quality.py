@@ -26,6 +26,7 @@ from lightning_ddst.callbacks import quality as quality_module
 from lightning_ddst.metrics.sources import sampled
 from lightning_ddst.models import SmallDiscriminator, SmallGenerator
 from lightning_ddst.utils import distributed
+from lightning_ddst.utils.cache import load_tensors
 
 METRICS = two_processes_quality.METRICS
 FRECHET = "frechet_distance"
@@ -501,11 +502,11 @@ def test_features_in_half_precision_are_compared_in_single() -> None:
     assert distances[1] == pytest.approx(distances[0], rel=1e-2)
 
 
-def test_kept_features_bound_what_is_compared() -> None:
-    quality = SampleQuality(ToyFeatures(), "toy", ["precision"], kept_features=30)
+def test_kept_features_bound_what_is_compared(tmp_path) -> None:
+    quality = SampleQuality(ToyFeatures(), "toy", ["precision"], kept_features=30, cache=tmp_path)
     toy_trainer(quality).validate(vector_gan(), toy_data(), verbose=False)
-    (_, statistics) = quality._reals[False]
-    assert statistics.kept.shape == (30, 6)
+    (file,) = tmp_path.iterdir()
+    assert load_tensors(file)["kept"].shape == (30, 6)
 
 
 # ---- the real images -----------------------------------------------------------------------------------
@@ -733,9 +734,16 @@ def test_both_weights_without_an_average_are_refused_before_training() -> None:
 # ---- progress ------------------------------------------------------------------------------------------
 
 
+class AtOnce(quality_module.tqdm):
+    """A progress bar without a delay."""
+
+    def __init__(self, *args, **settings) -> None:
+        super().__init__(*args, **settings | {"delay": 0.0})
+
+
 @pytest.mark.parametrize(("enabled", "terminal"), [(True, True), (True, False), (False, True)])
 def test_progress_is_shown_on_a_terminal_where_the_trainer_shows_its_own(enabled, terminal, monkeypatch, capsys):
-    monkeypatch.setattr("lightning_ddst.callbacks.quality._PATIENCE", 0.0)
+    monkeypatch.setattr(quality_module, "tqdm", AtOnce)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     toy_trainer(distance(), enable_progress_bar=enabled).validate(vector_gan(), toy_data(), verbose=False)
     shown = capsys.readouterr().err

@@ -101,7 +101,9 @@ def test_the_average_begins_again_with_the_weights():
 
     class Seen(Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):
-            seen.append((ema._average.updates, ema.averages()["0.bias"], pl_module.generator[0].bias.detach().clone()))
+            seen.append(
+                (ema.state_dict()["updates"], ema.averages()["0.bias"], pl_module.generator[0].bias.detach().clone())
+            )
 
     trained(sparsity, ema, Seen(), epochs=3)
     # The average takes in the weights of the update at which training goes back, once they are the initial ones.
@@ -134,7 +136,7 @@ def test_only_the_average_of_the_pair_that_goes_back_begins_again():
         callbacks.append(DynamicSparsityCallback(0.64, method=method, **names))
         averages.append(GeneratorEMA(0.9, generator=names["generator"]))
     trained(*callbacks, *averages, gan=TwoPairs(), epochs=3)
-    assert [ema._average.updates for ema in averages] == [11, 30]
+    assert [ema.state_dict()["updates"] for ema in averages] == [11, 30]
 
 
 def test_bounds_are_found_anew_for_another_module():
