@@ -247,7 +247,7 @@ class OfBoth(Discriminator):
 
 def test_a_score_that_does_not_depend_on_the_fake_is_rejected():
     generator, discriminator, _ = recorded(discriminator=OfBoth())
-    with pytest.raises(RuntimeError, match=r"does not depend on .*`discriminator_output=\.\.\.`; it returns 0 \(4"):
+    with pytest.raises(RuntimeError, match=r"`discriminator_output=\.\.\.`; it returns 0 \(4"):
         discriminator(torch.randn(4, PIXELS), generator(torch.randn(4, NOISE)))
     generator, discriminator, recorder = recorded(discriminator=OfBoth(), discriminator_output=1)
     _, scores = discriminator(torch.randn(4, PIXELS), generator(torch.randn(4, NOISE)))

@@ -132,7 +132,7 @@ class Wrong(ToyGAN):
     [
         (
             Unknown,
-            "Unknown has no latent_dim, so what its generator is called with is unknown: set its example_input_array",
+            "Unknown has no latent_dim.*example_input_array",
         ),
         (Wrong, "the generator cannot be called with the module's example: "),
     ],
@@ -153,9 +153,7 @@ def test_a_network_whose_channels_cannot_be_traced_is_refused_before_training():
 
 
 def test_a_density_below_a_channel_a_group_names_network_and_argument():
-    with pytest.raises(
-        ValueError, match=r"generator with generator_density=0.01: density=0.01 leaves less than one chan"
-    ):
+    with pytest.raises(ValueError, match=r"generator .*generator_density=0\.01: .*one channel a group.*at least 0\."):
         trained(DynamicSparsityCallback(0.01, **CHANNELS))
 
 
@@ -177,9 +175,7 @@ def test_what_is_for_single_weights_is_refused(given):
 
 
 def test_another_granularity_is_refused():
-    with pytest.raises(
-        ValueError, match=r"granularity='row' is unknown; allowed are channel, weight, and patterns N:M such as 2:4"
-    ):
+    with pytest.raises(ValueError, match=r"granularity='row' .*channel, weight, .*N:M such as 2:4"):
         DynamicSparsityCallback(0.3, granularity="row")
 
 

@@ -387,7 +387,7 @@ def test_a_module_that_cannot_be_sampled_from_is_refused(evaluation: str) -> Non
 
         test_step = validation_step
 
-    with pytest.raises(TypeError, match=r"SampleQuality needs Foreign.sample\(n, rng=...\), as GANModule has it"):
+    with pytest.raises(TypeError, match=r"SampleQuality needs Foreign\.sample\(n, rng=\.\.\.\)"):
         getattr(toy_trainer(distance()), evaluation)(Foreign(), toy_data())
 
 
@@ -602,9 +602,9 @@ def small_images(low: float = -1, high: float = 1) -> DataLoader:
 @pytest.mark.parametrize(
     ("factor", "low", "high", "message"),
     [
-        (1.0, 0, 255, "real images have pixels from .* to 25.*; images that are compared must be in"),
+        (1.0, 0, 255, r"real images .* to 25.*\[-1, 1\]"),
         (1.0, -1.2, 1, "real images have pixels from -1.1.* to"),
-        (5.0, -1, 1, r"samples have pixels from .*; images that are compared must be in \[-1, 1\]"),
+        (5.0, -1, 1, r"samples have pixels .*\[-1, 1\]"),
     ],
 )
 @pytest.mark.parametrize("cached", [False, True])
@@ -707,16 +707,16 @@ def test_a_folder_that_cannot_be_written_to_stops_the_run_before_training(tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"metrics": ["fid"]}, "metrics='fid' is unknown; allowed are frechet_distance, kernel_distance"),
-        ({"metrics": "recall"}, "metrics='recall' must be a list of different names out of frechet_distance"),
+        ({"metrics": ["fid"]}, "metrics='fid' .*frechet_distance, kernel_distance"),
+        ({"metrics": "recall"}, "metrics='recall' must be a list .*frechet_distance, kernel"),
         ({"metrics": []}, r"metrics=\[\] must be a list of different names"),
-        ({"metrics": ["recall", "recall"]}, r"metrics=\['recall', 'recall'\] must be a list of different names"),
-        ({"metrics": ["inception_score"]}, '"inception_score" needs features with a method logits; ToyFeatures has'),
+        ({"metrics": ["recall", "recall"]}, r"metrics=\['recall', 'recall'\] .*different names"),
+        ({"metrics": ["inception_score"]}, 'metrics: "inception_score" .* logits; ToyFeatures'),
         ({"generators": ["ema"]}, "generators='ema' is unknown; allowed are average, raw"),
         ({"samples": 3, "metrics": ["precision"]}, "samples=3 must be at least 4 for precision"),
         ({"kept_features": 3, "metrics": ["recall"]}, "kept_features=3 must be at least 4 for recall"),
         ({"kept_features": 0}, "kept_features=0 must be an integer, at least 1"),
-        ({"features": nn.Flatten()}, "features: Flatten must have the attribute num_features, an integer"),
+        ({"features": nn.Flatten()}, "features: Flatten .*num_features, an integer"),
     ],
 )
 def test_more_bad_arguments_are_refused(arguments, message) -> None:
@@ -726,7 +726,7 @@ def test_more_bad_arguments_are_refused(arguments, message) -> None:
 
 def test_both_weights_without_an_average_are_refused_before_training() -> None:
     gan = vector_gan()
-    with pytest.raises(ValueError, match="average and raw are the same weights, for there is no GeneratorEMA"):
+    with pytest.raises(ValueError, match=r"generators: average and raw .*GeneratorEMA"):
         fitted(SampleQuality(ToyFeatures(), "toy", generators=["average", "raw"]), gan=gan)
     assert gan.generator_updates == 0
 

@@ -183,9 +183,9 @@ def test_the_share_cut_out():
 @pytest.mark.parametrize(
     ("shape", "policy", "message"),
     [
-        ((1, 3, 4, 4), ["colour"], "policy='colour' is unknown; allowed are color, translation, cutout"),
-        ((1, 3, 4, 4), "color", r"policy='color' must be a sequence of names, such as \['color', 'cutout'\]"),
-        ((3, 4, 4), ["color"], r"images of shape \(3, 4, 4\) must have shape \(batch, channels, height, width\)"),
+        ((1, 3, 4, 4), ["colour"], "policy='colour' .*color, translation, cutout"),
+        ((1, 3, 4, 4), "color", r"policy='color' must be .*\['color', 'cutout'\]"),
+        ((3, 4, 4), ["color"], r"images of shape \(3, 4, 4\) .*\(batch, channels, height, width\)"),
     ],
 )
 def test_bad_input_is_refused(shape, policy, message):

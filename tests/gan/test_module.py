@@ -477,16 +477,16 @@ def test_the_balance_is_measured_without_augmentation() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"loss": "best"}, "loss='best' is unknown; allowed are hinge, non-saturating, wasserstein, least-squares"),
+        ({"loss": "best"}, "loss='best' .*hinge, non-saturating, wasserstein, least-squares"),
         ({"discriminator_steps": 0}, "discriminator_steps=0 must be an integer, at least 1"),
         ({"discriminator_steps": 1.5}, "discriminator_steps=1.5 must be an integer, at least 1"),
         ({"gradient_penalty": -1.0}, "gradient_penalty=-1.0 must not be negative"),
         ({"gradient_penalty": float("nan")}, "gradient_penalty=nan must not be negative"),
         ({"r1": -0.1}, "r1=-0.1 must not be negative"),
-        ({"latent_dim": None}, "latent_dim=None: Sequential has no latent_dim, so it must be given"),
+        ({"latent_dim": None}, "latent_dim=None: Sequential has no latent_dim"),
         ({"latent_dim": 0}, "latent_dim=0 must be an integer, at least 1"),
         ({"augment": "color"}, r"augment='color' must be a list of names"),
-        ({"augment": ["colour"]}, "augment='colour' is unknown; allowed are color, translation, cutout"),
+        ({"augment": ["colour"]}, "augment='colour' .*color, translation, cutout"),
         ({"num_classes": 0}, "num_classes=0 must be an integer, at least 1"),
     ],
 )

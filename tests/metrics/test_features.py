@@ -115,7 +115,7 @@ def test_gray_images_are_colour_of_three_equal_channels(resnet20, torchvision_fe
     gray = images(1, channels=1)
     for extractor in (resnet20, torchvision_features, inception):
         assert torch.equal(extractor(gray), extractor(gray.repeat(1, 3, 1, 1)))
-        with pytest.raises(ValueError, match=r"images \(1, 2, 32, 32\) must have shape \(batch, 1 or 3, height"):
+        with pytest.raises(ValueError, match=r"images \(1, 2, 32, 32\) .*\(batch, 1 or 3, height, width\)"):
             extractor(images(1, channels=2))
 
 
@@ -147,9 +147,7 @@ def test_all_bytes_come_back() -> None:
 
 
 def test_missing_inception_weights_are_named_with_where_to_get_them(tmp_path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"absent.pth' is not there. Download https://github.com/toshas/.*6726825d.pth and put"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"absent\.pth' .*https://github\.com/toshas/.*6726825d\.pth"):
         InceptionFeatures(tmp_path / "absent.pth")
 
 
@@ -255,7 +253,7 @@ def test_depths_that_no_such_network_has_are_refused(depth, tmp_path) -> None:
 
 
 def test_a_missing_file_of_the_cifar_resnet_is_named(tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"absent.th' is not there. Get it from https://github.com/akamaster"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.th' .*https://github\.com/akamaster"):
         CifarResNet(tmp_path / "absent.th")
 
 

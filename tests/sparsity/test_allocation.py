@@ -78,7 +78,7 @@ def test_counts_are_exact_in_networks_of_hundreds_of_millions_of_weights(distrib
 
 def test_a_density_too_low_for_one_weight_a_layer_is_refused_with_what_is_needed():
     # 12 weights, 1 active, 3 layers: 3/12 is needed.
-    with pytest.raises(ValueError, match=r"density=0\.1 leaves 1 active weights for 3 layers.*at least 0\.25"):
+    with pytest.raises(ValueError, match=r"density=0\.1 leaves 1 .* 3 layers.*at least 0\.25"):
         allocate([(2, 2)] * 3, 0.1)
 
 
@@ -165,8 +165,8 @@ def test_layers_without_a_given_count_share_what_is_left():
 @pytest.mark.parametrize(
     ("density", "message"),
     [
-        (5 / 12, r"leaves 5 active weights for 3 layers, less than 1 a layer beside the 4 of .*at least 0\.5 here"),
-        (1.0, r"density=1\.0 needs 12 active weights, more than layers of given densities allow; .*at most 0\.83"),
+        (5 / 12, r"leaves 5 .* 3 layers, less than 1 .* 4 .*at least 0\.5 here"),
+        (1.0, r"density=1\.0 needs 12 active weights.*given densities.*at most 0\.83"),
     ],
 )
 def test_given_counts_that_leave_too_little_or_too_much_are_refused(density, message):

@@ -9,7 +9,7 @@ from lightning_ddst.sparsity import MaskedNetwork, find_optimizers, get_paramete
 def test_a_weight_in_no_optimizer_is_named():
     sparse = MaskedNetwork(network(), 0.4)
     optimizers = [torch.optim.SGD([*sparse.network[0].parameters(), sparse.network[3].bias], lr=0.1)]
-    with pytest.raises(ValueError, match=r"no optimizer updates '3\.weight' \(1 of 2 weights are in none\)"):
+    with pytest.raises(ValueError, match=r"no optimizer updates '3\.weight' \(1 of 2 "):
         find_optimizers(sparse.parameters, optimizers)
 
 

@@ -163,14 +163,12 @@ def test_the_papers_networks(network, inputs, sizes):
 
 
 def test_a_network_that_cannot_be_called_so_is_refused():
-    with pytest.raises(
-        ValueError, match=r"channels of Linear cannot be traced: called with a tensor \(2, 3\), it fails"
-    ):
+    with pytest.raises(ValueError, match=r"Linear cannot be traced: .*a tensor \(2, 3\)"):
         trace_channels(nn.Linear(2, 1), torch.zeros(2, 3))
 
 
 def test_a_network_without_such_channels_is_refused():
-    with pytest.raises(ValueError, match=r"Sequential has no channels that can be taken out.*x\.unflatten"):
+    with pytest.raises(ValueError, match=r"Sequential has no channels .*x\.unflatten"):
         trace_channels(nn.Sequential(nn.Linear(2, 1), nn.ReLU()), torch.zeros(2, 2))
 
 

@@ -151,7 +151,7 @@ def test_a_group_keeps_a_channel_and_a_dense_network_stays_as_it_is():
 def test_a_density_of_less_than_a_channel_a_group_is_refused_and_changes_nothing():
     sparse = MaskedNetwork(chain(4), 0.5, granularity="channel", inputs=(X,))
     before = sparse.checksum
-    with pytest.raises(ValueError, match=r"density=0.1 leaves less than one channel a group; it must be at least 0.25"):
+    with pytest.raises(ValueError, match=r"density=0\.1 .*one channel a group; .*at least 0\.25"):
         sparse.resize(0.1)
     assert (sparse.checksum, sparse.target) == (before, 0.5)
     assert sparse.reachable(0.1) == 0.25
@@ -199,10 +199,10 @@ def test_state_goes_on_alike_and_loads_safely(tmp_path):
 
 def test_masks_of_single_weights_or_other_channels_are_refused():
     state = MaskedNetwork(chain(4), 0.5, granularity="channel", inputs=(X,)).state_dict()
-    with pytest.raises(ValueError, match=r"the saved masks are another network's: '0.weight' .* differs in shape"):
+    with pytest.raises(ValueError, match=r"saved masks .*another network's: '0.weight' .*shape"):
         MaskedNetwork(chain(5), 0.5, granularity="channel", inputs=(X,), state=state)
     state["channels"] = state["channels"][1:]
-    with pytest.raises(ValueError, match="the saved masks are of single weights, or of a network with other channels"):
+    with pytest.raises(ValueError, match=r"saved masks are of single weights, or .*other channels"):
         MaskedNetwork(chain(4), 0.5, granularity="channel", inputs=(X,), state=state)
     del state["channels"]
     with pytest.raises(ValueError, match="the saved masks are of single weights"):

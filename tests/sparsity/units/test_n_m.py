@@ -257,7 +257,7 @@ def test_a_saved_network_explores_the_same_way():
 
 def test_other_masks_are_refused():
     state = MaskedNetwork(nn.Linear(8, 8), 0.5).state_dict()
-    with pytest.raises(ValueError, match="the saved masks are not 2:4: 'weight' has groups with other numbers"):
+    with pytest.raises(ValueError, match="saved masks are not 2:4: 'weight'"):
         MaskedNetwork(nn.Linear(8, 8), 0.5, granularity="2:4", state=state)
 
 
@@ -304,7 +304,7 @@ def test_a_killed_run_resumes_exactly(tmp_path):
 
 
 def test_densities_that_the_pattern_does_not_have_are_refused():
-    with pytest.raises(ValueError, match=r'generator_density=0.3 must be 0.5, the density of granularity="2:4"'):
+    with pytest.raises(ValueError, match=r'generator_density=0.3 must be 0.5, .*granularity="2:4"'):
         DynamicSparsityCallback(0.3, method="sdst", granularity="2:4")
     with pytest.raises(ValueError, match=r"discriminator_density=1.0 must be 0.5"):
         DynamicSparsityCallback(0.5, 1.0, method="sdst", granularity="2:4")

@@ -44,9 +44,9 @@ def test_masks_are_drawn_with_the_distributions_exact_counts(distribution, densi
         ({"layer_floor": 0.0}, r"layer_floor=0\.0 must be in \(0, 1\]"),
         ({"distribution": "even"}, "distribution='even' is unknown; allowed are uniform, er, erk"),
         ({"scope": "row"}, "scope='row' is unknown; allowed are global, layer"),
-        ({"growth": "luck"}, "growth='luck' is unknown; allowed are random, gradient, momentum"),
+        ({"growth": "luck"}, "growth='luck' .*random, gradient, momentum"),
         # 14 weights: 0.1 of them is 1, and 2 / 14 = 0.1429.
-        ({"density": 0.1}, r"density=0\.1 leaves 1 active weights for 2 layers.*at least 0\.14"),
+        ({"density": 0.1}, r"density=0\.1 leaves 1 .* 2 layers.*at least 0\.14"),
     ],
 )
 def test_arguments_outside_what_is_allowed_are_refused(options, message):
@@ -386,7 +386,7 @@ def test_resizing_by_layer_never_takes_back_what_a_layer_has_beyond_its_share():
     [
         (0.0, r"density=0\.0 must be in \(0, 1\]"),
         (1.5, r"density=1\.5 must be in \(0, 1\]"),
-        (0.1, r"density=0\.1 leaves 1 active weights for 2 layers.*at least 0\.14"),
+        (0.1, r"density=0\.1 leaves 1 .* 2 layers.*at least 0\.14"),
     ],
 )
 def test_an_impossible_density_is_refused_and_nothing_changes(scope, density, message):
@@ -490,8 +490,8 @@ def test_a_small_layer_of_given_density_does_not_lose_to_larger_weights():
     [
         ({"0": 1.5}, 0.5, r"layer_densities\['0'\]=1\.5 must be in \(0, 1\]"),
         ({"0": 0.0}, 0.5, r"layer_densities\['0'\]=0\.0 must be in \(0, 1\]"),
-        ({"*": 0.5}, 0.7, "needs 18 active weights, more than layers of given densities allow"),
-        ({"Conv1d": 1.0}, 0.5, "leaves 13 active weights for 3 layers, less than 1 a layer beside the 12"),
+        ({"*": 0.5}, 0.7, "density=0.7 needs 18 active weights.*given densities"),
+        ({"Conv1d": 1.0}, 0.5, "density=0.5 leaves 13 .* 3 layers, less than 1 .* 12 "),
     ],
 )
 def test_densities_that_cannot_be_are_refused(densities, density, message):
