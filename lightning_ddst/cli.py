@@ -1,5 +1,6 @@
 """The command ``lightning-ddst``: a LightningCLI whose sparsity is set under ``--sparsity``."""
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -71,6 +72,7 @@ def main() -> None:
     """Runs the command with the arguments of the process."""
     # They are those of the process, with names of configurations in them resolved.
     warnings.filterwarnings("ignore", ".*LightningCLI's args parameter")
+    sys.path.append(os.getcwd())  # for classes of the user's own
     if sys.argv[1:2] == ["plot"]:
         plot(sys.argv[2:])
     elif sys.argv[1:2] == ["export"]:

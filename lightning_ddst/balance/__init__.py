@@ -1,9 +1,10 @@
-"""The balance ratio: its measurement without side effects, its window, and the density controller.
+"""The balance ratio (BR): its measurement without side effects, its window, and the density controllers.
 
-At every generator update that is measured, `recorder` records the networks' calls, `real_images` finds the real images
-in the batch, `probe` scores them and the old and new fakes, and `ratio` computes BR from the scores of a window.
+`recorder` notes the networks' calls, `real_images` finds the real images, `probe` scores them, `ratio` computes BR, and
 `controller` decides by it, or by another of the `signals`.
 """
+
+from importlib import import_module
 
 from lightning_ddst.balance.controller import (
     Controller,
@@ -29,3 +30,10 @@ __all__ = [
     "ScoresItself",
     "control_signal",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Finds what moved to `lightning_ddst.methods` under its former import path."""
+    if name in ("Plan", "SparseTraining"):
+        return getattr(import_module("lightning_ddst.methods"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

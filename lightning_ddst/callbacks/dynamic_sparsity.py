@@ -5,11 +5,10 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ddst.balance import Balance, Decision
 from lightning_ddst.balance.ratio import Estimator
 from lightning_ddst.callbacks._support.checks import (
     check_checkpoint,
@@ -20,6 +19,7 @@ from lightning_ddst.callbacks._support.checks import (
 from lightning_ddst.callbacks._support.folders import check_folders
 from lightning_ddst.callbacks._support.options import MaskingOptions, MeasuringOptions
 from lightning_ddst.callbacks._support.pending_gradients import PendingGradients
+from lightning_ddst.callbacks._support.readings import RunReadings
 from lightning_ddst.callbacks._support.reporting import RunReport, hparams, write_custom_scalars
 from lightning_ddst.callbacks._support.rng import random_states, resume_randomness
 from lightning_ddst.callbacks._support.run_length import RunLength
@@ -31,10 +31,7 @@ from lightning_ddst.callbacks._support.strategies import (
 )
 from lightning_ddst.callbacks.ema import GeneratorEMA
 from lightning_ddst.callbacks.quality import SampleQuality
-from lightning_ddst.methods import Intervals, Method, Plan, Role, SparseTraining, make_method
-from lightning_ddst.methods.base import ROLES
-from lightning_ddst.methods.pair import MaskedPair, density_of, saved_masks
-from lightning_ddst.sparsity import LayerFlops, MaskedNetwork
+from lightning_ddst.methods import Intervals, Method, Plan, SparseTraining, make_method
 from lightning_ddst.sparsity.enforcement import OptimizerState
 from lightning_ddst.sparsity.masked import Regrown
 from lightning_ddst.sparsity.units import Initial
@@ -43,7 +40,6 @@ from lightning_ddst.utils.compilation import uncompiled
 from lightning_ddst.utils.lightning_private import state_key
 from lightning_ddst.utils.nested import Place
 from lightning_ddst.utils.networks import name_in, refuse_other_averages
-from lightning_ddst.utils.validation import check_choice
 
 METHOD_ARGUMENTS = (
     *("generator_density", "discriminator_density", "signal", "bounds", "delta"),
@@ -54,89 +50,82 @@ UNITS_ARGUMENTS = ("growth", "distribution", "scope", "layer_floor", "layer_dens
 """Arguments that belong to the granularity; None stands for its own default."""
 
 
-class DynamicSparsityCallback(Callback):
-    """Trains a GAN sparsely: Double Dynamic Sparse Training (DDST) and what it is compared with.
+class DynamicSparsityCallback(RunReadings, Callback):
+    """Trains a GAN sparsely: Double Dynamic Sparse Training (DDST) and the methods it is compared with.
 
-    Add it to the Trainer of a GAN with manual optimization. It masks the weights of both networks'
-    Linear, Conv and ConvTranspose layers, explores the generator's mask, measures the balance
-    ratio (BR) around generator updates, and resizes the discriminator's mask to keep BR between
-    two bounds ("Double Dynamic Sparse Training for GANs", 2022; "Balanced Training for Sparse
-    GANs", NeurIPS 2023, arXiv 2302.14670). Every interval counts generator updates.
+    Add it to the Trainer of a GAN with manual optimization. It masks the weights of both networks' Linear, Conv and
+    ConvTranspose layers, explores the generator's mask, measures the balance ratio (BR) around generator updates, and
+    resizes the discriminator's mask to keep BR between two bounds ("Double Dynamic Sparse Training for GANs", 2022;
+    "Balanced Training for Sparse GANs", NeurIPS 2023, arXiv 2302.14670). Every interval counts generator updates.
 
-    Masks of single weights simulate unstructured sparsity: inactive weights are exactly 0, and dense
-    kernels do the arithmetic. With masks of whole channels training computes without inactive ones.
+    Masks of single weights simulate unstructured sparsity: inactive weights are exactly 0, and dense kernels do the
+    arithmetic. With masks of whole channels, training computes without the inactive ones.
 
     Args:
-        generator_density: The generator's density: active over maskable weights, in (0, 1]. Every method but "dense"
-            needs it.
-        discriminator_density: The discriminator's: "dda", "ddst" and "ramp" start there, the others keep or reach it.
-            By default the generator's; with "posthoc" 1.
-        method: "dense" (no masks), "static" (masks never change), "sdst" (the generator explores),
-            "dda" (the discriminator is resized), "ddst" (both), "ramp" (the generator explores, the
-            discriminator's density rises in a straight line to its maximum), "posthoc" (dense, pruned by
-            magnitude after two thirds of the run, fine-tuned), "imp" (iterative magnitude pruning: rounds that
-            prune a fifth and go back to the initial weights), a method registered with `training_method`, or a
-            `lightning_ddst.methods.Method` object, which has all arguments up to `delta`, `exploration_rate` and
-            `schedule` itself. An argument that the method does not have is rejected.
-        signal: The discriminator is resized by it: "balance_ratio", "real_sign" (the sign of its scores of
+        generator_density: The generator's density: active over maskable weights, in (0, 1]. All methods but "dense"
+            need it.
+        discriminator_density: The discriminator's density: at the start for "dda", "ddst" and "ramp", else the one it
+            keeps or reaches. By default the generator's; 1 for "posthoc".
+        method: "dense" (no masks), "static" (masks never change), "sdst" (the generator explores), "dda" (the
+            discriminator is resized), "ddst" (both), "ramp" (the generator explores, the discriminator's density rises
+            in a straight line to its maximum), "posthoc" (dense, pruned by magnitude after two thirds of the run,
+            fine-tuned), "imp" (iterative magnitude pruning: rounds that prune a fifth and restore the initial
+            weights), a name registered with `training_method`, or a `lightning_ddst.methods.Method` object. An object
+            has its densities, signal, bounds, limits and exploration rate itself. An argument that the method does not
+            have is rejected.
+        signal: Number that the discriminator is resized by: "balance_ratio", "real_sign" (the sign of its scores of
             real images, as in ADA), or a signal registered with `control_signal`.
-        bounds: The signal is kept between these; by default the signal's own, 0.45 and 0.55 for BR. "auto"
-            takes shares of the highest that BR has been, and follows it.
-        min_discriminator_density: Lower limit of resizing. By default the smaller of the generator's
-            density and the discriminator's at the start. (The paper's is 0.05. BR starts near 0, so
-            the first decisions prune, and a discriminator that is too small to learn is never grown
-            again.)
-        max_discriminator_density: Upper limit of resizing. 1 is the paper's relaxed setting; below 1
-            the strict one, in which the discriminator explores where it may not grow.
-        delta: Density that a decision adds or removes. By default 0.05, the paper's; with bounds "auto" so much that
-            it takes the whole run from the lower limit to the upper.
-        interval: Generator updates between decisions on the discriminator. By default a 100th of the
-            run's, but 100 in runs of less than 10,000, and a tenth of less than 1,000; 1,000 where the run's length
-            is unknown.
-        explore_interval: Generator updates between explorations of the generator. By default half of
-            what `interval` is by default.
-        probe_interval: Generator updates between measurements of BR; "auto" takes 50 to 100 measurements a
-            decision, all there are where `interval` is shorter; None measures nothing.
+        bounds: Lower and upper bound of the signal; by default the signal's own, 0.45 and 0.55 for BR. "auto" takes
+            shares of the highest BR so far.
+        min_discriminator_density: Lower limit of resizing. By default the smaller of the generator's density and the
+            discriminator's at the start. (The paper's is 0.05. BR starts near 0, so the first decisions prune, and a
+            discriminator that is too small to learn never grows again.)
+        max_discriminator_density: Upper limit of resizing. 1, the default, is the paper's relaxed setting; below 1 the
+            strict one, in which the discriminator explores where it may not grow.
+        delta: Density that a decision adds or removes. By default 0.05, the paper's; with bounds "auto" as much as
+            takes the whole run from the lower limit to the upper.
+        interval: Generator updates between decisions on the discriminator. By default 1 % of the run's length, 100 in
+            runs shorter than 10,000, a tenth of runs shorter than 1,000, and 1,000 if the length is unknown.
+        explore_interval: Generator updates between explorations of the generator; by default half the default of
+            `interval`.
+        probe_interval: Generator updates between measurements of BR. "auto" makes 50 to 100 measurements per decision,
+            or one per update where `interval` is shorter; None measures nothing.
         generator: Dotted name of the generator in the module; by default the usual names are tried.
-        discriminator: The same for the discriminator.
-        real: Where the real images are in the batch: a key, an index, or a path of them as
-            "images.target". By default they are its one floating-point tensor shaped like the
-            generator's output.
-        discriminator_output: Where the scores are in what the discriminator returns; by default they
-            are its first tensor.
-        dense_layers: Layers of either network that are left dense, and out of its density: patterns of
-            their names in the module (``"generator.to_rgb"``, ``"*.attention.*"``), or names of
-            classes (``"Linear"``).
-        layer_densities: Densities of single layers, in (0, 1], by such patterns; the first that
-            matches counts. Those layers keep them, and their network's others share what is left.
-        initial_masks: "random", or "magnitude" to prune the weights as they are when fitting starts: for
-            a GAN that was trained dense and loaded.
-        granularity: What masks consist of: single "weight"s, whole "channel"s, which training then computes without,
-            or "N:M", N of every M weights along the input dimension (as "2:4"), whose density is N/M. Channels reach
-            densities as nearly as whole ones allow, and grow at random.
-        growth: Which inactive weights grow: "gradient" (RigL), "random" (SET), "momentum", or a rule
-            registered with `growth_rule`.
-        distribution: How active weights are spread over layers at first: "erk", "er" or "uniform".
-        scope: "global" lets all layers' weights compete (the paper's), "layer" keeps to `distribution`.
-        layer_floor: The share of what `distribution` gives a layer that global pruning leaves it.
-        exploration_rate: The share of active weights, or channels, that an exploration replaces, at the start. By
-            default 0.5, the paper's; 0.1 of channels.
-        schedule: How that share falls over the run: "cosine", "linear" or "constant".
-        regrown: What an exploration does with weights that it prunes and grows again: "keep" leaves them their value
-            and optimizer state, as RigL's reference code and the paper's do; "reset" has them start from 0.
+        discriminator: Dotted name of the discriminator; by default the usual names are tried.
+        real: Place of the real images in the batch: a key, an index, or a path of them such as "images.target". By
+            default its one floating-point tensor that is shaped like the generator's output.
+        discriminator_output: Place of the scores in the discriminator's output; by default its first tensor.
+        dense_layers: Layers of either network that stay dense and outside its density: patterns of their names in the
+            module (``"generator.to_rgb"``, ``"*.attention.*"``), or class names (``"Linear"``).
+        layer_densities: Densities of single layers, in (0, 1], by such patterns; the first match counts. These layers
+            keep their densities, and the other layers of their network share the rest.
+        initial_masks: "random", or "magnitude" to prune the present weights when fitting starts, for a GAN that was
+            trained dense and loaded.
+        granularity: Unit of the masks: single "weight"s, whole "channel"s, or "N:M" (such as "2:4"): N of every M
+            weights along the input dimension, at density N/M. Channels reach densities as nearly as whole ones allow.
+        growth: Inactive weights that grow: "gradient" (RigL), "random" (SET), "momentum", or a rule registered with
+            `growth_rule`. Channels grow at random.
+        distribution: Distribution of active weights over layers at the start: "erk", "er" or "uniform".
+        scope: "global", the paper's, lets the weights of all layers compete; "layer" keeps to `distribution`.
+        layer_floor: Share of its part in `distribution` that global pruning leaves a layer; by default 0.25.
+        exploration_rate: Share of active units that an exploration replaces at the start; by default 0.5, the paper's,
+            and 0.1 for channels.
+        schedule: Decay of that share over the run: "cosine", "linear" or "constant".
+        regrown: Treatment of weights that an exploration prunes and grows again: "keep" keeps their value and optimizer
+            state, as RigL's reference code and the paper's do; "reset" restarts them from 0.
         optimizer_state: "reset" keeps the optimizer state of inactive weights at 0, so that a grown weight starts with
             fresh state; "keep" leaves it to the optimizer, as the paper's code does with Adam.
-        estimator: BR over a window: "ratio_of_means" or the paper's, fragile "mean_of_ratios".
-        seed: Of what is drawn here; by default torch's initial seed, which `seed_everything` sets.
-        stop_on_divergence: Whether to end the run where a warning says that it has broken down: weights
-            that are not finite, a discriminator that scores everything alike, no BR for ten intervals.
+        estimator: Estimator of BR over a window: "ratio_of_means", or the paper's, fragile "mean_of_ratios".
+        seed: Seed of the masks; by default torch's initial seed, which `seed_everything` sets.
+        stop_on_divergence: Whether the run ends where a warning reports that training has broken down: weights that
+            are not finite, a discriminator that gives everything the same score, no BR for ten intervals.
 
     Attributes:
         settings: The method with its arguments, a `lightning_ddst.methods.Method`.
 
     Raises:
-        ValueError: For an argument outside what is allowed; at the start of fitting, for a network
-            that is not found or cannot be masked at these densities.
+        ValueError: For an argument outside the allowed range; at the start of fitting, for a network that is not found
+            or cannot be masked at these densities.
 
     Example::
 
@@ -197,113 +186,13 @@ class DynamicSparsityCallback(Callback):
         self._seed = seed
         self._stop_on_divergence = stop_on_divergence
         self._length = RunLength()
-        self._pair: MaskedPair | None = None
-        self._training: SparseTraining | None = None
         self._report: RunReport | None = None
         self._pending: PendingGradients | None = None
-        self._saved: Mapping[str, Any] | None = None  # a checkpoint that fitting will resume from
-        self._resumed: Mapping[str, Any] | None = None  # the one that fitting resumed from, until training starts
+        self._resumed: Mapping[str, Any] | None = None  # the state that fitting resumed from, until training starts
         self._handles: list[RemovableHandle] = []
         self._batch: Any = None
         self._in_batch = False
         self._warned_of_raw_optimizers = False
-
-    # ---- what can be read at any time ----------------------------------------------------------------
-
-    @property
-    def method(self) -> str:
-        """The name of the method; `settings` is the method with its arguments."""
-        return self.settings.name
-
-    @property
-    def generator_density(self) -> float:
-        """The generator's actual density; before it is known to this callback, the one at which it will start."""
-        return self._density("generator")
-
-    @property
-    def discriminator_density(self) -> float:
-        """The discriminator's actual density; before it is known to this callback, the one at which it will start."""
-        return self._density("discriminator")
-
-    def masks(self, network: Role) -> dict[str, Tensor]:
-        """Returns the masks of a network.
-
-        Args:
-            network: "generator" or "discriminator".
-
-        Returns:
-            A bool tensor for every maskable weight, true where active, under the name it has in
-            ``pl_module.named_parameters()``. Empty before fitting, unless `attach` was called.
-        """
-        check_choice("network", network, ROLES)
-        if self._pair is not None:
-            return self._pair.masks(network)
-        return {} if self._saved is None else saved_masks(self._saved["networks"], network)
-
-    @property
-    def balance(self) -> Balance | None:
-        """The balance in the current window, with its parts; None where it is not measured."""
-        if self._training is None or self._intervals.probe_interval is None:
-            return None
-        return self._training.balance
-
-    @property
-    def balance_ratio(self) -> float | None:
-        """BR of the current window, which holds the measurements of the last `interval`; None while undecided."""
-        balance = self.balance
-        return None if balance is None else balance.ratio
-
-    @property
-    def generator_updates(self) -> int:
-        """Generator updates so far."""
-        if self._training is None:
-            return 0 if self._saved is None else int(self._saved["training"]["updates"])
-        return self._training.updates
-
-    @property
-    def measurements(self) -> int:
-        """How often BR was measured so far."""
-        return 0 if self._training is None else self._training.measurements
-
-    @property
-    def decisions(self) -> list[tuple[int, Decision]]:
-        """Every decision on densities so far, with the generator update it was made at.
-
-        They are on the discriminator's density; with "posthoc" and "imp" on both networks'.
-        """
-        return [] if self._training is None else list(self._training.decisions)
-
-    @property
-    def flops_ratio(self) -> float | None:
-        """Training operations so far, relative to dense training; None before the second generator update."""
-        if self._training is None or not (flops := self._training.flops.total).dense:
-            return None
-        return flops.ratio
-
-    @property
-    def flops_ledger(self) -> dict[str, LayerFlops]:
-        """Training operations so far of every maskable weight, by its name in the module; empty where not counted."""
-        return {} if self._training is None else self._fitted.by_full_name(self._training.flops.layers)
-
-    @property
-    def mean_layer_densities(self) -> dict[str, float]:
-        """The density of every maskable weight, by its name in the module, averaged over generator updates so far."""
-        return {} if self._training is None else self._fitted.by_full_name(self._training.flops.mean_densities)
-
-    @property
-    def plan(self) -> Plan:
-        """The intervals in force; None in it is never, or not known yet."""
-        return Plan() if self._training is None else self._training.plan
-
-    def networks(self) -> dict[Role, MaskedNetwork]:
-        """Returns both sparse networks; empty before fitting, unless `attach` was called."""
-        return {} if self._pair is None else dict(self._pair.networks)
-
-    def _density(self, role: Role) -> float:
-        if self._pair is not None:
-            return self._pair.networks[role].density
-        masks = self.masks(role)
-        return density_of(masks) if masks else self.settings.initial_densities[role]
 
     # ---- attaching -----------------------------------------------------------------------------------
 
@@ -382,11 +271,6 @@ class DynamicSparsityCallback(Callback):
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
             metrics = [name for each in callbacks if isinstance(each, SampleQuality) for name in each.names]
             write_custom_scalars(trainer, pl_module, arguments, metrics)
-
-    @property
-    def _fitted(self) -> MaskedPair:
-        assert self._pair is not None
-        return self._pair
 
     @property
     def _module(self) -> nn.Module | None:

@@ -24,10 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lightning_ddst.callbacks.ema import GeneratorEMA
 from lightning_ddst.sparsity.bitpack import view_as_integers
 from lightning_ddst.sparsity.spectral import spectral_norms
 from lightning_ddst.utils import cache
+from lightning_ddst.utils.lightning_private import state_key_of
 from lightning_ddst.utils.networks import USUAL_NAMES
 from lightning_ddst.utils.validation import check_choice
 
@@ -104,8 +104,8 @@ def _name(state: Mapping[str, Tensor], name: str | None) -> str:
 
 def _averages(callbacks: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     """Those of `GeneratorEMA`, by names in the generator; none where the run had no average."""
-    averages = [state for key, state in callbacks.items() if key.startswith(GeneratorEMA.__name__) and state]
-    named = [callbacks.get(GeneratorEMA(generator=name).state_key)]
+    averages = [state for key, state in callbacks.items() if key.startswith("GeneratorEMA") and state]
+    named = [callbacks.get(state_key_of("GeneratorEMA", generator=name))]
     found = [state for state in named if state] or averages
     if len(found) > 1:
         raise ValueError(f"the checkpoint has {len(found)} averages, and none is of the generator {name!r} by name.")

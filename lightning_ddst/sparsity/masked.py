@@ -274,7 +274,7 @@ class MaskedNetwork:
         """
         grown = self.units.grow(numbers, scores)
         self._split()
-        new = {key: marks & ~pruned[key] if key in pruned else marks for key, marks in grown.items()}
+        new = {key: marks > pruned[key] if key in pruned else marks for key, marks in grown.items()}
         self.units.born(new if self._regrown == "keep" else grown)
         self._cover()
         return new

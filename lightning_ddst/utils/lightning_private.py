@@ -22,6 +22,14 @@ def state_key(callback: Callback, **facts: Any) -> str:
     return callback._generate_state_key(**facts)
 
 
+def state_key_of(kind: str, **facts: Any) -> str:
+    """Returns the key that `state_key` makes for a callback of that class name, where there is no callback.
+
+    Lightning's ``Callback._generate_state_key``, since 1.5, is the class name and the facts.
+    """
+    return f"{kind}{facts!r}"
+
+
 def set_ddp_default(trainer: Trainer, name: str, value: Any) -> None:
     """Sets an argument of DistributedDataParallel unless the user did; other strategies are left alone.
 

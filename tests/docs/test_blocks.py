@@ -5,7 +5,7 @@ import re
 import runpy
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,12 @@ from pages import PAGES, ROOT, Block, blocks, commands
 from toys import LATENT, ToyGAN, toy_data, toy_trainer
 
 from lightning_ddst import DynamicSparsityCallback, cli
+from lightning_ddst.balance import SIGNALS
 from lightning_ddst.cli import DEFAULT_CONFIG
+from lightning_ddst.gan.augmentation import DIFF_AUGMENTS
+from lightning_ddst.gan.losses import LOSSES
+from lightning_ddst.methods import METHODS
+from lightning_ddst.sparsity import DISTRIBUTIONS, GROWTH_RULES, SCHEDULES
 
 pytest.importorskip("onnxruntime", reason="the pages' commands write ONNX files, with the extra onnx")
 
@@ -25,7 +30,20 @@ LANGUAGES = {"bash", "python", "diff", "yaml"}
 NOT_CODE = {"text", "{include}", "{toctree}", "{eval-rst}"}
 NOTES = {"main job", "test command"}
 PARSED = "parsed only: "
+REGISTRIES: list[dict[str, Any]] = [METHODS, SIGNALS, GROWTH_RULES, DISTRIBUTIONS, SCHEDULES, LOSSES, DIFF_AUGMENTS]
 NAMES = [path.relative_to(ROOT).as_posix() for path in PAGES]
+
+
+@pytest.fixture(autouse=True)
+def registries_as_before() -> Iterator[None]:
+    """Forgets what a page registers, and the modules that define it."""
+    before = [(registry, dict(registry)) for registry in REGISTRIES]
+    yield
+    for registry, known in before:
+        for name in registry.keys() - known.keys():
+            del registry[name]
+    for module in ("my_module", "my_rules"):
+        sys.modules.pop(module, None)
 
 
 def on(page: str, *languages: str) -> list[Block]:
@@ -113,7 +131,9 @@ def runs(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
 @pytest.mark.parametrize("page", [name for name in NAMES if on(name, "bash")])
 def test_commands(page: str, beside_a_run: Path, monkeypatch, capsys) -> None:
     if page == "docs/extending.md":
-        rule, *_, script = on(page, "python")
+        method, *_, script = on(page, "python")
+        (rule,) = (block for block in on(page, "python") if "growing =" in block.text)
+        Path("my_module.py").write_text(method.text)
         Path("my_rules.py").write_text(rule.text)
         Path("my_ddst.py").write_text(script.text)
     for block in on(page, "bash"):
@@ -199,6 +219,14 @@ def check_attach(names: dict[str, Any]) -> None:
 
 
 def check_extending(names: dict[str, Any]) -> None:
+    for sparsity in (names["as_object"], names["by_name"]):
+        assert sparsity.settings == names["GMP"](generator_density=0.3)
+        quiet_trainer(callbacks=[sparsity], max_epochs=30).fit(ToyGAN(), toy_data(2))
+        assert sparsity.generator_density == pytest.approx(0.3, abs=1e-3)
+    sparsity = names["steered"]
+    quiet_trainer(callbacks=[sparsity], max_epochs=30).fit(ToyGAN(), toy_data(2))
+    assert {decision.action for _, decision in sparsity.decisions} <= {"grow", "hold"}
+    assert sparsity.decisions
     sparsity = names["growing"]
     quiet_trainer(callbacks=[sparsity], max_epochs=10).fit(ToyGAN(), toy_data(2))
     assert sparsity.networks()["generator"].coverage > sparsity.generator_density
@@ -226,11 +254,28 @@ def test_python(page: str, names: dict[str, Any], capsys) -> None:
 
 
 def test_yaml(monkeypatch) -> None:
-    (block,) = blocks("yaml")
+    (block,) = on("docs/experiments.md", "yaml")
     given = yaml.safe_load(block.text)
     made = parsed(monkeypatch, f"--trainer.callbacks={json.dumps(given)}").config.trainer.callbacks
     assert made[0].class_path == "lightning_ddst.SampleQuality"
     assert made[0].init_args.metrics == given[0]["init_args"]["metrics"]
+
+
+def test_a_method_of_a_users_own(monkeypatch, tmp_path) -> None:
+    method, *_ = on("docs/extending.md", "python")
+    assert len(method.text.splitlines()) <= 45
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("my_module.py").write_text(method.text)
+    (block,) = on("docs/extending.md", "yaml")
+    Path("mine.yaml").write_text(block.text)
+    config = parsed(monkeypatch, "--config", str(DEFAULT_CONFIG), "--config", "mine.yaml").config
+    assert config.sparsity.method.class_path == "my_module.GMP"
+    assert config.sparsity.method.init_args.as_dict() == {
+        "generator_density": 0.3,
+        "discriminator_density": None,
+        "end": 0.5,
+    }
 
 
 @pytest.mark.parametrize("name", ["growing", "controlled"])

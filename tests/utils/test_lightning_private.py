@@ -27,10 +27,10 @@ PRIVATE = {
 
 
 def private_uses(source: str) -> list[str]:
-    """Private attributes of Lightning, and imports of its private modules and names."""
+    """Private attributes of Lightning, and imports of its private modules and names; not a class's own attributes."""
     uses = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Attribute) and node.attr in PRIVATE:
+        if isinstance(node, ast.Attribute) and node.attr in PRIVATE and f"self.{node.attr} = " not in source:
             uses.append(node.attr)
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("lightning.", "pytorch_lightning")):
             parts = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
@@ -67,6 +67,7 @@ class At(Callback):
 def test_state_keys_of_two_callbacks_of_a_class_differ():
     keys = [lightning_private.state_key(ModelCheckpoint(), name=name) for name in ("a", "b")]
     assert keys == ["ModelCheckpoint{'name': 'a'}", "ModelCheckpoint{'name': 'b'}"]
+    assert lightning_private.state_key_of("ModelCheckpoint", name="a") == keys[0]
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, True), ({"find_unused_parameters": False}, False)])

@@ -74,6 +74,11 @@ class MaskingOptions:
                 f'layer_densities={dict(given)} with method="{method.name}": its networks are dense at the start.'
             )
         units = find_units(self.granularity)
+        if units.fixed_density is not None and any(update.resizes for update in method.mask_updates()):
+            raise ValueError(
+                f'granularity="{self.granularity}" has the density {units.fixed_density:g} alone, and '
+                f'method="{method.name}" changes densities.'
+            )
         for densities in (method.initial_densities, method.lowest_densities, method.final_densities):
             for role, density in densities.items():
                 units.check_density(method.argument_of(role, density), density)

@@ -1,0 +1,127 @@
+"""The public readings of a sparse run."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_ddst.balance import Balance, Decision
+from lightning_ddst.methods import Intervals, Method, Plan, Role, SparseTraining
+from lightning_ddst.methods.base import ROLES
+from lightning_ddst.methods.pair import MaskedPair, density_of, saved_masks
+from lightning_ddst.sparsity import LayerFlops, MaskedNetwork
+from lightning_ddst.utils.validation import check_choice
+
+
+class RunReadings:
+    """The part of `DynamicSparsityCallback` that can be read at any time: before, during and after a run.
+
+    Attributes:
+        settings: The method with its arguments.
+    """
+
+    settings: Method
+    _intervals: Intervals
+    _pair: MaskedPair | None = None
+    _training: SparseTraining | None = None
+    _saved: Mapping[str, Any] | None = None  # the state that fitting will resume from
+
+    @property
+    def method(self) -> str:
+        """The name of the method; `settings` is the method with its arguments."""
+        return self.settings.name
+
+    @property
+    def generator_density(self) -> float:
+        """The generator's actual density; before it is known to this callback, the one at which it will start."""
+        return self._density("generator")
+
+    @property
+    def discriminator_density(self) -> float:
+        """The discriminator's actual density; before it is known to this callback, the one at which it will start."""
+        return self._density("discriminator")
+
+    def masks(self, network: Role) -> dict[str, Tensor]:
+        """Returns the masks of a network.
+
+        Args:
+            network: "generator" or "discriminator".
+
+        Returns:
+            A bool tensor for every maskable weight, true where active, under the name it has in
+            ``pl_module.named_parameters()``. Empty before fitting, unless `attach` was called.
+        """
+        check_choice("network", network, ROLES)
+        if self._pair is not None:
+            return self._pair.masks(network)
+        return {} if self._saved is None else saved_masks(self._saved["networks"], network)
+
+    @property
+    def balance(self) -> Balance | None:
+        """The balance in the current window, with its parts; None where it is not measured."""
+        if self._training is None or self._intervals.probe_interval is None:
+            return None
+        return self._training.balance
+
+    @property
+    def balance_ratio(self) -> float | None:
+        """BR of the current window, which holds the measurements of the last `interval`; None while undecided."""
+        balance = self.balance
+        return None if balance is None else balance.ratio
+
+    @property
+    def generator_updates(self) -> int:
+        """Generator updates so far."""
+        if self._training is None:
+            return 0 if self._saved is None else int(self._saved["training"]["updates"])
+        return self._training.updates
+
+    @property
+    def measurements(self) -> int:
+        """How often BR was measured so far."""
+        return 0 if self._training is None else self._training.measurements
+
+    @property
+    def decisions(self) -> list[tuple[int, Decision]]:
+        """Every decision on densities so far, with the generator update it was made at.
+
+        They are on the discriminator's density; with "posthoc" and "imp" on both networks'.
+        """
+        return [] if self._training is None else list(self._training.decisions)
+
+    @property
+    def flops_ratio(self) -> float | None:
+        """Training operations so far, relative to dense training; None before the second generator update."""
+        if self._training is None or not (flops := self._training.flops.total).dense:
+            return None
+        return flops.ratio
+
+    @property
+    def flops_ledger(self) -> dict[str, LayerFlops]:
+        """Training operations so far of every maskable weight, by its name in the module; empty where not counted."""
+        return {} if self._training is None else self._fitted.by_full_name(self._training.flops.layers)
+
+    @property
+    def mean_layer_densities(self) -> dict[str, float]:
+        """The density of every maskable weight, by its name in the module, averaged over generator updates so far."""
+        return {} if self._training is None else self._fitted.by_full_name(self._training.flops.mean_densities)
+
+    @property
+    def plan(self) -> Plan:
+        """The intervals in force; None in it is never, or not known yet."""
+        return Plan() if self._training is None else self._training.plan
+
+    def networks(self) -> dict[Role, MaskedNetwork]:
+        """Returns both sparse networks; empty before fitting, unless `attach` was called."""
+        return {} if self._pair is None else dict(self._pair.networks)
+
+    def _density(self, role: Role) -> float:
+        if self._pair is not None:
+            return self._pair.networks[role].density
+        masks = self.masks(role)
+        return density_of(masks) if masks else self.settings.initial_densities[role]
+
+    @property
+    def _fitted(self) -> MaskedPair:
+        assert self._pair is not None
+        return self._pair
