@@ -175,7 +175,7 @@ OTHERS = [
         *OTHERS,
     ],
 )
-def test_bad_input_is_refused_with_its_name_its_value_and_what_is_allowed(function, kind, message, capsys):
+def test_errors_name_the_argument_its_value_and_what_is_allowed(function, kind, message, capsys):
     with pytest.raises(kind) as error:
         function()
     said = str(error.value)

@@ -390,7 +390,7 @@ def test_a_change_of_the_discriminator_waits_for_finite_gradients(precision: str
     assert watch.changed("discriminator") == [7, 10, 15, 20, 25, 30]
 
 
-def test_an_average_of_gradients_goes_on_past_one_that_is_not_finite() -> None:
+def test_an_average_of_gradients_recovers_from_one_that_is_not_finite() -> None:
     setup = spoiled("generator", "0.weight", math.inf, {2, 8})
     with pytest.warns(UserWarning, match="generator's mask is postponed: at generator update 8"):
         # At a constant rate: annealed, the exploration at 28 prunes a single weight, which may grow again.

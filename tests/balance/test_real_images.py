@@ -65,7 +65,7 @@ def test_a_batch_without_real_images_is_described(batch, seen):
 RESTORED = {"input": torch.zeros(2, 2), "more": [torch.arange(2), {"target": torch.ones(6, 2)}]}
 
 
-def test_of_several_tensors_shaped_like_images_all_are_named():
+def test_the_error_names_all_tensors_shaped_like_images():
     named = r'2 tensors .* \(batch, 2\).*: input, more.1.target\..* with real="input" or real="more.1.target"'
     with pytest.raises(RuntimeError, match=named):
         find_real_images(RESTORED, None, SHAPE)
@@ -81,7 +81,7 @@ def test_an_index_names_an_entry_of_a_list():
 
 
 @pytest.mark.parametrize("place", [3, "target", "more.0.target", "more.2", "more.1.target.5"])
-def test_real_images_that_are_not_there_are_named(place):
+def test_the_error_names_missing_real_images(place):
     with pytest.raises(RuntimeError, match=rf"real={place!r} is no tensor in the batch; it holds input \(2, 2\)"):
         find_real_images(RESTORED, place, SHAPE)
 
@@ -213,7 +213,7 @@ def test_fakes_that_are_changed_alone_are_rejected():
         check_shown([real], real, real, changes_fakes=True)
 
 
-def test_other_images_of_the_batch_are_named():
+def test_the_error_names_other_images_of_the_batch():
     batch = {"input": torch.rand(8, 2), "target": torch.rand(8, 2)}
     with pytest.raises(RuntimeError, match=r"real='target', .* shown .input."):
         check_shown([batch["input"]], batch["target"], batch, place="target")

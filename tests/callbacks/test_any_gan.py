@@ -75,7 +75,7 @@ class Discriminator(nn.Module):
 
 
 class GAN(LightningModule):
-    """Knows nothing of the package; works BR's scores out beside every update of its generator."""
+    """Knows nothing of the package; computes BR's scores by hand at every update of its generator."""
 
     arguments: ClassVar[dict[str, Any]] = {}
     """What the callback has to be told."""
@@ -891,7 +891,7 @@ class NoSuchOutput(ReturnsATuple):
     ],
 )
 @pytest.mark.parametrize("probe_interval", [1, 500])
-def test_what_is_missing_is_said_at_the_first_update(pattern: type[GAN], message: str, probe_interval: int) -> None:
+def test_the_first_update_names_what_is_missing(pattern: type[GAN], message: str, probe_interval: int) -> None:
     callback = static(pattern, probe_interval=probe_interval)
     with pytest.raises(RuntimeError, match=f"the balance ratio cannot be measured: .*{message}"):
         fitted(pattern, callback)
@@ -998,7 +998,7 @@ def test_each_of_two_pairs_has_its_own_balance_masks_and_names(pattern: type[Cyc
         ({"generator": "G_AB", "discriminator": "D_B", "real": "a"}, r'should be real=\'a\', .* is shown "b"'),
     ],
 )
-def test_pairs_that_do_not_belong_together_are_refused(pair: dict[str, str], message: str) -> None:
+def test_pairs_that_do_not_belong_together_are_rejected(pair: dict[str, str], message: str) -> None:
     with pytest.raises(RuntimeError, match=f"the balance ratio cannot be measured: .*{message}"):
         fitted_without_looking(Cycle, static(Cycle, **pair))
 
@@ -1062,7 +1062,7 @@ def test_layers_are_left_dense_and_densities_given_by_pattern() -> None:
 
 
 @pytest.mark.parametrize("argument", ["dense_layers", "layer_densities"])
-def test_a_pattern_that_matches_nothing_is_refused_with_what_there_is(argument: str) -> None:
+def test_a_pattern_that_matches_nothing_is_rejected_with_what_exists(argument: str) -> None:
     patterns = ["*.scroe"] if argument == "dense_layers" else {"*.scroe": 0.5}
     there = r"there are generator\.layers\.0, .*, discriminator\.score, and classes Linear"
     with pytest.raises(ValueError, match=rf"{argument}: '\*\.scroe' matches no layer; {there}"):
@@ -1077,7 +1077,7 @@ def test_a_pattern_that_matches_nothing_is_refused_with_what_there_is(argument: 
         ({"initial_masks": "largest"}, "initial_masks='largest' .*random, magnitude"),
     ],
 )
-def test_arguments_that_cannot_be_are_refused_at_once(arguments: dict[str, Any], message: str) -> None:
+def test_impossible_arguments_are_rejected_at_once(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DynamicSparsityCallback(0.1, **arguments)
 
@@ -1122,7 +1122,7 @@ class WithAverageOfAnother(SharedFake):
         self.average = AveragedModel(self.discriminator)
 
 
-def test_lightnings_averages_are_refused_beside_changing_masks() -> None:
+def test_lightnings_averages_are_rejected_with_changing_masks() -> None:
     def fit(method: str) -> None:
         callbacks = [DynamicSparsityCallback(0.3, method=method), EMAWeightAveraging()]
         toy_trainer(*callbacks).fit(
@@ -1136,7 +1136,7 @@ def test_lightnings_averages_are_refused_beside_changing_masks() -> None:
     fit("dense")
 
 
-def test_torchs_average_of_the_generator_is_refused_beside_changing_masks() -> None:
+def test_torchs_average_of_the_generator_is_rejected_with_changing_masks() -> None:
     with pytest.raises(ValueError, match=r"average, .*AveragedModel .*GeneratorEMA"):
         fitted_without_looking(WithAverage, DynamicSparsityCallback(0.3))
     fitted_without_looking(WithAverage, DynamicSparsityCallback(0.3, method="dda"))

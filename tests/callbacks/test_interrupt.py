@@ -40,7 +40,7 @@ def fit(folder, *callbacks, resume=None, epochs=3):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 128 + signal.SIGTERM)])
 @pytest.mark.parametrize("batch", [7, 10])
-def test_an_interrupted_run_is_saved_after_its_batch_and_goes_on_as_if_nothing_had_happened(
+def test_an_interrupted_run_is_saved_after_its_batch_and_resumes_as_if_uninterrupted(
     tmp_path, capsys, number, code, batch
 ):
     whole, expected, path, ending = fit(tmp_path / "whole")

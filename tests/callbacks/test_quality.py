@@ -380,7 +380,7 @@ def test_features_keep_their_precision_whatever_the_trainers(precision: str) -> 
 
 
 @pytest.mark.parametrize("evaluation", ["fit", "validate", "test"])
-def test_a_module_that_cannot_be_sampled_from_is_refused(evaluation: str) -> None:
+def test_a_module_that_cannot_be_sampled_from_is_rejected(evaluation: str) -> None:
     class Foreign(ToyGAN):
         def validation_step(self, batch, batch_idx) -> None:
             pass
@@ -399,7 +399,7 @@ def test_a_module_that_cannot_be_sampled_from_is_refused(evaluation: str) -> Non
         ({"batch_size": 0}, "batch_size=0 must be an integer, at least 1"),
     ],
 )
-def test_bad_arguments_are_refused(arguments: dict, message: str) -> None:
+def test_bad_arguments_are_rejected(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         distance(**arguments)
 
@@ -608,7 +608,7 @@ def small_images(low: float = -1, high: float = 1) -> DataLoader:
     ],
 )
 @pytest.mark.parametrize("cached", [False, True])
-def test_images_outside_their_range_are_refused(factor, low, high, message, cached, tmp_path) -> None:
+def test_images_outside_their_range_are_rejected(factor, low, high, message, cached, tmp_path) -> None:
     quality = SampleQuality(flat(), "pixels", cache=tmp_path if cached else None)
     with pytest.raises(ValueError, match=message):
         toy_trainer(quality).validate(image_gan(factor), small_images(low, high), verbose=False)
@@ -719,12 +719,12 @@ def test_a_folder_that_cannot_be_written_to_stops_the_run_before_training(tmp_pa
         ({"features": nn.Flatten()}, "features: Flatten .*num_features, an integer"),
     ],
 )
-def test_more_bad_arguments_are_refused(arguments, message) -> None:
+def test_more_bad_arguments_are_rejected(arguments, message) -> None:
     with pytest.raises(ValueError, match=message):
         SampleQuality(**({"features": ToyFeatures(), "name": "toy"} | arguments))
 
 
-def test_both_weights_without_an_average_are_refused_before_training() -> None:
+def test_both_weights_without_an_average_are_rejected_before_training() -> None:
     gan = vector_gan()
     with pytest.raises(ValueError, match=r"generators: average and raw .*GeneratorEMA"):
         fitted(SampleQuality(ToyFeatures(), "toy", generators=["average", "raw"]), gan=gan)

@@ -100,7 +100,7 @@ def test_bytes_of_a_smaller_range(tmp_path):
     ],
 )
 @pytest.mark.parametrize("pack_bits", [True, False])
-def test_what_is_unclear_is_refused(tmp_path, images, settings, message, pack_bits):
+def test_ambiguous_arrays_are_rejected(tmp_path, images, settings, message, pack_bits):
     path = save(tmp_path, images, pack_bits)
     with pytest.raises(ValueError, match=message) as caught:
         ArrayDataModule(path, 4, **settings).setup("fit")
@@ -127,7 +127,7 @@ def test_labels_and_a_test_file(tmp_path):
 
 
 @pytest.mark.parametrize("labels", [LABELS[:5], LABELS / 1, LABELS[:, None]])
-def test_labels_that_do_not_fit_are_refused(tmp_path, labels):
+def test_labels_that_do_not_fit_are_rejected(tmp_path, labels):
     with pytest.raises(ValueError, match=r"labels .* must be integers, one an image: \(6,\)"):
         ArrayDataModule(save(tmp_path, BYTES, labels=labels), 4).setup("fit")
 
@@ -156,7 +156,7 @@ def test_resized_in_both_files(tmp_path):
         ({"reference": "test"}, 'test_path=None, but reference="test" needs a file'),
     ],
 )
-def test_bad_arguments_are_refused(settings, message):
+def test_bad_arguments_are_rejected(settings, message):
     with pytest.raises(ValueError, match=message):
         ArrayDataModule("images.npz", 4, **settings)
 

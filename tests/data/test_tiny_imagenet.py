@@ -76,7 +76,7 @@ def test_missing_files_are_known_before_training(folder, name, reference):
     )
 
 
-def test_unknown_classes_are_refused(folder):
+def test_unknown_classes_are_rejected(folder):
     (folder / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn07\t0\t0\t1\t1\n")
     with pytest.raises(ValueError, match=r"val_annotations\.txt .*not in wnids\.txt: n07"):
         TinyImageNetDataModule(folder, reference="test").setup("validate")

@@ -197,7 +197,7 @@ class Unclear(nn.Module):
 @pytest.mark.parametrize(
     ("save", "kind"), [(export.save_onnx, "for ONNX"), (export.save_program, "as a program")], ids=["onnx", "program"]
 )
-def test_a_generator_that_cannot_be_expressed_is_refused(tmp_path, save, kind):
+def test_a_generator_that_cannot_be_exported_is_rejected(tmp_path, save, kind):
     pytest.importorskip("onnxruntime")
     (tmp_path / "generator").write_text("before")
     with pytest.raises(ValueError, match=rf"^Unclear cannot be written {kind}: "):
@@ -255,7 +255,7 @@ def test_a_checkpoint_that_is_not_there_or_damaged(run, tmp_path):
         export.load_generator(generator(), tmp_path / "other.ckpt")
 
 
-def test_another_generator_is_left_as_it_was(run):
+def test_loading_into_another_generator_fails_and_changes_nothing(run):
     checkpoint, *_ = run
     wider = nn.Sequential(nn.Linear(LATENT, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, PIXELS))
     before = {name: value.clone() for name, value in wider.state_dict().items()}

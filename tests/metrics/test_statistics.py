@@ -1,4 +1,4 @@
-"""Metrics of features, beside values that are known and beside torch-fidelity's own."""
+"""Metrics of features, compared with known values and with torch-fidelity's own."""
 
 import math
 import weakref
@@ -201,11 +201,11 @@ def test_samples_that_are_not_finite_make_everything_nan(broken: float) -> None:
     assert all(math.isnan(value) for value in values.values())
 
 
-def test_real_images_that_are_not_finite_are_refused() -> None:
+def test_real_images_that_are_not_finite_are_rejected() -> None:
     with pytest.raises(ValueError, match="features of real images are not finite"):
         compared(torch.full((8, 4), math.nan), normal(8), "frechet_distance")
 
 
-def test_too_few_real_images_are_refused() -> None:
+def test_too_few_real_images_are_rejected() -> None:
     with pytest.raises(ValueError, match="3 real images are too few; the metrics need at least 4"):
         compared(normal(3), normal(8), "frechet_distance")

@@ -55,7 +55,7 @@ def test_minus_infinity_is_marked_only_when_nothing_else_is_left():
 
 
 @pytest.mark.parametrize("k", [-1, 7])
-def test_more_than_there_are_or_less_than_none_is_refused(k):
+def test_more_than_all_or_less_than_none_is_rejected(k):
     with pytest.raises(ValueError, match=rf"k={k} must be between 0 and the number of scores, 6"):
         largest(torch.zeros(2, 3), k)
 
@@ -211,7 +211,7 @@ def test_a_key_is_compared_in_large_layers_and_views_too(start, limit):
 
 
 @pytest.mark.parametrize("k", [-1, 3])
-def test_more_than_the_limits_allow_is_refused(k):
+def test_more_than_the_limits_allow_is_rejected(k):
     scores = tensors([1.0, 2.0, 3.0], [4.0, 5.0])
     eligible = [torch.ones(len(score), dtype=torch.bool) for score in scores]
     with pytest.raises(ValueError, match=rf"cannot choose k={k} weights: between 0 and 2 are available"):

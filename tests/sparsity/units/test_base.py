@@ -121,6 +121,6 @@ def test_facts_that_others_decide_by(granularity, facts):
 
 
 @pytest.mark.parametrize("granularity", ["rows", "", None, 4])
-def test_an_unknown_granularity_is_refused(granularity):
+def test_an_unknown_granularity_is_rejected(granularity):
     with pytest.raises(ValueError, match=rf"granularity={granularity!r} is unknown; allowed are channel, weight, row"):
         find_units(granularity)

@@ -86,7 +86,7 @@ def test_pruning_keeps_what_is_largest_of_what_is_active():
     assert sparse.overlap == 6 / 9
 
 
-def test_growth_changes_nothing_of_what_is_computed_and_gives_rows_as_large_as_the_others():
+def test_growth_keeps_the_output_and_gives_rows_as_large_as_the_others():
     network = chain(64, 64)
     sparse = MaskedNetwork(network, 0.3, granularity="channel", inputs=(X,))
     before, counts = network(X), groups(sparse)
@@ -148,7 +148,7 @@ def test_a_group_keeps_a_channel_and_a_dense_network_stays_as_it_is():
     assert not dense.kept
 
 
-def test_a_density_of_less_than_a_channel_a_group_is_refused_and_changes_nothing():
+def test_a_density_of_less_than_a_channel_a_group_is_rejected_and_changes_nothing():
     sparse = MaskedNetwork(chain(4), 0.5, granularity="channel", inputs=(X,))
     before = sparse.checksum
     with pytest.raises(ValueError, match=r"density=0\.1 .*one channel a group; .*at least 0\.25"):
@@ -176,7 +176,7 @@ def test_spectral_norms_vectors_fit_after_changes():
             network.train()
 
 
-def test_state_goes_on_alike_and_loads_safely(tmp_path):
+def test_state_resumes_identically_and_loads_safely(tmp_path):
     one = MaskedNetwork(chain(8, 8), 0.4, granularity="channel", inputs=(X,), seed=3)
     one.explore(0.3)
     torch.save({"sparse": one.state_dict(), "network": one.network.state_dict()}, tmp_path / "state")
@@ -197,7 +197,7 @@ def test_state_goes_on_alike_and_loads_safely(tmp_path):
         assert torch.equal(value, one.network.state_dict()[name])
 
 
-def test_masks_of_single_weights_or_other_channels_are_refused():
+def test_masks_of_single_weights_or_other_channels_are_rejected():
     state = MaskedNetwork(chain(4), 0.5, granularity="channel", inputs=(X,)).state_dict()
     with pytest.raises(ValueError, match=r"saved masks .*another network's: '0.weight' .*shape"):
         MaskedNetwork(chain(5), 0.5, granularity="channel", inputs=(X,), state=state)
