@@ -113,7 +113,7 @@ class SparseTraining:
     @property
     def progress(self) -> float:
         """The share of the run that is done, in [0, 1]; 0 where the run's length is unknown."""
-        return self.updates / self.plan.updates if self.plan.updates else 0.0
+        return min(self.updates / self.plan.updates, 1.0) if self.plan.updates else 0.0
 
     @property
     def balance(self) -> Balance:
@@ -136,9 +136,10 @@ class SparseTraining:
         Gradients of a single update are given up by this call, since they are out of date after the next.
 
         Returns:
-            Empty for rules that need none; None where a gradient is missing or not finite.
+            Empty for rules that need none, and for a network that is dense and stays so. None where a gradient is
+            missing or not finite.
         """
-        return self._enforcers[role].gradients.pop()
+        return self._enforcers[role].gradients.pop() if self.is_masked(role) else {}
 
     # ---- around a generator update -----------------------------------------------------------------
 
