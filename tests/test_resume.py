@@ -99,7 +99,7 @@ def test_an_epochs_end_is_resumed_alike_with_any_loader(tmp_path, workers):
 
 def test_the_middle_of_an_epoch_says_that_the_loader_cannot_go_on(tmp_path):
     fit(ToyGAN, shuffled, tmp_path, every=6, kill=13, **PLAIN)
-    with pytest.warns(UserWarning, match="after batch 5 of an epoch, and the train loader cannot go on from there"):
+    with pytest.warns(UserWarning, match="after batch 5 of an epoch, and the train loader cannot resume there"):
         fit(ToyGAN, shuffled, tmp_path, every=6, resume=last_checkpoint(tmp_path), **PLAIN)
 
 
