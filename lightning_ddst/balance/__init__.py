@@ -1,8 +1,8 @@
-"""The balance ratio: its measurement without side effects, its window, and the density controller.
+"""The balance ratio (BR): its measurement without side effects, its window, and the density controllers.
 
-At every generator update that is measured, `recorder` records the networks' calls, `real_images` finds the real images
-in the batch, `probe` scores them and the old and new fakes, and `ratio` computes BR from the scores of a window.
-`controller` decides by it, or by another of the `signals`.
+At every measured generator update, `recorder` records the networks' calls, `real_images` finds the real images in the
+batch, `probe` scores them and the fakes before and after the update, and `ratio` computes BR from the scores of a
+window. `controller` decides on a density by BR or another of the `signals`.
 """
 
 from lightning_ddst.balance.controller import (

@@ -130,7 +130,7 @@ def test_an_argument_that_is_one_for_all_images_stays(argument):
 def test_a_condition_of_real_images_that_was_never_seen_is_rejected(condition):
     step = generator_step(FAKE, None, condition)
     with pytest.raises(
-        RuntimeError, match=r"takes as argument 1 beside real images was not seen .* nothing in the batch"
+        RuntimeError, match=r"argument 1 for real images was not seen .* none of the batch"
     ):
         find_call_on_real(REAL, (REAL, REAL_LABELS), step, [step])
 
@@ -211,13 +211,13 @@ def test_images_that_are_rescaled_are_rejected():
 def test_fakes_that_are_changed_alone_are_rejected():
     real = torch.rand(8, 2)
     assert not check_shown([], real, real, changes_fakes=True)  # the real ones may still come
-    with pytest.raises(RuntimeError, match="changes what the generator returns before the discriminator sees it"):
+    with pytest.raises(RuntimeError, match="changes the generator's output before the discriminator sees it"):
         check_shown([real], real, real, changes_fakes=True)
 
 
 def test_other_images_of_the_batch_are_named():
     batch = {"input": torch.rand(8, 2), "target": torch.rand(8, 2)}
-    with pytest.raises(RuntimeError, match=r"should be real='target', but .* the discriminator is shown .input."):
+    with pytest.raises(RuntimeError, match=r"should be real='target', but the discriminator is called on .*input."):
         check_shown([batch["input"]], batch["target"], batch, place="target")
 
 

@@ -98,7 +98,7 @@ class RunReadings:
 
     @property
     def flops_ledger(self) -> dict[str, LayerFlops]:
-        """Training operations of each maskable weight so far, by its name in the module; empty before they are known."""
+        """Training operations of each maskable weight, by its name in the module; empty before the second update."""
         return {} if self._training is None else self._fitted.by_full_name(self._training.flops.layers)
 
     @property
