@@ -51,7 +51,7 @@ class Divergence:
                 "weights",
                 updates,
                 f"weights of the {' and of the '.join(broken)} are not finite: after generator update "
-                f"{self._finite_until} a loss or a gradient was NaN or infinite. Masks no longer change.",
+                f"{self._finite_until} a loss or a gradient was NaN or infinite. Masks stay as they are.",
             )
             return False
         self._finite_until = updates
