@@ -132,5 +132,5 @@ def write(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     found = rows("fashion")
     for name, draw in (("overall", overall), ("pareto", pareto), ("balance", balance)):
-        with plots._styled():
+        with plots.plot_style():
             (folder / f"{name}.svg").write_bytes(plots.rendered(draw(found), "svg"))

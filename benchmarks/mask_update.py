@@ -19,10 +19,11 @@ from typing import Any
 
 import peers
 import torch
-from overhead import USUAL, synchronize
+from overhead import USUAL
 from rows import add, origin
 from torch import nn
 
+from lightning_ddst.export.benchmark import synchronize
 from lightning_ddst.sparsity import MaskedNetwork
 
 TURNS = {1: 31, 10: 15, 100: 3}

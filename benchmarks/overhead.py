@@ -28,6 +28,7 @@ from rows import add, origin
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ddst import DynamicSparsityCallback, GANModule
+from lightning_ddst.export.benchmark import synchronize
 from lightning_ddst.models import SmallDiscriminator, SmallGenerator, SNGANDiscriminator, SNGANGenerator
 
 INTERVAL, EXPLORE_INTERVAL = 1000, 500  # the defaults of 100,000 updates; so is BR every 10th
@@ -68,12 +69,6 @@ class Turns(Callback):
             with Turns.lock:
                 Turns.whose = (self.number + 1) % Turns.runs
                 Turns.lock.notify_all()
-
-
-def synchronize() -> None:
-    """Waits for what a GPU still has to do."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def together(fit: Callable[..., None], runs: Iterable[tuple[Any, ...]]) -> None:

@@ -168,27 +168,39 @@ def floors() -> list[Cell]:
     return cells + [cell(density, 0.2, "0.2", seed) for seed, density in product(range(3), (0.05, 0.1))]
 
 
-_BRAKE = "--trainer.callbacks+=variants.Brake --trainer.callbacks.lower {} --trainer.callbacks.upper {}"
-_AS_A_RAMP = "--config ddst_relaxed --sparsity.delta 0.03"
+_DENSITY = "--sparsity.generator_density {density}"
+_SELDOM = " --sparsity.probe_interval 5"
+
+
+def _controlled(controller: str, **arguments: object) -> str:
+    """DDST with a controller of its own; the generator's density is left open."""
+    option = "--sparsity.method.controller"
+    given = [f"{option}.{name} {value}" for name, value in arguments.items()]
+    method = "--sparsity.method lightning_ddst.methods.DDST --sparsity.method.generator_density {density}"
+    return " ".join([method, option, controller, *given])
+
+
+def _brake(lower: float, upper: float, explores: str, delta: float = 0.03, more: str = "") -> str:
+    shares = {"lower": lower, "upper": upper, "explores": explores}
+    return _controlled("variants.Brake", **shares, min_density="{density}", delta=delta) + more
+
+
 RULES: dict[str, str] = {
-    "DDST auto": METHODS["DDST auto"],
-    "DDST auto, even at 0.6": f"{METHODS['DDST auto']} --trainer.callbacks+=variants.Even "
-    "--trainer.callbacks.share 0.6",
-    "brake, 0.6 to 0.9, steps of 0.05, masks kept": f"--config ddst_relaxed {_BRAKE.format(0.6, 0.9)} "
-    "--trainer.callbacks.explores false",
-    "brake, 0.6 to 0.9, masks kept": f"{_AS_A_RAMP} {_BRAKE.format(0.6, 0.9)} --trainer.callbacks.explores false",
-    "ramp": METHODS["ramp"],
-    "ramp to 0.5": METHODS["ramp to 0.5"],
-    "DDST relaxed": METHODS["DDST relaxed"],
-    "brake, 0.6 to 0.75": f"{_AS_A_RAMP} {_BRAKE.format(0.6, 0.75)} --trainer.callbacks.explores true",
-    "brake, 0.75 to 0.9": f"{_AS_A_RAMP} {_BRAKE.format(0.75, 0.9)} --trainer.callbacks.explores true",
-    "DDST that explores": "--config ddst_relaxed --trainer.callbacks+=variants.ExploresInBand "
-    "--trainer.callbacks.limits true",
-    "brake, 0.6 to 0.75, masks kept": f"{_AS_A_RAMP} {_BRAKE.format(0.6, 0.75)} --trainer.callbacks.explores false",
-    "brake, 0.75 to 0.9, steps of 0.02, BR every 5th update": "--config ddst_relaxed --sparsity.delta 0.02 "
-    f"--sparsity.probe_interval 5 {_BRAKE.format(0.75, 0.9)} --trainer.callbacks.explores true",
-    "brake, 0.75 to 0.9, masks kept, BR every 5th update": f"{_AS_A_RAMP} --sparsity.probe_interval 5 "
-    f"{_BRAKE.format(0.75, 0.9)} --trainer.callbacks.explores false",
+    "DDST auto": f"{METHODS['DDST auto']} {_DENSITY}",
+    "DDST auto, even at 0.6": _controlled(
+        "lightning_ddst.balance.RelativeController", limits="[{density},1.0]", steady=0.6
+    ),
+    "brake, 0.6 to 0.9, steps of 0.05, masks kept": _brake(0.6, 0.9, "false", 0.05),
+    "brake, 0.6 to 0.9, masks kept": _brake(0.6, 0.9, "false"),
+    "ramp": f"{METHODS['ramp']} {_DENSITY}",
+    "ramp to 0.5": f"{METHODS['ramp to 0.5']} {_DENSITY}",
+    "DDST relaxed": f"{METHODS['DDST relaxed']} {_DENSITY}",
+    "brake, 0.6 to 0.75": _brake(0.6, 0.75, "true"),
+    "brake, 0.75 to 0.9": _brake(0.75, 0.9, "true"),
+    "DDST that explores": _controlled("variants.ExploresInBand", min_density="{density}", limits="true"),
+    "brake, 0.6 to 0.75, masks kept": _brake(0.6, 0.75, "false"),
+    "brake, 0.75 to 0.9, steps of 0.02, BR every 5th update": _brake(0.75, 0.9, "true", 0.02, _SELDOM),
+    "brake, 0.75 to 0.9, masks kept, BR every 5th update": _brake(0.75, 0.9, "false", more=_SELDOM),
 }
 """Of control, that were tried."""
 CANDIDATES = tuple(RULES)[:2]
@@ -202,7 +214,7 @@ def rules() -> list[Cell]:
     cells = list(product((10, 11), RULES, places))
     cells += product((12, 13), CANDIDATES, places[:1])  # where some have failed
     return [
-        Cell(s, run, density, seed, f"{FASHION[s]} {RULES[run]} --sparsity.generator_density {density}")
+        Cell(s, run, density, seed, f"{FASHION[s]} {RULES[run].format(density=density)}")
         for seed, run, (s, density) in cells
     ]
 
@@ -253,8 +265,8 @@ ABLATIONS: dict[str, str] = {
     "intervals twice as long": "--sparsity.interval 200 --sparsity.explore_interval 100 --sparsity.probe_interval 4",
     "BR every 10th update": "--sparsity.probe_interval 10",
     "mean of ratios": "--sparsity.estimator mean_of_ratios",
-    "optimizer state kept": "--trainer.callbacks+=variants.KeptState",
-    "plain average": "--trainer.callbacks+=variants.PlainAverage",
+    "optimizer state kept": "--sparsity.optimizer_state keep",
+    "plain average": "--config benchmarks/plain_average.yaml",
 }
 """What DDST relaxed is changed to."""
 

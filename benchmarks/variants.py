@@ -1,115 +1,102 @@
-"""What the package does not do, to compare with: callbacks that take a part of it out.
+"""Controllers and an average that the package does not have, to compare it with.
 
-PYTHONPATH=benchmarks lightning-ddst fit ... --trainer.callbacks+=variants.PlainAverage
+PYTHONPATH=benchmarks lightning-ddst fit --config benchmarks/fashion.yaml --sparsity.method lightning_ddst.methods.DDST
+    --sparsity.method.generator_density 0.1 --sparsity.method.controller variants.ExploresInBand
 """
 
-from dataclasses import replace
-from functools import partialmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
-from lightning_ddst.balance import Balance, Decision, DensityController, controller
+from lightning_ddst import GeneratorEMA
+from lightning_ddst.balance import Balance, Controller, Decision, DensityController
 from lightning_ddst.sparsity.averaging import WeightAverage
-from lightning_ddst.sparsity.enforcement import MaskEnforcer
 
 
-class PlainAverage(Callback):
+@dataclass(frozen=True)
+class ExploresInBand(DensityController):
+    """Explores the discriminator while BR is within its bounds, instead of keeping its mask.
+
+    Args:
+        limits: Explore also at the smallest density, and when dense.
+    """
+
+    limits: bool = False
+
+    def decide(self, balance: Balance, density: float, progress: float = 0.0, share: float = 0.0) -> Decision:
+        """Decides as `DensityController`, and explores instead of holding."""
+        decision = super().decide(balance, density, progress, share)
+        value = self.value(balance)
+        within = value is not None and self.bounds[0] <= value <= self.bounds[1]
+        if decision.action == "hold" and (within or self.limits):
+            return replace(decision, action="explore", reason=f"{decision.reason}: the discriminator explores")
+        return decision
+
+
+class Brake(Controller):
+    """Grows the discriminator unless BR has fallen from its highest; the bounds are shares of the highest BR.
+
+    The highest is that of means of two windows in a row.
+
+    Args:
+        lower: Below this share of the highest BR it prunes.
+        upper: Above this share it grows.
+        explores: Whether it explores between the two, and at the limits of the density, instead of keeping the mask.
+        min_density: Smallest density, in (0, 1]; the largest is 1.
+        delta: Density added or removed at once, in (0, 1].
+    """
+
+    def __init__(self, lower: float, upper: float, explores: bool, min_density: float, delta: float = 0.05) -> None:
+        self._shares = DensityController((lower, upper), delta, min_density)  # which checks the arguments
+        self._explores = explores
+        self._last = self._highest = 0.0
+
+    def observe(self, balance: Balance) -> None:
+        """Follows BR."""
+        if balance.ratio is not None:
+            self._highest = max(self._highest, (self._last + balance.ratio) / 2)
+            self._last = balance.ratio
+
+    def decide(self, balance: Balance, density: float, progress: float = 0.0, share: float = 0.0) -> Decision:
+        """Decides as `DensityController` between shares of the highest BR."""
+        if not self._highest:
+            return Decision("undecided", density, balance.reason or "BR has not been above 0 yet")
+        decision = self._controller().decide(balance, density, progress, share)
+        if decision.action == "hold" and self._explores:
+            return replace(decision, action="explore")
+        return decision
+
+    def _controller(self) -> DensityController:
+        lower, upper = self._shares.bounds
+        return replace(self._shares, bounds=(lower * self._highest, upper * self._highest))
+
+    def readings(self, balance: Balance) -> dict[str, float]:
+        """BR and its bounds, once there are any."""
+        return self._controller().readings(balance) if self._highest else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was observed."""
+        return {"last": self._last, "highest": self._highest}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores the state returned by `state_dict`."""
+        self._last, self._highest = state["last"], state["highest"]
+
+
+class PlainAverage(WeightAverage):
     """An average of weights that does not know of masks, as in the paper's code.
 
     A grown weight's average begins at 0; what was pruned is 0 in it.
     """
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        mask_aware = WeightAverage.update
-
-        @torch.no_grad()
-        def update(average: WeightAverage) -> None:
-            weights = average._ages
-            average._ages = {}
-            mask_aware(average)
-            average._ages = weights
-            live = average._live()
-            for name in weights:
-                average._averages[name].masked_fill_(live[name] == 0, 0)
-
-        WeightAverage.update = update  # type: ignore[method-assign]
+    def update_weight(self, average: Tensor, value: Tensor, age: Tensor, decay: float) -> None:
+        """Averages as if there were no masks, then masks."""
+        average.lerp_(value, 1 - decay).masked_fill_(value == 0, 0)
 
 
-class KeptState(Callback):
-    """Optimizer state of inactive weights is left to the optimizer, as in the paper's code with Adam."""
+class PlainEMA(GeneratorEMA):
+    """`GeneratorEMA` with a `PlainAverage`; replaces it, because two would swap the weights with each other."""
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        keep = partialmethod(MaskEnforcer.__init__, optimizer_state="keep")
-        MaskEnforcer.__init__ = keep  # type: ignore[method-assign, assignment]
-
-
-class ExploresInBand(Callback):
-    """Where BR is within its bounds, the discriminator explores at its density instead of keeping its mask.
-
-    Args:
-        limits: Also at its smallest and largest density, where it keeps its mask otherwise.
-    """
-
-    def __init__(self, limits: bool = False) -> None:
-        self._limits = limits
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        decide = DensityController.decide
-
-        def explore(controls: DensityController, *args: Any, **kwargs: Any) -> Decision:
-            decision = decide(controls, *args, **kwargs)
-            if decision.action == "hold" and (self._limits or "within" in decision.reason):
-                return replace(decision, action="explore", reason=f"{decision.reason}: the discriminator explores")
-            return decision
-
-        DensityController.decide = explore  # type: ignore[method-assign]
-
-
-class Brake(Callback):
-    """The discriminator grows unless BR has fallen, from the highest that it was, to bounds that are shares of that.
-
-    It does not go on from checkpoints.
-
-    Args:
-        lower: Below this share of the highest BR the discriminator is pruned.
-        upper: Above it, it grows.
-        explores: Between the two, and at its limits, it explores instead of keeping its mask.
-    """
-
-    def __init__(self, lower: float, upper: float, explores: bool) -> None:
-        self._lower, self._upper, self._explores = lower, upper, explores
-        self._last = self._highest = 0.0
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        decide = DensityController.decide
-
-        def braked(controls: DensityController, balance: Balance, density: float, *shares: float) -> Decision:
-            if balance.ratio is not None:
-                self._highest = max(self._highest, (self._last + balance.ratio) / 2)
-                self._last = balance.ratio
-                bounds = self._lower * self._highest, self._upper * self._highest
-                controls = replace(controls, bounds=bounds)
-            decision = decide(controls, balance, density, *shares)
-            if decision.action == "hold" and self._explores:
-                return replace(decision, action="explore")
-            return decision
-
-        DensityController.decide = braked  # type: ignore[method-assign]
-
-
-class Even(Callback):
-    """With bounds "auto" another share of its highest at which BR leaves the discriminator's density as it is.
-
-    Trials that were made with commit 7352a99, where that share was 0.6, gave 0.65 by this; those with 0.6 did without.
-
-    Args:
-        share: In (0, 1).
-    """
-
-    def __init__(self, share: float) -> None:
-        self._share = share
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        controller._STEADY = self._share
+    average_class = PlainAverage

@@ -5,6 +5,8 @@ batch, `probe` scores them and the fakes before and after the update, and `ratio
 window. `controller` decides on a density by BR or another of the `signals`.
 """
 
+from importlib import import_module
+
 from lightning_ddst.balance.controller import (
     Controller,
     Decision,
@@ -29,3 +31,10 @@ __all__ = [
     "ScoresItself",
     "control_signal",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Returns objects that moved to `lightning_ddst.methods`, for their former import path."""
+    if name in ("Plan", "SparseTraining"):
+        return getattr(import_module("lightning_ddst.methods"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

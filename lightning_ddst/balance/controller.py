@@ -14,10 +14,8 @@ from lightning_ddst.utils.validation import check_density
 Action = Literal["grow", "prune", "explore", "hold", "undecided"]
 ACTIONS: tuple[Action, ...] = ("grow", "prune", "explore", "hold", "undecided")
 
-_STEADY = 0.65
-"""Share of the highest BR at which the density does not change."""
 _REACH = 0.3
-"""Distance above or below `_STEADY` from which steps have full size."""
+"""Distance above or below the steady share from which steps have full size."""
 _WINDOWS = 3
 """Consecutive windows whose median counts as a level of BR; single windows may jump early in training."""
 _BR = (
@@ -173,7 +171,7 @@ class RelativeController(Controller):
 
     The level of BR depends on networks, losses, learning rates and the generator's density, but BR always falls when
     the discriminator gets ahead (docs/bounds.md). While BR is at its highest, the density rises at the rate of a
-    straight line from the minimum to the maximum over the run. At lower BR it rises more slowly; below `_STEADY` of the
+    straight line from the minimum to the maximum over the run. At lower BR it rises more slowly; below `steady` of the
     highest it falls. The highest is the largest median of `_WINDOWS` consecutive windows and never decays, so the
     density also falls if BR falls for another reason, such as a learning rate that decays to 0. A discriminator that
     does not tell real from fake is not strong, so it grows as in a straight line. At a maximum density below 1 the
@@ -183,17 +181,21 @@ class RelativeController(Controller):
         limits: Minimum and maximum density, minimum <= maximum, in (0, 1].
         delta: Largest step of a decision, in (0, 1]. None means the step of a straight line over the run; if the run's
             length is unknown, the paper's 0.05.
+        steady: Share of the highest BR at which the density does not change, in (0, 1).
 
     Raises:
         ValueError: For an argument outside the allowed range.
     """
 
-    def __init__(self, limits: tuple[float, float], delta: float | None = None) -> None:
+    def __init__(self, limits: tuple[float, float], delta: float | None = None, steady: float = 0.65) -> None:
         _check_limits(*limits)
         if delta is not None:
             check_density("delta", delta)
+        if not 0 < steady < 1:
+            raise ValueError(f"steady={steady} must be in (0, 1).")
         self._limits = limits
         self._delta = delta
+        self._steady = steady
         self._last: list[float] = []
         self._highest = 0.0
 
@@ -211,7 +213,7 @@ class RelativeController(Controller):
         step, reason = 1.0, balance.reason
         if balance.ratio is not None and self._highest > 0:
             level = balance.ratio / self._highest
-            step = min(max((level - _STEADY) / _REACH, -1.0), 1.0)
+            step = min(max((level - self._steady) / _REACH, -1.0), 1.0)
             reason = f"BR {balance.ratio:.3f} is {level:.0%} of the highest, {self._highest:.3f}"
         elif balance.ratio is not None and balance.ratio > 0:
             reason = f"BR is {balance.ratio:.3f}, and its level is not known yet"
@@ -240,7 +242,7 @@ class RelativeController(Controller):
         decided = {} if balance.ratio is None else {"control/signal": balance.ratio}
         if not self._highest:
             return decided
-        lower, upper = (share * self._highest for share in (_STEADY, _STEADY + _REACH))
+        lower, upper = (share * self._highest for share in (self._steady, self._steady + _REACH))
         return decided | {"control/lower": lower, "control/upper": upper}
 
     def state_dict(self) -> dict[str, Any]:

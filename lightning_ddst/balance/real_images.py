@@ -157,7 +157,7 @@ def check_shown(
     if any(value.data_ptr() == real.data_ptr() or torch.equal(value, real) for value in shown):
         if changes_fakes:
             raise cannot_measure(
-                "the training step changes the generator's output before the discriminator sees it (adds it to "
+                "the training step changes what the generator returns before the discriminator sees it (adds it to "
                 "something, or applies an activation), but not the real images"
             )
         return True

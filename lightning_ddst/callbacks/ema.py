@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -31,9 +31,14 @@ class GeneratorEMA(Callback):
             statistics.
         generator: Dotted name of the generator in the module; by default the usual names are tried.
 
+    Attributes:
+        average_class: Class of the average; a subclass of `GeneratorEMA` may set another subclass of `WeightAverage`.
+
     Raises:
         ValueError: For an argument outside the allowed range; at the start, if the generator is not found.
     """
+
+    average_class: ClassVar[type[WeightAverage]] = WeightAverage
 
     def __init__(self, decay: float = 0.999, buffers: BufferHandling = "average", generator: str | None = None) -> None:
         self._decay = decay
@@ -43,7 +48,7 @@ class GeneratorEMA(Callback):
         self._average: WeightAverage | None = None
         self._saved: Mapping[str, Any] | None = None
         self._handles: list[RemovableHandle] = []
-        WeightAverage(nn.Identity(), decay, buffers)  # checks the arguments now
+        self.average_class(nn.Identity(), decay, buffers)  # checks the arguments now
 
     @property
     def state_key(self) -> str:
@@ -77,7 +82,7 @@ class GeneratorEMA(Callback):
     def restart(self, generator: nn.Module) -> None:
         """Restarts the average from the current weights if it averages this generator."""
         if self._generator is generator:
-            self._average = WeightAverage(generator, self._decay, self._buffers)
+            self._average = self.average_class(generator, self._decay, self._buffers)
 
     @uncompiled
     def _update(self, trained: Mapping[str, Tensor], optimizer: Optimizer, *_: Any) -> None:
@@ -92,7 +97,7 @@ class GeneratorEMA(Callback):
             return
         with torch.inference_mode(False):  # evaluation may come before training
             self._generator = generator
-            self._average = WeightAverage(generator, self._decay, self._buffers)
+            self._average = self.average_class(generator, self._decay, self._buffers)
             if self._saved is not None:
                 self._average.load_state_dict(self._saved)
                 self._saved = None

@@ -78,10 +78,10 @@ def time_ratio(one: Callable[[], object], other: Callable[[], object]) -> float:
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(_TURNS + 1):
         for function, times in zip((one, other), seconds, strict=True):
-            _finish()
+            synchronize()
             start = time.perf_counter()
             function()
-            _finish()
+            synchronize()
             times.append(time.perf_counter() - start)
     return statistics.median(seconds[0][1:]) / statistics.median(seconds[1][1:])
 
@@ -104,6 +104,7 @@ def onnx_time_ratio(path: str | Path, generator: nn.Module, *inputs: Tensor) -> 
         return time_ratio(lambda: session.run(None, fed), lambda: generator(*inputs))
 
 
-def _finish() -> None:
+def synchronize() -> None:
+    """Waits until a GPU has finished; needed before reading the clock."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -70,7 +70,8 @@ _MOST_NAMED_ROWS = 48
 
 
 @contextmanager
-def _styled() -> Iterator[None]:
+def plot_style() -> Iterator[None]:
+    """Draws in the package's style, whatever style the user has set."""
     with rc_context(), style.context(["default", _STYLE]):
         yield
 
@@ -78,7 +79,7 @@ def _styled() -> Iterator[None]:
 def _in_style(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def styled(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _styled():
+        with plot_style():
             return function(*args, **kwargs)
 
     return styled

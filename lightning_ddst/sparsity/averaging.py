@@ -68,14 +68,25 @@ class WeightAverage:
             if name in self._vectors:
                 average.copy_(value)
             elif (age := self._ages.get(name)) is not None:
-                decays = (age / (age + 1)).clamp_(max=self._decay).to(average.dtype)
-                average.sub_(value).mul_(decays).add_(value)
-                inactive = value == 0
-                # As masked_fill_ does, which torch 2.8 lacks for tensors that are split over processes.
-                average.copy_(torch.where(inactive, 0, average))
-                age.add_(1).mul_(~inactive)
+                self.update_weight(average, value, age, decay)
             else:
                 average.lerp_(value, 1 - decay)
+
+    def update_weight(self, average: Tensor, value: Tensor, age: Tensor, decay: float) -> None:
+        """Updates the average of a parameter of two or more dimensions; override it for another rule.
+
+        Args:
+            average: The average so far, changed in place.
+            value: The present value, exactly 0 where a weight is inactive.
+            age: The updates that each entry's average spans, changed in place.
+            decay: The decay of this update for everything that has no masks.
+        """
+        decays = (age / (age + 1)).clamp_(max=self._decay).to(average.dtype)
+        average.sub_(value).mul_(decays).add_(value)
+        inactive = value == 0
+        # As masked_fill_ does, which torch 2.8 lacks for tensors that are split over processes.
+        average.copy_(torch.where(inactive, 0, average))
+        age.add_(1).mul_(~inactive)
 
     @torch.no_grad()
     def swap(self) -> None:

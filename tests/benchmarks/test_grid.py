@@ -63,12 +63,12 @@ def test_runs_are_trained_once_and_one_that_fails_is_reported(study, monkeypatch
     assert "tiny: 1 of 1 runs are done" in capsys.readouterr().out
 
 
-def test_no_run_is_begun_after_the_time_given(study, monkeypatch, tmp_path):
+def test_no_run_starts_after_the_time_limit(study, monkeypatch, tmp_path):
     call(monkeypatch, tmp_path, "--minutes", "0")
     assert not rows.rows("tiny")
 
 
-@pytest.mark.parametrize("name", ["fashion", "ablations", "cifar10", "digits"])
+@pytest.mark.parametrize("name", ["fashion", "ablations", "rules", "cifar10", "digits"])
 def test_every_command_of_a_study_parses(name, monkeypatch):
     monkeypatch.chdir(rows.HERE.parent)
     seen = set()
@@ -80,7 +80,9 @@ def test_every_command_of_a_study_parses(name, monkeypatch):
             config = parsed(monkeypatch, *options).config
             assert config.seed_everything == cell.seed
             if cell.density < 1:
-                assert config.sparsity.generator_density == cell.density
+                method = config.sparsity.method
+                arguments = config.sparsity if isinstance(method, str) else method.init_args
+                assert arguments.generator_density == cell.density
 
 
 def test_what_matters_most_comes_first():
