@@ -96,7 +96,7 @@ def _find_condition(place: int | str, value: Tensor, others: Mapping[str, Tensor
     }
     if len(fitting) != 1:
         raise cannot_measure(
-            f"the discriminator's argument {place!r} for real images was not seen before the "
+            f"the value that the discriminator takes as argument {place!r} for real images was not seen before the "
             f"update, and {'any of the' if fitting else 'none of the'} batch's {', '.join(fitting) or 'tensors'} "
             "could be it"
         )
