@@ -215,7 +215,7 @@ def test_fakes_that_are_changed_alone_are_rejected():
 
 def test_the_error_names_other_images_of_the_batch():
     batch = {"input": torch.rand(8, 2), "target": torch.rand(8, 2)}
-    with pytest.raises(RuntimeError, match=r"real='target', .* .input."):
+    with pytest.raises(RuntimeError, match=r"real='target', .* shown .input."):
         check_shown([batch["input"]], batch["target"], batch, place="target")
 
 
