@@ -164,8 +164,8 @@ def check_shown(
     for name, other in tensors_in(batch):
         if any(value.data_ptr() == other.data_ptr() for value in shown):
             raise cannot_measure(
-                f"the real images should be real={place!r}, but "
-                f'the discriminator is shown "{name}" of the batch instead'
+                f"the real images should be real={place!r}, but among the batch's tensors the "
+                f'discriminator is shown "{name}"'
             )
     if any(is_rescaled(value, real) for value in shown):
         raise cannot_measure(
