@@ -67,7 +67,7 @@ def growth_rule(
     Args:
         name: Name of the rule in Python, YAML and on the command line.
         gradient: "none", "latest" (the dense gradient of the last update) or "average" (its exponential moving
-            average, which costs memory for a copy of the weights and of their gradient, at every step).
+            average, which costs a copy of the weights and of their gradients per step).
         magnitude: Whether weights grow by the magnitude of their scores instead of the scores; saves a copy of the
             gradient.
 
