@@ -106,7 +106,7 @@ def test_a_mask_that_differs_stops_the_run(results):
 
 def test_plain_ddp_is_rejected_naming_the_strategy_that_works(results):
     for message in results("plain ddp"):
-        assert message.startswith("ValueError: DistributedDataParallel as it is set up expects")
+        assert message.startswith("ValueError: DistributedDataParallel, as set up here, expects")
         assert 'Trainer(strategy="ddp_find_unused_parameters_true")' in message
 
 

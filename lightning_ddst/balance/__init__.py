@@ -1,7 +1,8 @@
 """The balance ratio (BR): its measurement without side effects, its window, and the density controllers.
 
-`recorder` notes the networks' calls, `real_images` finds the real images, `probe` scores them, `ratio` computes BR, and
-`controller` decides by it, or by another of the `signals`.
+At every measured generator update, `recorder` records the networks' calls, `real_images` finds the real images in the
+batch, `probe` scores them and the fakes before and after the update, and `ratio` computes BR from the scores of a
+window. `controller` decides on a density by BR or another of the `signals`.
 """
 
 from importlib import import_module
@@ -33,7 +34,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Finds what moved to `lightning_ddst.methods` under its former import path."""
+    """Returns objects that moved to `lightning_ddst.methods`, for their former import path."""
     if name in ("Plan", "SparseTraining"):
         return getattr(import_module("lightning_ddst.methods"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

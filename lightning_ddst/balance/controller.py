@@ -1,4 +1,4 @@
-"""Dynamic density adjustment: from the balance ratio to the discriminator's density."""
+"""Dynamic density adjustment: controllers of the discriminator's density."""
 
 import math
 from abc import ABC, abstractmethod
@@ -15,9 +15,9 @@ Action = Literal["grow", "prune", "explore", "hold", "undecided"]
 ACTIONS: tuple[Action, ...] = ("grow", "prune", "explore", "hold", "undecided")
 
 _REACH = 0.3
-"""How far above, or below, the steady share steps are as large as they get."""
+"""Distance above or below the steady share from which steps have full size."""
 _WINDOWS = 3
-"""In a row, whose median counts as a level that BR has been at: it may jump while training begins."""
+"""Consecutive windows whose median counts as a level of BR; single windows may jump early in training."""
 _BR = (
     "BR, the balance ratio, is the share of the gap between the scores of real and of generated images that one "
     "generator update closes. "
@@ -26,13 +26,13 @@ _BR = (
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do with the discriminator now.
+    """A decision on the discriminator's density.
 
     Attributes:
-        action: "grow" or "prune" to `density`, "explore" at it, or nothing: "hold", "undecided".
-        density: The density aimed at, in (0, 1].
-        reason: The comparison behind it, in words and numbers.
-        at_floor: Whether the discriminator would be pruned if its density were not the smallest allowed.
+        action: "grow" or "prune" to `density`, "explore" at it, or no change: "hold", "undecided".
+        density: The target density, in (0, 1].
+        reason: The comparison behind the decision, in words and numbers.
+        at_floor: Whether the controller would prune the discriminator, but it is at its minimum density.
     """
 
     action: Action
@@ -42,33 +42,33 @@ class Decision:
 
 
 class Controller(ABC):
-    """Decides on the discriminator's density."""
+    """Base class of controllers, which decide on the discriminator's density."""
 
     def observe(self, balance: Balance) -> None:  # noqa: B027 -- most have nothing to remember
-        """Takes note of a window, once an interval, before anything is decided.
+        """Observes a window once per interval, before the decision.
 
         Args:
-            balance: What the window says.
+            balance: The balance over the window.
         """
 
     @abstractmethod
     def decide(self, balance: Balance, density: float, progress: float = 0.0, share: float = 0.0) -> Decision:
-        """Decides.
+        """Returns a decision.
 
         Args:
-            balance: What the last window says.
-            density: The density aimed at so far.
-            progress: The share of the run that is done, 0 where its length is unknown.
-            share: The share of the run that lies between two decisions, 0 where it is unknown.
+            balance: The balance over the last window.
+            density: The current target density.
+            progress: The share of the run that is done, in [0, 1]; 0 if the run's length is unknown.
+            share: The share of the run between two decisions; 0 if the run's length is unknown.
         """
 
     def readings(self, balance: Balance) -> dict[str, float]:
-        """Returns what the decision is made from, by the names under which it is logged."""
+        """Returns the numbers that the decision depends on, by their logged names."""
         return {}
 
     @property
     def explanation(self) -> str:
-        """One or two sentences for TensorBoard about the reasons of the decisions; empty if they have none."""
+        """One or two sentences for TensorBoard that explain the decisions; empty if there is nothing to explain."""
         return ""
 
     @property
@@ -77,30 +77,30 @@ class Controller(ABC):
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        """What it remembers; loads with ``weights_only=True``."""
+        """Returns the controller's state; loads with ``weights_only=True``."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 -- most have nothing to remember
-        """Takes over what `state_dict` gave."""
+        """Restores the state returned by `state_dict`."""
 
 
 @dataclass(frozen=True)
 class DensityController(Controller):
-    """Keeps a signal, the balance ratio, between two bounds by the discriminator's density (DDST's DDA).
+    """A controller that keeps a signal between two bounds: dynamic density adjustment (DDA) of DDST.
 
-    A ratio above the bounds says that the discriminator is too weak, so it grows; below, that it
-    is too strong, so it is pruned. An undecided ratio moves nothing. At a maximum below 1 (the
-    paper's strict setting), where it may not grow, it explores instead.
+    With the balance ratio as signal, a ratio above the bounds means that the discriminator is too weak, so it grows; a
+    ratio below means that it is too strong, so it is pruned. An undecided ratio changes nothing. At a maximum density
+    below 1 (the paper's strict setting) the discriminator explores instead of growing.
 
     Args:
-        bounds: Lower and upper bound of the signal, lower < upper; the balance ratio's are not negative.
-        delta: Density added or removed at once, in (0, 1].
-        min_density: Smallest density, in (0, 1].
-        max_density: Largest density, in [min_density, 1]; 1 is the relaxed setting.
+        bounds: Lower and upper bound of the signal, lower < upper; not negative for the balance ratio.
+        delta: Density that a decision adds or removes, in (0, 1].
+        min_density: Minimum density, in (0, 1].
+        max_density: Maximum density, in [min_density, 1]; 1 is the relaxed setting.
         signal: A key of `SIGNALS`.
 
     Raises:
-        ValueError: For an argument outside what is allowed.
+        ValueError: For an argument outside the allowed range.
     """
 
     bounds: tuple[float, float] = (0.45, 0.55)
@@ -118,7 +118,7 @@ class DensityController(Controller):
         _check_limits(self.min_density, self.max_density)
 
     def decide(self, balance: Balance, density: float, progress: float = 0.0, share: float = 0.0) -> Decision:
-        """Decides from the window's signal and the density aimed at so far."""
+        """Returns a decision from the window's signal and the current target density."""
         signal, value = SIGNALS[self.signal], self.value(balance)
         if value is None:
             return Decision("undecided", density, balance.reason or f"{signal.label} is undecided")
@@ -140,7 +140,7 @@ class DensityController(Controller):
 
     @property
     def explanation(self) -> str:
-        """Says what the signal means."""
+        """The meaning of the signal, in one or two sentences."""
         label, above = SIGNALS[self.signal].label, SIGNALS[self.signal].high_means
         below = "weak" if above == "strong" else "strong"
         does = {"weak": "gets weights", "strong": "loses weights"}
@@ -151,40 +151,40 @@ class DensityController(Controller):
 
     @property
     def judges(self) -> bool:
-        """The bounds say what too weak and too strong are."""
+        """True: the bounds define too weak and too strong."""
         return True
 
     def value(self, balance: Balance) -> float | None:
-        """The signal; None where it is undecided."""
+        """Returns the signal; None if it is undecided."""
         value = SIGNALS[self.signal].read(balance)
         return None if value is None or math.isnan(value) else value
 
     def readings(self, balance: Balance) -> dict[str, float]:
-        """The signal, where it is decided, and its bounds."""
+        """Returns the signal, if it is decided, and its bounds."""
         value = self.value(balance)
         decided = {} if value is None else {"control/signal": value}
         return decided | {"control/lower": self.bounds[0], "control/upper": self.bounds[1]}
 
 
 class RelativeController(Controller):
-    """Lets the discriminator grow by how near the balance ratio is to the highest that it has been.
+    """A controller that compares the balance ratio with its highest value so far (``bounds="auto"``).
 
-    What BR is depends on networks, losses, learning rates and the generator's density; that it falls when the
-    discriminator gets ahead does not (docs/bounds.md). Where BR is at its highest the density rises as in a straight
-    line from the smallest to the largest over the run; with BR lower it rises more slowly, and below `steady` of the
-    highest it falls. The highest is that of medians of `_WINDOWS` windows in a row, and never fades: BR that falls for
-    another reason, as with a learning rate that goes to 0, takes density away, too. A discriminator that does not tell
-    real from fake is no strong one, so it grows as in a straight line. At a largest density below 1, where it may not
-    grow, it explores instead.
+    The level of BR depends on networks, losses, learning rates and the generator's density, but BR always falls when
+    the discriminator gets ahead (docs/bounds.md). While BR is at its highest, the density rises at the rate of a
+    straight line from the minimum to the maximum over the run. At lower BR it rises more slowly; below `steady` of the
+    highest it falls. The highest is the largest median of `_WINDOWS` consecutive windows and never decays, so the
+    density also falls if BR falls for another reason, such as a learning rate that decays to 0. A discriminator that
+    does not tell real from fake is not strong, so it grows as in a straight line. At a maximum density below 1 the
+    discriminator explores instead of growing.
 
     Args:
-        limits: Smallest and largest density, smallest <= largest, in (0, 1].
-        delta: The largest step of a decision, in (0, 1]; None for what a straight line adds meanwhile, and the paper's
-            0.05 where the run's length is unknown.
-        steady: The share of the highest at which BR leaves the density as it is, in (0, 1).
+        limits: Minimum and maximum density, minimum <= maximum, in (0, 1].
+        delta: Largest step of a decision, in (0, 1]. None means the step of a straight line over the run; if the run's
+            length is unknown, the paper's 0.05.
+        steady: Share of the highest BR at which the density does not change, in (0, 1).
 
     Raises:
-        ValueError: For an argument outside what is allowed.
+        ValueError: For an argument outside the allowed range.
     """
 
     def __init__(self, limits: tuple[float, float], delta: float | None = None, steady: float = 0.65) -> None:
@@ -200,7 +200,7 @@ class RelativeController(Controller):
         self._highest = 0.0
 
     def observe(self, balance: Balance) -> None:
-        """Follows BR."""
+        """Records BR and updates its highest level."""
         if balance.ratio is None:
             return
         self._last = [*self._last, balance.ratio][-_WINDOWS:]
@@ -208,7 +208,7 @@ class RelativeController(Controller):
             self._highest = max(self._highest, median(self._last))
 
     def decide(self, balance: Balance, density: float, progress: float = 0.0, share: float = 0.0) -> Decision:
-        """Decides by what was observed; without a level yet the density rises."""
+        """Returns a decision from BR relative to its highest level; the density rises until a level is known."""
         smallest, largest = self._limits
         step, reason = 1.0, balance.reason
         if balance.ratio is not None and self._highest > 0:
@@ -231,14 +231,14 @@ class RelativeController(Controller):
 
     @property
     def explanation(self) -> str:
-        """Says what the balance ratio means relative to its highest."""
+        """The meaning of BR relative to its highest level, in two sentences."""
         return (
             f"{_BR}The nearer BR is to the highest that it has been, the more weights the discriminator gets; where BR "
             "has fallen far below, it loses weights."
         )
 
     def readings(self, balance: Balance) -> dict[str, float]:
-        """BR, where it is decided; once there is a level, below what D is pruned, and above what it grows fastest."""
+        """Returns BR, if it is decided, and, once a level is known, the bounds of pruning and of fastest growth."""
         decided = {} if balance.ratio is None else {"control/signal": balance.ratio}
         if not self._highest:
             return decided
@@ -246,27 +246,27 @@ class RelativeController(Controller):
         return decided | {"control/lower": lower, "control/upper": upper}
 
     def state_dict(self) -> dict[str, Any]:
-        """What was observed; loads with ``weights_only=True``."""
+        """Returns the observations; loads with ``weights_only=True``."""
         return {"last": self._last, "highest": self._highest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` gave."""
-        if "highest" in state:  # of a run with given bounds there is nothing to take over
+        """Restores the state returned by `state_dict`."""
+        if "highest" in state:  # a run with fixed bounds has no such state
             self._last, self._highest = list(state["last"]), state["highest"]
 
 
 @dataclass(frozen=True)
 class DensityRamp(Controller):
-    """Lets the discriminator's density rise in a straight line over the run, whatever the balance: no feedback.
+    """A controller without feedback: the discriminator's density rises in a straight line over the run.
 
-    What a controller has to be better than.
+    It is the baseline of controllers with feedback.
 
     Args:
         start: The density at the start, in (0, 1].
         end: The density at the end, in [start, 1].
 
     Raises:
-        ValueError: For a density outside what is allowed.
+        ValueError: For a density outside the allowed range.
     """
 
     start: float
@@ -278,19 +278,19 @@ class DensityRamp(Controller):
             raise ValueError(f"end={self.end} must be in [start={self.start}, 1].")
 
     def decide(self, balance: Balance, density: float, progress: float = 0.0, share: float = 0.0) -> Decision:
-        """Decides from the share of the run that is done."""
+        """Returns a decision from the share of the run that is done."""
         planned = _tidy(self.start + (self.end - self.start) * min(progress, 1.0))
         action: Action = "grow" if planned > density else "hold"
         return Decision(action, max(planned, density), f"{progress:.0%} of the run is done")
 
 
 def _check_limits(smallest: float, largest: float) -> None:
-    """By the names of the callback's arguments."""
+    """Checks the limits; errors use the names of the callback's arguments."""
     check_density("max_discriminator_density", largest)
     if not 0 < smallest <= largest:
         raise ValueError(f"min_discriminator_density={smallest} must be in (0, max_discriminator_density={largest}].")
 
 
 def _tidy(density: float) -> float:
-    """Without the rounding errors that adding delta again and again piles up."""
+    """Removes the rounding errors that repeated additions of delta accumulate."""
     return round(density, 9)

@@ -1,4 +1,4 @@
-"""Notices that training has broken down."""
+"""Detects that training has broken down."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,15 +11,15 @@ from lightning_ddst.sparsity.sharding import local_part
 from lightning_ddst.utils import distributed
 
 _WINDOWS = 10
-"""Windows in a row without a balance ratio that are reported."""
+"""Consecutive windows without a balance ratio after which this is reported."""
 
 
 class Divergence:
-    """Looks for what a GAN does not recover from, and reports each kind once.
+    """A detector of states that a GAN does not recover from; it reports each kind once.
 
     - Weights that are not finite, as after a loss that was NaN or infinite.
-    - A discriminator that gives real images, old and new fakes the same score over a whole window.
-    - A balance ratio that is undefined for 10 windows in a row.
+    - A discriminator that gives real images and fakes before and after the update the same score over a whole window.
+    - A balance ratio that is undefined for 10 consecutive windows.
 
     Args:
         networks: The generator and the discriminator, by role.
@@ -34,17 +34,17 @@ class Divergence:
 
     @property
     def reports(self) -> list[tuple[int, str]]:
-        """What was found, with the generator update at which it was seen."""
+        """All reports so far, each with its generator update."""
         return list(self._reports.values())
 
     def finite(self, updates: int) -> bool:
-        """Whether all weights are finite; waits for the device.
+        """Returns whether all weights are finite, and reports weights that are not; waits for the device.
 
         Args:
             updates: Generator updates so far.
         """
         if updates == self._finite_until:
-            return True  # looked at already
+            return True  # checked already
         broken = [role for role, network in self._networks.items() if not _all_finite(network)]
         if broken:
             self._report(
@@ -58,10 +58,10 @@ class Divergence:
         return True
 
     def look_at(self, balance: Balance, updates: int) -> None:
-        """Sees a whole window of measurements.
+        """Checks a whole window of measurements.
 
         Args:
-            balance: What the window says.
+            balance: The balance over the window.
             updates: Generator updates so far.
         """
         if balance.scores_are_constant:
@@ -84,11 +84,11 @@ class Divergence:
         self._reports.setdefault(kind, (updates, message))
 
     def state_dict(self) -> dict[str, Any]:
-        """What was seen; loads with ``weights_only=True``."""
+        """Returns reports and counters; loads with ``weights_only=True``."""
         return {"reports": dict(self._reports), "finite_until": self._finite_until, "undefined": self._undefined}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` gave."""
+        """Restores the state returned by `state_dict`."""
         self._reports = dict(state["reports"])
         self._finite_until, self._undefined = state["finite_until"], state["undefined"]
 

@@ -1,4 +1,4 @@
-"""Measures how the discriminator scores one generator update, and leaves no trace."""
+"""Measures how the discriminator scores one generator update, without side effects."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,55 +22,51 @@ from lightning_ddst.utils.compilation import is_compiled, run_eagerly
 from lightning_ddst.utils.nested import Place, get_first_tensor
 
 _STEPS = 20
-"""Training steps after which the probe no longer waits for the discriminator to be shown real images."""
+"""Training steps after which the probe stops looking for a discriminator call on the real images."""
 
 
 @runtime_checkable
 class ScoresItself(Protocol):
-    """A module that gives the scores itself, where recording its networks' calls cannot."""
+    """A module that returns the scores itself, for GANs whose calls cannot be recorded."""
 
     def balance_scores(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """The discriminator's scores for a batch.
+        """Returns the discriminator's scores for a batch.
 
-        It is called around a generator update, without gradients, and every time with the same
-        random state, so that the same noise is drawn.
+        The probe calls this around a generator update, without gradients, and each time with the same random state, so
+        that it draws the same noise.
 
         Args:
-            batch: As the training step gets it.
+            batch: The training step's batch.
 
         Returns:
-            Scores of real images and of generated ones, of any shapes; their means are taken.
+            Scores of real and of generated images, of any shapes; the probe takes their means.
         """
         ...
 
 
 class BalanceProbe:
-    """Records a GAN's own forward calls, and repeats them after a generator update.
+    """A probe that records a GAN's forward calls and repeats them after a generator update.
 
-    Forward hooks see what the generator was fed and which argument of the discriminator its output
-    became, so nothing of the user's training step has to change. `before_update` keeps the weights
-    that the update is about to change; `after_update` scores the real images, the generator with
-    the old weights, and with the new ones on the same input.
+    Forward hooks record the generator's input and the discriminator's argument that its output became, so the user's
+    training step need not change. `before_update` keeps the weights that the update will change. `after_update` scores
+    the real images, and the generator's images with the old and with the new weights on the same input.
 
-    The repeated calls run in the mode (training or evaluation) of the training step, without
-    gradients, from the buffers, autocast and random states (of torch and Python) that the generator's
-    training began from, and with the discriminator's weights from before the update; everything is
-    put back after each of them. So training is the same, bit for bit, and all three scores come from
-    the same discriminator. The old generator's score is taken from training, if that computed it
-    from these weights.
+    The repeated calls run in the mode (training or evaluation) of the training step, without gradients, with the
+    discriminator's weights from before the update, and from the buffers, autocast and random states (of torch and
+    Python) of the recorded calls. Everything is restored after each call. So training is unchanged, bit for bit, and
+    all three scores come from the same discriminator. The old generator's score is taken from training if training
+    computed it with these weights.
 
     Args:
-        generator: Its input is repeated.
-        discriminator: Gives the scores: any shape, the mean is taken.
-        real: Where the real images are in the batch; by default they are its one floating-point
-            tensor of the fakes' shape but for the batch size.
-        discriminator_output: Where the scores are in what the discriminator returns; by default
-            they are its first tensor.
-        module: A `ScoresItself` that holds both networks, where recording their calls cannot give
-            the scores.
+        generator: The generator.
+        discriminator: The discriminator; its scores may have any shape, the probe takes their mean.
+        real: Place of the real images in the batch; by default its only floating-point tensor that has the fakes'
+            shape apart from the batch size.
+        discriminator_output: Place of the scores in the discriminator's output; by default its first tensor.
+        module: A `ScoresItself` that holds both networks, for GANs whose calls cannot be recorded.
 
     Attributes:
-        checked: Whether a whole training step was compared with the probe's view of it.
+        checked: Whether the probe has checked that the training step scores the batch's real images unchanged.
     """
 
     def __init__(
@@ -88,8 +84,8 @@ class BalanceProbe:
         self._real = real
         self._output = discriminator_output
         self._module = module
-        self._argument: ImageArgument | None = None  # of the last update that was measured before the check ended
-        self._steps = 0  # training steps that were checked
+        self._argument: ImageArgument | None = None  # of the last update measured before the check ended
+        self._steps = 0  # training steps checked so far
         self._recorder = CallRecorder(generator, discriminator, discriminator_output)
         self._forget()
         if module is None:
@@ -97,7 +93,7 @@ class BalanceProbe:
 
     @property
     def watching(self) -> bool:
-        """Whether calls are recorded; switched on for updates that will be measured."""
+        """Whether calls are recorded; set it before updates to measure."""
         return self._recorder.recording
 
     @watching.setter
@@ -116,27 +112,27 @@ class BalanceProbe:
     # ---- the measurement -------------------------------------------------------------------------
 
     def before_update(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Keeps the present weights.
+        """Keeps copies of the current weights.
 
         Args:
-            parameters: Those that the update may change.
+            parameters: The parameters that the update may change.
         """
         self._before = {parameter: parameter.detach().clone() for parameter in parameters}
         self._versions = (get_weights_version(self._generator), get_weights_version(self._discriminator))
 
     def after_update(self, batch: Any) -> Tensor:
-        """Measures the update, and forgets what was recorded.
+        """Measures the update, and clears the records.
 
         Args:
             batch: The training step's batch, any nesting of mappings, sequences and dataclasses.
 
         Returns:
-            ``(4,)``: the mean scores of real images, of the old generator's and the new one's, and the mean sign of
-            the real images' scores.
+            ``(4,)``: the mean scores of real images, of fakes before and of fakes after the update, and the mean sign
+            of the real images' scores.
 
         Raises:
-            RuntimeError: If a call of the generator, of the discriminator on what it made, or the
-                real images are missing; the message says which, and what to do.
+            RuntimeError: If a call of the generator, a call of the discriminator on its output, or the real images are
+                missing; the message names what is missing and the remedy.
         """
         for network in (self._generator, self._discriminator):
             reshard(network)
@@ -170,16 +166,16 @@ class BalanceProbe:
             return [real, fake, self._module.balance_scores(batch)[1]]
 
     def _score_before(self, step: Adversarial) -> Tensor:
-        """The score of the fakes in training, or of the same fakes again if anything changed since or on the way."""
+        """Returns the fakes' score from training, or scores them again if weights or fakes have changed since."""
         unchanged = (step.made.version, step.version) == self._versions
-        # Compiled calls may round differently from those of the other scores.
+        # Compiled calls may round differently from the eager calls of the other scores.
         compiled = is_compiled(self._generator) or is_compiled(self._discriminator)
         if unchanged and step.as_it_is and not compiled:
             return step.score
         return self._score_generated(step)
 
     def _score_generated(self, step: Adversarial) -> Tensor:
-        call = step.made.call.cloned()  # networks may write into their arguments
+        call = step.made.call.cloned()  # networks may write to their arguments
         with self._replay(self._generator, step.made.state):
             images = get_first_tensor(self._generator(*call.args, **call.kwargs))
         return self._discriminate(step.call.replaced({step.place: images.to(step.argument.dtype)}), step)
@@ -191,21 +187,21 @@ class BalanceProbe:
 
     @contextmanager
     def _replay(self, network: nn.Module, state: CallState) -> Iterator[None]:
-        """Training does not notice calls in this context."""
+        """Runs calls inside the context without side effects on training."""
         with self._recorder.paused(), replay(network, state), run_eagerly(network):
             yield
 
     # ---- the check -------------------------------------------------------------------------------
 
     def check(self, batch: Any) -> None:
-        """Compares a whole training step with the probe's view of it, and forgets what was recorded.
+        """Checks that a whole training step scores the batch's real images unchanged, and clears the records.
 
         Args:
             batch: The training step's batch.
 
         Raises:
-            RuntimeError: If the discriminator is shown the batch's images shifted and scaled (as
-                ``2 * x - 1``): the probe would score them as they are in the batch.
+            RuntimeError: If the training step shifts and scales the batch's images (as in ``2 * x - 1``) before the
+                discriminator scores them: the probe would score them as they are in the batch.
         """
         if self.checked or self._argument is None:
             return

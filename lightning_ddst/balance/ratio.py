@@ -11,29 +11,29 @@ Estimator = Literal["ratio_of_means", "mean_of_ratios"]
 ESTIMATORS = ("ratio_of_means", "mean_of_ratios")
 
 _CLEARLY = 2.0
-"""Standard errors by which the mean of alpha must exceed 0."""
+"""Number of standard errors by which the mean of alpha must exceed 0."""
 _ROUNDING = 1e-5
-"""Relative deviation up to which mean scores are the same."""
+"""Relative deviation up to which mean scores count as equal."""
 
 
 @dataclass(frozen=True)
 class Balance:
-    """What a window says; every mean is over its samples, NaN without any.
+    """The balance over a window; every mean is over the window's measurements, NaN without any.
 
-    With D the discriminator's score, G_pre and G_post the generator before and after one of its
-    updates (DDST, section on the balance ratio):
+    D is the discriminator's score, G_pre and G_post are the generator before and after one of its updates (DDST,
+    section on the balance ratio).
 
     Attributes:
         ratio: The balance ratio, ``beta / alpha``; None while it is undecided.
-        alpha: ``E[D(x)] - E[D(G_pre(z))]``, how far D tells real from fake.
-        beta: ``E[D(G_post(z))] - E[D(G_pre(z))]``, how far one generator step closes that.
+        alpha: ``E[D(x)] - E[D(G_pre(z))]``, the gap between the scores of real images and fakes.
+        beta: ``E[D(G_post(z))] - E[D(G_pre(z))]``, the part of the gap that one generator update closes.
         real: ``E[D(x)]``.
         fake: ``E[D(G_pre(z))]``.
         samples: Number of measurements.
-        reason: Why the ratio is undecided; empty where it is not.
-        scores_are_constant: Whether every measurement gave real images, old and new fakes the same score.
-        real_sign: ``E[sign(D(x))]``, in [-1, 1]: the share of real images whose score is positive less the share
-            whose score is negative.
+        reason: The reason why the ratio is undecided; empty if it is decided.
+        scores_are_constant: Whether every measurement gave real images and both kinds of fakes the same score.
+        real_sign: ``E[sign(D(x))]``, in [-1, 1]: the share of real images with a positive score minus the share with
+            a negative score.
     """
 
     ratio: float | None
@@ -53,14 +53,14 @@ class Balance:
 
 
 class BalanceWindow:
-    """The last few measurements of what control signals are made of.
+    """A window of the last measurements, from which control signals are computed.
 
-    Measurements stay on the device they were made on, so adding one does not wait for it.
+    Measurements stay on their device, so adding one does not wait for it.
 
     Args:
-        size: Number of measurements kept, at least 1.
-        estimator: "ratio_of_means" (robust) or "mean_of_ratios" (the paper's: the mean over
-            measurements of ``beta / alpha``, thrown off by any alpha near 0).
+        size: Number of measurements to keep, at least 1.
+        estimator: "ratio_of_means" (robust) or "mean_of_ratios" (the paper's: the mean of ``beta / alpha`` over
+            measurements, which a single alpha near 0 can spoil).
     """
 
     def __init__(self, size: int, estimator: Estimator = "ratio_of_means") -> None:
@@ -69,7 +69,7 @@ class BalanceWindow:
         self._estimator = estimator
 
     def resize(self, size: int) -> None:
-        """Changes how many measurements are kept; the last ones stay."""
+        """Changes the number of measurements to keep; the last ones stay."""
         count = min(self._added, len(self._samples))
         ordered = self._samples[:count].roll(-(self._added % len(self._samples)) if self._added > count else 0, 0)
         kept = ordered[-size:]
@@ -81,15 +81,15 @@ class BalanceWindow:
         """Adds a measurement.
 
         Args:
-            measurement: ``(4,)``: mean scores of real images, of the generator's before, and after its update, and
-                the mean sign of the scores of real images.
+            measurement: ``(4,)``: mean scores of real images, of fakes before and of fakes after the generator's
+                update, and the mean sign of the scores of real images.
         """
         self._samples = self._samples.to(measurement.device, measurement.dtype)
         self._samples[self._added % len(self._samples)] = measurement.detach()
         self._added += 1
 
     def read(self) -> Balance:
-        """Evaluates the window; waits for the device."""
+        """Computes the balance over the window; waits for the device."""
         count = min(self._added, len(self._samples))
         real, fake, fake_after, real_sign = self._samples[:count].double().cpu().unbind(1)
         alpha, beta = real - fake, fake_after - fake
@@ -117,9 +117,9 @@ class BalanceWindow:
         return ""
 
     def state_dict(self) -> dict[str, Any]:
-        """The measurements; loads with ``weights_only=True``."""
+        """Returns the measurements; loads with ``weights_only=True``."""
         return {"samples": self._samples.clone(), "added": self._added}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what `state_dict` gave."""
+        """Restores the state returned by `state_dict`."""
         self._samples, self._added = state["samples"].clone(), state["added"]

@@ -1,4 +1,4 @@
-"""Finds the real images in a batch, and checks that the training step shows them to the discriminator as they are."""
+"""Finds the real images in a batch, and checks that the training step does not change them before scoring."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from lightning_ddst.balance.recorder import Adversarial, Call, Generated, Scored
 from lightning_ddst.utils.nested import Place, describe_tensors, get_entry, get_first_tensor, tensors_in
 
 _SAME = 1e-2
-"""Relative deviation up to which images are the batch's, or are the batch's shifted and scaled."""
+"""Relative deviation up to which images count as the batch's images, shifted and scaled."""
 
 
 # ---- finding ---------------------------------------------------------------------------------------------
@@ -22,11 +22,11 @@ def find_real_images(batch: Any, place: Place | None, shape: torch.Size) -> Tens
 
     Args:
         batch: Any nesting of mappings, sequences and dataclasses.
-        place: Where they are; None for the one floating-point tensor of this shape.
+        place: Place of the real images; None means the only floating-point tensor of this shape.
         shape: The shape of one image.
 
     Raises:
-        RuntimeError: If there is no tensor at that place, or not exactly one of that shape.
+        RuntimeError: If there is no tensor at that place, or not exactly one tensor of that shape.
     """
     if place is not None:
         try:
@@ -47,21 +47,21 @@ def find_real_images(batch: Any, place: Place | None, shape: torch.Size) -> Tens
     choices = " or ".join(f'real="{name}"' for name in found)
     raise cannot_measure(
         f"{len(found)} tensors of the batch have the shape {described} of the generator's output, and any could be "
-        f"the real images: {', '.join(found)}. Say which, `DynamicSparsityCallback(..., real=...)` with {choices}"
+        f"the real images: {', '.join(found)}. Name one, `DynamicSparsityCallback(..., real=...)` with {choices}"
     )
 
 
 def find_call_on_real(real: Tensor, batch: Any, step: Adversarial, scored: Sequence[Scored]) -> Call:
     """Finds the arguments with which the discriminator scores the real images.
 
-    They are those of a recorded call on the real images. Without one they are those of the generator's step, with the
-    real images instead of the fakes and, for other arguments with an entry per image (labels, for example), the one
-    tensor of the batch that fits.
+    They come from a recorded call on the real images. If there is none, they come from the generator's step, with the
+    real images instead of the fakes. Other arguments with one entry per image (labels, for example) are then replaced
+    by the only tensor of the batch that fits.
 
     Args:
         real: The real images.
         batch: The training step's batch.
-        step: The call by which the generator was trained.
+        step: The discriminator's call that trained the generator.
         scored: The discriminator's calls, oldest first.
 
     Raises:
@@ -76,18 +76,18 @@ def find_call_on_real(real: Tensor, batch: Any, step: Adversarial, scored: Seque
     held = {value.untyped_storage().data_ptr() for value in others.values()}
     for place, value in step.call.tensors():
         per_image = value.dim() and len(value) == len(step.argument)
-        # A condition that came out of the batch is the real images' as well.
+        # A condition that came from the batch also belongs to the real images.
         if place != step.place and per_image and value.untyped_storage().data_ptr() not in held:
             values[place] = _find_condition(place, value, others, step)
     return step.call.replaced(values)
 
 
 def _find_condition(place: int | str, value: Tensor, others: Mapping[str, Tensor], step: Adversarial) -> Tensor:
-    """The real images' condition (labels) among the batch's other tensors, for that of the fakes."""
+    """Finds the real images' condition (labels) among the batch's other tensors, to replace the fakes' one."""
     if len(step.argument) != len(step.made.fake):
         raise cannot_measure(
             f"the discriminator was called on {len(step.argument)} images at once, generated ones and others, "
-            f"with as many entries of argument {place!r}, and which are whose cannot be seen"
+            f"with as many entries of argument {place!r}, and it is unknown which belong to which"
         )
     fitting = {
         name: other
@@ -96,8 +96,8 @@ def _find_condition(place: int | str, value: Tensor, others: Mapping[str, Tensor
     }
     if len(fitting) != 1:
         raise cannot_measure(
-            f"what the discriminator takes as argument {place!r} beside real images was not seen before the "
-            f"update, and {'any of the' if fitting else 'nothing in the'} batch's {', '.join(fitting) or 'tensors'} "
+            f"the value that the discriminator takes as argument {place!r} for real images was not seen before the "
+            f"update, and {'any of the' if fitting else 'none of the'} batch's {', '.join(fitting) or 'tensors'} "
             "could be it"
         )
     return next(iter(fitting.values()))
@@ -108,12 +108,12 @@ def _find_condition(place: int | str, value: Tensor, others: Mapping[str, Tensor
 
 @dataclass(frozen=True)
 class ImageArgument:
-    """How the training step passes images to the discriminator.
+    """The argument by which the training step passes images to the discriminator.
 
     Attributes:
-        place: The position or name of the argument.
+        place: Position or name of the argument.
         shape: The shape of one image.
-        changes_fakes: Whether the training step changes what the generator returns before it passes it.
+        changes_fakes: Whether the training step changes the generator's output before it passes it on.
     """
 
     place: int | str
@@ -122,15 +122,15 @@ class ImageArgument:
 
     @classmethod
     def of_step(cls, step: Adversarial) -> "ImageArgument":
-        """Reads it from the call by which the generator was trained; waits for the device."""
+        """Reads the argument from the call that trained the generator; waits for the device."""
         return cls(step.place, step.made.fake.shape[1:], _changes_fakes(step))
 
     def find_shown(self, real: Tensor, generated: Iterable[Generated], scored: Iterable[Scored]) -> list[Tensor]:
-        """Finds images that the discriminator was called on and that may be the real ones: as many, and no fakes."""
+        """Finds images that the discriminator scored and that may be the real ones: as many, and not fakes."""
         fakes = {made.fake.untyped_storage().data_ptr() for made in generated}
         images = [earlier.call.tensor_at(self.place) for earlier in scored]
         alike = [value for value in images if value is not None and value.shape[1:] == real.shape[1:]]
-        # Joined with others, they come first or last.
+        # If they were concatenated with others, they come first or last.
         parts = [part for value in alike for part in (value[: len(real)], value[-len(real) :])]
         return [part for part in parts if len(part) == len(real) and part.untyped_storage().data_ptr() not in fakes]
 
@@ -138,53 +138,53 @@ class ImageArgument:
 def check_shown(
     shown: Sequence[Tensor], real: Tensor, batch: Any, *, place: Place | None = None, changes_fakes: bool = False
 ) -> bool:
-    """Checks images that the discriminator was shown against the real images of the batch.
+    """Compares images that the discriminator scored with the real images of the batch.
 
     Args:
         shown: Images that may be the real ones.
         real: The real images in the batch.
         batch: The training step's batch.
-        place: Where the user said that the real images are.
-        changes_fakes: Whether the training step changes what the generator returns.
+        place: The user's argument `real`, for the error.
+        changes_fakes: Whether the training step changes the generator's output.
 
     Returns:
-        Whether the real images were among them, as they are in the batch.
+        Whether the unchanged real images are among them.
 
     Raises:
-        RuntimeError: If other images of the batch were shown, if the real ones were shifted and scaled, or if only
-            the fakes are changed.
+        RuntimeError: If they are other images of the batch, if the real images were shifted and scaled, or if the
+            training step changes only the fakes.
     """
     if any(value.data_ptr() == real.data_ptr() or torch.equal(value, real) for value in shown):
         if changes_fakes:
             raise cannot_measure(
                 "the training step changes what the generator returns before the discriminator sees it (adds it to "
-                "something, or applies an activation), and does not so with the real images"
+                "something, or applies an activation), but not the real images"
             )
         return True
     for name, other in tensors_in(batch):
         if any(value.data_ptr() == other.data_ptr() for value in shown):
             raise cannot_measure(
-                f"the real images should be real={place!r}, but of the batch's tensors the discriminator is "
-                f'shown "{name}"'
+                f"the real images should be real={place!r}, but among the batch's tensors the "
+                f'discriminator is shown "{name}"'
             )
     if any(is_rescaled(value, real) for value in shown):
         raise cannot_measure(
             "the training step shifts and scales the batch's images before the discriminator sees them, and the "
-            "probe would score them as they are in the batch. Do that where the data is made"
+            "probe would score them as they are in the batch. Do this in the data pipeline"
         )
     return False
 
 
 def _changes_fakes(step: Adversarial) -> bool:
-    """Whether the discriminator's argument neither begins nor ends with the fakes as they were."""
+    """Returns whether the discriminator's argument neither begins nor ends with the unchanged fakes."""
     argument, fake = step.argument, step.made.fake.to(step.argument.dtype)
     if argument.data_ptr() == fake.data_ptr() and argument.shape == fake.shape:
-        return not step.as_it_is  # it may have been written into
+        return not step.as_it_is  # an in-place operation may have changed it
     return not any(torch.equal(part, fake) for part in (argument[: len(fake)], argument[-len(fake) :]))
 
 
 def is_rescaled(value: Tensor, real: Tensor) -> bool:
-    """Whether values are ``a * real + b``, channel by channel, with any a and b that are not 1 and 0."""
+    """Returns whether values are ``a * real + b`` in every channel, with a and b other than 1 and 0."""
     channels = real.shape[1] if real.dim() > 2 else 1
     if channels > 1:
         value, real = value.transpose(0, 1), real.transpose(0, 1)

@@ -1,4 +1,4 @@
-"""Records a GAN's own forward calls by hooks: what was generated from what, and what of it was scored."""
+"""Records a GAN's forward calls by hooks: the generator's inputs, its fakes, and their scores."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from lightning_ddst.utils.compilation import uncompiled
 from lightning_ddst.utils.nested import Place, describe_tensors, get_entry, get_first_tensor
 
 _CALLS = 16
-"""How many calls of each network are kept: more than lie between a scored batch and the update."""
+"""Number of calls of each network to keep: more than lie between a scored batch and the update."""
 
 
 # ---- calls -----------------------------------------------------------------------------------------------
@@ -30,28 +30,28 @@ class Call:
     kwargs: dict[str, Any]
 
     def tensors(self) -> list[tuple[int | str, Tensor]]:
-        """Each tensor with its position or name."""
+        """Returns each tensor with its position or name."""
         items: list[tuple[int | str, Any]] = [*enumerate(self.args), *self.kwargs.items()]
         return [(place, value) for place, value in items if isinstance(value, Tensor)]
 
     def tensor_at(self, place: int | str) -> Tensor | None:
-        """The tensor at a position or name; None if there is none."""
+        """Returns the tensor at a position or name; None if there is none."""
         return dict(self.tensors()).get(place)
 
     def detached(self) -> "Call":
-        """With tensors that share memory with the arguments."""
+        """Returns the call with detached tensors, which share memory with the arguments."""
         return self.replaced({place: value.detach() for place, value in self.tensors()})
 
     def cloned(self) -> "Call":
-        """With copies of the tensors."""
+        """Returns the call with copies of the tensors."""
         return self.replaced({place: value.detach().clone() for place, value in self.tensors()})
 
     def versions(self) -> list[int]:
-        """One number per tensor, which grows when the tensor is written into."""
+        """Returns one number per tensor, which grows when the tensor is written to."""
         return [value._version for _, value in self.tensors()]
 
     def replaced(self, values: dict[int | str, Any]) -> "Call":
-        """With other values at some positions and names."""
+        """Returns the call with other values at some positions and names."""
         args = tuple(values.get(i, value) for i, value in enumerate(self.args))
         return Call(args, {name: values.get(name, value) for name, value in self.kwargs.items()})
 
@@ -62,11 +62,11 @@ class Generated:
 
     Attributes:
         call: The arguments.
-        state: The state that it began from.
+        state: The state before the call.
         version: The version of the generator's weights.
         fake: The returned images.
-        fake_version: Their version then, which grows when they are written into.
-        mark: An object that marks where autograd's graph ended then.
+        fake_version: The version of `fake` at the call; it grows when the tensor is written to.
+        mark: An object that marks the node of autograd's graph that made `fake`.
     """
 
     call: Call
@@ -95,11 +95,11 @@ class Adversarial(Scored):
     """A call of the discriminator on generated images, with gradients flowing back to the generator.
 
     Attributes:
-        state: The state that it began from.
+        state: The state before the call.
         score: The mean score.
         made: The generator's call.
-        place: The position or name of the argument that came from it.
-        as_it_is: Whether the argument is what the generator returned, neither augmented nor joined with others.
+        place: Position or name of the argument that the generator made.
+        as_it_is: Whether the argument is the unchanged output of the generator, not augmented or concatenated.
     """
 
     state: CallState
@@ -110,7 +110,7 @@ class Adversarial(Scored):
 
     @property
     def argument(self) -> Tensor:
-        """The argument that came from the generator."""
+        """The argument that the generator made."""
         return dict(self.call.tensors())[self.place]
 
 
@@ -118,15 +118,15 @@ class Adversarial(Scored):
 
 
 class CallRecorder:
-    """Records the calls of both networks by forward hooks, so the user's training step need not change.
+    """A recorder of both networks' calls by forward hooks; the user's training step need not change.
 
-    The generator's calls are recorded if gradients are enabled, the discriminator's always. Only the last few are
-    kept.
+    It records the generator's calls if gradients are enabled, and all of the discriminator's calls. Only the last few
+    are kept.
 
     Args:
         generator: The generator.
         discriminator: The discriminator.
-        discriminator_output: Where the scores are in what the discriminator returns; by default its first tensor.
+        discriminator_output: Place of the scores in the discriminator's output; by default its first tensor.
 
     Attributes:
         recording: Whether calls are recorded; False at first.
@@ -146,7 +146,7 @@ class CallRecorder:
         self.clear()
 
     def attach(self) -> None:
-        """Hooks into both networks."""
+        """Registers the hooks on both networks."""
         self._handles = [
             self._generator.register_forward_pre_hook(self._before_generator, with_kwargs=True),
             self._generator.register_forward_hook(self._after_generator, with_kwargs=True),
@@ -164,13 +164,13 @@ class CallRecorder:
         """Forgets every call."""
         self.generated: deque[Generated] = deque(maxlen=_CALLS)
         self.scored: deque[Scored] = deque(maxlen=_CALLS)
-        self._state: CallState | None = None  # before the call that is running
-        self._arguments = Call((), {})  # copies of its arguments, which the network may write into
+        self._state: CallState | None = None  # before the running call
+        self._arguments = Call((), {})  # copies of its arguments, which the network may write to
         self._argument_versions: list[int] = []
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Calls in this context are not recorded."""
+        """Pauses recording inside the context."""
         self._paused = True
         try:
             yield
@@ -178,7 +178,7 @@ class CallRecorder:
             self._paused = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CallRecorder":
-        """The hooks of a copied network record nothing, and do not copy the other network with them."""
+        """Returns an idle recorder: a copied network's hooks record nothing and do not copy the other network."""
         idle = object.__new__(CallRecorder)
         idle.recording = idle._paused = False
         return idle
@@ -209,7 +209,7 @@ class CallRecorder:
         return self.recording and not self._paused
 
     def _records_generator(self) -> bool:
-        # A call without gradients only makes images for the discriminator, or for somebody to look at.
+        # A call without gradients only makes images for the discriminator's update or for display.
         return self.recording and not self._paused and torch.is_grad_enabled()
 
     @uncompiled
@@ -242,7 +242,7 @@ class CallRecorder:
         if not self._records_discriminator():
             return
         call, version = Call(args, kwargs), get_weights_version(self._discriminator)
-        # Tensors are compared by their memory, so the copies are used only if the call itself changed an argument.
+        # Tensors are compared by memory, so copies replace the arguments only if the call itself changed one.
         kept = call.detached() if call.versions() == self._argument_versions else self._arguments
         for place, value in call.tensors():
             made = self._find_source(value)
@@ -257,13 +257,13 @@ class CallRecorder:
     def _check_depends(self, score: Tensor, fake: Tensor, output: Any) -> Tensor:
         if not any(node is fake.grad_fn for node in walk_graph(score)):
             raise cannot_measure(
-                "what the discriminator returns first does not depend on what the generator made. Say "
-                f"which entry does, `discriminator_output=...`; it returns {describe_tensors(output)}"
+                "the first tensor that the discriminator returns does not depend on the generator's images. Name the "
+                f"entry that does, `discriminator_output=...`; it returns {describe_tensors(output)}"
             )
         return score
 
     def _find_source(self, value: Tensor) -> Generated | None:
-        """The generator's call that a tensor was made from, by its memory or by autograd's graph."""
+        """Returns the generator's call that made a tensor, found by its memory or by autograd's graph."""
         for generated in reversed(self.generated):
             if value.untyped_storage().data_ptr() == generated.fake.untyped_storage().data_ptr():
                 return generated
@@ -276,7 +276,7 @@ class CallRecorder:
 
 
 def walk_graph(value: Tensor) -> Iterator[Node]:
-    """Yields the nodes of autograd's graph that a tensor was made by, nearest first."""
+    """Yields the nodes of autograd's graph behind a tensor, nearest first."""
     waiting, seen = deque([value.grad_fn]), set()
     while waiting:
         node = waiting.popleft()
@@ -287,21 +287,21 @@ def walk_graph(value: Tensor) -> Iterator[Node]:
 
 
 def get_metadata(node: Node) -> dict[object, object]:
-    """The notes on a node of autograd's graph, which live as long as the node."""
+    """Returns the metadata of a node of autograd's graph, which live as long as the node."""
     return node.metadata  # type: ignore[return-value]  # a property, though torch declares a method
 
 
 def get_weights_version(network: nn.Module) -> int:
-    """A number that grows with every change of the network's weights."""
+    """Returns a number that grows with every change of the network's weights."""
     return sum(parameter._version for parameter in network.parameters())
 
 
 def get_scores(output: Any, place: Place | None) -> Tensor:
-    """The scores in what a discriminator returned.
+    """Returns the scores in a discriminator's output.
 
     Args:
-        output: What it returned.
-        place: Where the scores are; None for the first tensor.
+        output: The output.
+        place: Place of the scores; None means the first tensor.
 
     Raises:
         RuntimeError: If there is no tensor at that place.
@@ -318,14 +318,14 @@ def get_scores(output: Any, place: Place | None) -> Tensor:
 
 
 def average(scores: Tensor) -> Tensor:
-    """The mean score, in 32 bits at least, without gradients."""
+    """Returns the mean score, in at least 32 bits, without gradients."""
     return scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).mean()
 
 
 def cannot_measure(reason: str) -> RuntimeError:
-    """An error that says why the balance ratio cannot be measured, and what to do."""
+    """Returns an error that explains why the balance ratio cannot be measured, and what to do."""
     return RuntimeError(
-        f"the balance ratio cannot be measured: {reason}. What cannot be seen can be told: give the module a "
+        f"the balance ratio cannot be measured: {reason}. Alternatively, give the module a "
         "method `balance_scores(self, batch)` that returns the discriminator's scores of real and of generated "
         "images (docs/attach.md)."
     )

@@ -1,4 +1,4 @@
-"""Repeats a network's call from the state that it began from, and leaves no trace of it."""
+"""Repeats a network's call from its recorded state, without side effects."""
 
 import random
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +14,7 @@ from lightning_ddst.sparsity.sharding import reshard
 
 @dataclass(frozen=True)
 class CallState:
-    """Everything that a call depends on, except its arguments and weights.
+    """The state that a call depends on, apart from its arguments and weights.
 
     Attributes:
         buffers: Copies of the network's buffers, with their modules and names.
@@ -32,7 +32,7 @@ class CallState:
 
     @classmethod
     def capture(cls, network: nn.Module) -> "CallState":
-        """Snapshots the present buffers, autocast and random states."""
+        """Snapshots the current buffers, autocast and random states."""
         buffers = [(module, name, buffer.clone()) for module, name, buffer in _list_buffers(network)]
         devices = sorted({p.device.index for p in network.parameters() if p.device.type == "cuda"})
         kind = next(network.parameters()).device.type
@@ -47,7 +47,7 @@ class CallState:
 
 @contextmanager
 def replay(network: nn.Module, state: CallState) -> Iterator[None]:
-    """Calls of the network in this context begin from a state, without gradients; everything is restored after it."""
+    """Runs the network's calls inside the context from a state, without gradients; restores everything afterwards."""
     reshard(network)
     kind, dtype, enabled = state.autocast
     # The buffer objects are kept, because a pending backward pass may have saved them.
@@ -73,17 +73,17 @@ def replay(network: nn.Module, state: CallState) -> Iterator[None]:
 
 @contextmanager
 def swap_weights(values: Mapping[nn.Parameter, Tensor], only: Iterable[nn.Parameter] | None = None) -> Iterator[None]:
-    """Parameters have other values in this context.
+    """Gives parameters other values inside the context.
 
     Args:
         values: The values by parameter.
-        only: The parameters to change; by default all that have values.
+        only: The parameters to change; by default all parameters in `values`.
     """
     changed = {parameter: values[parameter] for parameter in (values if only is None else only) if parameter in values}
     now = {parameter: parameter.detach().clone() for parameter in changed}
     try:
         for parameter, value in changed.items():
-            parameter.data.copy_(value)  # past autograd's version counter: a backward pass may still come
+            parameter.data.copy_(value)  # bypasses autograd's version counter: a backward pass may follow
         yield
     finally:
         for parameter, value in now.items():

@@ -1,12 +1,12 @@
-"""Control signals: what tells the controller how strong the discriminator is.
+"""Control signals, which measure how strong the discriminator is.
 
-A signal is a function of a window's means. To add one, decorate a function:
+A signal is a function of the balance over a window. To add one, decorate a function:
 
     @control_signal("score_gap", bounds=(0.5, 1.5), high_means="strong")
     def by_score_gap(balance: Balance) -> float | None:
         return balance.alpha
 
-and name it wherever a signal is asked for, in Python or in YAML.
+and pass its name as ``signal``, in Python or in YAML.
 """
 
 from collections.abc import Callable
@@ -23,13 +23,13 @@ Read = Callable[[Balance], float | None]
 
 @dataclass(frozen=True)
 class ControlSignal:
-    """How a signal is read, and what it means.
+    """A signal with its bounds and its meaning.
 
     Attributes:
-        read: From a window's means to the signal; None, or NaN, where it is undecided.
-        bounds: What the controller keeps it between by default.
-        high_means: What a discriminator is whose signal is high: too "weak" or too "strong".
-        label: What it is called in a decision's reason.
+        read: Function from a `Balance` to the signal; None or NaN if it is undecided.
+        bounds: Default bounds between which the controller keeps the signal.
+        high_means: Meaning of a high signal: the discriminator is too "weak" or too "strong".
+        label: Name of the signal in a decision's reason.
     """
 
     read: Read
@@ -39,7 +39,7 @@ class ControlSignal:
 
     @property
     def __wrapped__(self) -> Read:
-        """The function that was registered."""
+        """The registered function."""
         return self.read
 
 
@@ -53,16 +53,16 @@ def control_signal(
     """Registers a function as a control signal.
 
     Args:
-        name: What the signal is called in Python, YAML and on the command line.
-        bounds: What the controller keeps it between by default.
-        high_means: What a discriminator is whose signal is high: too "weak" or too "strong".
-        label: What it is called in a decision's reason; by default `name`.
+        name: Name of the signal in Python, YAML and on the command line.
+        bounds: Default bounds between which the controller keeps the signal.
+        high_means: Meaning of a high signal: the discriminator is too "weak" or too "strong".
+        label: Name of the signal in a decision's reason; by default `name`.
 
     Returns:
-        A decorator for a function from a `Balance` to a number, or to None where it is undecided.
+        A decorator for a function from a `Balance` to a number, or to None if the signal is undecided.
 
     Raises:
-        ValueError: If `high_means` is neither.
+        ValueError: If `high_means` is neither "weak" nor "strong".
     """
     check_choice("high_means", high_means, get_args(Meaning))
 
@@ -75,11 +75,11 @@ def control_signal(
 
 @control_signal("balance_ratio", bounds=(0.45, 0.55), high_means="weak", label="BR")
 def by_balance_ratio(balance: Balance) -> float | None:
-    """The balance ratio (DDST)."""
+    """Returns the balance ratio (DDST)."""
     return balance.ratio
 
 
 @control_signal("real_sign", bounds=(0.5, 0.7), high_means="strong", label="E[sign D(x)]")
 def by_real_sign(balance: Balance) -> float | None:
-    """The mean sign of real images' scores (ADA, Karras et al. 2020), about ADA's target of 0.6."""
+    """Returns the mean sign of real images' scores (ADA, Karras et al. 2020); ADA's target is 0.6."""
     return balance.real_sign

@@ -1,6 +1,6 @@
-"""Lightning callbacks: dynamic sparsity, and what shows how a run went.
+"""Lightning callbacks for sparse training, evaluation and reporting.
 
-A run is saved by `DynamicSparsityCallback.state_dict` in `dynamic_sparsity`: masks, counters, BR, random states.
+`DynamicSparsityCallback.state_dict` saves the state of a sparse run: masks, counters, BR, random states.
 """
 
 from lightning_ddst.callbacks.dynamic_sparsity import DynamicSparsityCallback

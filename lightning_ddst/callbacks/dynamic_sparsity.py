@@ -45,9 +45,9 @@ METHOD_ARGUMENTS = (
     *("generator_density", "discriminator_density", "signal", "bounds", "delta"),
     *("min_discriminator_density", "max_discriminator_density", "exploration_rate", "schedule"),
 )
-"""Arguments that belong to the method; None stands for the method's own default."""
+"""Arguments of the method; None means the method's own default."""
 UNITS_ARGUMENTS = ("growth", "distribution", "scope", "layer_floor", "layer_densities")
-"""Arguments that belong to the granularity; None stands for its own default."""
+"""Arguments of the granularity; None means its own default."""
 
 
 class DynamicSparsityCallback(RunReadings, Callback):
@@ -65,20 +65,20 @@ class DynamicSparsityCallback(RunReadings, Callback):
         generator_density: The generator's density: active over maskable weights, in (0, 1]. All methods but "dense"
             need it.
         discriminator_density: The discriminator's density: at the start for "dda", "ddst" and "ramp", else the one it
-            keeps or reaches. By default the generator's; 1 for "posthoc".
+            keeps or reaches. By default the generator's density; 1 for "posthoc".
         method: "dense" (no masks), "static" (masks never change), "sdst" (the generator explores), "dda" (the
             discriminator is resized), "ddst" (both), "ramp" (the generator explores, the discriminator's density rises
             in a straight line to its maximum), "posthoc" (dense, pruned by magnitude after two thirds of the run,
             fine-tuned), "imp" (iterative magnitude pruning: rounds that prune a fifth and restore the initial
             weights), a name registered with `training_method`, or a `lightning_ddst.methods.Method` object. An object
-            has its densities, signal, bounds, limits and exploration rate itself. An argument that the method does not
+            has its own densities, signal, bounds, limits and exploration rate. An argument that the method does not
             have is rejected.
-        signal: Number that the discriminator is resized by: "balance_ratio", "real_sign" (the sign of its scores of
-            real images, as in ADA), or a signal registered with `control_signal`.
+        signal: Signal that controls the discriminator's density: "balance_ratio", "real_sign" (the mean sign of its
+            scores of real images, as in ADA), or a signal registered with `control_signal`.
         bounds: Lower and upper bound of the signal; by default the signal's own, 0.45 and 0.55 for BR. "auto" takes
             shares of the highest BR so far.
         min_discriminator_density: Lower limit of resizing. By default the smaller of the generator's density and the
-            discriminator's at the start. (The paper's is 0.05. BR starts near 0, so the first decisions prune, and a
+            discriminator's at the start. (The paper uses 0.05. BR starts near 0, so the first decisions prune, and a
             discriminator that is too small to learn never grows again.)
         max_discriminator_density: Upper limit of resizing. 1, the default, is the paper's relaxed setting; below 1 the
             strict one, in which the discriminator explores where it may not grow.
@@ -108,9 +108,9 @@ class DynamicSparsityCallback(RunReadings, Callback):
         distribution: Distribution of active weights over layers at the start: "erk", "er" or "uniform".
         scope: "global", the paper's, lets the weights of all layers compete; "layer" keeps to `distribution`.
         layer_floor: Share of its part in `distribution` that global pruning leaves a layer; by default 0.25.
-        exploration_rate: Share of active units that an exploration replaces at the start; by default 0.5, the paper's,
-            and 0.1 for channels.
-        schedule: Decay of that share over the run: "cosine", "linear" or "constant".
+        exploration_rate: Drop fraction at the start: the share of active units that an exploration prunes and regrows.
+            By default 0.5, the paper's, and 0.1 for channels.
+        schedule: Decay of the drop fraction over the run: "cosine", "linear" or "constant".
         regrown: Treatment of weights that an exploration prunes and grows again: "keep" keeps their value and optimizer
             state, as RigL's reference code and the paper's do; "reset" restarts them from 0.
         optimizer_state: "reset" keeps the optimizer state of inactive weights at 0, so that a grown weight starts with
@@ -188,7 +188,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
         self._length = RunLength()
         self._report: RunReport | None = None
         self._pending: PendingGradients | None = None
-        self._resumed: Mapping[str, Any] | None = None  # the state that fitting resumed from, until training starts
+        self._resumed: Mapping[str, Any] | None = None  # the state that fit resumes from, until training starts
         self._handles: list[RemovableHandle] = []
         self._batch: Any = None
         self._in_batch = False
@@ -197,27 +197,27 @@ class DynamicSparsityCallback(RunReadings, Callback):
     # ---- attaching -----------------------------------------------------------------------------------
 
     def attach(self, module: nn.Module) -> None:
-        """Finds the networks and masks them; fitting does this by itself.
+        """Finds the networks and masks them; `Trainer.fit` calls this automatically.
 
         Args:
-            module: Holds the generator and the discriminator.
+            module: The module that holds the generator and the discriminator.
 
         Raises:
             ValueError: If a network is not found, or cannot be masked at its density.
         """
-        # One process's: drawing the masks sets weights to 0, and the weights are the same everywhere already.
+        # All processes use one seed: they hold the same weights, and must set the same ones to 0.
         seed = distributed.broadcast(torch.initial_seed() if self._seed is None else self._seed)
         self._pair = None
         saved = None if self._saved is None else self._saved["networks"]
         self._pair = self._masking.mask(module, self.settings, seed, saved)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks that masks can be held under the Trainer's strategy."""
+        """Checks that masks work under the Trainer's strategy."""
         if stage == "fit":
             check_strategy(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Masks the networks, and hooks into them and their optimizers."""
+        """Masks the networks and registers hooks on them and their optimizers."""
         if not loads_late(trainer):
             self._begin(trainer, pl_module)
 
@@ -225,12 +225,12 @@ class DynamicSparsityCallback(RunReadings, Callback):
         check_backward_passes(trainer)
         check_folders(trainer, pl_module)
         if self._saved is None and self._training is not None and self._module is pl_module:
-            self._saved = self.state_dict()  # fitting goes on
+            self._saved = self.state_dict()  # a second call of fit resumes the first
         if self._saved is not None or self._module is not pl_module:
             self.attach(pl_module)
         pair = self._fitted
         for network in pair.networks.values():
-            if distributed.is_distributed():  # after a call of attach there may be others
+            if distributed.is_distributed():  # an earlier call of attach may have drawn other masks in each process
                 network.load_state_dict(distributed.broadcast(network.state_dict()))
             network.to_weights()
         mask_updates = self.settings.mask_updates()
@@ -266,7 +266,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
             ]
         prefix, stops = self._prefix(trainer), self._stop_on_divergence
         self._report = RunReport(self.settings, pair, self._training, prefix=prefix, measured=measured, stops=stops)
-        if all(other._module is pl_module for other in others):  # this is the last one
+        if all(other._module is pl_module for other in others):  # the other pairs are attached already
             arguments = {each._prefix(trainer): each._hparams() for each in (self, *others)}
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
             metrics = [name for each in callbacks if isinstance(each, SampleQuality) for name in each.names]
@@ -280,12 +280,12 @@ class DynamicSparsityCallback(RunReadings, Callback):
         return hparams(self.settings, self._masking.granularity, self._fitted.networks["generator"].growth)
 
     def _others(self, trainer: Trainer) -> list["DynamicSparsityCallback"]:
-        """Returns the callbacks of other pairs."""
+        """Returns the callbacks of the other pairs of networks."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         return [c for c in callbacks if isinstance(c, DynamicSparsityCallback) and c is not self]
 
     def _prefix(self, trainer: Trainer) -> str:
-        """Returns the prefix of what is logged: the generator's name where several pairs are trained sparsely."""
+        """Returns the prefix of logged names: the generator's name if there are several pairs, else nothing."""
         if not self._others(trainer):
             return ""
         return f"{name_in(self._fitted.module, self._fitted.networks['generator'].network)}/"
@@ -296,7 +296,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
     # ---- training --------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restores from a checkpoint what the Trainer would have changed before."""
+        """Restores gradients and random states, which the Trainer would have changed earlier."""
         if loads_late(trainer):
             self._begin(trainer, pl_module)
         if self._resumed is not None and self._pending is not None:
@@ -305,7 +305,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
         self._resumed = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remembers the batch, for the real images in it."""
+        """Remembers the batch, which holds the real images."""
         self._batch, self._in_batch = batch, True
 
     @uncompiled
@@ -316,7 +316,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
     @uncompiled
     def _after_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         if self._training is None or self._report is None or not self._in_batch:
-            return  # loading a checkpoint of FSDP2 makes steps, too
+            return  # loading an FSDP2 checkpoint also steps the optimizers
         rewinds = self._training.rewinds
         if not self._training.after_step(optimizer, self._batch):
             return
@@ -329,7 +329,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Works out the run's length in generator updates, once."""
+        """Estimates the run's length in generator updates, once."""
         self._batch, self._in_batch = None, False
         if self._training is None:
             return
@@ -346,28 +346,28 @@ class DynamicSparsityCallback(RunReadings, Callback):
                 check_unlimited(self.settings, self._training)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes what happened so far, in words."""
+        """Writes a summary of the run so far to TensorBoard."""
         if self._report is not None:
             self._report.after_epoch(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keeps evaluation out of what is counted as training."""
+        """Pauses counting operations: evaluation is not training."""
         if self._training is not None:
             self._training.flops.pause()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Counts again."""
+        """Resumes counting operations."""
         if self._training is not None:
             self._training.flops.resume()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs where the operations were, and takes every hook away."""
+        """Logs the operations of each layer and removes every hook."""
         if self._report is not None:
             self._report.after_fit(trainer)
         self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Takes every hook away."""
+        """Removes every hook."""
         self._detach()
 
     def _detach(self) -> None:
@@ -384,7 +384,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
 
     @property
     def state_key(self) -> str:
-        """A key of its own for every pair of networks that is named."""
+        """Key of the state; it holds the networks' names if they were given, so several pairs do not collide."""
         named = {role: name for role, name in self._masking.names.items() if name is not None}
         return state_key(self, **named) if named else super().state_key
 
@@ -404,13 +404,13 @@ class DynamicSparsityCallback(RunReadings, Callback):
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Rejects a checkpoint that says nothing about this callback's masks, unless they come from its weights."""
+        """Rejects a checkpoint without masks for this callback, unless ``initial_masks="magnitude"``."""
         if trainer.state.fn == "fit":
             needs_masks = self._masking.initial_masks != "magnitude"
             check_checkpoint(checkpoint.get("callbacks", {}), self.state_key, self.settings, needs_masks=needs_masks)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the state returned by `state_dict`; fitting resumes from it."""
+        """Restores the state returned by `state_dict` when fitting starts."""
         if state_dict:
             self._saved = state_dict
             self._resumed = state_dict

@@ -19,23 +19,23 @@ from lightning_ddst.utils.networks import find_network
 
 
 class GeneratorEMA(Callback):
-    """Averages the generator's weights over its updates, and evaluates with the average.
+    """Averages the generator's weights over its updates and evaluates with the average.
 
-    During validation, testing and prediction the generator has the averaged weights; training
-    goes on with its own, which are those of a checkpoint's ``state_dict``. The average is saved
-    as this callback's state. It knows of masks: see `WeightAverage`.
+    During validation, testing and prediction the generator has the averaged weights. Training uses its own weights,
+    which a checkpoint's ``state_dict`` holds; the callback's state holds the average. The average respects masks: see
+    `WeightAverage`.
 
     Args:
-        decay: Of the average, in [0, 1); the paper's is 0.999.
-        buffers: "average" treats BatchNorm's statistics like weights, "copy" evaluates with the
-            generator's present ones.
+        decay: Decay of the average, in [0, 1); the paper's is 0.999.
+        buffers: "average" averages BatchNorm's statistics like weights; "copy" evaluates with the generator's current
+            statistics.
         generator: Dotted name of the generator in the module; by default the usual names are tried.
 
     Attributes:
-        average_class: Makes the average; a subclass may replace it by another subclass of `WeightAverage`.
+        average_class: Class of the average; a subclass of `GeneratorEMA` may set another subclass of `WeightAverage`.
 
     Raises:
-        ValueError: For an argument outside what is allowed; at the start, if the generator is not found.
+        ValueError: For an argument outside the allowed range; at the start, if the generator is not found.
     """
 
     average_class: ClassVar[type[WeightAverage]] = WeightAverage
@@ -52,16 +52,16 @@ class GeneratorEMA(Callback):
 
     @property
     def state_key(self) -> str:
-        """Of its own for every generator that is named."""
+        """Key of the state; it holds the generator's name if it was given."""
         return super().state_key if self._name is None else state_key(self, generator=self._name)
 
     def averages(self) -> dict[str, Tensor]:
-        """The averaged weights and buffers, by the names they have in the generator; empty before they are known."""
+        """Returns the averaged weights and buffers by their names in the generator; empty before the first average."""
         return {} if self._average is None else self._average.values()
 
     @contextmanager
     def own_weights(self) -> Iterator[None]:
-        """During evaluation, gives the generator its own weights back for a while."""
+        """Gives the generator its own weights inside the context, also during evaluation."""
         averaged = self._average is not None and self._average.swapped
         self._evaluate(False)
         try:
@@ -72,7 +72,7 @@ class GeneratorEMA(Callback):
     # ---- training --------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins the average, or goes on with it, and hooks into the generator's optimizers after what masks."""
+        """Starts or resumes the average, and registers hooks on the generator's optimizers, after those that mask."""
         self._prepare(pl_module)
         generator = find_network(pl_module, "generator", self._name)
         trained = {name: p for name, p in generator.named_parameters() if p.requires_grad}
@@ -80,14 +80,14 @@ class GeneratorEMA(Callback):
             self._handles.append(optimizer.register_step_post_hook(partial(self._update, trained)))
 
     def restart(self, generator: nn.Module) -> None:
-        """Forgets the averages, if they are of this generator, and begins anew with its present weights."""
+        """Restarts the average from the current weights if it averages this generator."""
         if self._generator is generator:
             self._average = self.average_class(generator, self._decay, self._buffers)
 
     @uncompiled
     def _update(self, trained: Mapping[str, Tensor], optimizer: Optimizer, *_: Any) -> None:
         assert self._average is not None
-        if has_updated(trained, optimizer):  # an optimizer of both networks makes steps without
+        if has_updated(trained, optimizer):  # an optimizer of both networks may step without the generator
             self._average.update()
 
     def _prepare(self, pl_module: LightningModule) -> None:
@@ -103,11 +103,11 @@ class GeneratorEMA(Callback):
                 self._saved = None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes every hook away."""
+        """Removes every hook."""
         self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Takes every hook away, and gives the generator its own weights back."""
+        """Removes every hook and gives the generator its own weights back."""
         self._detach()
         self._evaluate(False)
 
@@ -119,7 +119,7 @@ class GeneratorEMA(Callback):
     # ---- evaluation ------------------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gives the generator the averages."""
+        """Gives the generator the averaged weights."""
         self._prepare(pl_module)
         self._evaluate(True)
 
@@ -137,13 +137,13 @@ class GeneratorEMA(Callback):
     # ---- saving ----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The average; loads with ``weights_only=True``."""
+        """Returns the average; loads with ``weights_only=True``."""
         if self._saved is not None:
             return dict(self._saved)
         return {} if self._average is None else self._average.state_dict()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Saves training's own weights even in the middle of an evaluation."""
+        """Saves the generator's own weights, also during evaluation."""
         if self._average is not None and self._average.swapped:
             self._average.swap()
             state = trainer.strategy.lightning_module_state_dict()
@@ -151,6 +151,6 @@ class GeneratorEMA(Callback):
             self._average.swap()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what `state_dict` gave, once the generator is there."""
+        """Restores the state returned by `state_dict`, once the generator exists."""
         if state_dict:
             self._saved = state_dict

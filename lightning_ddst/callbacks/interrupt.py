@@ -1,4 +1,4 @@
-"""A checkpoint for a run that is interrupted."""
+"""A checkpoint of an interrupted run."""
 
 import signal
 import threading
@@ -14,18 +14,18 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class InterruptCheckpoint(Callback):
-    """Lets an interrupted run finish its batch, saves it, and ends it.
+    """Saves a checkpoint when a run is interrupted, and ends the run.
 
-    On Ctrl-C (SIGINT) or SIGTERM the batch is finished, at the end of an epoch its validation too, and
-    ``checkpoints/interrupted.ckpt`` saved in the log folder; fitting with ``ckpt_path=`` that file
-    goes on as if nothing had happened. A second signal ends the run at once. ``lightning-ddst fit``
-    does this by itself. Put it last in ``Trainer(callbacks=...)``.
+    On Ctrl-C (SIGINT) or SIGTERM the run finishes its batch (and, at the end of an epoch, the validation) and saves
+    ``checkpoints/interrupted.ckpt`` in the log folder. ``trainer.fit(..., ckpt_path=<that file>)`` resumes exactly. A
+    second signal ends the run at once. ``lightning-ddst fit`` adds this callback automatically. Put it last in
+    ``Trainer(callbacks=...)``.
 
     Args:
-        dirpath: Another folder for the checkpoint.
+        dirpath: Folder of the checkpoint; by default ``checkpoints`` in the log folder.
 
     Attributes:
-        path: The checkpoint, once there is one.
+        path: Path of the checkpoint; None before it is saved.
     """
 
     def __init__(self, dirpath: str | Path | None = None) -> None:
@@ -35,15 +35,15 @@ class InterruptCheckpoint(Callback):
         self._handlers: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Asks to be told of signals; Python allows that in the main thread only."""
+        """Installs signal handlers; Python allows that only in the main thread."""
         self._signal = None
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._interrupted) for number in _SIGNALS}
 
     def _interrupted(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
-        self._restore()  # the next one ends the run at once
-        rank_zero_info("\nInterrupted: the run ends after this batch with a checkpoint; once more to end it at once.")
+        self._restore()  # so that a second signal ends the run at once
+        rank_zero_info("\nInterrupted: saving a checkpoint after this batch; interrupt again to stop at once.")
 
     def _restore(self) -> None:
         for number, handler in self._handlers.items():
@@ -51,7 +51,7 @@ class InterruptCheckpoint(Callback):
         self._handlers = {}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Saves and ends an interrupted run; after an epoch's last batch Lightning would leave out its validation."""
+        """Saves and ends an interrupted run, except at an epoch's last batch: Lightning would skip the validation."""
         if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             self._end(trainer)
 
@@ -61,27 +61,27 @@ class InterruptCheckpoint(Callback):
             self._end(trainer)
 
     def _end(self, trainer: Trainer) -> None:
-        # Every process gets its signal in a batch of its own, if at all.
+        # Processes get the signal at different batches, or not at all.
         if not trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):
             return
         folder = Path(self._dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
         self.path = folder / "interrupted.ckpt"
         trainer.save_checkpoint(self.path)
-        rank_zero_info(f"The interrupted run is saved; go on with --ckpt_path {self.path}")
+        rank_zero_info(f"The interrupted run is saved; resume with --ckpt_path {self.path}")
         if self._signal == signal.SIGTERM:
             raise SIGTERMException(128 + signal.SIGTERM)
         raise KeyboardInterrupt
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leaves signals to others again."""
+        """Restores the earlier signal handlers."""
         self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leaves signals to others again."""
+        """Restores the earlier signal handlers."""
         self._restore()
 
 
 def _is_done(trainer: Trainer) -> bool:
-    """Whether the run ends with this epoch anyway."""
-    epochs, limit = trainer.current_epoch + 1, trainer.max_epochs or -1  # that counts an epoch after its hooks
+    """Returns whether the run ends with this epoch anyway."""
+    epochs, limit = trainer.current_epoch + 1, trainer.max_epochs or -1  # Lightning counts an epoch after its hooks
     return 0 < limit <= epochs or 0 < trainer.max_steps <= trainer.global_step

@@ -1,4 +1,4 @@
-"""How a run goes, as pictures in TensorBoard."""
+"""Figures of a run in TensorBoard."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,14 +14,14 @@ _MOST_POINTS = 2000
 
 
 class SparsityPlots(Callback):
-    """Draws the figures of ``lightning-ddst plot`` into TensorBoard, as ``plots/<figure>``, after validations.
+    """Logs the figures of ``lightning-ddst plot`` to TensorBoard, as ``plots/<figure>``, after validations.
 
-    They are drawn once more where training ends with updates that were not drawn yet. What they show
-    since the run's first update goes into checkpoints, so a resumed run's figures are whole: at most
-    2,000 points of each series, evenly thinned out beyond.
+    They are drawn once more at the end of training if there are new updates. Checkpoints hold the plotted series
+    since the run's first update, so a resumed run draws complete figures. Each series keeps at most 2,000 points;
+    longer ones are thinned out evenly.
 
     Args:
-        every_n_validations: Draws after every so many validations; figures take seconds.
+        every_n_validations: Number of validations between drawings; drawing takes seconds.
 
     Raises:
         ValueError: If `every_n_validations` is not a positive integer.
@@ -35,10 +35,10 @@ class SparsityPlots(Callback):
         self._drawn: int | None = None
 
     def record_scalars(self, values: Mapping[str, float], updates: int) -> None:
-        """Takes in what is logged.
+        """Records logged values.
 
         Args:
-            values: Numbers by name.
+            values: Values by name.
             updates: Generator updates so far.
         """
         for name, value in values.items():
@@ -51,7 +51,7 @@ class SparsityPlots(Callback):
                     self._thin_out(source(name))
 
     def _thin_out(self, what: str | None) -> None:
-        """Keeps about half the points that may be kept, of series that are logged together at the same updates."""
+        """Reduces series that are logged together to about half the allowed points, at the same updates."""
         together = {name: points for name, points in self._series.items() if source(name) == what}
         updates = sorted({update for points in together.values() for update, _ in points})
         width = (updates[-1] - updates[0]) / (_MOST_POINTS // 2)
@@ -63,19 +63,19 @@ class SparsityPlots(Callback):
     # ---- drawing ---------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forgets another run, where one begins anew."""
+        """Forgets an earlier run if a new one starts."""
         if not generator_updates(trainer):
             self._series = {name: [p for p in points if p[0] == 0] for name, points in self._series.items()}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draws, if it is time to."""
+        """Draws after every `every_n_validations`-th validation."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._validations += 1
             if self._validations % self._every == 0:
                 self._draw(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draws what is new."""
+        """Draws if there are new updates."""
         if self._drawn != generator_updates(trainer):
             self._draw(trainer)
 
@@ -83,7 +83,7 @@ class SparsityPlots(Callback):
         writers = tensorboards(trainer) if trainer.is_global_zero else []
         if not writers:
             return
-        from lightning_ddst.report import plots  # Matplotlib, which training does without
+        from lightning_ddst.report import plots  # imported here: training works without Matplotlib
 
         self._drawn = generator_updates(trainer)
         for name, figure in plots.figures(self._series).items():
@@ -93,13 +93,13 @@ class SparsityPlots(Callback):
     # ---- saving ----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What was logged so far."""
+        """Returns the series logged so far."""
         return {
             "series": {name: list(points) for name, points in self._series.items()},
             "validations": self._validations,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what was logged before."""
+        """Restores the state returned by `state_dict`."""
         self._series = {name: [(update, value) for update, value in p] for name, p in state_dict["series"].items()}
         self._validations = state_dict["validations"]

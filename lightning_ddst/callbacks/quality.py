@@ -1,4 +1,4 @@
-"""How good samples are, beside real images, on any features."""
+"""Quality of samples compared with real images, on any features."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,49 +32,48 @@ _PATIENCE = 2.0  # seconds until a progress bar is shown
 class SampleQuality(Callback):
     """Compares samples with the images of the validation or test loader after every pass over them.
 
-    - ``frechet_distance``, Heusel et al. 2017: torchmetrics'. Called FID on Inception's features alone.
-    - ``kernel_distance``, Binkowski et al. 2018: torch-fidelity's, on 100 random subsets of up to 1,000
-      images. Called KID on Inception's features alone.
-    - ``inception_score``, Salimans et al. 2016, of the samples alone: as torch-fidelity's, without
-      shuffling. Needs features with logits, and means what is published only on Inception's.
-    - ``precision`` and ``recall``, Kynkaanniemi et al. 2019: torch-fidelity's, with 3 neighbours.
+    - ``frechet_distance`` (Heusel et al. 2017), from torchmetrics. It is the FID only on Inception's features.
+    - ``kernel_distance`` (Binkowski et al. 2018), from torch-fidelity, on 100 random subsets of up to 1,000 images.
+      It is the KID only on Inception's features.
+    - ``inception_score`` (Salimans et al. 2016) of the samples alone, as in torch-fidelity without shuffling. It needs
+      features with logits, and is comparable with published scores only on Inception's.
+    - ``precision`` and ``recall`` (Kynkaanniemi et al. 2019), from torch-fidelity, with 3 neighbors.
 
-    Each is logged as ``<metric>/<name>``, of the generator's own weights as ``<metric>_raw/<name>``:
-    a number says something beside others on the same features only. The module must have ``sample(n,
-    rng=...)``, as `GANModule` does; the noise is the same every time, for both weights, and with any
-    number of processes, which share out the work and get the same numbers. Samples that are not
-    finite make every metric NaN.
+    Each is logged as ``<metric>/<name>``, for the generator's own weights as ``<metric>_raw/<name>``. Compare numbers
+    only on the same features. The module must have ``sample(n, rng=...)``, as `GANModule` does. The noise is the same
+    every time, for both kinds of weights and any number of processes. Processes share the work and get the same
+    numbers. Samples that are not finite make every metric NaN.
 
-    ``Trainer(num_sanity_val_steps=-1)`` measures before training, too; a shorter sanity check
-    measures nothing. The real images' statistics are computed once, in a pass of their own. Memory
-    does not grow with the number of images.
+    ``Trainer(num_sanity_val_steps=-1)`` also measures before training; a shorter sanity check measures nothing. The
+    statistics of the real images are computed once, in a separate pass. Memory does not grow with the number of
+    images.
 
     Args:
-        features: From images, as the loader gives them, to features ``(batch, num_features)``; has the
-            attribute `num_features`, an integer, and, for the Inception Score, a method `logits` from
-            features to ``(batch, classes)``. It is frozen and kept in evaluation mode. See
-            `lightning_ddst.models` for Inception's and others.
-        name: Of the features.
-        metrics: Which to compute.
-        generators: Whose weights: "average", those that the generator has in evaluation, which are
-            averaged where `GeneratorEMA` is used; "raw", its own, without `GeneratorEMA`'s averages.
-        samples: Number of samples; by default as many as there are real images.
+        features: Module from images, as the loader returns them, to features ``(batch, num_features)``. It has the
+            attribute `num_features`, an integer, and, for the Inception Score, a method `logits` from features to
+            ``(batch, classes)``. It is frozen and kept in evaluation mode. See `lightning_ddst.models` for
+            Inception's and others.
+        name: Name of the features.
+        metrics: Names of the metrics to compute.
+        generators: Weights to sample with: "average", the generator's weights in evaluation, which `GeneratorEMA`
+            averages if it is used; "raw", the generator's own weights.
+        samples: Number of samples; by default the number of real images.
         batch_size: Samples generated at once.
-        seed: Of the noise, and of the choice of features that are kept.
-        kept_features: Kernel distance, precision and recall are computed on the features of at most this
-            many real images and as many samples, drawn at random: always the same ones.
-        cache: A folder for the real images' statistics, which are then computed once for all runs. Files
-            there are named by a digest of the images and of the extractor: its class, weights and
-            ``repr``, where whatever else decides on its features must show.
+        seed: Seed of the noise, and of the choice of features to keep.
+        kept_features: Largest number of real images, and of samples, whose features the kernel distance, precision
+            and recall use; drawn at random, always the same ones.
+        cache: Folder for the statistics of the real images, so that they are computed once for all runs. A file's name
+            is a digest of the images and of the extractor's class, weights and ``repr``; the ``repr`` must show any
+            other setting that changes the features.
 
     Attributes:
-        history: By metric, as logged without ``/<name>``, every value with the generator updates before it.
-        real_halves: The Frechet distance between two halves of the real images, None until they were
-            seen: what is left at about this size is noise.
+        history: Every value with the number of generator updates before it, by metric as logged without ``/<name>``.
+        real_halves: The Frechet distance between two halves of the real images; None before they are seen. Distances
+            near it are noise.
 
     Raises:
-        ValueError: For an argument outside what is allowed; when measuring, for images outside [-1, 1] and
-            for too few real images. What has not 4 dimensions is not taken for images.
+        ValueError: For an argument outside the allowed range; when measuring, for images outside [-1, 1] or too few
+            real images. Only tensors with 4 dimensions count as images.
         OSError: At the start, if `cache` cannot be written to.
     """
 
@@ -117,27 +116,27 @@ class SampleQuality(Callback):
         self._num_features = num_features
         self._features = features.requires_grad_(False).eval()
         self._dtype = next((p.dtype for p in features.parameters()), torch.float32)
-        self._reals: dict[bool, tuple[RealImages, RealStatistics]] = {}  # of testing, and of validation
+        self._reals: dict[bool, tuple[RealImages, RealStatistics]] = {}  # by whether it is a test; else a validation
 
     @property
     def names(self) -> list[str]:
-        """What is logged, ``<metric>/<name>`` and ``<metric>_raw/<name>``."""
+        """The names under which metrics are logged: ``<metric>/<name>`` and ``<metric>_raw/<name>``."""
         suffixes = ["_raw" if generator == "raw" else "" for generator in self._generators]
         return [f"{metric}{suffix}/{self.name}" for metric in self._metrics for suffix in suffixes]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks that the module can be sampled from, and what else would be missing later."""
+        """Checks that the module has a method `sample`, and that the arguments fit this run."""
         check_sample(self, pl_module)
         if len(self._generators) > 1 and not _averages(trainer):
-            raise ValueError("generators: average and raw are the same weights, for there is no GeneratorEMA.")
+            raise ValueError("generators: average and raw are the same weights without a GeneratorEMA callback.")
         if self._cache is not None and trainer.is_global_zero:
             check_writable(self._cache)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures and logs."""
+        """Computes and logs the metrics."""
         if trainer.sanity_checking and trainer.num_sanity_val_batches != trainer.num_val_batches:
             return
-        # What is kept may be used again in another mode of torch's.
+        # Kept tensors may be used again outside torch's inference mode.
         with torch.inference_mode(False), torch.no_grad(), isolate_rng(pl_module.device.type == "cuda"):
             values = self._measure(trainer, pl_module)
         updates = generator_updates(trainer)
@@ -174,7 +173,7 @@ class SampleQuality(Callback):
                         comparison.add(features)
                         step(len(features))
             with _progress(trainer, f"{self.name}: metrics", len(self._metrics)) as step:
-                # Every process knows what it takes, but they may share one machine's cores.
+                # One process computes: every process could, but they may share one machine's cores.
                 computed = distributed.broadcast(
                     comparison.compute(partial(step, 1)) if distributed.get_rank() == 0 else {}
                 )
@@ -182,14 +181,14 @@ class SampleQuality(Callback):
         return values
 
     def _extracted(self, own: Iterator[Tensor], whose: str, device: torch.device) -> Iterator[Tensor]:
-        """The features of every process's images, from this one's share of images."""
+        """Yields the features of all processes' images, given this process's share of images."""
 
         def extract(images: Tensor) -> Tensor:
             finite = images.flatten(1).isfinite().all(1)
             check_range(images[finite], whose)
             features: Tensor = self._features(images.to(device, self._dtype))
             features = features.to(torch.promote_types(features.dtype, torch.float32))
-            # An extractor may make bytes of its images, which are always finite.
+            # An extractor may convert images to bytes, which are always finite.
             features = features.masked_fill(~finite.to(features.device)[:, None], float("nan"))
             return features.cpu() if distributed.is_distributed() else features
 
@@ -238,15 +237,15 @@ class SampleQuality(Callback):
 
     @property
     def state_key(self) -> str:
-        """A key of its own for metrics on other features beside these."""
+        """Key of the state; it holds the features' name, so several of these callbacks do not collide."""
         return state_key(self, name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was measured."""
+        """Returns the measured values."""
         return {"history": {metric: list(values) for metric, values in self.history.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what was measured before."""
+        """Restores the state returned by `state_dict`."""
         self.history = {
             metric: [(updates, value) for updates, value in values] for metric, values in state_dict["history"].items()
         }
@@ -266,13 +265,13 @@ def _averages(trainer: Trainer) -> list[GeneratorEMA]:
 def _try_to_save(path: Path, statistics: RealStatistics) -> None:
     try:
         save_tensors(path, statistics.state_dict())
-    except OSError as error:  # a full disk is no reason to end a long run
+    except OSError as error:  # a full disk should not end a long run
         rank_zero_warn(f"the real images' statistics could not be written to {path}: {error}.")
 
 
 @contextmanager
 def _progress(trainer: Trainer, what: str, total: int | None) -> Iterator[Callable[[int], object]]:
-    """A bar on the first process's terminal for what takes long, where the Trainer shows its own; gone at the end."""
+    """Shows a progress bar for slow work in the first process, if the Trainer shows its own; removes it at the end."""
     bar = trainer.progress_bar_callback
     shown = trainer.is_global_zero and bar is not None and getattr(bar, "is_enabled", True)
     with tqdm(desc=what, total=total, leave=False, delay=_PATIENCE, disable=None if shown else True) as progress:

@@ -1,4 +1,4 @@
-"""Pictures of what the generator makes."""
+"""Sample images in TensorBoard."""
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,9 +16,9 @@ class SampleGrid(Callback):
 
     Args:
         samples: Number of images.
-        columns: Images a row.
-        scale: Every pixel becomes a square of this size, for small images.
-        seed: Of the noise.
+        columns: Images per row.
+        scale: Factor that enlarges small images: every pixel becomes a square of this size.
+        seed: Seed of the noise.
 
     Raises:
         ValueError: If a number is not a positive integer.
@@ -33,11 +33,11 @@ class SampleGrid(Callback):
         self._seed = seed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks that the module can be sampled from."""
+        """Checks that the module has a method `sample`."""
         check_sample(self, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draws and logs the grid."""
+        """Generates and logs the grid."""
         writers = tensorboards(trainer)
         if writers:
             images = pl_module.sample(self._samples, rng=torch.Generator().manual_seed(self._seed))  # type: ignore[operator]

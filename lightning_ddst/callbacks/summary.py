@@ -1,4 +1,4 @@
-"""What a run came to, in a short table."""
+"""A short table of a run's results."""
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
@@ -11,11 +11,11 @@ from lightning_ddst.utils.logging import tensorboards
 
 
 class RunSummary(Callback):
-    """Prints densities, balance, operations and samples' quality at the end of fitting, and where it is interrupted.
+    """Prints densities, balance, operations and sample quality when fitting ends or is interrupted.
 
     Args:
-        reference: A Frechet distance to print beside the run's own.
-        reference_name: What it is the distance of.
+        reference: A Frechet distance to compare with, such as the dense baseline's.
+        reference_name: Its name in the table.
     """
 
     def __init__(self, reference: float | None = None, reference_name: str = "reference") -> None:
@@ -27,7 +27,7 @@ class RunSummary(Callback):
         self._print(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Prints the table of a run that was interrupted."""
+        """Prints the table of an interrupted run."""
         if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.state.fn == "fit":
             self._print(trainer)
 
@@ -58,7 +58,7 @@ class RunSummary(Callback):
 
 
 def _title(metric: str) -> str:
-    """As in "Frechet distance" and "Precision, raw weights"."""
+    """Returns a metric's title, such as "Frechet distance" or "Precision, raw weights"."""
     title = metric.removesuffix("_raw").replace("_", " ").capitalize()
     return f"{title}, raw weights" if metric.endswith("_raw") else title
 

@@ -1,7 +1,7 @@
 """Methods of sparse training, one file each, and the training that applies them.
 
-A method is a frozen dataclass that returns its mask updates (`base`); `training` applies them. Add one by a file with
-a class under `training_method` (docs/extending.md).
+A method is a frozen dataclass that returns its mask updates (`base`); `training` applies them. To add a method, write
+a file with a class and register the class with `training_method` (docs/extending.md).
 """
 
 from lightning_ddst.methods.base import METHODS, MaskUpdate, Method, Role, make_method, training_method

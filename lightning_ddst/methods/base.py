@@ -1,4 +1,4 @@
-"""The two interfaces of a method: what it is (`Method`), and what changes masks (`MaskUpdate`)."""
+"""The two interfaces of a method: its settings (`Method`), and its changes of masks (`MaskUpdate`)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,13 +19,13 @@ M = TypeVar("M", bound="type[Method]")
 
 
 class MaskUpdate(ABC):
-    """One thing that changes masks during training; `SparseTraining` calls it after every generator update.
+    """Base class of a rule that changes masks; `SparseTraining` calls it after every generator update.
 
     Attributes:
         roles: The networks whose masks it changes.
         grows: Whether it may need dense gradients, to grow weights by.
         decides: Whether it reads the window of measurements, so that the balance ratio must be measured.
-        resizes: Whether it changes densities, and appends to ``training.decisions`` when it does.
+        resizes: Whether it changes densities; if so, it appends its decisions to ``training.decisions``.
         pending: Whether it is due, or was postponed.
     """
 
@@ -39,11 +39,11 @@ class MaskUpdate(ABC):
     def due(self, update: int, plan: Plan) -> bool:
         """Returns whether masks should change at a generator update.
 
-        It is also asked about the next update, so that dense gradients are recorded in time.
+        `SparseTraining` also calls it for the next update, so that dense gradients are recorded in time.
 
         Args:
             update: Generator updates so far, from 1.
-            plan: The intervals in force.
+            plan: The current intervals.
         """
 
     @abstractmethod
@@ -58,18 +58,18 @@ class MaskUpdate(ABC):
         """
 
     def begin(self, training: "SparseTraining") -> None:  # noqa: B027 -- most have nothing to prepare
-        """Prepares for a run, once the first masks are there."""
+        """Prepares for a run, after the first masks were made."""
 
     def readings(self, training: "SparseTraining") -> dict[str, float]:
-        """Returns the numbers that its decisions depend on, by the names under which they are logged."""
+        """Returns the numbers that its decisions depend on, by their logged names."""
         return {}
 
     def explanation(self) -> str:
-        """Returns one or two sentences for TensorBoard about the reasons of its decisions; empty if there are none."""
+        """Returns one or two sentences for TensorBoard that explain its decisions; empty if there are none."""
         return ""
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what must be saved to resume exactly; loads with ``weights_only=True``."""
+        """Returns the state that is needed to resume exactly; loads with ``weights_only=True``."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 -- most have nothing to remember
@@ -80,17 +80,17 @@ class MaskUpdate(ABC):
 class Method(ABC):
     """A method of sparse training, described as in the experiment section of a paper.
 
-    Subclasses are frozen dataclasses. Their fields can be set in Python, in YAML and on the command line, and
-    `mask_updates` says what changes masks.
+    Subclasses are frozen dataclasses. Their fields can be set in Python, in YAML and on the command line.
+    `mask_updates` returns the rules that change masks.
 
     Args:
         generator_density: The generator's density: active over maskable weights, in (0, 1].
         discriminator_density: The discriminator's density; by default the generator's.
 
     Attributes:
-        needs_run_length: Whether it cannot work in a run whose length is unknown.
-        needs_balance: Whether it cannot work without measurements of the balance ratio.
-        starts_dense: Whether both networks are dense at first.
+        needs_run_length: Whether it needs a run of known length.
+        needs_balance: Whether it needs measurements of the balance ratio.
+        starts_dense: Whether both networks start dense.
 
     Raises:
         ValueError: For a density outside (0, 1].
@@ -111,12 +111,12 @@ class Method(ABC):
 
     @property
     def name(self) -> str:
-        """The name under which the method is registered; the class's, if it is not."""
+        """The registered name of the method, or else the name of its class."""
         return next((name for name, method in METHODS.items() if method is type(self)), type(self).__name__)
 
     @property
     def final_densities(self) -> dict[Role, float]:
-        """The densities that the networks keep, or reach at the end of what the method plans."""
+        """The densities that the networks keep, or reach by the end of the method's plan."""
         discriminator = self.discriminator_density
         return {
             "generator": self.generator_density,
@@ -136,7 +136,7 @@ class Method(ABC):
 
     @abstractmethod
     def mask_updates(self) -> Sequence[MaskUpdate]:
-        """Returns what changes masks, in the order in which it is applied; new objects for every run."""
+        """Returns the rules that change masks, in the order of their application; new objects for every run."""
 
     @classmethod
     def arguments(cls) -> list[str]:
@@ -144,7 +144,7 @@ class Method(ABC):
         return [field.name for field in fields(cls)]
 
     def argument_of(self, role: Role, density: float) -> str:
-        """Returns the name of the argument that gave a network's density, for errors."""
+        """Returns the name of the argument that set a network's density, for errors."""
         given = [name for name in self.arguments() if name.endswith(f"{role}_density")]
         return next((name for name in given if getattr(self, name) == density), f"{role}_density")
 
@@ -169,8 +169,8 @@ def make_method(method: Method | str, flat: Mapping[str, Any]) -> Method:
     """Makes a method from its name and flat arguments.
 
     Args:
-        method: A registered name, or a method that has its arguments already.
-        flat: Arguments by name; None stands for an argument that was not given.
+        method: A registered name, or a method object.
+        flat: Arguments by name; None means that an argument was not given.
 
     Raises:
         ValueError: For an unknown name, an argument that the method does not have, or one that is missing.
@@ -194,10 +194,10 @@ def make_method(method: Method | str, flat: Mapping[str, Any]) -> Method:
 
 
 def unused_arguments(method: object, given: Iterable[str]) -> list[str]:
-    """Returns the flat arguments that a method does not have: all of them, where it is an object.
+    """Returns the flat arguments that a method does not have: all of them if it is an object.
 
     Args:
-        method: A registered name, or anything else for an object that has its arguments already.
+        method: A registered name, or any other value for a method object.
         given: Names of arguments.
     """
     has = METHODS[method].arguments() if isinstance(method, str) and method in METHODS else []

@@ -13,7 +13,7 @@ _REPLACED_BY_CONTROLLER = ("signal", "bounds", "delta", "min_discriminator_densi
 
 
 class ResizeByBalance(Resize):
-    """Resizes the discriminator by what a window of measurements says of its strength (DDA)."""
+    """A mask update that resizes the discriminator by a window of measurements of its strength (DDA)."""
 
     decides: ClassVar[bool] = True
 
@@ -27,8 +27,8 @@ class DDST(ResizingMethod):
     2302.14670, there called ADAPT).
 
     Args:
-        signal: What the discriminator is resized by, a key of `lightning_ddst.balance.SIGNALS`.
-        bounds: The signal is kept between these; by default the signal's own, 0.45 and 0.55 for the balance ratio.
+        signal: Signal that controls the discriminator's density, a key of `lightning_ddst.balance.SIGNALS`.
+        bounds: Lower and upper bound of the signal; by default the signal's own, 0.45 and 0.55 for the balance ratio.
             "auto" takes shares of the highest balance ratio so far.
         delta: Density that a decision adds or removes, in (0, 1]; by default 0.05, the paper's, and with bounds "auto"
             as much as takes the whole run from the lower limit to the upper.
@@ -36,10 +36,10 @@ class DDST(ResizingMethod):
             density and the discriminator's at the start.
         max_discriminator_density: Upper limit of resizing. 1 is the paper's relaxed setting; below 1 the strict one,
             in which the discriminator explores where it may not grow.
-        controller: Decides by itself, without the arguments before; each run gets a copy.
+        controller: Controller that replaces the arguments above; each run gets a copy.
 
     Raises:
-        ValueError: For an argument outside what is allowed.
+        ValueError: For an argument outside the allowed range.
     """
 
     signal: str = "balance_ratio"
@@ -72,12 +72,12 @@ class DDST(ResizingMethod):
 
     @property
     def final_densities(self) -> dict[Role, float]:
-        """The balance ratio decides on the discriminator's; this is where it starts."""
+        """The generator's density, and the discriminator's initial density; the balance ratio decides on later ones."""
         return self.initial_densities
 
     @property
     def lowest_densities(self) -> dict[Role, float]:
-        """The discriminator's is its lower limit."""
+        """The generator's density, and the lower limit of the discriminator's density."""
         initial = self.initial_densities
         lowest = self.min_discriminator_density
         return initial | {"discriminator": min(initial.values()) if lowest is None else lowest}

@@ -1,4 +1,4 @@
-"""Both masked networks of a GAN, under the names that their weights have in the module that holds them."""
+"""Both masked networks of a GAN, with the names of their weights in the module that holds them."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -16,14 +16,13 @@ class MaskedPair:
     """The masked generator and discriminator of a module.
 
     Args:
-        module: Holds both.
+        module: The module that holds both networks.
         networks: The two networks, masked.
 
     Attributes:
         module: The module.
         networks: The networks by role.
-        names: By role, from the names of maskable weights in their network to those in
-            ``module.named_parameters()``.
+        names: Names in ``module.named_parameters()`` by the weights' names in their network, by role.
     """
 
     def __init__(self, module: nn.Module, networks: Mapping[Role, MaskedNetwork]) -> None:
@@ -46,7 +45,7 @@ class MaskedPair:
         return {full: densities[name] for name, full in self.names[role].items()}
 
     def by_full_name(self, of_networks: Iterable[Mapping[str, T]]) -> dict[str, T]:
-        """Joins what is known of each network's weights, by their names in the module."""
+        """Joins values of each network's weights in one dict, by the weights' names in the module."""
         pairs = zip(self.names.values(), of_networks, strict=True)
         return {names[name]: value for names, values in pairs for name, value in values.items()}
 
@@ -56,7 +55,7 @@ class MaskedPair:
 
 
 def saved_masks(state: Mapping[str, Any], role: Role) -> dict[str, Tensor]:
-    """Returns the masks in what `MaskedPair.state_dict` returned, by the names of their weights in the module."""
+    """Returns the masks in a state of `MaskedPair.state_dict`, by the names of their weights in the module."""
     saved = state[role]
     return {saved["names"][name]: mask for name, mask in saved["masks"].items()}
 

@@ -1,4 +1,4 @@
-"""When measurements, decisions and explorations are due, in generator updates."""
+"""Intervals between measurements, decisions and explorations, in generator updates."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +10,7 @@ _UNKNOWN_LENGTH_INTERVAL = 1000
 
 @dataclass(frozen=True)
 class Intervals:
-    """The intervals that a user asks for, in generator updates; None leaves them to `Plan.for_run`.
+    """The intervals that the user requests, in generator updates; None leaves them to `Plan.for_run`.
 
     Attributes:
         interval: Updates between two decisions.
@@ -42,7 +42,7 @@ class Intervals:
 
 @dataclass(frozen=True)
 class Plan:
-    """The intervals in force, in generator updates; None is never, or not known yet.
+    """The current intervals, in generator updates; None means never, or not known yet.
 
     Attributes:
         interval: Updates between two decisions on the discriminator's density.
@@ -61,9 +61,9 @@ class Plan:
         """Fills in the default intervals.
 
         Args:
-            intervals: The intervals that were asked for.
-            updates: The run's length; None if nothing but time limits the run.
-            known: Whether the run's length was worked out. Until then, defaults stay None.
+            intervals: The requested intervals.
+            updates: The run's length; None if only time limits the run.
+            known: Whether the run's length is known. Until then, defaults stay None.
         """
         interval, explore_interval = intervals.interval, intervals.explore_interval
         probe_interval = intervals.probe_interval
@@ -79,7 +79,7 @@ class Plan:
 
     @property
     def window(self) -> int:
-        """Measurements between two decisions; a few while that is not known."""
+        """Number of measurements between two decisions; a small number while it is not known."""
         return max(1, (self.interval or 10) // (self.probe_interval or 1))
 
 
@@ -89,12 +89,12 @@ def is_due(update: int, interval: int | None) -> bool:
 
 
 def _default_interval(updates: int | None) -> int:
-    """Returns the interval between decisions for a run of that length."""
+    """Returns the interval between decisions for a run of this length."""
     if updates is None:
         return _UNKNOWN_LENGTH_INTERVAL
     return max(10, min(updates // 10, 100), updates // 100)
 
 
 def _default_probe_interval(interval: int | None) -> int:
-    """Returns a 100th of the interval between decisions; in short runs, where that costs most, a 50th."""
+    """Returns 1/100 of the interval between decisions; in short runs, where measuring costs most, up to 1/50."""
     return 1 if interval is None else max(1, min(interval // 50, 2), interval // 100)

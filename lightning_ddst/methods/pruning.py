@@ -23,13 +23,13 @@ _ROUND_KEEPS = 0.8
 
 @dataclass(frozen=True)
 class MagnitudePruning:
-    """When networks that are dense at first are pruned by magnitude, and to what.
+    """The times and densities of pruning dense networks by magnitude.
 
     Args:
-        rounds: Number of prunings, spread over the run.
-        first: Share of the run at which the first one is due; the others follow at the same distance.
-        keeps: Share of the weights that a round keeps, until a network is at its density.
-        rewinds: Whether training goes back to the initial weights after every round.
+        rounds: Number of rounds of pruning, spread over the run.
+        first: Share of the run at which the first round is due; the others follow at equal intervals.
+        keeps: Share of the active weights that a round keeps, until a network reaches its density.
+        rewinds: Whether every round restores the initial weights.
     """
 
     rounds: int
@@ -39,40 +39,40 @@ class MagnitudePruning:
 
     @classmethod
     def post_hoc(cls) -> "MagnitudePruning":
-        """Once, to the density itself, after two thirds of the run; the rest of it is fine-tuning."""
+        """Makes a plan of one pruning to the final density after two thirds of the run; the rest is fine-tuning."""
         return cls(1, _POST_HOC_AT, 0.0, rewinds=False)
 
     @classmethod
     def iterative(cls, density: float) -> "MagnitudePruning":
-        """Lottery tickets: a fifth of what is left in every round, and back to the initial weights.
+        """Makes a plan of rounds that prune a fifth of the weights and restore the initial weights (lottery tickets).
 
-        The run is divided evenly: one part for every round, and one for the ticket.
+        The run is divided evenly: one part for every round, and one for training the final ticket.
 
         Args:
-            density: The lowest density aimed at, in (0, 1].
+            density: The lowest target density, in (0, 1].
         """
         rounds = math.ceil(math.log(density) / math.log(_ROUND_KEEPS) - 1e-9)
         return cls(rounds, 1 / (rounds + 1), _ROUND_KEEPS, rewinds=True)
 
     def round_at(self, update: int, length: int) -> int | None:
-        """The round that is due at a generator update of a run of that length, from 1; None where none is."""
+        """Returns the round, from 1, that is due at a generator update in a run of this length; None if none is due."""
         due = [number for number in range(1, self.rounds + 1) if self._at(number, length) == update]
         return due[-1] if due else None
 
     def rounds_until(self, update: int, length: int) -> int:
-        """Returns how many rounds a run of that length has had at a generator update."""
+        """Returns the number of rounds up to a generator update in a run of this length."""
         return sum(self._at(number, length) <= update for number in range(1, self.rounds + 1))
 
     def _at(self, number: int, length: int) -> int:
         return round(length * self.first * number)
 
     def density(self, number: int, target: float) -> float:
-        """A network's density after a round, on the way to its target."""
+        """Returns a network's density after a round, on the way to its target."""
         return max(target, self.keeps**number)
 
 
 class InitialWeights:
-    """The values that networks had when this was made, for training to begin again from them.
+    """Copies of networks' values, from which training can restart.
 
     Args:
         networks: The networks.
@@ -84,7 +84,7 @@ class InitialWeights:
 
     @torch.no_grad()
     def restore(self, optimizers: Iterable[Optimizer]) -> None:
-        """Gives the networks these values, and optimizers of their parameters fresh state."""
+        """Restores the networks' values, and resets the optimizer state of their parameters."""
         optimizers = list(optimizers)
         for network, values in zip(self._networks, self._values, strict=True):
             for name, value in _values(network).items():
@@ -94,11 +94,11 @@ class InitialWeights:
                     optimizer.state.pop(parameter, None)
 
     def state_dict(self) -> list[dict[str, Tensor]]:
-        """The values; loads with ``weights_only=True``."""
+        """Returns the values; loads with ``weights_only=True``."""
         return [{name: full_tensor(value).clone() for name, value in values.items()} for values in self._values]
 
     def load_state_dict(self, state: Iterable[Mapping[str, Any]]) -> None:
-        """Takes over what `state_dict` gave."""
+        """Restores the state returned by `state_dict`."""
         for values, saved in zip(self._values, state, strict=True):
             for name, value in saved.items():
                 values[name] = copy_like(value, values[name])
@@ -110,10 +110,10 @@ def _values(network: nn.Module) -> dict[str, Tensor]:
 
 
 class PruneByMagnitude(MaskUpdate):
-    """Prunes both networks by magnitude, on the way to their densities.
+    """A mask update that prunes both networks by magnitude, on the way to their final densities.
 
     Args:
-        pruning: When, and by how much.
+        pruning: The times and densities of pruning.
         targets: The final densities.
     """
 
@@ -125,16 +125,16 @@ class PruneByMagnitude(MaskUpdate):
         self._initial: InitialWeights | None = None
 
     def begin(self, training: SparseTraining) -> None:
-        """Copies the initial weights, if training goes back to them."""
+        """Copies the initial weights if the method restores them."""
         if self._pruning.rewinds:
             self._initial = InitialWeights(training.network(role).network for role in self.roles)
 
     def due(self, update: int, plan: Plan) -> bool:
-        """Prunes at the updates that the rounds fall on."""
+        """Returns whether a round of pruning is due."""
         return plan.updates is not None and self._pruning.round_at(update, plan.updates) is not None
 
     def apply(self, training: SparseTraining) -> bool:
-        """Prunes, and goes back to the initial weights where the method does."""
+        """Prunes, and restores the initial weights if the method does."""
         assert training.plan.updates is not None
         number = self._pruning.rounds_until(training.updates, training.plan.updates)
         for role, target in self._targets.items():
@@ -152,7 +152,7 @@ class PruneByMagnitude(MaskUpdate):
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the initial weights, if training goes back to them."""
+        """Returns the initial weights if the method restores them."""
         return {} if self._initial is None else {"initial": self._initial.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -167,7 +167,7 @@ class PostHoc(Method):
     """Dense training for two thirds of the run, one pruning by magnitude, and fine-tuning (the baseline of DDST).
 
     Args:
-        discriminator_density: The discriminator's density in the end; by default it stays dense.
+        discriminator_density: The discriminator's final density; by default it stays dense.
     """
 
     starts_dense: ClassVar[bool] = True
@@ -175,7 +175,7 @@ class PostHoc(Method):
 
     @property
     def final_densities(self) -> dict[Role, float]:
-        """The discriminator's is 1 by default."""
+        """The final densities; the discriminator's is 1 by default."""
         discriminator = self.discriminator_density
         return {
             "generator": self.generator_density,
@@ -190,9 +190,9 @@ class PostHoc(Method):
 @training_method("imp")
 @dataclass(frozen=True, kw_only=True)
 class IMP(Method):
-    """Iterative magnitude pruning: rounds that prune a fifth and go back to the initial weights.
+    """Iterative magnitude pruning: rounds that prune a fifth of the active weights and restore the initial weights.
 
-    Lottery tickets (Frankle and Carbin 2019), in GANs Chen et al. 2021.
+    Lottery tickets: Frankle and Carbin 2019; in GANs, Chen et al. 2021.
     """
 
     starts_dense: ClassVar[bool] = True

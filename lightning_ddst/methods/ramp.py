@@ -1,4 +1,4 @@
-"""A discriminator whose density rises in a straight line: what feedback has to be better than."""
+"""A discriminator whose density rises in a straight line: the baseline of methods with feedback."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +14,11 @@ from lightning_ddst.utils.validation import check_density
 
 
 class Resize(MaskUpdate):
-    """Resizes the discriminator as a controller decides, every ``plan.interval`` updates.
+    """A mask update that resizes the discriminator by a controller's decisions, every ``plan.interval`` updates.
 
     Args:
-        controller: Decides.
-        drop_fraction: The share of active weights that is replaced where the controller decides to explore.
+        controller: The controller.
+        drop_fraction: The share of active weights to replace when the controller decides to explore.
     """
 
     roles: tuple[Role, ...] = ("discriminator",)
@@ -32,13 +32,13 @@ class Resize(MaskUpdate):
         self._drop_fraction = self._drop_fraction.for_network(training.network("discriminator"))
 
     def due(self, update: int, plan: Plan) -> bool:
-        """Decides every ``plan.interval`` updates."""
+        """Returns whether a decision is due: every ``plan.interval`` updates."""
         return is_due(update, plan.interval)
 
     def apply(self, training: SparseTraining) -> bool:
-        """Asks the controller, and does what it decides once the dense gradients that this needs are there."""
+        """Asks the controller and applies its decision, if the dense gradients that it needs are available."""
         network, plan, balance = training.network("discriminator"), training.plan, training.balance
-        if self.due(training.updates, plan):  # not again for a decision that was postponed
+        if self.due(training.updates, plan):  # not again for a postponed decision
             self.controller.observe(balance)
         share = plan.interval / plan.updates if plan.updates and plan.interval else 0.0
         decision = self.controller.decide(balance, network.target, training.progress, share)
@@ -54,11 +54,11 @@ class Resize(MaskUpdate):
         return True
 
     def readings(self, training: SparseTraining) -> dict[str, float]:
-        """Returns what the controller reads from the window."""
+        """Returns the controller's readings of the window."""
         return self.controller.readings(training.balance)
 
     def explanation(self) -> str:
-        """Returns the controller's."""
+        """Returns the controller's explanation."""
         return self.controller.explanation
 
     def state_dict(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class ResizingMethod(SDST):
     """A method that resizes the discriminator up to a maximum.
 
     Args:
-        discriminator_density: The discriminator's density at the start; by default the generator's, and at most
+        discriminator_density: The discriminator's density at the start; by default the generator's, but at most
             the maximum.
         max_discriminator_density: The largest density of the discriminator, in [its density at the start, 1].
 
@@ -123,7 +123,7 @@ class Ramp(ResizingMethod):
 
     @property
     def final_densities(self) -> dict[Role, float]:
-        """The discriminator reaches its maximum at the end."""
+        """The generator's density, and the discriminator's maximum, which it reaches at the end."""
         return {"generator": self.generator_density, "discriminator": self.max_discriminator_density}
 
     def mask_updates(self) -> Sequence[MaskUpdate]:

@@ -1,4 +1,4 @@
-"""Single dynamic sparse training: the generator explores."""
+"""Single dynamic sparse training (SDST): the generator explores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +16,8 @@ class DropFractionSchedule:
     """The drop fraction: the share of active weights that an exploration (prune and regrow) replaces.
 
     Attributes:
-        rate: At the start, in [0, 1]; None for the default of what the masks consist of (0.5 for weights).
-        schedule: How it falls over the run, a key of `lightning_ddst.sparsity.SCHEDULES`.
+        rate: Drop fraction at the start, in [0, 1]; None means the default of the masks' units (0.5 for weights).
+        schedule: Decay of the drop fraction over the run, a key of `lightning_ddst.sparsity.SCHEDULES`.
     """
 
     rate: float | None = None
@@ -30,7 +30,7 @@ class DropFractionSchedule:
         SCHEDULES.find("schedule", self.schedule)
 
     def for_network(self, network: MaskedNetwork) -> "DropFractionSchedule":
-        """Returns the schedule with the rate that suits what the network's masks consist of."""
+        """Returns the schedule with its rate, or else the default rate of the network's units."""
         return self if self.rate is not None else replace(self, rate=network.units.drop_fraction)
 
     def at(self, progress: float) -> float:
@@ -40,13 +40,13 @@ class DropFractionSchedule:
 
 
 class Explore(MaskUpdate):
-    """Explores a network: prunes a share of its active weights and grows as many; the density stays.
+    """A mask update that explores a network: it prunes a share of the active weights and grows as many.
 
-    SET grows at random, RigL by the dense gradient: that is the network's growth rule.
+    The network's growth rule decides which weights grow: at random in SET, by the dense gradient in RigL.
 
     Args:
         role: The network.
-        drop_fraction: The share.
+        drop_fraction: The share of active weights to replace, over the run.
     """
 
     resizes: ClassVar[bool] = False
@@ -58,16 +58,16 @@ class Explore(MaskUpdate):
         self._has_inactive = True
 
     def begin(self, training: SparseTraining) -> None:
-        """Notes whether the network is masked: one that is dense and stays so has nothing to explore."""
+        """Checks whether the network is masked: a network that stays dense has nothing to explore."""
         self._has_inactive = training.is_masked(self._role)
         self._drop_fraction = self._drop_fraction.for_network(training.network(self._role))
 
     def due(self, update: int, plan: Plan) -> bool:
-        """Explores every ``plan.explore_interval`` updates."""
+        """Returns whether an exploration is due: every ``plan.explore_interval`` updates."""
         return self._has_inactive and is_due(update, plan.explore_interval)
 
     def apply(self, training: SparseTraining) -> bool:
-        """Explores, once the dense gradients are there."""
+        """Explores if the dense gradients are available."""
         gradients = training.dense_gradients(self._role)
         if gradients is None:
             return False
@@ -84,9 +84,9 @@ class SDST(Method):
     balanced discriminator (the generator's density) or a strong one (``discriminator_density=1``).
 
     Args:
-        exploration_rate: The share of active weights, or channels, that an exploration replaces at the start, in
-            [0, 1]; by default 0.5, the paper's, and 0.1 for channels.
-        schedule: How that share falls over the run, a key of `lightning_ddst.sparsity.SCHEDULES`.
+        exploration_rate: Drop fraction at the start: the share of active weights, or channels, that an exploration
+            replaces, in [0, 1]; by default 0.5, the paper's, and 0.1 for channels.
+        schedule: Decay of the drop fraction over the run, a key of `lightning_ddst.sparsity.SCHEDULES`.
     """
 
     exploration_rate: float | None = None
@@ -99,7 +99,7 @@ class SDST(Method):
 
     @property
     def drop_fraction(self) -> DropFractionSchedule:
-        """The share of active weights that an exploration replaces, over the run."""
+        """The schedule of the drop fraction."""
         return DropFractionSchedule(self.exploration_rate, self.schedule)
 
     def mask_updates(self) -> Sequence[MaskUpdate]:

@@ -10,18 +10,18 @@ from lightning_ddst.methods.base import ROLES, MaskUpdate, Method, Role, trainin
 @training_method("dense")
 @dataclass(frozen=True, kw_only=True)
 class Dense(Method):
-    """Dense training: no weight is masked, whatever the densities are."""
+    """Dense training: no weight is masked; the densities are ignored."""
 
     generator_density: float = 1.0
     starts_dense: ClassVar[bool] = True
 
     @property
     def final_densities(self) -> dict[Role, float]:
-        """Both networks stay dense."""
+        """The density 1 of both networks, which stay dense."""
         return dict.fromkeys(ROLES, 1.0)
 
     def mask_updates(self) -> Sequence[MaskUpdate]:
-        """Returns nothing."""
+        """Returns an empty tuple."""
         return ()
 
 
@@ -31,5 +31,5 @@ class Static(Method):
     """Random masks that never change: the static baseline of DDST."""
 
     def mask_updates(self) -> Sequence[MaskUpdate]:
-        """Returns nothing."""
+        """Returns an empty tuple."""
         return ()

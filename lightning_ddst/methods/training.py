@@ -1,4 +1,4 @@
-"""Sparse training of two networks: what happens at every generator update, without Lightning and without a method."""
+"""Sparse training of two networks, independent of Lightning and of the method."""
 
 import warnings
 from collections.abc import Iterable, Mapping
@@ -30,38 +30,38 @@ from lightning_ddst.utils import distributed
 
 
 class SparseTraining:
-    """Masks two networks while they are trained, and applies what changes masks.
+    """Sparse training of two networks: enforces their masks and applies mask updates.
 
-    It knows no method: a method is the `MaskUpdate`s that it is given. Call `before_step` and `after_step` around
-    every step of the generator's optimizers, `after_batch` at the end of a training step, and `detach` at the end.
-    Networks with masks of whole channels compute without the inactive ones.
+    It does not depend on the method; a method is a sequence of `MaskUpdate` objects. Call `before_step` and
+    `after_step` around every step of the generator's optimizers, `after_batch` at the end of a training step, and
+    `detach` at the end. Networks with masks of whole channels compute without the inactive channels.
 
     Args:
         generator: The sparse generator.
         discriminator: The sparse discriminator.
         optimizers: The optimizers of both.
-        mask_updates: What changes masks, in the order in which it is applied; these become this training's.
-        probe: Measures the balance ratio; None where it is not measured.
-        estimator: How the balance ratio is estimated over a window.
-        plan: When things happen; may be replaced by `schedule` once the run's length is known.
-        unscaled: From a gradient as it arrives to a copy without the scale of the loss (fp16).
+        mask_updates: Rules that change masks, in the order of their application. Do not share them between trainings.
+        probe: Probe of the balance ratio; None if it is not measured.
+        estimator: Estimator of the balance ratio over a window.
+        plan: The intervals; `schedule` may replace them once the run's length is known.
+        unscaled: Function that copies a gradient and removes the loss scale (fp16).
         optimizer_state: "reset" keeps the optimizer state of inactive weights at 0, "keep" leaves it.
 
     Attributes:
         updates: Generator updates so far.
-        plan: The intervals in force.
+        plan: The current intervals.
         optimizers: The optimizers of both networks.
         window: The last measurements of the balance ratio.
-        decisions: Every decision on densities with the generator update it was made at.
-        rewinds: How often training went back to the initial weights.
-        measurements: How often the balance ratio was measured.
+        decisions: All decisions on densities, each with its generator update.
+        rewinds: Number of times the initial weights were restored.
+        measurements: Number of measurements of the balance ratio.
         flops: Operations of training both networks.
         generator_optimizers: The optimizers whose steps are generator updates.
-        divergence: Notices when training breaks down.
+        divergence: Detector of training that has broken down.
 
     Raises:
         ValueError: If a maskable weight is in none of the optimizers, or a mask update needs the balance ratio and
-            nothing measures it.
+            there is no probe.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class SparseTraining:
         self._balance: Balance | None = None
         self._probe = probe
         if probe is None and any(update.decides for update in self.mask_updates):
-            raise ValueError("probe=None measures no balance ratio, which a mask update decides by.")
+            raise ValueError("probe=None measures no balance ratio, but a mask update needs it.")
         self.optimizers = list(optimizers)
         self.generator_optimizers = find_optimizers(generator.parameters, self.optimizers)
         find_optimizers(discriminator.parameters, self.optimizers)
@@ -117,7 +117,7 @@ class SparseTraining:
 
     @property
     def balance(self) -> Balance:
-        """The balance over the window, which is read once an update; reading waits for the device."""
+        """The balance over the window, which is computed once per update; this waits for the device."""
         if self._balance is None:
             self._balance = self.window.read()
         return self._balance
@@ -127,13 +127,13 @@ class SparseTraining:
         return self._networks[role]
 
     def is_masked(self, role: Role) -> bool:
-        """Returns whether a network's masks are enforced: not where it is dense and stays so."""
+        """Returns whether a network's masks are enforced: not if it stays dense."""
         return role in self._enforcers
 
     def dense_gradients(self, role: Role) -> dict[str, Tensor] | None:
         """Returns the gradients that the network's growth rule needs, by name of the weight.
 
-        Gradients of a single update are given up by this call, since they are out of date after the next.
+        This call removes gradients of a single update, since they are out of date after the next update.
 
         Returns:
             Empty for rules that need none, and for a network that is dense and stays so. None where a gradient is
@@ -144,14 +144,14 @@ class SparseTraining:
     # ---- around a generator update -----------------------------------------------------------------
 
     def schedule(self, plan: Plan) -> None:
-        """Replaces the plan by one in which more is known."""
+        """Replaces the plan, after the run's length is known."""
         self.plan = plan
         self.window.resize(plan.window)
         self._balance = None
         self._expect_next()
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Keeps what a measurement will compare with; call it before a step of an optimizer of the generator's."""
+        """Keeps the weights for a measurement; call it before each step of the generator's optimizers."""
         if self._probe is not None and self._probe.watching:
             self._probe.before_update(get_parameters(optimizer))
 
@@ -159,11 +159,11 @@ class SparseTraining:
         """Measures a generator update, and changes the masks that are due.
 
         Args:
-            optimizer: One of the generator's, which made a step just now.
+            optimizer: One of the generator's optimizers, which has just made a step.
             batch: The training step's batch.
 
         Returns:
-            Whether this was a generator update: an optimizer of both networks makes steps without.
+            Whether this was a generator update: an optimizer of both networks may step without the generator.
         """
         if not has_updated(self.network("generator").parameters, optimizer):
             return False
@@ -179,7 +179,7 @@ class SparseTraining:
         return True
 
     def after_batch(self, batch: Any) -> None:
-        """Has the first measured training step looked at as a whole."""
+        """Checks the first measured training steps as a whole; call it at the end of a training step."""
         if self._probe is not None and not self._probe.checked:
             self._probe.check(batch)
             self._expect_next()
@@ -212,10 +212,10 @@ class SparseTraining:
         self.check_ranks()
 
     def _expect_next(self) -> None:
-        """Has what the next update will need recorded from now on."""
+        """Starts or stops recording, depending on the needs of the next update."""
         coming = self.updates + 1
         if self._probe is not None:
-            # The first update in any case, to say at once where it cannot be measured.
+            # Always records the first update, so that errors of measuring appear at once.
             self._probe.watching = not self._probe.checked or is_due(coming, self.plan.probe_interval)
         for role, enforcer in self._enforcers.items():
             enforcer.gradients.recording = any(
@@ -224,10 +224,10 @@ class SparseTraining:
             )
 
     def check_ranks(self) -> None:
-        """Compares masks and decisions over processes.
+        """Checks that masks and decisions are the same in all processes.
 
         Raises:
-            RuntimeError: If they differ: each process would train another network.
+            RuntimeError: If they differ, so that each process would train another network.
         """
         if not distributed.is_distributed():
             return
@@ -236,7 +236,7 @@ class SparseTraining:
         distributed.check_same(what, (masks, self.decisions[-1:]))
 
     def detach(self) -> None:
-        """Takes every hook off the networks and optimizers."""
+        """Removes every hook from the networks and optimizers."""
         self.flops.stop()
         for enforcer in self._enforcers.values():
             enforcer.remove()
@@ -248,7 +248,7 @@ class SparseTraining:
     # ---- saving --------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns everything but the masks, which the networks save; loads with ``weights_only=True``."""
+        """Returns the state without the masks, which the networks save; loads with ``weights_only=True``."""
         return {
             "updates": self.updates,
             "measurements": self.measurements,

@@ -1,8 +1,8 @@
-"""Masks of one network: allocation, pruning and growing, schedules, enforcement. Needs torch only.
+"""Masks of one network: allocation, pruning and growth, schedules, enforcement. Needs only torch.
 
-Masks change in `masked` alone, by `explore` and `resize`; `units` says what they consist of: single weights, N of M
-weights, or whole channels. Growth rules are in `growth`, their gradients in
-`dense_gradients`, and `enforcement` keeps inactive weights at 0.
+Only `masked` changes masks, by `explore` and `resize`. `units` defines the unit of masks: single weights, N of M
+weights, or whole channels. `growth` holds the growth rules, `dense_gradients` keeps the gradients that they need, and
+`enforcement` keeps inactive weights at 0.
 """
 
 from lightning_ddst.sparsity.allocation import DISTRIBUTIONS, allocate

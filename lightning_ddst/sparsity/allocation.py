@@ -1,4 +1,4 @@
-"""Distributes active weights over layers in exact integer counts: uniform, ER and ERK."""
+"""Distributes active weights over layers with exact integer counts: uniform, ER and ERK."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,24 +10,24 @@ Shape = Sequence[int]
 
 
 DISTRIBUTIONS: Registry[Callable[[Shape], float]] = Registry("distribution")
-"""A layer's density up to a common factor, by the shape of its weight. Register another one to use it by its name."""
+"""Functions from a weight's shape to its layer's density up to a common factor. Register others to use them by name."""
 
 
 @DISTRIBUTIONS.register("uniform")
 def uniform(shape: Shape) -> float:
-    """Gives every layer the same density."""
+    """Returns the same density for every layer."""
     return 1.0
 
 
 @DISTRIBUTIONS.register("er")
 def er(shape: Shape) -> float:
-    """Erdos-Renyi (Mocanu et al. 2018): ``(n_out + n_in) / (n_out * n_in)``."""
+    """Returns the Erdos-Renyi density (Mocanu et al. 2018), ``(n_out + n_in) / (n_out * n_in)``."""
     return (shape[0] + shape[1]) / (shape[0] * shape[1])
 
 
 @DISTRIBUTIONS.register("erk")
 def erk(shape: Shape) -> float:
-    """Erdos-Renyi-Kernel (RigL, Evci et al. 2020): ``(n_out + n_in + k_1 + ...) / (n_out * n_in * k_1 * ...)``."""
+    """Returns the Erdos-Renyi-Kernel density (RigL), ``(n_out + n_in + k_1 + ...) / (n_out * n_in * k_1 * ...)``."""
     return sum(shape) / math.prod(shape)
 
 
@@ -40,14 +40,14 @@ def allocate(
 ) -> list[int]:
     """Distributes a network's active weights over its layers.
 
-    Layers whose share would exceed their size are dense, and the others take up the difference.
+    Layers whose share would exceed their size are dense; the others share the difference.
 
     Args:
-        shapes: Shape of each layer's weight, at least two dimensions.
+        shapes: Shape of each layer's weight, with at least two dimensions.
         density: Active weights over all weights, in (0, 1].
         distribution: A key of `DISTRIBUTIONS`.
-        floor: Smallest count a layer may get (a smaller layer is dense), at least 1.
-        given: Counts that are decided already, by index of the layer; the others share what is left.
+        floor: Smallest count of a layer, at least 1; a smaller layer is dense.
+        given: Fixed counts by the layer's index; the other layers share the rest.
 
     Returns:
         Active weights of each layer; their sum is exactly ``round(density * number of weights)``.
@@ -64,13 +64,13 @@ def allocate(
     total = round(density * sum(sizes))
     if total < sum(lower):
         raise ValueError(
-            f"density={density} leaves {total} active weights for {len(sizes)} layers, less than {floor} a layer"
-            f"{f' beside the {sum(given.values())} of given densities' if given else ''}; "
+            f"density={density} leaves {total} active weights for {len(sizes)} layers, less than {floor} per layer"
+            f"{f' and the {sum(given.values())} of given densities' if given else ''}; "
             f"it must be at least {_rounded_up(sum(lower) / sum(sizes)):.3g} here."
         )
     if total > sum(upper):
         raise ValueError(
-            f"density={density} needs {total} active weights, more than layers of given densities allow; "
+            f"density={density} needs {total} active weights, more than layers with given densities allow; "
             f"it must be at most {_rounded_down(sum(upper) / sum(sizes)):.3g} here."
         )
     shares = [relative_density(shape) * size for shape, size in zip(shapes, sizes, strict=True)]
@@ -78,7 +78,7 @@ def allocate(
 
 
 def _rounded_up(value: float) -> float:
-    """To three significant digits, so that the number printed is enough."""
+    """Rounds up to three significant digits, so that the printed number is large enough."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 2)
     return math.ceil(value / unit) * unit
 
@@ -93,15 +93,15 @@ def apportion(shares: Sequence[float], total: int, lower: Sequence[int], upper: 
 
     Args:
         shares: Positive weights of the parts.
-        total: What is split; between the sums of the bounds.
+        total: The integer to split, between the sums of the bounds.
         lower: Smallest value of each part.
         upper: Largest value of each part.
 
     Returns:
-        Integers within the bounds that sum to `total`; of equal remainders the first part's is rounded up.
+        Integers within the bounds that sum to `total`; among equal remainders the first is rounded up.
 
     Raises:
-        ValueError: If the bounds leave no solution.
+        ValueError: If the bounds allow no solution.
     """
     if not sum(lower) <= total <= sum(upper):
         raise ValueError(f"total={total} must be between {sum(lower)} and {sum(upper)}.")
@@ -112,7 +112,7 @@ def apportion(shares: Sequence[float], total: int, lower: Sequence[int], upper: 
         scale = left / sum(shares[i] for i in free)
         for i in free:
             parts[i] = min(max(scale * shares[i], lower[i]), upper[i])
-        # Clipping moved the sum up or down: parts clipped in that direction stay clipped in the solution.
+        # Clipping raised or lowered the sum: parts clipped in that direction stay clipped in the solution.
         excess = sum(parts[i] for i in free) - left
         clipped = {
             i

@@ -1,4 +1,4 @@
-"""An exponential moving average of a network's weights that knows of masks."""
+"""An exponential moving average of a network's weights that respects masks."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -14,22 +14,21 @@ BufferHandling = Literal["average", "copy"]
 
 
 class WeightAverage:
-    """Averages a network's parameters over training.
+    """A moving average of a network's parameters over training.
 
-    A parameter's average is the plain mean of its values until that spans ``1 / (1 - decay)``
-    updates, and exponential from then on. In parameters of two or more dimensions every entry has
-    its own age: one that is exactly 0 is inactive or grew just now, so its average is 0 and starts
-    anew with its next value. So an inactive weight is 0 in the average, and a grown one is not
-    dragged down by its past zeros.
+    A parameter's average is the plain mean of its values for the first ``1 / (1 - decay)`` updates, and exponential
+    from then on. In parameters of two or more dimensions every entry has its own age. An entry that is exactly 0 is
+    inactive or has just grown: its average is 0 and restarts with its next value. So inactive weights are 0 in the
+    average, and past zeros do not bias the average of grown weights.
 
     Args:
-        network: Its parameters are read, and only `swap` writes them.
-        decay: In [0, 1).
-        buffers: "average" treats floating-point buffers (BatchNorm's statistics) like parameters;
-            "copy" takes the network's present ones.
+        network: The network; only `swap` changes its parameters.
+        decay: Decay of the average, in [0, 1).
+        buffers: "average" averages floating-point buffers (BatchNorm's statistics) like parameters; "copy" uses the
+            network's current buffers.
 
     Raises:
-        ValueError: For an argument outside what is allowed.
+        ValueError: For an argument outside the allowed range.
     """
 
     def __init__(self, network: nn.Module, decay: float = 0.999, buffers: BufferHandling = "average") -> None:
@@ -42,7 +41,7 @@ class WeightAverage:
         self._spectral = list(spectral_norms(network))
         parameters = dict(network.named_parameters())
         buffers_by_name = dict(network.named_buffers())
-        # Spectral norm's vectors are not averaged: an average of unit vectors is shorter than 1.
+        # Spectral norm's vectors are copied: the average of unit vectors is shorter than 1.
         vectors = {id(vector) for spectral in self._spectral for vector in spectral.vectors()}
         self._vectors = {name for name, buffer in buffers_by_name.items() if id(buffer) in vectors}
         averaged = {n for n, b in buffers_by_name.items() if buffers == "average" and b.is_floating_point()}
@@ -59,7 +58,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes in the present values."""
+        """Adds the network's current values to the averages."""
         decay = min(self._decay, self.updates / (self.updates + 1))
         self.updates += 1
         live = self._live()
@@ -76,21 +75,21 @@ class WeightAverage:
         """Updates the average of a parameter of two or more dimensions; override it for another rule.
 
         Args:
-            average: The average so far, changed in place.
-            value: The present value, exactly 0 where a weight is inactive.
-            age: The updates that each entry's average spans, changed in place.
-            decay: The decay of this update for everything that has no masks.
+            average: The current average, changed in place.
+            value: The current value, exactly 0 where a weight is inactive.
+            age: Number of updates in each entry's average, changed in place.
+            decay: The decay of this update for parameters without masks.
         """
         decays = (age / (age + 1)).clamp_(max=self._decay).to(average.dtype)
         average.sub_(value).mul_(decays).add_(value)
         inactive = value == 0
-        # As masked_fill_ does, which torch 2.8 lacks for tensors that are split over processes.
+        # Like masked_fill_, which torch 2.8 lacks for sharded tensors.
         average.copy_(torch.where(inactive, 0, average))
         age.add_(1).mul_(~inactive)
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchanges the network's values and the averages; a second call puts them back."""
+        """Swaps the network's values and the averages; a second call swaps them back."""
         live = self._live()
         for name, average in self._averages.items():
             kept = live[name].clone()
@@ -104,21 +103,21 @@ class WeightAverage:
 
     @property
     def swapped(self) -> bool:
-        """Whether the network has the averages at present."""
+        """Whether the network currently holds the averages."""
         return self._swapped
 
     def values(self) -> dict[str, Tensor]:
-        """The averages, by the names they have in the network."""
+        """Returns the averages by their names in the network."""
         averages = self._live() if self._swapped else self._averages
         return {name: full_tensor(average).clone() for name, average in averages.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Averages and ages; loads with ``weights_only=True``."""
+        """Returns averages and ages; loads with ``weights_only=True``."""
         ages = {name: full_tensor(age).clone() for name, age in self._ages.items()}
         return {"updates": self.updates, "averages": self.values(), "ages": ages}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` gave for a network of the same shapes.
+        """Restores the state returned by `state_dict` for a network of the same shapes.
 
         Raises:
             ValueError: If names or shapes differ.
@@ -127,7 +126,7 @@ class WeightAverage:
         for saved, own in pairs:
             for name in sorted(saved.keys() | own.keys()):
                 if name not in saved or name not in own or saved[name].shape != own[name].shape:
-                    raise ValueError(f"the saved average is of another network: {name!r} is missing or not alike.")
+                    raise ValueError(f"the saved average is of another network: {name!r} is missing or differs.")
         for saved, own in pairs:
             for name, value in saved.items():
                 own[name].copy_(split_like(value.to(own[name].device), own[name]))

@@ -1,42 +1,42 @@
-"""Bits: bool tensors in an eighth of their memory, numbers as integers."""
+"""Bool tensors packed into bits, and views of floats as integers."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 _GATHERS = 0x0102040810204080
-"""Multiplied by eight bytes of 0 or 1, it has them side by side in the highest byte."""
+"""The product of this and eight bytes of 0 or 1 holds them as adjacent bits in the highest byte."""
 _PIECE = 2**16
-"""Words looked at together."""
+"""Number of words processed at once."""
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By bytes."""
+"""Integer dtypes by bytes per entry."""
 
 
 def view_as_integers(tensor: Tensor) -> Tensor:
-    """A view of a tensor in which every entry is the integer that its bits are; only of 0 it is 0, and not of -0.0."""
+    """Returns a view of a tensor whose entries are the integers of the same bits; 0.0 is 0, but -0.0 is not."""
     return tensor.view(_INTEGERS[tensor.element_size()])
 
 
 def choose_chunk(tensor: Tensor, size: int) -> int:
-    """How many of a tensor's entries to work on together.
+    """Returns how many of a tensor's entries to process at once.
 
     Args:
-        tensor: Where they are.
-        size: How many on a CPU, for what is between the operations to stay in its cache; elsewhere launching operations
-            costs more, and it is all of them.
+        tensor: The tensor.
+        size: Number on a CPU, so that intermediate results stay in its cache. Elsewhere the number is at least all of
+            the tensor's entries, because launching operations costs more.
     """
     return size if tensor.device.type == "cpu" else max(size, tensor.numel())
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """One bit for every entry.
+    """Packs a mask into one bit per entry.
 
     Args:
         mask: Bool, of any shape.
 
     Returns:
-        uint8, one dimension, eight bytes for every 64 entries; the last are filled up with zeros.
+        uint8 of one dimension, eight bytes for every 64 entries; the last ones are padded with zeros.
     """
     flat = mask.reshape(-1)
     if flat.numel() % 64:
@@ -49,12 +49,12 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def count_bits(bits: Tensor) -> int:
-    """The number of ones in what `pack_bits` gave; waits for the device."""
+    """Returns the number of ones in bits that `pack_bits` returned; waits for the device."""
     return int(sum(_ones(words) for words in bits.view(torch.int64).split(choose_chunk(bits, _PIECE))))
 
 
 def _ones(words: Tensor) -> Tensor:
-    # In words of 64 bits: counts of two bits each, of four, of eight.
+    # In words of 64 bits: counts in groups of two bits, then four, then eight.
     words = words - (words >> 1 & 0x5555555555555555)
     words = (words & 0x3333333333333333) + (words >> 2 & 0x3333333333333333)
     words = words + (words >> 4) & 0x0F0F0F0F0F0F0F0F

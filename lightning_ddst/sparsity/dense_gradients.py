@@ -1,4 +1,4 @@
-"""Keeps the gradients of all weights, active or not, for growth rules that need them."""
+"""Keeps the gradients of all weights, active and inactive, for growth rules that need them."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,16 +19,16 @@ _AVERAGE_DECAY = 0.9
 class DenseGradients:
     """The gradients of a network's weights before masking, kept only when growth will need them.
 
-    Gradients of several backward passes add up as they do in ``parameter.grad``, and start over
-    where that was cleared. With several processes, their mean is kept.
+    Gradients of several backward passes add up as in ``parameter.grad``, and restart when ``parameter.grad`` is
+    cleared. With several processes, the mean over processes is kept.
 
     Args:
-        network: The sparse network; its growth rule says which gradients are needed.
-        unscaled: Copies a gradient, without the scale of the loss.
+        network: The sparse network; its growth rule determines which gradients are needed.
+        unscaled: Function that copies a gradient and removes the loss scale (fp16).
 
     Attributes:
-        recording: Whether the gradients of the coming update will be needed. Rules that use the
-            average need every update's.
+        recording: Whether the next update's gradients will be needed. Growth rules that use the average need every
+            update's gradients anyway.
     """
 
     def __init__(self, network: MaskedNetwork, unscaled: Unscaled = torch.clone) -> None:
@@ -37,20 +37,20 @@ class DenseGradients:
         self._kind = network.growth.gradient
         self._network = network
         self._weights = network.weights
-        self._incoming: dict[str, Tensor] = {}  # seen in a backward pass, maybe by torch.autograd.grad
-        self._accumulated: dict[str, Tensor] = {}  # added to parameter.grad since that was cleared
+        self._incoming: dict[str, Tensor] = {}  # from a backward pass, or from torch.autograd.grad
+        self._accumulated: dict[str, Tensor] = {}  # added to parameter.grad since it was cleared
         self._grads: dict[str, tuple[Tensor, int]] = {}  # parameter.grad after that, and its version
         self._kept: dict[str, Tensor] = {}  # from the last update, or the average
-        self._finite: dict[str, Tensor] = {}  # whether the last update's gradients were
+        self._finite: dict[str, Tensor] = {}  # whether the last update's gradients were finite
 
     @property
     def needed(self) -> bool:
-        """Whether the gradients of the coming update are kept."""
+        """Whether the next update's gradients must be kept."""
         return self._kind == "average" or (self._kind == "latest" and self.recording)
 
     @uncompiled
     def on_backward(self, name: str, gradient: Tensor) -> None:
-        """Sees a dense gradient, which may be on its way to ``parameter.grad``."""
+        """Records a dense gradient that may be added to ``parameter.grad`` next."""
         grad = self._weights[name].parameter.grad
         adds = name in self._accumulated and grad is not None and not self._cleared(name, grad)
         if self.needed or adds:
@@ -62,13 +62,13 @@ class DenseGradients:
             self._accumulated.pop(name, None)
 
     def _cleared(self, name: str, grad: Tensor) -> bool:
-        """Whether ``parameter.grad`` was set to 0 since a gradient was added."""
+        """Returns whether ``parameter.grad`` was set to 0 since a gradient was added."""
         held, version = self._grads.get(name, (None, -1))
-        # DistributedDataParallel and clipping change the version, too.
+        # DistributedDataParallel and clipping also change the version.
         return not (grad is held and grad._version == version) and not bool(grad.any())
 
     def on_accumulated(self, name: str, parameter: Tensor) -> None:
-        """Sees ``parameter.grad`` after a gradient was added, and before it is masked."""
+        """Records ``parameter.grad`` after a gradient was added and before it is masked."""
         if self.needed and parameter.grad is not None and is_split(parameter):
             self._incoming[name] = self._split_gradient(name, parameter.grad)
         if name in self._incoming and parameter.grad is not None:
@@ -76,10 +76,10 @@ class DenseGradients:
             self._grads[name] = (parameter.grad, parameter.grad._version)
 
     def _split_gradient(self, name: str, grad: Tensor) -> Tensor:
-        """The sum of the gradients of a weight that is split over processes, whose mean is only known here."""
+        """Returns the accumulated gradient of a sharded weight; only here is its mean over processes known."""
         gradient = self._unscaled(grad.detach())
         if name in self._accumulated and self._grads.get(name, (None, -1))[0] is grad:
-            # It holds the gradients that were added before, but masked.
+            # It contains the earlier gradients, but masked.
             local_part(gradient).add_(local_part(self._accumulated[name]) * ~self._network.local_mask(name))
         return gradient
 
@@ -89,12 +89,12 @@ class DenseGradients:
             self._grads.pop(name, None)
             accumulated = self._accumulated.pop(name, None)
             if self._weights[name].parameter.grad is None:
-                accumulated = None  # cleared, so the step did not use it
+                accumulated = None  # cleared, so the step did not use the gradients
             if (gradient := self._average_over_processes(name, accumulated)) is None:
                 continue
             self._finite[name] = local_part(gradient).isfinite().all()
             if self._kind == "average":
-                # Entries that are not finite do not count, or the average would never be finite again.
+                # Skips entries that are not finite, or the average would never be finite again.
                 kept = self._kept.get(name, torch.zeros_like(gradient))
                 weight = 1 - _AVERAGE_DECAY if name in self._kept else 1.0
                 self._kept[name] = kept.lerp(torch.where(gradient.isfinite(), gradient, kept), weight)
@@ -102,7 +102,7 @@ class DenseGradients:
                 self._kept[name] = gradient
 
     def _average_over_processes(self, name: str, gradient: Tensor | None) -> Tensor | None:
-        """The mean over processes, where one without a gradient counts as 0; None if no process has one."""
+        """Returns the mean over processes; a missing gradient counts as 0. None if no process has a gradient."""
         if not distributed.is_distributed() or is_split(self._weights[name].parameter):
             return gradient
         if not self.needed or not any(distributed.all_gather(gradient is not None)):
@@ -114,7 +114,7 @@ class DenseGradients:
     def pop(self) -> dict[str, Tensor] | None:
         """Returns the gradients that the growth rule needs, by name; None if one is missing or not finite.
 
-        Gradients of a single update are forgotten, because they are out of date after the next.
+        Removes gradients of a single update, because they are out of date after the next update.
         """
         kept = dict(self._kept)
         if self._kind == "latest":
@@ -127,7 +127,7 @@ class DenseGradients:
         return {name: full_tensor(gradient) for name, gradient in kept.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that is kept, and added up for the coming update; loads with ``weights_only=True``."""
+        """Returns the kept gradients and those accumulated for the next update; loads with ``weights_only=True``."""
         kept, accumulated = (
             {name: full_tensor(gradient).clone() for name, gradient in held.items()}
             for held in (self._kept, self._accumulated)

@@ -1,4 +1,4 @@
-"""Keeps inactive weights at exactly zero while optimizers train the others."""
+"""Keeps inactive weights at exactly 0 while optimizers train the others."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -17,7 +17,7 @@ from lightning_ddst.utils.compilation import uncompiled
 from lightning_ddst.utils.validation import check_choice
 
 Masks = Mapping[nn.Parameter, Tensor]
-"""The mask of each parameter, or of this process's part of it."""
+"""The mask of each parameter; of this process's part if the parameter is sharded."""
 OptimizerState = Literal["reset", "keep"]
 
 
@@ -31,15 +31,15 @@ def mask_gradients(masks: Masks) -> None:
     """Sets the gradients of inactive weights to 0."""
     for parameter, mask in masks.items():
         if parameter.grad is not None:
-            # Past autograd's version counter, for `DenseGradients` to tell this from clearing.
+            # Bypasses autograd's version counter, so that `DenseGradients` can tell this from zero_grad.
             zero_where_inactive(parameter.grad.data, mask)
 
 
 class StateMasker:
-    """Sets the weight-shaped state of inactive weights to 0 in one optimizer.
+    """A masker of one optimizer's weight-shaped state: it sets the state of inactive weights to 0.
 
-    Most optimizers keep state at 0 where weight and gradient are 0. The first step after every change of the masks
-    shows whether this one does; if so, its state is not masked again until the next change.
+    Most optimizers keep state at 0 where weight and gradient are 0. The first step after every mask change shows
+    whether this one does; if so, its state is not masked again until the next change.
 
     Args:
         optimizer: The optimizer.
@@ -47,17 +47,17 @@ class StateMasker:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._leaves_zero: bool | None = None  # None until a step shows it
+        self._leaves_zero: bool | None = None  # unknown until a step shows it
 
     def on_step(self, masks: Masks) -> None:
-        """Masks the state after the optimizer's step; the first call after a change waits for the device."""
+        """Masks the state after the optimizer's step; the first call after a mask change waits for the device."""
         if self._leaves_zero is None:
             self._leaves_zero = not any(bool(local_part(value)[~mask].any()) for value, mask in self._state(masks))
         if not self._leaves_zero:
             self._mask(masks)
 
     def on_change(self, masks: Masks) -> None:
-        """Masks the state after the masks changed."""
+        """Masks the state after a mask change."""
         self._leaves_zero = None
         self._mask(masks)
 
@@ -73,26 +73,26 @@ class StateMasker:
 
 
 class MaskEnforcer:
-    """Keeps weights, gradients and optimizer state of a sparse network at zero where it is inactive.
+    """Hooks that keep weights, gradients and optimizer state at 0 where a network is inactive.
 
-    - Hooks on each weight mask ``.grad`` as soon as a backward pass has added to it, before anything can clip it or
-      step with it. `DenseGradients` sees the gradient first, and keeps it if growth needs it.
-    - A hook on each optimizer masks weights and, unless it is kept, optimizer state after every step, whatever the
-      optimizer did: momentum, weight decay, noise.
+    - Hooks on each weight mask ``.grad`` as soon as a backward pass has added to it, before it can be clipped or used
+      in a step. `DenseGradients` sees the gradient first and keeps it if growth needs it.
+    - A hook on each optimizer masks weights and, unless it is kept, optimizer state after every step. So neither
+      momentum nor weight decay nor noise can make an inactive weight non-zero.
 
     Args:
         network: The sparse network.
-        optimizers: The optimizers that update it; others may be among them.
-        unscaled: Copies a gradient, without the scale of the loss (fp16).
+        optimizers: Optimizers, among them those that update the network.
+        unscaled: Function that copies a gradient and removes the loss scale (fp16).
         optimizer_state: "reset" keeps the state of inactive weights at 0, so that grown weights start with fresh
-            state; "keep" leaves it to the optimizer, as the authors' code does with Adam: it decays as for
-            gradients of 0, and grown weights continue from it.
+            state; "keep" leaves it to the optimizer, as the authors' code does with Adam: it decays as with gradients
+            of 0, and grown weights continue from it.
 
     Attributes:
         gradients: The dense gradients.
 
     Raises:
-        ValueError: If a maskable weight is in none of the optimizers, or `optimizer_state` is neither.
+        ValueError: If a maskable weight is in none of the optimizers, or `optimizer_state` is unknown.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class MaskEnforcer:
         self._handles: list[RemovableHandle] = []
         for parameter, name in names.items():
             trains = parameter.requires_grad
-            parameter.requires_grad_(True)  # torch takes hooks only then; a GAN may have frozen it for the moment
+            parameter.requires_grad_(True)  # hooks require it; a GAN may freeze weights temporarily
             self._handles.append(parameter.register_hook(partial(self.gradients.on_backward, name)))
             self._handles.append(parameter.register_post_accumulate_grad_hook(partial(self._after_backward, name)))
             parameter.requires_grad_(trains)

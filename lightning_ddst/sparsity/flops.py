@@ -1,4 +1,4 @@
-"""Floating-point operations of training, counted as the networks run."""
+"""Floating-point operations of training, counted while the networks run."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,20 +17,19 @@ from lightning_ddst.utils.modules import remove_hooks
 
 
 class OpCounter:
-    """How often each maskable weight of a network is multiplied in a piece of training.
+    """A counter of how often training uses each maskable weight of a network.
 
-    Multiplied by the number of active weights and by 2 (a multiplication and an addition) this
-    gives floating-point operations, for any density. Biases, norms and activations are not
-    counted. What is counted is what ran: forward passes as they happen, and the gradients of
-    inputs and weights as backward passes reach a layer. (The second backward pass of a gradient
-    penalty is not.)
+    This number times the number of active weights times 2 (a multiplication and an addition) is the number of
+    floating-point operations, for any density. The counter observes what runs: forward passes, and the gradients of
+    inputs and weights when a backward pass reaches a layer. It does not count biases, norms, activations, and the
+    second backward pass of a gradient penalty.
 
     Args:
-        weights: The weights whose layers are watched.
+        weights: The weights whose layers are observed.
 
     Attributes:
         uses: Multiplications per weight by name, forward and backward.
-        gradient_uses: The part of them in which the weight's gradient was computed.
+        gradient_uses: The part of `uses` that computed the weight's gradient.
     """
 
     def __init__(self, weights: Iterable[MaskableWeight]) -> None:
@@ -40,7 +39,7 @@ class OpCounter:
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Adds what the layers do inside the context."""
+        """Counts the layers' operations inside the context."""
         handles = [
             layer.register_forward_hook(partial(self._forward, weight), with_kwargs=True)
             for weight in self._weights
@@ -56,7 +55,7 @@ class OpCounter:
         images: Tensor = args[0] if args else kwargs["input"]
         # A weight is used once per output position; in a transposed convolution, per input position.
         maps = images if isinstance(layer, TRANSPOSED_LAYERS) else output
-        # Channels as there are: inactive ones may have been left out (`StructuredForward`).
+        # The actual number of channels: `StructuredForward` leaves out inactive ones.
         positions = maps.numel() // maps.shape[channel_dim(layer)]
         self.uses[weight.name] += positions
         if output.requires_grad and torch.is_grad_enabled():
@@ -69,29 +68,29 @@ class OpCounter:
         self.gradient_uses[name] += positions * trains
 
     def state_dict(self) -> dict[str, dict[str, int]]:
-        """The counts; loads with ``weights_only=True``."""
+        """Returns the counts; loads with ``weights_only=True``."""
         return {"uses": dict(self.uses), "gradient_uses": dict(self.gradient_uses)}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, int]]) -> None:
-        """Takes over what `state_dict` gave."""
+        """Restores the state returned by `state_dict`."""
         self.uses.update(state["uses"])
         self.gradient_uses.update(state["gradient_uses"])
 
     def subtract(self, part: "OpCounter") -> None:
-        """Takes away what was counted here but belongs to something else."""
+        """Subtracts another counter's uses, which were also counted here."""
         for name, number in part.uses.items():
             self.uses[name] -= number
 
 
 @dataclass(frozen=True)
 class LayerFlops:
-    """Floating-point operations of one weight in training, or of several together.
+    """Floating-point operations of one weight in training, or of several weights together.
 
     Attributes:
-        steps: Of its active entries, in forward and backward passes.
-        dense_gradients: Of the gradients of inactive entries, where growth needed them.
-        probes: Of measuring the balance ratio.
-        dense: Of the same training, dense and without probes.
+        steps: Operations of active entries, in forward and backward passes.
+        dense_gradients: Operations of the gradients of inactive entries, when growth needed them.
+        probes: Operations of measuring the balance ratio.
+        dense: Operations of the same training, dense and without measuring.
     """
 
     steps: int = 0
@@ -101,26 +100,26 @@ class LayerFlops:
 
     @property
     def sparse(self) -> int:
-        """All but `dense`."""
+        """All operations of sparse training."""
         return self.steps + self.dense_gradients + self.probes
 
     @property
     def ratio(self) -> float:
-        """The sparse operations relative to dense training; NaN for a layer that does nothing."""
+        """The operations of sparse training relative to dense training; NaN for a layer without operations."""
         return self.sparse / self.dense if self.dense else float("nan")
 
     @classmethod
     def total(cls, layers: Iterable["LayerFlops"]) -> "LayerFlops":
-        """The sum over layers."""
+        """Returns the sum over layers."""
         return cls(*(sum(parts) for parts in zip(*(astuple(layer) for layer in (cls(), *layers)), strict=True)))
 
 
 class TrainingFlops:
-    """Adds up the operations of training networks together, and of the same training when dense.
+    """A sum of the operations of sparse training, and of the same training when dense.
 
-    The work of one step is measured once, between the end of two generator updates, and taken for
-    every step; so is that of one measurement of the balance ratio. Networks that are compiled run
-    uncompiled in that update, since compiled calls pass by the hooks of layers.
+    The work of one step is counted once, between the ends of two generator updates, and assumed for every step.
+    Likewise, one measurement of the balance ratio is counted once. Compiled networks run uncompiled during that
+    update, because compiled calls bypass the hooks of layers.
 
     Args:
         networks: The networks.
@@ -134,22 +133,22 @@ class TrainingFlops:
 
     @property
     def layers(self) -> list[dict[str, LayerFlops]]:
-        """For each network, the operations of every weight so far; empty before the second update."""
+        """Operations of every weight so far, for each network; empty before the second update."""
         return [tally.layers(self._updates) if self._measured else {} for tally in self._tallies]
 
     @property
     def total(self) -> LayerFlops:
-        """The operations of all weights so far; 0 before the second update."""
+        """Operations of all weights so far; 0 before the second update."""
         return LayerFlops.total(layer for layers in self.layers for layer in layers.values())
 
     @property
     def mean_densities(self) -> list[dict[str, float]]:
-        """For each network, the density of every weight, averaged over generator updates; NaN before the first."""
+        """Mean density of every weight over generator updates, for each network; NaN before the first update."""
         return [tally.mean_densities(self._updates) for tally in self._tallies]
 
     @contextmanager
     def probing(self) -> Iterator[None]:
-        """Around whatever belongs to a measurement of the balance ratio."""
+        """Counts operations inside the context as those of a measurement of the balance ratio."""
         with ExitStack() as stack:
             if not self._probe_measured:
                 for tally in self._tallies:
@@ -157,7 +156,7 @@ class TrainingFlops:
             yield
 
     def updated(self, *, probed: bool, dense_gradients: Iterable[bool]) -> None:
-        """Adds one generator update at the present masks; call it before they change.
+        """Adds one generator update with the current masks; call it before they change.
 
         Args:
             probed: Whether the balance ratio was measured.
@@ -170,7 +169,7 @@ class TrainingFlops:
         if self._measuring is not None:
             self.stop()
             self._measured = True
-            if probed:  # its calls were counted with the step's
+            if probed:  # the step's count includes the probe's calls
                 for tally in self._tallies:
                     tally.step.subtract(tally.probe)
         elif not self._measured:
@@ -183,24 +182,24 @@ class TrainingFlops:
             self._measuring.enter_context(tally.step.counted())
 
     def pause(self) -> None:
-        """Stops counting for something that is no training."""
+        """Pauses counting, for calls that are not training."""
         self._paused = self._measuring is not None
         self.stop()
 
     def resume(self) -> None:
-        """Goes on counting after a pause."""
+        """Resumes counting after a pause."""
         if self._paused:
             self._paused = False
             self._count()
 
     def stop(self) -> None:
-        """Leaves no hook behind."""
+        """Stops counting and removes every hook."""
         if self._measuring is not None:
             self._measuring.close()
             self._measuring = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums and workloads; loads with ``weights_only=True``."""
+        """Returns sums and counts; loads with ``weights_only=True``."""
         return {
             "updates": self._updates,
             "measured": [self._measured, self._probe_measured],
@@ -208,7 +207,7 @@ class TrainingFlops:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` gave."""
+        """Restores the state returned by `state_dict`."""
         self._updates = state["updates"]
         self._measured, self._probe_measured = state["measured"]
         for tally, saved in zip(self._tallies, state["tallies"], strict=True):
@@ -216,7 +215,7 @@ class TrainingFlops:
 
 
 class _Tally:
-    """One network's sums over updates, in weights: how many were used in steps, in probes and in dense gradients."""
+    """Sums over updates of one network's weights that were used in steps, in probes and in dense gradients."""
 
     def __init__(self, network: MaskedNetwork) -> None:
         self.step = OpCounter(network.weights.values())

@@ -1,13 +1,13 @@
-"""Growth rules: which inactive weights to activate.
+"""Growth rules, which choose the inactive weights to activate.
 
-A rule is a function that scores every weight of a layer; the largest scores among the inactive
-ones grow. To add one, decorate a function:
+A rule is a function that scores every weight of a layer; the inactive weights with the largest scores grow. To add one,
+decorate a function:
 
     @growth_rule("gradient_per_fan_in", gradient="latest")
     def by_scaled_gradient(layer: Layer) -> Tensor:
         return layer.gradient.abs() / layer.weight[0].numel()
 
-and name it wherever a growth rule is asked for, in Python or in YAML.
+and pass its name as ``growth``, in Python or in YAML.
 """
 
 from collections.abc import Callable
@@ -25,15 +25,14 @@ GradientKind = Literal["none", "latest", "average"]
 
 @dataclass(frozen=True)
 class Layer:
-    """What a growth rule sees of one layer.
+    """The input of a growth rule: one layer.
 
     Attributes:
-        weight: The masked weight, before any normalisation.
+        weight: The masked weight, before any normalization.
         mask: Bool, of the weight's shape; true where active.
-        gradient: The dense gradient, of the weight's shape: of the network's last update or, for
-            rules that ask for the average, its exponential moving average over updates. Empty for
-            rules that need none.
-        generator: CPU random generator for rules that draw.
+        gradient: The dense gradient, of the weight's shape: the last update's or, for rules with ``"average"``, the
+            exponential moving average over updates. Empty for rules that need no gradient.
+        generator: CPU random generator for rules that draw random numbers.
     """
 
     weight: Tensor
@@ -44,7 +43,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class GrowthRule:
-    """A scoring function, the gradient it needs, and whether its scores count by magnitude."""
+    """A scoring function, the gradient that it needs, and whether its scores are compared by magnitude."""
 
     score: Callable[[Layer], Tensor]
     gradient: GradientKind
@@ -52,7 +51,7 @@ class GrowthRule:
 
     @property
     def __wrapped__(self) -> Callable[[Layer], Tensor]:
-        """The function that was registered."""
+        """The registered function."""
         return self.score
 
 
@@ -66,17 +65,17 @@ def growth_rule(
     """Registers a function as a growth rule.
 
     Args:
-        name: What the rule is called in Python, YAML and on the command line.
-        gradient: "none", "latest" (the dense gradient of the last update) or "average" (its
-            exponential moving average, which costs a clone of the weights and their gradient a step).
-        magnitude: Whether the scores of largest magnitude grow, rather than the largest; spares a
-            copy of the gradient.
+        name: Name of the rule in Python, YAML and on the command line.
+        gradient: "none", "latest" (the dense gradient of the last update) or "average" (its exponential moving
+            average, which costs a copy of the weights and of their gradients per step).
+        magnitude: Whether weights grow by the magnitude of their scores instead of the scores; saves a copy of the
+            gradient.
 
     Returns:
         A decorator for a function from a `Layer` to finite scores of the weight's shape.
 
     Raises:
-        ValueError: If `gradient` is none of these.
+        ValueError: If `gradient` is unknown.
     """
     check_choice("gradient", gradient, get_args(GradientKind))
 
@@ -89,17 +88,17 @@ def growth_rule(
 
 @growth_rule("random")
 def by_chance(layer: Layer) -> Tensor:
-    """Uniformly at random (SET, Mocanu et al. 2018)."""
+    """Scores weights uniformly at random (SET, Mocanu et al. 2018)."""
     return torch.rand(layer.weight.shape, generator=layer.generator).to(layer.weight.device)
 
 
 @growth_rule("gradient", gradient="latest", magnitude=True)
 def by_gradient(layer: Layer) -> Tensor:
-    """Largest dense gradient (RigL, Evci et al. 2020)."""
+    """Scores weights by their dense gradient (RigL, Evci et al. 2020)."""
     return layer.gradient
 
 
 @growth_rule("momentum", gradient="average", magnitude=True)
 def by_momentum(layer: Layer) -> Tensor:
-    """Largest averaged dense gradient (sparse momentum, Dettmers and Zettlemoyer 2019)."""
+    """Scores weights by their averaged dense gradient (sparse momentum, Dettmers and Zettlemoyer 2019)."""
     return layer.gradient

@@ -1,4 +1,4 @@
-"""Which weights of a network can be masked, and where they are stored."""
+"""The maskable weights of a network, and the parameters that store them."""
 
 from dataclasses import dataclass
 
@@ -11,14 +11,14 @@ from torch.nn.utils.spectral_norm import SpectralNorm as _SpectralNormHook
 from lightning_ddst.sparsity.spectral import SpectralVectors, spectral_norms
 
 TRANSPOSED_LAYERS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-"""Layers whose weight has its inputs first."""
+"""Layers whose weight has input channels as first dimension."""
 
 MASKABLE_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED_LAYERS)
-"""Layers whose weight is masked; biases, norms, embeddings and learned constants never are."""
+"""Layers whose weight is masked; biases, norms, embeddings and learned constants are never masked."""
 
 
 def channel_dim(layer: nn.Module) -> int:
-    """The dimension that counts channels in what a maskable layer takes and gives, from the end."""
+    """Returns the dimension of channels in a maskable layer's input and output, counted from the end."""
     return -1 - len(layer.kernel_size) if hasattr(layer, "kernel_size") else -1  # type: ignore[arg-type]
 
 
@@ -28,10 +28,10 @@ class MaskableWeight:
 
     Attributes:
         name: Its name as in ``network.named_parameters()``.
-        parameter: The parameter an optimizer updates. Under spectral norm this is the weight before
-            normalisation, so that masking comes first.
-        layers: The layers it belongs to, by name; several where it is shared.
-        spectral: The singular vectors that spectral norm keeps for it, one pair a layer.
+        parameter: The parameter that an optimizer updates. Under spectral norm this is the weight before
+            normalization, so masking comes first.
+        layers: The layers that use it, by name; several if it is shared.
+        spectral: The singular vectors that spectral norm keeps for it, one pair per layer.
     """
 
     name: str
@@ -41,15 +41,14 @@ class MaskableWeight:
 
     @property
     def out_dim(self) -> int:
-        """The dimension that counts what the layers compute; the other of the first two counts what they read."""
+        """The dimension of output channels, 0 or 1; the other one is the dimension of input channels."""
         return int(isinstance(next(iter(self.layers.values())), TRANSPOSED_LAYERS))
 
 
 def maskable_weights(network: nn.Module) -> list[MaskableWeight]:
     """Lists the weights of a network's Linear, Conv and ConvTranspose layers.
 
-    A weight that is shared is listed once; one that is shared with another kind of layer (an
-    embedding, say) is left out.
+    A shared weight is listed once. A weight that another kind of layer shares (an embedding, for example) is left out.
 
     Args:
         network: Any module.
@@ -58,8 +57,8 @@ def maskable_weights(network: nn.Module) -> list[MaskableWeight]:
         The weights, in the order of ``network.named_parameters()``.
 
     Raises:
-        ValueError: If a layer is lazy and has no shape yet, if its weight is computed by something
-            other than spectral norm, or if nothing can be masked.
+        ValueError: If a layer is lazy and has no shape yet, if a parametrization other than spectral norm computes
+            its weight, or if the network has no maskable weight.
     """
     layers: dict[int, dict[str, nn.Module]] = {}
     unmaskable: set[int] = set()
@@ -81,7 +80,7 @@ def maskable_weights(network: nn.Module) -> list[MaskableWeight]:
 
 
 def _stored_weight(layer: nn.Module, layer_name: str) -> nn.Parameter:
-    """The parameter in which a layer's weight is stored."""
+    """Returns the parameter that stores a layer's weight."""
     parameter: nn.Parameter | None = None
     if parametrize.is_parametrized(layer, "weight"):
         chain = layer.parametrizations["weight"]  # type: ignore[index]

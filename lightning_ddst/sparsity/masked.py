@@ -1,4 +1,4 @@
-"""A network with masks: how they change, and how they are saved; `units` says what they consist of."""
+"""A network with masks, which it prunes, grows, saves and loads; `units` defines their unit."""
 
 import hashlib
 import zlib
@@ -26,39 +26,38 @@ _PIECE = 2**20
 class MaskedNetwork:
     """A network whose maskable weights are partly inactive.
 
-    The network itself keeps its modules and parameter names; only values change. Weights that
-    become inactive are set to 0. What keeps them at 0 while an optimizer runs is `MaskEnforcer`.
+    The network keeps its modules and parameter names; only values change. Weights that become inactive are set to 0.
+    `MaskEnforcer` keeps them at 0 while an optimizer trains.
 
     Args:
         network: The module to sparsify.
         density: Active over maskable weights at the start, in (0, 1], as near as the units allow.
-        granularity: What masks consist of: "weight", "channel", a pattern N:M such as "2:4", or a key of `UNITS`.
+        granularity: Unit of the masks: "weight", "channel", a pattern N:M such as "2:4", or a key of `UNITS`.
         inputs: Example inputs of the network, the batch first; only "channel" needs them.
-        initial: "random" draws the first masks; "magnitude" prunes the network as it is (one that was
-            trained dense), by the same rules as later.
-        regrown: What an exploration does with units that it prunes and grows again: "keep" leaves them their value
-            and optimizer state, as RigL's reference code does; "reset" has them start anew.
-        dense_layers: Layers that are left dense, and out of every density: patterns as in `matches`.
-        name: The network's name, in front of its layers' where patterns are compared.
-        seed: Seed of everything that is drawn here.
-        state: A state returned by `state_dict` for a network of the same shapes; its masks
-            replace those that would be drawn.
+        initial: "random" draws the first masks; "magnitude" prunes the present weights (of a network trained dense) by
+            the same rules as later.
+        regrown: Treatment of units that an exploration prunes and grows again: "keep" keeps their value and optimizer
+            state, as RigL's reference code does; "reset" restarts them.
+        dense_layers: Layers that stay dense and do not count in any density: patterns as in `matches`.
+        name: The network's name, which precedes its layers' names when patterns are compared.
+        seed: Seed of all random choices.
+        state: A state returned by `state_dict` for a network of the same shapes; its masks replace the random ones.
         options: Arguments of the units; for "weight" those of `WeightUnits`.
 
     Attributes:
         network: The module.
         weights: The maskable weights by name.
-        units: What the masks consist of.
-        masks: A bool mask by name, true where active, one byte a weight.
-        listeners: Called whenever weights were pruned, before others grow.
-        target: The density last asked for, as far as it can be reached; `density` is what there is, a whole number
-            of units.
-        coverage: The share of maskable weights that were ever active, in [density, 1].
-        overlap: Weights active both before and after the masks' last change over weights active in either, in
-            [0, 1]; 1 before the first.
+        units: The units of the masks.
+        masks: A bool mask by name, true where active, one byte per weight.
+        listeners: Functions that are called whenever weights were pruned, before others grow.
+        target: The density last requested, as near as it can be reached; `density` is the actual one, in whole units.
+        coverage: The share of maskable weights that were ever active, in [density, 1]: the in-time
+            over-parameterization rate (ITOP).
+        overlap: Intersection over union (IoU) of the masks before and after their last change, in [0, 1]; 1 before the
+            first change.
 
     Raises:
-        ValueError: For an argument outside what is allowed, or a network with nothing to mask.
+        ValueError: For an argument outside the allowed range, or a network without maskable weights.
     """
 
     def __init__(
@@ -91,7 +90,7 @@ class MaskedNetwork:
         if not self.weights:
             raise ValueError(f"granularity={granularity!r} fits the shape of no layer, so there is nothing to mask.")
         self.target = density
-        # Not the seed itself: weights may have been drawn from it, and masks must not follow them.
+        # Not the seed itself: weights may have been drawn from it, and masks must be independent of them.
         digest = hashlib.sha256(f"masks {seed}".encode()).digest()
         self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") // 2)
         self.units: Units = units(network, self.weights, self._generator, inputs=inputs, name=name, **options)
@@ -109,10 +108,10 @@ class MaskedNetwork:
         self._split()
         self._zero_inactive()
         self._cover()
-        if self.active < self.total or not self.units.dense_kernels:  # a dense network of single weights is untouched
+        if self.active < self.total or not self.units.dense_kernels:  # a dense network stays unchanged
             self._refresh_spectral()
 
-    # ---- what there is -------------------------------------------------------------------------
+    # ---- properties ----------------------------------------------------------------------------
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -151,18 +150,18 @@ class MaskedNetwork:
 
     @property
     def kept(self) -> Mapping[str, Mapping[int, Tensor]]:
-        """What stays of parameters and buffers, for `StructuredForward`; empty for units with dense kernels."""
+        """Remaining parts of parameters and buffers, for `StructuredForward`; empty for units with dense kernels."""
         return self.units.kept
 
     def describe(self) -> str:
-        """Returns how much is active, in words, such as "12 of 40 channels, 57 of 570 weights active"."""
+        """Returns a text such as "12 of 40 channels, 57 of 570 weights active"."""
         return self.units.describe()
 
     def allocation(self, density: float) -> dict[str, int]:
-        """Returns how many weights are active at a density, by name.
+        """Returns the number of active weights at a density, by name.
 
         Raises:
-            ValueError: If the density is outside (0, 1], or lower than what is possible.
+            ValueError: If the density is outside (0, 1], or lower than possible.
         """
         return self.units.allocation(density)
 
@@ -171,34 +170,34 @@ class MaskedNetwork:
         return self.units.reachable(density)
 
     def local_mask(self, name: str) -> Tensor:
-        """The mask of what this process holds of a weight: all of it, unless weights are split over processes."""
+        """Returns the mask of this process's part of a weight, which is the full weight unless it is sharded."""
         return self._parts.get(name, self.masks[name])
 
     def to_weights(self) -> None:
-        """Moves the masks to where their weights are."""
+        """Moves the masks to their weights' devices."""
         for held in (self.masks, self._ever):
             held |= {name: values.to(self.weights[name].parameter.device) for name, values in held.items()}
         self.units.update_masks()
         self._split()
 
-    # ---- the changes ---------------------------------------------------------------------------
+    # ---- changes -------------------------------------------------------------------------------
 
     def resize(self, density: float, gradients: Gradients | None = None) -> None:
-        """Grows or prunes, only one of them, to a new density.
+        """Either grows or prunes to a new density.
 
         Args:
             density: The new density, in (0, 1]; it is reached as nearly as the units allow.
             gradients: Dense gradients by name, for growth rules that use them.
 
         Raises:
-            ValueError: If the density is outside (0, 1], or lower than what is possible.
+            ValueError: If the density is outside (0, 1], or lower than possible.
         """
         numbers = self.units.numbers(density)
         moves = [number - now for number, now in zip(numbers, self.units.now, strict=True)]
         before = self.active
         if any(move > 0 for move in moves):
             scores = self.units.growth(gradients)
-            self._zero_inactive()  # in case something else wrote there
+            self._zero_inactive()  # in case other code wrote to inactive weights
             self._grow(moves, scores, pruned={})
         elif any(moves):
             self._prune([-move for move in moves], self.units.magnitudes(), self.units.limits(numbers))
@@ -209,18 +208,18 @@ class MaskedNetwork:
             self._refresh_spectral()
 
     def explore(self, rate: float, gradients: Gradients | None = None) -> int:
-        """Prunes a share of the active units of each pool and grows as many; the density stays.
+        """Prunes a share of the active units of each pool and grows as many; the density does not change.
 
-        As in RigL, what was pruned just now may grow again. With ``regrown="keep"`` it then keeps its value and
-        optimizer state, so a dense network stays as it is (Evci et al. 2020 and their reference code). With
-        ``regrown="reset"`` it starts anew, and no more is pruned than there is inactive.
+        As in RigL, a unit that was just pruned may grow again. With ``regrown="keep"`` it then keeps its value and
+        optimizer state, so a dense network does not change (Evci et al. 2020 and their reference code). With
+        ``regrown="reset"`` it restarts, and no more units are pruned than there are inactive ones.
 
         Args:
-            rate: The share of active units, in [0, 1].
+            rate: The drop fraction: the share of active units to prune, in [0, 1].
             gradients: Dense gradients by name, for growth rules that use them.
 
         Returns:
-            How many weights were pruned, and grown.
+            The number of weights that were pruned, and grown.
 
         Raises:
             ValueError: If the rate is outside [0, 1].
@@ -237,7 +236,7 @@ class MaskedNetwork:
         magnitudes, scores = units.magnitudes(), units.growth(gradients)
         before = self.active
         if keeps:
-            self._zero_inactive()  # in case something else wrote there
+            self._zero_inactive()  # in case other code wrote to inactive weights
         pruned = self._prune(numbers, magnitudes, limits)
         replaced = before - self.active
         if not keeps:
@@ -251,12 +250,12 @@ class MaskedNetwork:
         return replaced
 
     def apply_masks(self) -> None:
-        """Sets what is inactive to 0, after something else gave the network other weights."""
+        """Sets inactive weights to 0, after other code has changed the network's weights."""
         self._forget_pruned()
         self._refresh_spectral()
 
     def _forget_pruned(self) -> None:
-        """Sets what is inactive to 0: weights here, gradients and optimizer state by the listeners."""
+        """Sets inactive weights to 0; the listeners do the same for gradients and optimizer state."""
         self._zero_inactive()
         for listener in self.listeners:
             listener()
@@ -267,10 +266,10 @@ class MaskedNetwork:
         return pruned
 
     def _grow(self, numbers: Sequence[int], scores: ByTensor, pruned: ByTensor) -> ByTensor:
-        """Activates units, and gives those their first values that do not keep what they have.
+        """Activates units, and sets first values of those that do not keep theirs.
 
         Returns:
-            Marks of what grew and was not pruned just before.
+            Marks of the units that grew and were not pruned just before.
         """
         grown = self.units.grow(numbers, scores)
         self._split()
@@ -280,7 +279,7 @@ class MaskedNetwork:
         return new
 
     def _cover(self) -> None:
-        """Remembers what is active now."""
+        """Adds the active weights to those that were ever active."""
         for name, mask in self.masks.items():
             bits = pack_bits(mask)
             self._ever[name] = self._ever[name] | bits if name in self._ever else bits
@@ -298,8 +297,8 @@ class MaskedNetwork:
 
     def _zero_inactive(self) -> None:
         for name, weight in self.weights.items():
-            # Past autograd's version counter: a discriminator's loss from before a change that comes with a
-            # generator update may still have to be differentiated.
+            # Bypasses autograd's version counter: a mask change at a generator update may precede the backward pass of
+            # a discriminator loss computed earlier.
             zero_where_inactive(weight.parameter.data, self.local_mask(name))
         reshard(self.network)
 
@@ -307,7 +306,7 @@ class MaskedNetwork:
 
     @property
     def checksum(self) -> int:
-        """CRC-32 of all masks."""
+        """The CRC-32 of all masks."""
         value = 0
         for mask in self.masks.values():
             value = zlib.crc32(mask.cpu().numpy().tobytes(), value)
@@ -326,7 +325,7 @@ class MaskedNetwork:
         """Restores the state returned by `state_dict`.
 
         Raises:
-            ValueError: If it is of a network with other maskable weights, or of other units.
+            ValueError: If the state is of a network with other maskable weights, or of other units.
         """
         saved = state["masks"]
         for name in sorted(self.weights.keys() | saved.keys()):
@@ -344,9 +343,9 @@ class MaskedNetwork:
 
 @torch.no_grad()
 def zero_where_inactive(tensor: Tensor, mask: Tensor) -> None:
-    """Sets a tensor to 0 in place where the mask is false, whatever was there (NaN, too)."""
-    # Bits times 0 or 1: several times faster than masked_fill_, which branches. In pieces, for what
-    # mul_ makes of the mask to stay in a processor's cache.
+    """Sets a tensor to 0 in place where the mask is false, also where it is NaN."""
+    # Multiplies bits by 0 or 1, which is several times faster than masked_fill_, which branches. Works in chunks, so
+    # that the mask that mul_ converts stays in the processor's cache.
     tensor = local_part(tensor)
     bits = view_as_integers(tensor)
     size = choose_chunk(tensor, _PIECE)

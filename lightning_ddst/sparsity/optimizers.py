@@ -1,4 +1,4 @@
-"""Which optimizers update which parameters, and whether they did."""
+"""Finds the optimizers of parameters, and whether a step updated them."""
 
 from collections.abc import Iterable, Mapping
 
@@ -7,16 +7,16 @@ from torch.optim import Optimizer
 
 
 def get_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
-    """The parameters that an optimizer updates, in the order of its groups."""
+    """Returns the parameters that an optimizer updates, in the order of its groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def find_optimizers(parameters: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> list[Optimizer]:
-    """Finds the optimizers that update parameters.
+    """Finds the optimizers that update given parameters.
 
     Args:
         parameters: The parameters by name.
-        optimizers: Optimizers of these and others.
+        optimizers: Optimizers, which may also update other parameters.
 
     Raises:
         ValueError: If one of the parameters is in none of the optimizers.
@@ -28,15 +28,15 @@ def find_optimizers(parameters: Mapping[str, Tensor], optimizers: Iterable[Optim
         name = min(names[parameter] for parameter in missing)
         raise ValueError(
             f"no optimizer updates {name!r} ({len(missing)} of {len(names)} weights are in none): give it to "
-            "one, or, if it is to stay as it is, name its layer in dense_layers."
+            "one, or, if it must not change, name its layer in dense_layers."
         )
     return found
 
 
 def has_updated(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> bool:
-    """Whether the step that an optimizer has just made updated one of the parameters.
+    """Returns whether an optimizer's last step updated one of the parameters.
 
-    It did not if none of them has a gradient, or if a fused optimizer skipped its step because fp16 overflowed.
+    It did not if none of them has a gradient, or if a fused optimizer skipped its step after an overflow of fp16.
     """
     own = {id(parameter) for parameter in parameters.values()}
     if not any(p.grad is not None for p in get_parameters(optimizer) if id(p) in own):

@@ -1,15 +1,15 @@
-"""Operations as the paper counts them, to compare with its tables.
+"""Operations as the paper counts them, for comparison with its tables.
 
-They are not what training does; that is what `TrainingFlops` counts. In the authors' code
+`TrainingFlops` counts the operations that training really executes. In the authors' code
 
 - an operation is a multiplication with its addition; biases and the scales and shifts of BatchNorm
   count, transposed convolutions do not, and groups are ignored;
-- a backward pass is two forward passes; of the discriminator's updates only the real images count;
-- the discriminator's operations are multiplied twice by its updates a generator update;
+- a backward pass costs two forward passes; in the discriminator's updates only the real images count;
+- the discriminator's operations are multiplied twice by its updates per generator update;
 - dense gradients and the measurement of the balance ratio cost nothing.
 
-So counted, dense SNGAN on CIFAR-10 takes the published 2.67e17 operations if the generator is trained with
-batches of 128; with batches of 64, as the discriminator is, it would be 2.26e17.
+Counted like this, dense SNGAN on CIFAR-10 takes the published 2.67e17 operations if the generator is trained with
+batches of 128. With batches of 64, the discriminator's batch size, the result is 2.26e17.
 """
 
 from collections.abc import Mapping
@@ -22,15 +22,15 @@ from lightning_ddst.utils.modules import eval_mode, remove_hooks
 
 
 def published_flops(network: nn.Module, *inputs: Tensor, densities: Mapping[str, float] | None = None) -> float:
-    """Operations of one forward pass.
+    """Counts the operations of one forward pass.
 
     Args:
-        network: Is run once, in evaluation mode, without gradients.
+        network: The network; it is called once, in evaluation mode, without gradients.
         inputs: Its arguments for one image.
-        densities: Of its weights, by their names in ``network.named_parameters()``; 1 for those that are not there.
+        densities: Densities of its weights by their names in ``network.named_parameters()``; 1 for missing names.
 
     Raises:
-        ValueError: If there is a density of what is no maskable weight of the network.
+        ValueError: If a name in `densities` is not a maskable weight of the network.
     """
     weights = {layer: weight for weight in maskable_weights(network) for layer in weight.layers.values()}
     densities = densities or {}
@@ -66,16 +66,16 @@ def published_training_flops(
     batch_size: int = 64,
     generator_batch_size: int = 128,
 ) -> float:
-    """Operations of a training run.
+    """Computes the operations of a training run.
 
     Args:
-        generator: Operations of its forward pass for one image: `published_flops`, at its densities averaged over
-            the run.
-        discriminator: The same of the discriminator.
-        updates: Generator updates.
-        discriminator_steps: Discriminator updates a generator update.
-        batch_size: Real images a discriminator update.
-        generator_batch_size: Generated images a generator update.
+        generator: Operations of the generator's forward pass for one image: the result of `published_flops` at its
+            mean densities over the run.
+        discriminator: Operations of the discriminator's forward pass, likewise.
+        updates: Number of generator updates.
+        discriminator_steps: Discriminator updates per generator update.
+        batch_size: Real images per discriminator update.
+        generator_batch_size: Generated images per generator update.
     """
     images = discriminator_steps * batch_size
     of_generator = generator * (images + 3 * generator_batch_size)

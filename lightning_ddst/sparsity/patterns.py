@@ -1,4 +1,4 @@
-"""Layers by pattern: of their names, or by the names of their classes."""
+"""Patterns that select layers by their names or by the names of their classes."""
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -7,17 +7,17 @@ from torch import nn
 
 
 def name_of_layer(network: str, layer: str) -> str:
-    """A layer's name in the module that holds its network; either name may be empty."""
+    """Returns a layer's name in the module that holds its network; either name may be empty."""
     return f"{network}.{layer}".strip(".")
 
 
 def matches(pattern: str, name: str, layer: nn.Module) -> bool:
-    """Whether a pattern is the layer's name, with wildcards (``*.to_rgb``), or a name of its class (``Conv2d``)."""
+    """Returns whether a pattern matches a layer's name (``*.to_rgb``) or is a name of its class (``Conv2d``)."""
     return fnmatchcase(name, pattern) or any(kind.__name__ == pattern for kind in type(layer).__mro__)
 
 
 def first_match(patterns: Iterable[str], layers: Mapping[str, nn.Module], network: str) -> str | None:
-    """Returns the first pattern that matches one of several layers.
+    """Returns the first pattern that matches one of several layers; None if none does.
 
     Args:
         patterns: The patterns.

@@ -6,27 +6,27 @@ from collections.abc import Callable
 from lightning_ddst.utils.registry import Registry
 
 SCHEDULES: Registry[Callable[[float], float]] = Registry("schedule")
-"""Factor on the exploration rate by progress through the run, 0 at its start and 1 at its end.
+"""Functions from progress through the run, 0 at its start and 1 at its end, to a factor of the exploration rate.
 
-Register another one to use it by its name.
+Register others to use them by name.
 """
 
 
 @SCHEDULES.register("cosine")
 def cosine(progress: float) -> float:
-    """Anneals to zero at the end (Dettmers and Zettlemoyer 2019; RigL, Evci et al. 2020)."""
+    """Returns a factor that anneals to 0 at the end (Dettmers and Zettlemoyer 2019; RigL, Evci et al. 2020)."""
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @SCHEDULES.register("linear")
 def linear(progress: float) -> float:
-    """Falls linearly to zero at the end."""
+    """Returns a factor that falls linearly to 0 at the end."""
     return 1 - progress
 
 
 @SCHEDULES.register("constant")
 def constant(progress: float) -> float:
-    """Stays at the initial rate."""
+    """Returns 1, so that the rate stays constant."""
     return 1.0
 
 

@@ -1,4 +1,4 @@
-"""Exact choice of the k best weights: always k of them, ties by position."""
+"""Selects exactly the k best weights; ties are broken by position."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,10 +12,10 @@ Key = Callable[[Tensor], Tensor]
 _NARROW_ABOVE = 2**18
 _SAMPLE = 2**15
 _DEVIATIONS = 3
-"""Standard deviations of the number of the k best in a sample, within which the threshold is looked for."""
+"""Half the width of the searched threshold range, in standard deviations of a rank in the sample."""
 _PIECE = 2**18
 _WORD = 8
-"""Bool entries that are looked at together where few are true."""
+"""Bool entries read at once where few are true."""
 _LANES = 255 * _WORD
 
 
@@ -24,11 +24,11 @@ def largest(scores: Tensor, k: int) -> Tensor:
 
     Args:
         scores: Any shape, without NaN.
-        k: How many, 0 to ``scores.numel()``.
+        k: Number of scores to mark, 0 to ``scores.numel()``.
 
     Returns:
-        A bool tensor of the scores' shape with exactly k true entries; of equal scores at the
-        threshold, those with the lowest flat index.
+        A bool tensor of the scores' shape with exactly k true entries; among equal scores at the threshold, those with
+        the lowest flat index are marked.
 
     Raises:
         ValueError: If k is negative or larger than the number of scores.
@@ -44,18 +44,18 @@ def select(
     """Marks the k best eligible weights over all layers together.
 
     Args:
-        scores: A tensor a layer, finite; the largest are chosen.
-        eligible: A bool tensor a layer, of the scores' shape.
-        k: How many to choose.
-        limits: The most that may be chosen in each layer, at most its number of eligible weights.
-        key: What is compared instead of the scores, elementwise; spares a copy of all of them.
+        scores: One tensor per layer, finite; the largest are chosen.
+        eligible: One bool tensor per layer, of the scores' shape.
+        k: Number of weights to choose.
+        limits: Largest number of weights to choose in each layer, at most its number of eligible weights.
+        key: Elementwise function; its values are compared instead of the scores, which saves a copy of all scores.
 
     Returns:
-        A bool tensor a layer, k true entries in all; ties go to the first layer, then the lowest flat index.
-        And the number of true entries a layer.
+        One bool tensor per layer, with k true entries in total, and the number of true entries per layer. Ties go to
+        the first layer, then to the lowest flat index.
 
     Raises:
-        ValueError: If k is negative or more than the limits allow.
+        ValueError: If k is negative or larger than the limits allow.
     """
     if not 0 <= k <= sum(limits):
         raise ValueError(f"cannot choose k={k} weights: between 0 and {sum(limits)} are available.")
@@ -63,7 +63,7 @@ def select(
     counts = dict.fromkeys(range(len(scores)), 0)
     full: set[int] = set(range(len(scores))) if k == sum(limits) else set()
     while True:
-        # A layer over its limit gives what the limit allows; the others are chosen from again.
+        # A layer over its limit contributes its limit; the rest is chosen again from the other layers.
         for i in full - chosen.keys():
             (chosen[i],), (counts[i],) = _largest([scores[i]], [eligible[i]], limits[i], key)
         rest = [i for i in range(len(scores)) if i not in full]
@@ -78,21 +78,21 @@ def select(
 
 
 def count_true(marks: Tensor) -> int:
-    """Number of true entries (much faster than a bool tensor's sum)."""
+    """Returns the number of true entries (much faster than a bool tensor's sum)."""
     flat = marks.flatten()
     whole = flat.numel() // _LANES * _LANES
-    # Eight counts in one addition: a byte holds the sum of 255 bools.
+    # One addition adds eight counts: a byte can hold the sum of 255 bools.
     sums = flat[:whole].view(torch.int64).view(-1, _LANES // _WORD).sum(1).view(torch.uint8)
     return int(sums.sum()) + int(flat[whole:].sum())
 
 
 def _largest(scores: Sequence[Tensor], eligible: Sequence[Tensor], k: int, key: Key) -> tuple[list[Tensor], list[int]]:
-    """Marks the k largest eligible scores of several tensors together, ties to the first; counts a tensor."""
+    """Marks the k largest eligible scores of several tensors, ties to the first; also returns counts per tensor."""
     if k == 0:
         return [torch.zeros_like(score, dtype=torch.bool) for score in scores], [0] * len(scores)
     flats = [score.flatten() for score in scores]
     allowed = [mask.flatten() for mask in eligible]
-    # Scores above `high` are among the largest for sure, those below `low` are not; between them it is sorted out.
+    # Scores above `high` are certainly among the largest, those below `low` are not; those between are sorted.
     low, high = _bounds(flats, allowed, k, key)
     chosen, counts, places = [], [], []
     for flat, mask in zip(flats, allowed, strict=True):
@@ -100,7 +100,7 @@ def _largest(scores: Sequence[Tensor], eligible: Sequence[Tensor], k: int, key: 
         chosen.append(above)
         counts.append(count_true(above))
         places.append(_positions(between))
-    if not 0 <= k - sum(counts) <= sum(map(len, places)):  # the sample misled
+    if not 0 <= k - sum(counts) <= sum(map(len, places)):  # the sample was not representative
         chosen = [torch.zeros_like(mask) for mask in allowed]
         counts = [0] * len(chosen)
         places = [_positions(mask.clone()) for mask in allowed]  # a view may not be aligned to words
@@ -118,12 +118,12 @@ def _largest(scores: Sequence[Tensor], eligible: Sequence[Tensor], k: int, key: 
 
 
 def _compare(flat: Tensor, mask: Tensor, low: Tensor | float, high: Tensor | float, key: Key) -> tuple[Tensor, Tensor]:
-    """Marks the allowed scores above both bounds, and those from the lower up to the higher one."""
+    """Marks the allowed scores above `high`, and those from `low` to `high`."""
     above, between = torch.empty_like(mask), torch.empty_like(mask)
     parts = (part.split(choose_chunk(flat, _PIECE)) for part in (flat, mask, above, between))
     for values, allowed, more, some in zip(*parts, strict=True):
         score = key(values)
-        # Comparing into numbers and converting these is twice as fast as comparing into bools.
+        # Comparing into floats and converting them is twice as fast as comparing into bools.
         compared = torch.empty_like(score)
         some.copy_(torch.ge(score, low, out=compared)).logical_and_(allowed)
         more.copy_(torch.gt(score, high, out=compared)).logical_and_(some)
@@ -132,7 +132,7 @@ def _compare(flat: Tensor, mask: Tensor, low: Tensor | float, high: Tensor | flo
 
 
 def _bounds(flats: list[Tensor], allowed: list[Tensor], k: int, key: Key) -> tuple[Tensor | float, Tensor | float]:
-    """Where the k-th largest allowed value very likely lies, by a sample of many; anywhere, of few."""
+    """Returns bounds that very likely contain the k-th largest allowed value; infinite bounds for few values."""
     total = sum(flat.numel() for flat in flats)
     if total > _NARROW_ABOVE:
         stride = -(-total // _SAMPLE)
@@ -146,7 +146,7 @@ def _bounds(flats: list[Tensor], allowed: list[Tensor], k: int, key: Key) -> tup
 
 
 def _positions(marks: Tensor) -> Tensor:
-    """Flat indices of the true entries of one dimension; fast where they are few."""
+    """Returns the indices of the true entries of a flat tensor; fast if they are few."""
     whole = marks.numel() // _WORD * _WORD
     words = marks[:whole].view(torch.int64).nonzero()
     found = marks[:whole].view(-1, _WORD)[words.squeeze(1)].nonzero()

@@ -1,6 +1,6 @@
-"""Tensors that are split over processes (FSDP2): the whole of one, and this process's part of it.
+"""Full tensors and local parts of tensors that are sharded over processes (FSDP2).
 
-Everything here leaves other tensors as they are.
+All functions return other tensors unchanged.
 """
 
 import torch
@@ -10,33 +10,33 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def is_split(tensor: Tensor) -> bool:
-    """Whether a tensor is split over processes."""
+    """Returns whether a tensor is sharded over processes."""
     return isinstance(tensor, DTensor)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor; every process must call this."""
+    """Gathers the full tensor; every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def local_part(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, which shares its memory."""
+    """Returns this process's part of a tensor, which shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def split_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Splits a whole tensor as another is; every process must call this, with the same tensor."""
+    """Shards a full tensor like another one; every process must call this with the same tensor."""
     return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
 
 
 def copy_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A copy of a whole tensor with the device, the type and the split of another."""
+    """Copies a full tensor to the device, dtype and sharding of another one."""
     return split_like(tensor.to(like.device, like.dtype, copy=True), like)
 
 
 def reshard(network: nn.Module) -> None:
-    """Has the network's next forward pass gather its weights anew, because they were changed."""
+    """Makes the network's next forward pass gather its weights again, after they have changed."""
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,1 +1,1 @@
-"""Helpers that every other room uses and that use none of them."""
+"""Helpers for all other subpackages, on which they do not depend."""

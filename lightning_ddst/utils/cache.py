@@ -1,4 +1,4 @@
-"""Files that save work: named by what they were made of, written whole or not at all, checked when they are read."""
+"""Cached files: named by a digest of their inputs, written atomically, checked when they are read."""
 
 import hashlib
 import os
@@ -17,10 +17,10 @@ Hash: TypeAlias = "hashlib.blake2b"
 
 
 def digest(*parts: object) -> str:
-    """A digest of what something is made of.
+    """Computes a digest of several parts.
 
     Args:
-        parts: Tensors, mappings from names to tensors, bytes, and anything else by its ``repr``.
+        parts: Tensors, mappings from names to tensors, bytes, or other objects, which count by their ``repr``.
 
     Returns:
         32 hexadecimal digits, the same in every process and run.
@@ -47,15 +47,15 @@ def _add(hashed: Hash, tensor: Tensor) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """An error's first line, or what kind it is."""
+    """Returns the first line of an error's message, or the name of its class if there is none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def check_writable(folder: Path) -> None:
-    """Makes a folder, and writes a byte there that leaves no trace.
+    """Creates a folder if it does not exist, and checks that files can be written there.
 
     Raises:
-        OSError: If it cannot be written to.
+        OSError: If the folder cannot be written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
@@ -64,7 +64,7 @@ def check_writable(folder: Path) -> None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives a path to write to that becomes `path` afterwards; a reader never sees half a file."""
+    """Yields a temporary path that replaces `path` atomically at the end of the context."""
     temporary = path.with_name(f"{path.name}.{uuid4().hex}")
     try:
         yield temporary
@@ -74,7 +74,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors by name; a reader never sees half a file.
+    """Writes tensors by name to a file, atomically.
 
     Raises:
         OSError: If the file cannot be written.
@@ -86,7 +86,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor] | None:
-    """Reads what `save_tensors` wrote.
+    """Reads a file of `save_tensors`.
 
     Returns:
         The tensors, on the CPU; None if there is no such file, or, with a warning, if it is damaged.
@@ -98,8 +98,8 @@ def load_tensors(path: Path) -> dict[str, Tensor] | None:
         tensors: dict[str, Tensor] = held["tensors"]
         if digest(tensors) == held["digest"]:
             return tensors
-        damage = "its contents are not what was written"
-    except Exception as error:  # torch.load raises whatever a damaged pickle leads to
+        damage = "its contents have changed since it was written"
+    except Exception as error:  # torch.load may raise anything for a damaged file
         damage = first_line(error)
     rank_zero_warn(f"{path} is damaged ({damage}); what it held is computed again.")
     return None

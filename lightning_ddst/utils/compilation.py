@@ -1,4 +1,4 @@
-"""Beside torch.compile: which networks are compiled, and what must not be."""
+"""Support for torch.compile: finds compiled networks, and keeps hooks and measurements out of compilation."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,12 +12,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def is_compiled(network: nn.Module) -> bool:
-    """Whether a network, or a part of it, is compiled."""
+    """Returns whether a network, or a part of it, is compiled."""
     return any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in network.modules())
 
 
 def run_eagerly(network: nn.Module) -> AbstractContextManager[Any]:
-    """For calls that are none of training's: they would be compiled anew, and count against the limit of that."""
+    """Runs a compiled network eagerly inside the context, so that other calls than training's do not recompile it."""
     if not is_compiled(network):
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
@@ -25,5 +25,5 @@ def run_eagerly(network: nn.Module) -> AbstractContextManager[Any]:
 
 
 def uncompiled(hook: F) -> F:
-    """Decorates a hook that stays out of what is compiled, so that nothing in it is a reason to compile again."""
+    """Excludes a hook from compilation, so that nothing in it causes recompilation."""
     return cast(F, torch.compiler.disable(hook))

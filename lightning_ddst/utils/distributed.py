@@ -1,4 +1,4 @@
-"""What the processes that train one GAN together agree on; with a single process nothing happens here."""
+"""Communication between the processes that train a GAN; with a single process, these functions do nothing."""
 
 from typing import Any, TypeVar
 
@@ -10,22 +10,22 @@ T = TypeVar("T")
 
 
 def is_distributed() -> bool:
-    """Whether this process is one of several."""
+    """Returns whether this process is one of several."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def get_rank() -> int:
-    """This process's number, from 0."""
+    """Returns the rank of this process, from 0."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def get_world_size() -> int:
-    """How many processes there are."""
+    """Returns the number of processes."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def all_reduce_mean(value: Tensor) -> Tensor:
-    """The mean of a tensor over processes; each must call this with the same shape."""
+    """Returns the mean of a tensor over processes; each must call this with the same shape."""
     if not is_distributed():
         return value
     total = value.clone(memory_format=torch.contiguous_format)
@@ -34,7 +34,7 @@ def all_reduce_mean(value: Tensor) -> Tensor:
 
 
 def all_gather(value: T) -> list[T]:
-    """Every process's value, in order; anything that can be pickled, on the CPU."""
+    """Returns every process's value, in order of rank; any picklable object, on the CPU."""
     if not is_distributed():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -43,7 +43,7 @@ def all_gather(value: T) -> list[T]:
 
 
 def broadcast(value: T) -> T:
-    """The first process's value; anything that can be pickled, on the CPU."""
+    """Returns the first process's value; any picklable object, on the CPU."""
     if not is_distributed():
         return value
     held: list[Any] = [value]
@@ -53,10 +53,10 @@ def broadcast(value: T) -> T:
 
 
 def check_same(what: str, value: object) -> None:
-    """Compares a value over processes.
+    """Checks that a value is the same in all processes.
 
     Raises:
-        RuntimeError: If it differs.
+        RuntimeError: If the value differs between processes.
     """
     values = all_gather(value)
     if any(other != values[0] for other in values):

@@ -1,4 +1,4 @@
-"""What a GAN's two networks are called with: examples, where nothing has been called yet."""
+"""Example inputs of a GAN's two networks, for use before any training step."""
 
 from typing import Any
 
@@ -10,17 +10,17 @@ from lightning_ddst.utils.modules import eval_mode
 
 
 def get_generator_inputs(module: nn.Module, batch: int = 2) -> tuple[Any, ...]:
-    """What a generator is called with.
+    """Returns example arguments of a generator.
 
     Args:
-        module: The module that holds it: a `GANModule`, or one with Lightning's ``example_input_array``.
-        batch: Number of samples of a `GANModule`'s.
+        module: The module that holds the generator: a `GANModule`, or one with Lightning's ``example_input_array``.
+        batch: Number of samples for a `GANModule`.
 
     Returns:
         The arguments, on the CPU; the same every time.
 
     Raises:
-        ValueError: If the module is neither.
+        ValueError: If the module has neither ``latent_dim`` nor ``example_input_array``.
     """
     latent_dim, classes = getattr(module, "latent_dim", None), getattr(module, "num_classes", None)
     given = getattr(module, "example_input_array", None)
@@ -28,8 +28,8 @@ def get_generator_inputs(module: nn.Module, batch: int = 2) -> tuple[Any, ...]:
         return tuple(given) if isinstance(given, tuple | list) else (given,)
     if latent_dim is None:
         raise ValueError(
-            f"{type(module).__name__} has no latent_dim, so what its generator is called with is unknown: set its "
-            "example_input_array, as Lightning has it, to such a tensor, or to a tuple of the arguments."
+            f"{type(module).__name__} has no latent_dim, so the arguments of its generator are unknown: set the "
+            "module's example_input_array, as in Lightning, to an example tensor, or to a tuple of the arguments."
         )
     noise = torch.randn(batch, latent_dim, generator=torch.Generator().manual_seed(0))
     return (noise,) if classes is None else (noise, torch.arange(batch) % classes)
@@ -37,10 +37,10 @@ def get_generator_inputs(module: nn.Module, batch: int = 2) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def infer_inputs(module: nn.Module, generator: nn.Module) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """What a generator and its discriminator are called with, on the generator's device.
+    """Returns example arguments of a generator and of its discriminator, on the generator's device.
 
-    A discriminator is taken to be called with what the generator gives, and, after that, with what the generator is
-    called with after its first argument, such as labels.
+    The function assumes that the discriminator takes the generator's output, followed by the generator's arguments
+    after the first one, such as labels.
 
     Raises:
         ValueError: If the module has no example, or the generator cannot be called with it.
@@ -50,6 +50,6 @@ def infer_inputs(module: nn.Module, generator: nn.Module) -> tuple[tuple[Any, ..
     with eval_mode(generator), isolate_rng(include_cuda=device.type == "cuda"):
         try:
             fake = generator(*inputs)
-        except Exception as error:  # whatever somebody's network meets
+        except Exception as error:  # the user's network may raise anything
             raise ValueError(f"the generator cannot be called with the module's example: {error}") from error
     return inputs, (fake, *inputs[1:])

@@ -17,23 +17,23 @@ def state_key(callback: Callback, **facts: Any) -> str:
 
     Args:
         callback: The callback whose `state_key` this is.
-        **facts: The arguments that tell it apart from others of its class.
+        **facts: The arguments that distinguish it from others of its class.
     """
     return callback._generate_state_key(**facts)
 
 
 def state_key_of(kind: str, **facts: Any) -> str:
-    """Returns the key that `state_key` makes for a callback of that class name, where there is no callback.
+    """Returns the key of `state_key` for the name of a callback's class, without a callback object.
 
-    Lightning's ``Callback._generate_state_key``, since 1.5, is the class name and the facts.
+    Lightning's ``Callback._generate_state_key`` (1.5) joins the class name and the facts.
     """
     return f"{kind}{facts!r}"
 
 
 def set_ddp_default(trainer: Trainer, name: str, value: Any) -> None:
-    """Sets an argument of DistributedDataParallel unless the user did; other strategies are left alone.
+    """Sets an argument of DistributedDataParallel unless the user did; does nothing for other strategies.
 
-    Uses ``DDPStrategy._ddp_kwargs`` (Lightning 1.5): the strategy exists before the module that knows what it needs.
+    Uses ``DDPStrategy._ddp_kwargs`` (Lightning 1.5): the strategy exists before the module that needs the argument.
 
     Args:
         trainer: The Trainer; its strategy has not wrapped the module yet, as in `LightningModule.setup`.
@@ -54,7 +54,7 @@ def evaluation_loaders(trainer: Trainer) -> list[Any]:
 
 
 def train_loaders(trainer: Trainer) -> list[Any]:
-    """Returns the loaders of the running fit; an empty list before it made them.
+    """Returns the loaders of the running fit; an empty list before they are made.
 
     Uses ``_FitLoop._combined_loader`` (Lightning 2.0): the public ``Trainer.train_dataloader`` keeps the nesting that
     the user gave.
@@ -67,7 +67,7 @@ def _flattened(combined_loader: Any) -> list[Any]:
 
 
 def transfer_batch(trainer: Trainer, batch: Any, dataloader_idx: int) -> Any:
-    """Moves a batch to the device with all of the user's hooks around the transfer.
+    """Moves a batch to the device, with all of the user's hooks around the transfer.
 
     Uses ``LightningModule._on_before_batch_transfer`` (Lightning 2.0): `Strategy.batch_to_device` leaves out that hook.
     """
@@ -76,7 +76,7 @@ def transfer_batch(trainer: Trainer, batch: Any, dataloader_idx: int) -> Any:
 
 
 def resumes_mid_epoch(trainer: Trainer) -> bool:
-    """Tells whether a fit resumes before the last batch of an epoch.
+    """Returns whether a fit resumes before the last batch of an epoch.
 
     Uses ``_FitLoop.restarted_mid_epoch`` (Lightning 2.5): public by name, but of an internal class.
     """
@@ -85,7 +85,7 @@ def resumes_mid_epoch(trainer: Trainer) -> bool:
 
 
 def renew_train_iterator(trainer: Trainer) -> None:
-    """Makes the train loaders' iterator anew, if Lightning made the one of the next epoch already.
+    """Renews the iterator of the train loaders if Lightning has already made the next epoch's iterator.
 
     A loader draws its order and its workers' seeds when its iterator is made; Lightning makes the first one before
     callbacks can restore random states. A fit that resumes in the middle of an epoch, or after its last batch, makes

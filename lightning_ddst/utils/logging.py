@@ -9,17 +9,16 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 @runtime_checkable
 class Recorder(Protocol):
-    """A callback that is told what is logged."""
+    """A callback that records logged values."""
 
     def record_scalars(self, values: Mapping[str, float], updates: int) -> None:
-        """Takes in numbers by name, after so many generator updates."""
+        """Records values by name, after a number of generator updates."""
 
 
 def log_scalars(trainer: Trainer, values: Mapping[str, float], updates: int) -> None:
-    """Logs numbers to every logger of the run, with generator updates as the x-axis, and tells recorders.
+    """Logs numbers to every logger and recorder of the run, with generator updates as x-axis.
 
-    `LightningModule.log` would put them at ``trainer.global_step``, which counts the steps of
-    every optimizer.
+    `LightningModule.log` would log them at ``trainer.global_step``, which counts the steps of all optimizers.
 
     Args:
         trainer: The running Trainer.
@@ -34,18 +33,18 @@ def log_scalars(trainer: Trainer, values: Mapping[str, float], updates: int) -> 
 
 
 def logs_at(trainer: Trainer, updates: int) -> bool:
-    """Whether ``Trainer(log_every_n_steps=...)``, counted in generator updates, has a line due."""
+    """Returns whether logging is due: every ``Trainer(log_every_n_steps=...)`` generator updates."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return every > 0 and updates % every == 0
 
 
 def generator_updates(trainer: Trainer) -> int:
-    """Generator updates so far, as counted by the run's `DynamicSparsityCallback`, or else by its module."""
+    """Returns the generator updates so far, as counted by the `DynamicSparsityCallback` or else by the module."""
     counters = [*trainer.callbacks, trainer.lightning_module]  # type: ignore[attr-defined]
     counts = (getattr(counter, "generator_updates", None) for counter in counters)
     return next((count for count in counts if count is not None), 0)
 
 
 def tensorboards(trainer: Trainer) -> list[Any]:
-    """The TensorBoard writers of the run, for text and images; none where another logger is used."""
+    """Returns the TensorBoard writers of the run, for text and images; empty with other loggers."""
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

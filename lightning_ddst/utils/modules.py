@@ -1,4 +1,4 @@
-"""Evaluation mode, and hooks, for a while."""
+"""Context managers for evaluation mode and hooks."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 @contextmanager
 def eval_mode(network: nn.Module) -> Iterator[None]:
-    """Puts a network into evaluation mode, and every module of it back into its own mode afterwards."""
+    """Sets a network to evaluation mode inside the context, and restores each module's mode afterwards."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
@@ -21,7 +21,7 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def remove_hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Takes hooks away afterwards."""
+    """Removes hooks at the end of the context."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Tensors in batches and in what networks return: any nesting of mappings, sequences and dataclasses."""
+"""Tensors in batches and in networks' outputs: any nesting of mappings, sequences and dataclasses."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor
 
 Place = str | int
-"""Where an entry lies: a key or an index, or a path of them, ``"images.target"`` or ``"0.image"``."""
+"""Place of an entry: a key or an index, or a path of them, ``"images.target"`` or ``"0.image"``."""
 
 
 def tensors_in(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor with its place, in order; the place of a tensor that is the value itself is empty."""
+    """Yields every tensor with its place, in order; the place is empty if the value itself is a tensor."""
     if isinstance(value, Tensor):
         yield place, value
     else:
@@ -20,10 +20,10 @@ def tensors_in(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def get_first_tensor(value: Any) -> Tensor:
-    """The first tensor of what a network returned.
+    """Returns the first tensor in a network's output.
 
     Raises:
-        TypeError: If there is none.
+        TypeError: If there is no tensor.
     """
     for _, tensor in tensors_in(value):
         return tensor
@@ -31,19 +31,19 @@ def get_first_tensor(value: Any) -> Tensor:
 
 
 def describe_tensors(value: Any) -> str:
-    """Place, shape and dtype of every tensor in a value, for messages."""
+    """Returns a text with place, shape and dtype of every tensor in a value, for messages."""
     described = [f"{place} {tuple(tensor.shape)} {tensor.dtype}".strip() for place, tensor in tensors_in(value)]
     return ", ".join(described) or "no tensor"
 
 
 def get_entry(value: Any, place: Place) -> Any:
-    """The entry at a place.
+    """Returns the entry at a place.
 
     Raises:
-        KeyError: If there is none.
+        KeyError: If there is no such entry.
     """
     items = {str(name): item for name, item in _items(value).items()}
-    if str(place) in items:  # keys may have dots
+    if str(place) in items:  # a key may contain dots
         return items[str(place)]
     key, _, rest = str(place).partition(".")
     if not rest or key not in items:

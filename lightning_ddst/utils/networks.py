@@ -1,4 +1,4 @@
-"""Finds the generator and the discriminator in a module, whether it can be sampled from, and who else averages it."""
+"""Finds a module's generator and discriminator, and checks its `sample` method and other weight averages."""
 
 from lightning.pytorch import Trainer
 from torch import nn
@@ -8,7 +8,7 @@ USUAL_NAMES = {
     "generator": ("generator", "netG", "net_g", "G", "gen"),
     "discriminator": ("discriminator", "critic", "netD", "net_d", "D", "disc"),
 }
-"""Attributes that are tried, in order, where no name is given."""
+"""Attributes to try, in order, if no name is given."""
 
 
 def find_network(module: nn.Module, role: str, name: str | None) -> nn.Module:
@@ -17,7 +17,7 @@ def find_network(module: nn.Module, role: str, name: str | None) -> nn.Module:
     Args:
         module: The module that holds it.
         role: "generator" or "discriminator".
-        name: Its dotted name in the module; None to try the usual names.
+        name: Its dotted name in the module; None tries the usual names.
 
     Raises:
         ValueError: If there is no such submodule.
@@ -39,24 +39,25 @@ def find_network(module: nn.Module, role: str, name: str | None) -> nn.Module:
 
 
 def name_in(module: nn.Module, network: nn.Module) -> str:
-    """The dotted name of a submodule."""
+    """Returns the dotted name of a submodule."""
     names: dict[int, str] = {id(submodule): name for name, submodule in module.named_modules()}
     return names[id(network)]
 
 
 def refuse_other_averages(trainer: Trainer, module: nn.Module, generator: nn.Module) -> None:
-    """Refuses averages of a generator whose masks change, that know nothing of masks.
+    """Rejects weight averages that ignore masks, for a generator whose masks change.
 
     Raises:
         ValueError: If Lightning's WeightAveraging is among the callbacks, or the module holds torch's
             AveragedModel of the generator.
     """
-    instead = "`GeneratorEMA` averages the generator alone and knows of masks; use it instead."
+    instead = "`GeneratorEMA` averages only the generator and respects masks; use it instead."
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if any(kind.__name__ == "WeightAveraging" for kind in type(callback).__mro__):
             raise ValueError(
-                f"{type(callback).__name__} beside changing masks: in its average every weight is active that ever was "
-                f"for a while, it averages the discriminator too, and counts the steps of both optimizers. {instead}"
+                f"{type(callback).__name__} does not respect changing masks: its average makes every weight that was "
+                "ever active non-zero, averages the discriminator too, and counts the steps of both optimizers. "
+                f"{instead}"
             )
     shapes = {name: parameter.shape for name, parameter in generator.named_parameters()}
     for name, average in module.named_modules():
@@ -64,13 +65,13 @@ def refuse_other_averages(trainer: Trainer, module: nn.Module, generator: nn.Mod
             averaged = {n: parameter.shape for n, parameter in average.module.named_parameters()}
             if averaged == shapes:
                 raise ValueError(
-                    f"{name}, torch's AveragedModel of the generator, beside changing masks: in its average every "
-                    f"weight is active that ever was for a while. {instead}"
+                    f"{name}, torch's AveragedModel of the generator, does not respect changing masks: its average "
+                    f"makes every weight that was ever active non-zero. {instead}"
                 )
 
 
 def check_sample(callback: object, module: nn.Module) -> None:
-    """Raises a TypeError that names the callback, unless the module can be sampled from."""
+    """Raises a TypeError that names the callback, unless the module has a method `sample`."""
     if not callable(getattr(module, "sample", None)):
         raise TypeError(
             f"{type(callback).__name__} needs {type(module).__name__}.sample(n, rng=...), as GANModule has it."

@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 class Registry(dict[str, T]):
-    """Objects by name, which YAML, the command line and Python take in their place.
+    """A dict of objects by name; YAML, the command line and Python accept the names instead of the objects.
 
     Args:
         kind: The singular noun that errors use, such as "growth rule".
@@ -26,7 +26,7 @@ class Registry(dict[str, T]):
         self.kind = kind
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorates an object to be known by a name.
+        """Returns a decorator that registers an object under a name.
 
         Args:
             name: The name. Defining the same object again, as notebooks do, replaces it.
@@ -44,14 +44,14 @@ class Registry(dict[str, T]):
         return add
 
     def find(self, argument: str, name: str) -> T:
-        """Returns the object of a name.
+        """Returns the object with a name.
 
         Args:
-            argument: The argument that gave the name, for the error.
+            argument: The argument whose value is the name, for the error.
             name: The name.
 
         Raises:
-            ValueError: If nothing is registered under the name; names what is, and the nearest name.
+            ValueError: If nothing is registered under the name; the error lists all names and the nearest one.
         """
         if name not in self:
             near = get_close_matches(str(name), self, n=1)

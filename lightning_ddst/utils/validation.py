@@ -7,24 +7,24 @@ T = TypeVar("T")
 
 
 def check_density(name: str, value: float) -> None:
-    """Requires a share in (0, 1]."""
+    """Checks that a value is in (0, 1]."""
     if not 0 < value <= 1:
         raise ValueError(f"{name}={value} must be in (0, 1].")
 
 
 def check_rate(name: str, value: float) -> None:
-    """Requires a share in [0, 1]."""
+    """Checks that a value is in [0, 1]."""
     if not 0 <= value <= 1:
         raise ValueError(f"{name}={value} must be in [0, 1].")
 
 
 def check_count(name: str, value: int) -> None:
-    """Requires a positive integer."""
+    """Checks that a value is a positive integer."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r} must be an integer, at least 1.")
 
 
 def check_choice(name: str, value: T, allowed: Collection[T]) -> None:
-    """Requires one of several names or numbers."""
+    """Checks that a value is one of several names or numbers."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is unknown; allowed are {', '.join(map(str, allowed))}.")

@@ -239,8 +239,8 @@ def test_the_error_names_a_discriminator_that_was_called_on_something_else():
         recorder.find_generator_step()
     assert str(caught.value) == (
         "the balance ratio cannot be measured: the discriminator (Discriminator) was not called, with gradients "
-        "flowing back, on what the generator returned, of shape (4, 2); it was called on (4, 5). What cannot be seen "
-        "can be told: give the module a method `balance_scores(self, batch)` that returns the discriminator's scores "
+        "flowing back, on what the generator returned, of shape (4, 2); it was called on (4, 5). Alternatively, "
+        "give the module a method `balance_scores(self, batch)` that returns the discriminator's scores "
         "of real and of generated images (docs/attach.md)."
     )
 

@@ -153,7 +153,7 @@ def test_a_network_whose_channels_cannot_be_traced_is_rejected_before_training()
 
 
 def test_a_density_below_a_channel_a_group_names_network_and_argument():
-    with pytest.raises(ValueError, match=r"generator .*generator_density=0\.01: .*one channel a group.*at least 0\."):
+    with pytest.raises(ValueError, match=r"generator .*generator_density=0\.01: .*one channel per group.*at least 0\."):
         trained(DynamicSparsityCallback(0.01, **CHANNELS))
 
 

@@ -1,4 +1,4 @@
-"""What a run must not have, or should be warned of: each check is one function."""
+"""Checks that reject a run, and warnings about it: one function each."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,10 +12,10 @@ from lightning_ddst.methods.pair import MaskedPair
 
 
 def check_separate(pair: MaskedPair, others: Iterable[MaskedPair], module: LightningModule) -> None:
-    """Checks that several pairs of one module share no weight and are measured one by one.
+    """Checks that several pairs of one module share no weights and can be measured separately.
 
     Raises:
-        ValueError: If a weight is in two pairs, or the module gives the scores of one pair only.
+        ValueError: If a weight is in two pairs, or the module returns the scores of only one pair.
     """
     others = list(others)
     if others and isinstance(module, ScoresItself):
@@ -31,52 +31,52 @@ def check_separate(pair: MaskedPair, others: Iterable[MaskedPair], module: Light
 
 
 def check_checkpoint(saved: Mapping[str, Any], key: str, method: Method, *, needs_masks: bool) -> None:
-    """Checks that a checkpoint can be resumed from.
+    """Checks that a run can resume from a checkpoint.
 
     Args:
-        saved: The states of callbacks in it, by their keys.
+        saved: The states of callbacks in the checkpoint, by their keys.
         key: The key of the callback that resumes.
         method: The method of the callback that resumes.
         needs_masks: Whether the checkpoint must hold masks.
 
     Raises:
-        ValueError: If it is of another method's run, or holds no masks.
+        ValueError: If another method's run saved the checkpoint, or it holds no masks.
     """
     before = saved.get(key, {}).get("method", method.name)
     if before != method.name:
         raise ValueError(
             f'the checkpoint is of a run with method="{before}", and this one has method="{method.name}". To '
-            "begin another run from its weights, load them into the module and fit without ckpt_path."
+            "start another run from its weights, load them into the module and fit without ckpt_path."
         )
     if saved.get(key) or not needs_masks:
         return
     others = [other for other in saved if other.startswith(key.partition("{")[0])]
     raise ValueError(
         f"the checkpoint holds no masks for {key}"
-        + (f", but for {', '.join(others)}. Name the same networks as then." if others else ".")
-        + ' To start from the dense networks in it, say initial_masks="magnitude"; to start from its weights with '
+        + (f", but for {', '.join(others)}. Name the same networks as in that run." if others else ".")
+        + ' To start from its dense networks, set initial_masks="magnitude"; to start from its weights with '
         "random masks, load them into the module and fit without ckpt_path."
     )
 
 
 def check_unlimited(method: Method, training: SparseTraining) -> None:
-    """Checks whether a method can work in a run whose length is unknown, and warns of what stays constant.
+    """Checks that a method works in a run of unknown length, and warns that the exploration rate stays constant.
 
     Raises:
-        ValueError: If the method is spread over the run's length.
+        ValueError: If the method needs the run's length.
     """
-    unknown = "nothing but time limits this run (max_epochs, max_steps), so its length in generator updates is unknown"
+    unknown = "neither max_epochs nor max_steps limits this run, so its length in generator updates is unknown"
     if method.needs_run_length:
-        raise ValueError(f'{unknown}, and method="{method.name}" is spread over the run\'s length.')
+        raise ValueError(f'{unknown}, and method="{method.name}" needs the run\'s length.')
     if training.mask_updates:
-        rank_zero_warn(f"{unknown}: the exploration rate stays what it is at the start.")
+        rank_zero_warn(f"{unknown}: the exploration rate stays constant.")
 
 
 def warn_of_raw_optimizers() -> None:
-    """Warns that Lightning counts no steps."""
+    """Warns that Lightning does not count optimizer steps."""
     rank_zero_warn(
-        "the generator was updated and Trainer.global_step is still 0: the training step steps torch's own "
+        "the generator was updated but Trainer.global_step is still 0: the training step steps torch's own "
         "optimizers (trainer.optimizers, self.optimizers(use_pl_optimizer=False)), which Lightning does not "
-        "count. ModelCheckpoint saves nothing until the run ends, and max_steps does not end it. Step what "
-        "self.optimizers() returns."
+        "count. ModelCheckpoint saves nothing until the run ends, and max_steps does not end it. Step the optimizers "
+        "that self.optimizers() returns."
     )

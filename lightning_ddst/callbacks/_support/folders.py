@@ -1,4 +1,4 @@
-"""Whether a run can write what it will have to, asked before it starts."""
+"""Checks before a run that its folders can be written to and have enough space."""
 
 import shutil
 from pathlib import Path
@@ -9,15 +9,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_ddst.utils import cache
 
 _COPIES = 5
-"""Of the weights in a checkpoint: themselves, two moments of Adam, an average, the initial ones."""
-_LOGS = 2**20
+"""Copies of the weights in a checkpoint: weights, two moments of Adam, an average, initial weights."""
+_LOGS = 2**20  # bytes
 
 
 def check_folders(trainer: Trainer, module: LightningModule) -> None:
-    """Tries the folders of logs and checkpoints that are on a local disk.
+    """Checks the local folders of logs and checkpoints.
 
     Raises:
-        OSError: If one cannot be written to, or has too little space for a checkpoint.
+        OSError: If a folder cannot be written to, or has too little space for a checkpoint.
     """
     weights = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
     needed: dict[Path, int] = {}

@@ -1,4 +1,4 @@
-"""Options of masking and measuring: they find a module's two networks, mask them, and make the probe."""
+"""Options of masking and measuring: they find and mask a module's two networks, and make the probe."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -24,20 +24,20 @@ from lightning_ddst.utils.validation import check_choice
 
 @dataclass(frozen=True)
 class MaskingOptions:
-    """How networks are masked, whatever the method is.
+    """Options of masking that do not depend on the method.
 
     Attributes:
-        generator: Dotted name of the generator in the module; None to try the usual names.
-        discriminator: The same for the discriminator.
-        granularity: What masks consist of, a key of `lightning_ddst.sparsity.UNITS` or "N:M".
+        generator: Dotted name of the generator in the module; None tries the usual names.
+        discriminator: Dotted name of the discriminator; None tries the usual names.
+        granularity: Unit of the masks, a key of `lightning_ddst.sparsity.UNITS` or "N:M".
         initial_masks: "random" or "magnitude".
         regrown: "keep" or "reset".
         optimizer_state: "reset" or "keep".
         dense_layers: Patterns of layers that stay dense.
-        units: Arguments of the granularity, without those that were not given.
+        units: Arguments of the granularity that were given, by name.
 
     Raises:
-        ValueError: For an argument outside what is allowed, or one that the granularity does not have.
+        ValueError: For an argument outside the allowed range, or one that the granularity does not have.
     """
 
     generator: str | None
@@ -60,14 +60,14 @@ class MaskingOptions:
 
     @property
     def names(self) -> dict[Role, str | None]:
-        """The names of both networks that were given."""
+        """The given names of both networks; None where none was given."""
         return {"generator": self.generator, "discriminator": self.discriminator}
 
     def check_method(self, method: Method) -> None:
         """Checks that a method's densities suit the granularity.
 
         Raises:
-            ValueError: If they do not.
+            ValueError: If the granularity cannot have one of these densities.
         """
         if method.starts_dense and (given := self.units.get("layer_densities")):
             raise ValueError(
@@ -76,7 +76,7 @@ class MaskingOptions:
         units = find_units(self.granularity)
         if units.fixed_density is not None and any(update.resizes for update in method.mask_updates()):
             raise ValueError(
-                f'granularity="{self.granularity}" has the density {units.fixed_density:g} alone, and '
+                f'granularity="{self.granularity}" has only the density {units.fixed_density:g}, and '
                 f'method="{method.name}" changes densities.'
             )
         for densities in (method.initial_densities, method.lowest_densities, method.final_densities):
@@ -84,13 +84,13 @@ class MaskingOptions:
                 units.check_density(method.argument_of(role, density), density)
 
     def mask(self, module: nn.Module, method: Method, seed: int, saved: Mapping[str, Any] | None) -> MaskedPair:
-        """Masks the two networks of a module at the densities at which a method starts.
+        """Masks the two networks of a module at the initial densities of a method.
 
         Args:
-            module: Holds both networks.
-            method: Has the densities.
-            seed: Of the masks that are drawn.
-            saved: The state returned by `MaskedPair.state_dict`, to resume from.
+            module: The module that holds both networks.
+            method: The method.
+            seed: Seed of the random masks.
+            saved: The state returned by `MaskedPair.state_dict`, to resume from; None for new masks.
 
         Raises:
             ValueError: If a network is not found, or cannot be masked at its densities.
@@ -105,7 +105,7 @@ class MaskingOptions:
         networks: dict[Role, MaskedNetwork] = {}
         for offset, (role, network) in enumerate(found.items()):
             density = method.initial_densities[role]
-            # Each of several pairs has masks of its own.
+            # Several pairs get different masks.
             of_name = zlib.crc32((self.names[role] or "").encode())
             try:
                 networks[role] = MaskedNetwork(
@@ -155,12 +155,12 @@ class MaskingOptions:
 
 @dataclass(frozen=True)
 class MeasuringOptions:
-    """How the balance ratio is measured.
+    """Options of measuring the balance ratio.
 
     Attributes:
-        real: The place of the real images in the batch; None to find them by their shape.
-        discriminator_output: The place of the scores in what the discriminator returns; None for its first tensor.
-        estimator: How it is estimated over a window, a key of `ESTIMATORS`.
+        real: Place of the real images in the batch; None finds them by their shape.
+        discriminator_output: Place of the scores in the discriminator's output; None means its first tensor.
+        estimator: Estimator of the balance ratio over a window, one of `ESTIMATORS`.
 
     Raises:
         ValueError: For an unknown estimator.
@@ -175,7 +175,7 @@ class MeasuringOptions:
         check_choice("estimator", self.estimator, ESTIMATORS)
 
     def probe(self, pair: MaskedPair) -> BalanceProbe:
-        """Makes a probe that watches both networks, or asks a module that gives the scores by itself."""
+        """Makes a probe that records both networks' calls, or calls the module's own `balance_scores`."""
         return BalanceProbe(
             pair.networks["generator"].network,
             pair.networks["discriminator"].network,

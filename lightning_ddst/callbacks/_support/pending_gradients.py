@@ -1,4 +1,4 @@
-"""Gradients that wait for their optimizer's next step while a checkpoint is made."""
+"""Gradients that wait for their optimizer's next step when a checkpoint is saved."""
 
 from collections.abc import Sequence
 
@@ -12,24 +12,24 @@ from lightning_ddst.sparsity.sharding import copy_like, full_tensor
 from lightning_ddst.utils.compilation import uncompiled
 
 Pending = list[tuple[int, int, Tensor]]
-"""Number of the optimizer, number of its parameter, gradient."""
+"""Index of the optimizer, index of its parameter, gradient."""
 
 
 class PendingGradients:
-    """Knows which gradients were added to since their optimizer's last step: checkpoints leave these out.
+    """Gradients that were accumulated since their optimizer's last step; Lightning's checkpoints omit them.
 
     Args:
-        optimizers: Of the whole training, always in the same order.
+        optimizers: All optimizers of the training, always in the same order.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self._optimizers = list(optimizers)
-        # The gradient of the last step, without keeping it alive, and its version then.
+        # A weak reference to the gradient of the last step, and its version then.
         self._used: dict[Tensor, tuple[TensorWeakRef, int]] = {}
         self._handles: list[RemovableHandle] = [o.register_step_post_hook(self._stepped) for o in self._optimizers]
 
     def remove(self) -> None:
-        """Takes the hooks off the optimizers."""
+        """Removes the hooks from the optimizers."""
         for handle in self._handles:
             handle.remove()
 
@@ -40,7 +40,7 @@ class PendingGradients:
                 self._used[parameter] = (TensorWeakRef(parameter.grad), parameter.grad._version)
 
     def state_dict(self) -> Pending:
-        """The gradients that wait; loads with ``weights_only=True``."""
+        """Returns the pending gradients; loads with ``weights_only=True``."""
         return [
             (number, place, full_tensor(parameter.grad).clone())
             for number, optimizer in enumerate(self._optimizers)
@@ -55,7 +55,7 @@ class PendingGradients:
         return used() is gradient and gradient._version == version
 
     def load_state_dict(self, state: Pending) -> None:
-        """Puts them back."""
+        """Restores the state returned by `state_dict`."""
         for number, place, gradient in state:
             parameter = get_parameters(self._optimizers[number])[place]
             parameter.grad = copy_like(gradient, parameter)

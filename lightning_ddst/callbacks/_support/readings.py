@@ -1,4 +1,4 @@
-"""The public readings of a sparse run."""
+"""Public read-only properties of a sparse run."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ from lightning_ddst.utils.validation import check_choice
 
 
 class RunReadings:
-    """The part of `DynamicSparsityCallback` that can be read at any time: before, during and after a run.
+    """The properties of `DynamicSparsityCallback` that can be read before, during and after a run.
 
     Attributes:
         settings: The method with its arguments.
@@ -24,7 +24,7 @@ class RunReadings:
     _intervals: Intervals
     _pair: MaskedPair | None = None
     _training: SparseTraining | None = None
-    _saved: Mapping[str, Any] | None = None  # the state that fitting will resume from
+    _saved: Mapping[str, Any] | None = None  # the state that fit will resume from
 
     @property
     def method(self) -> str:
@@ -33,12 +33,12 @@ class RunReadings:
 
     @property
     def generator_density(self) -> float:
-        """The generator's actual density; before it is known to this callback, the one at which it will start."""
+        """The generator's current density; its initial density before the callback has masked it."""
         return self._density("generator")
 
     @property
     def discriminator_density(self) -> float:
-        """The discriminator's actual density; before it is known to this callback, the one at which it will start."""
+        """The discriminator's current density; its initial density before the callback has masked it."""
         return self._density("discriminator")
 
     def masks(self, network: Role) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ class RunReadings:
             network: "generator" or "discriminator".
 
         Returns:
-            A bool tensor for every maskable weight, true where active, under the name it has in
+            A bool tensor for every maskable weight, true where active, by its name in
             ``pl_module.named_parameters()``. Empty before fitting, unless `attach` was called.
         """
         check_choice("network", network, ROLES)
@@ -58,7 +58,7 @@ class RunReadings:
 
     @property
     def balance(self) -> Balance | None:
-        """The balance in the current window, with its parts; None where it is not measured."""
+        """The balance in the current window, with its parts; None if it is not measured."""
         if self._training is None or self._intervals.probe_interval is None:
             return None
         return self._training.balance
@@ -78,14 +78,14 @@ class RunReadings:
 
     @property
     def measurements(self) -> int:
-        """How often BR was measured so far."""
+        """Number of measurements of BR so far."""
         return 0 if self._training is None else self._training.measurements
 
     @property
     def decisions(self) -> list[tuple[int, Decision]]:
-        """Every decision on densities so far, with the generator update it was made at.
+        """All decisions on densities so far, each with its generator update.
 
-        They are on the discriminator's density; with "posthoc" and "imp" on both networks'.
+        They concern the discriminator's density; with "posthoc" and "imp", both networks' densities.
         """
         return [] if self._training is None else list(self._training.decisions)
 
@@ -98,17 +98,17 @@ class RunReadings:
 
     @property
     def flops_ledger(self) -> dict[str, LayerFlops]:
-        """Training operations so far of every maskable weight, by its name in the module; empty where not counted."""
+        """Training operations of each maskable weight, by its name in the module; empty before the second update."""
         return {} if self._training is None else self._fitted.by_full_name(self._training.flops.layers)
 
     @property
     def mean_layer_densities(self) -> dict[str, float]:
-        """The density of every maskable weight, by its name in the module, averaged over generator updates so far."""
+        """Mean density of every maskable weight over the generator updates so far, by its name in the module."""
         return {} if self._training is None else self._fitted.by_full_name(self._training.flops.mean_densities)
 
     @property
     def plan(self) -> Plan:
-        """The intervals in force; None in it is never, or not known yet."""
+        """The current intervals; None means never, or not known yet."""
         return Plan() if self._training is None else self._training.plan
 
     def networks(self) -> dict[Role, MaskedNetwork]:

@@ -1,4 +1,4 @@
-"""What a run tells its user: scalars, reasons and warnings as they come, and the pages of TensorBoard."""
+"""Reports of a run: scalars, reasons of decisions, warnings, and pages of TensorBoard."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -20,23 +20,23 @@ Layout: TypeAlias = dict[str, dict[str, list[Any]]]
 
 _MOST_ROWS = 40
 _NUMBERS = ("balance/ratio", "density/discriminator", "flops/training_ratio")
-"""What a run comes to, beside its samples' quality."""
+"""Final numbers of a run, next to its sample quality."""
 _VERBS = {"grow": "grown", "prune": "pruned", "explore": "explored", "hold": "left as it was", "undecided": "undecided"}
 _BECAUSE = {"grow": " because it was too weak", "prune": " because it was too strong"}
 _WARN_AFTER, _WARN_WINDOW = 7, 10
-"""Of the last decisions, that would have pruned a discriminator at its smallest density, before there is a warning."""
+"""A warning follows if this many of the last decisions would have pruned D at its minimum density."""
 
 
 class RunReport:
-    """Logs what the sparse training of one pair of networks does.
+    """A reporter that logs the sparse training of one pair of networks.
 
     Args:
         method: The method.
         pair: The two networks.
         training: The training.
-        prefix: In front of everything that is logged; empty where there is one pair.
+        prefix: Prefix of every logged name; empty if there is only one pair.
         measured: Whether the balance ratio is measured.
-        stops: Whether the run ends where training has broken down.
+        stops: Whether the run ends when training has broken down.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class RunReport:
         self._warned = False
 
     def after_update(self, trainer: Trainer) -> None:
-        """Logs a generator update, where a line is due or a decision was made, and warns of what went wrong."""
+        """Logs a generator update if logging is due or a decision was made, and warns about problems."""
         training = self._training
         line_is_due = logs_at(trainer, training.updates)
         if line_is_due:
@@ -70,17 +70,17 @@ class RunReport:
             self._warn_of_bounds()
 
     def after_epoch(self, trainer: Trainer) -> None:
-        """Writes what happened so far, in words."""
+        """Writes a summary of the run so far to TensorBoard."""
         words = summary_markdown(self._method, self._training)
         self._write(trainer, "about/what_happened", words, self._training.updates)
 
     def after_fit(self, trainer: Trainer) -> None:
-        """Writes the operations layer by layer."""
+        """Writes the operations of each layer to TensorBoard."""
         if ledger := self._pair.by_full_name(self._training.flops.layers):
             self._write(trainer, "flops/ledger", _ledger_markdown(ledger), self._training.updates)
 
     def scalars(self) -> dict[str, float]:
-        """Returns the present numbers by name."""
+        """Returns the current scalars by name."""
         training = self._training
         values: dict[str, float] = {}
         if self._measured and (balance := training.balance).samples:
@@ -124,21 +124,21 @@ class RunReport:
         update, reason = at_floor[-1]
         rank_zero_warn(
             f"at generator update {update}: {reason}; so it was in {len(at_floor)} of the last {_WARN_WINDOW} "
-            "decisions. Where the signal is on one side of its bounds whatever the discriminator is, they do not fit "
-            'the GAN, and keep it too sparse to learn. bounds="auto" and method="ramp" do not depend on the '
-            "signal's level."
+            "decisions. If the signal stays on one side of its bounds at any density of the discriminator, the bounds "
+            'do not fit the GAN and keep the discriminator too sparse to learn. bounds="auto" and method="ramp" do not '
+            "depend on the signal's level."
         )
 
 
 def layout(prefixes: Sequence[str], metrics: Sequence[str]) -> Layout:
-    """The page of custom scalars.
+    """Returns the layout of TensorBoard's page of custom scalars.
 
     Args:
-        prefixes: What the names of every pair of networks begin with; "" where there is one.
+        prefixes: Prefixes of the names of every pair of networks; "" if there is only one pair.
         metrics: Names that `SampleQuality` logs.
 
     Returns:
-        Charts by title by category, as ``SummaryWriter.add_custom_scalars`` takes them.
+        Charts by category and title, as ``SummaryWriter.add_custom_scalars`` takes them.
     """
     page: Layout = {}
     for prefix in prefixes:
@@ -166,13 +166,13 @@ def layout(prefixes: Sequence[str], metrics: Sequence[str]) -> Layout:
 
 
 def hparams(method: Method, granularity: str, growth: GrowthRule) -> dict[str, float | str]:
-    """Returns the arguments that runs are compared by: the same ones, of the same types, for every run.
+    """Returns the hyperparameters to compare runs by: the same names and types for every run.
 
-    TensorBoard's columns are those of the first run, and it shows five at first.
+    TensorBoard takes its columns from the first run, and shows five of them at first.
 
     Args:
         method: The method, with its densities.
-        granularity: What masks consist of.
+        granularity: Unit of the masks.
         growth: The growth rule.
     """
     return {
@@ -189,19 +189,19 @@ def write_custom_scalars(
 ) -> None:
     """Writes the layout, and the run's hyperparameters with the names of its final numbers.
 
-    TensorBoard keeps the first that is written of either: call it before Lightning logs the module's
-    hyperparameters, which are among these.
+    TensorBoard keeps the first layout and the first hyperparameters. Call this before Lightning logs the module's
+    hyperparameters, which are included here.
 
     Args:
         trainer: The Trainer, before training.
         module: Its module.
-        arguments: By the prefix of every pair of networks, what `hparams` returned for it.
+        arguments: The result of `hparams` for every pair of networks, by the pair's prefix.
         metrics: Names that `SampleQuality` logs.
     """
     writers = tensorboards(trainer) if trainer.is_global_zero else []
     if not writers:
         return
-    from torch.utils.tensorboard.summary import hparams  # which other loggers do without
+    from torch.utils.tensorboard.summary import hparams  # imported here: other loggers work without it
 
     numbers = [f"{prefix}{name}" for prefix in arguments for name in _NUMBERS]
     settings = dict(module.hparams)
@@ -215,11 +215,11 @@ def write_custom_scalars(
 
 
 def summary_markdown(method: Method, training: SparseTraining) -> str:
-    """Returns what happened so far and why, in Markdown.
+    """Returns a summary of the run so far, with the reasons of decisions, in Markdown.
 
     Args:
         method: The method.
-        training: The run.
+        training: The training.
     """
     generator, discriminator = training.network("generator"), training.network("discriminator")
     resizing = [update for update in training.mask_updates if isinstance(update, Resize)]
@@ -251,7 +251,7 @@ def summary_markdown(method: Method, training: SparseTraining) -> str:
 
 
 def _ledger_markdown(ledger: Mapping[str, LayerFlops]) -> str:
-    """Returns the operations layer by layer, in Markdown."""
+    """Returns the operations of each layer as a Markdown table."""
     rows = [
         "| layer | steps | dense gradients | measuring BR | dense training | share of dense |",
         "|---|---|---|---|---|---|",
@@ -263,7 +263,7 @@ def _ledger_markdown(ledger: Mapping[str, LayerFlops]) -> str:
 
 
 def _table(decisions: Sequence[tuple[int, Decision]]) -> list[str]:
-    """Decisions, the newest first; those alike in a row are one row."""
+    """Returns the lines of a table of decisions, newest first; consecutive equal actions share a row."""
     groups = [list(group) for _, group in groupby(decisions, key=lambda each: each[1].action)]
     rows = []
     for group in reversed(groups[-_MOST_ROWS:]):

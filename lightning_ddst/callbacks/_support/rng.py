@@ -1,4 +1,4 @@
-"""The random states that training draws from, in types that load with ``weights_only=True``."""
+"""The random states of training, in types that load with ``weights_only=True``."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from lightning_ddst.utils.lightning_private import renew_train_iterator, resumes
 
 
 def random_states() -> dict[str, Any]:
-    """The present states of torch (every device's), NumPy and Python in this process."""
+    """Returns this process's current random states of torch (every device), NumPy and Python."""
     name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002  # users draw from it
     return {
         "torch": torch.get_rng_state(),
@@ -25,7 +25,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Goes back to what `random_states` gave; devices that are not here are left out."""
+    """Restores the states returned by `random_states`; ignores those of missing devices."""
     torch.set_rng_state(states["torch"].cpu())
     for device, state in zip(range(torch.cuda.device_count()), states["devices"], strict=False):
         torch.cuda.set_rng_state(state.cpu(), device)
@@ -36,18 +36,18 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 
 
 def resume_randomness(trainer: Trainer, states: Sequence[Mapping[str, Any]]) -> None:
-    """Goes back to a checkpoint's random states, when training starts, so that it goes on as if never interrupted.
+    """Restores a checkpoint's random states when training starts, so that it resumes exactly.
 
     Args:
-        trainer: Has restored its loops, and has asked the loaders for iterators.
-        states: What `random_states` gave, a process.
+        trainer: The Trainer, which has restored its loops and asked the loaders for iterators.
+        states: The states returned by `random_states` in each process.
     """
     stateful = all(hasattr(loader, "load_state_dict") for loader in train_loaders(trainer))
     if resumes_mid_epoch(trainer) and not stateful:
         batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         rank_zero_warn(
             f"the checkpoint was made after batch {batches} of an epoch, and the train loader cannot "
-            "go on from there: the rest of the epoch has other batches than the interrupted run would have had. Resume "
+            "resume there: the rest of the epoch has other batches than the interrupted run would have had. Resume "
             "from the end of an epoch, or use a loader with state_dict and load_state_dict "
             "(lightning_ddst.data.ResumableLoader)."
         )
@@ -55,8 +55,8 @@ def resume_randomness(trainer: Trainer, states: Sequence[Mapping[str, Any]]) -> 
     if len(states) != processes:
         rank_zero_warn(
             f"the checkpoint holds the random states of {len(states)} processes, and there are {processes}: "
-            "training goes on with other random numbers."
+            "training resumes with other random numbers."
         )
         return
     set_random_states(states[distributed.get_rank()])
-    renew_train_iterator(trainer)  # the first one drew from other random states
+    renew_train_iterator(trainer)  # its first iterator drew from other random states

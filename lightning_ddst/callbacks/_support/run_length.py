@@ -1,4 +1,4 @@
-"""How many generator updates a run will make."""
+"""The number of generator updates that a run will make."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,14 +15,14 @@ class _Progress:
 
 
 class RunLength:
-    """Works out a run's generator updates from its first two batches that have any.
+    """An estimate of a run's generator updates from its first two batches with any.
 
-    A GAN decides by itself how many optimizer steps a batch has and which are the generator's, and
-    ``Trainer(max_steps=...)`` counts all of them. So the rate is observed, not assumed.
+    A GAN decides how many optimizer steps a batch has and which are the generator's, and ``Trainer(max_steps=...)``
+    counts all of them. So the rate is observed, not assumed.
 
     Attributes:
-        known: Whether the rate was seen.
-        updates: The run's generator updates; None where nothing limits the run but time.
+        known: Whether the rate was observed.
+        updates: The run's generator updates; None before the rate is known, and if only time limits the run.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class RunLength:
         self._first: _Progress | None = None
 
     def observe(self, trainer: Trainer, updates: int) -> None:
-        """Sees the end of a training batch after `updates` generator updates."""
+        """Observes the end of a training batch, after `updates` generator updates."""
         if self.known or not updates:
             return
         now = _Progress(updates, trainer.fit_loop.total_batch_idx + 1, trainer.global_step)
@@ -41,11 +41,11 @@ class RunLength:
             self.known, self.updates = True, _extrapolated(trainer, self._first, now)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was seen; loads with ``weights_only=True``."""
+        """Returns the observations; loads with ``weights_only=True``."""
         return {"known": self.known, "updates": self.updates, "first": self._first and asdict(self._first)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` gave."""
+        """Restores the state returned by `state_dict`."""
         self.known, self.updates = state["known"], state["updates"]
         self._first = _Progress(**state["first"]) if state["first"] else None
 
@@ -54,7 +54,7 @@ def _extrapolated(trainer: Trainer, first: _Progress, now: _Progress) -> int | N
     made = now.updates - first.updates
     lengths = []
     if trainer.max_steps > 0 and now.steps > first.steps:
-        # Whole periods of what was seen, and the generator's update if the rest reaches it.
+        # Whole periods of the observed pattern, and one more update if the remaining steps reach it.
         periods, rest = divmod(trainer.max_steps - now.steps, now.steps - first.steps)
         lengths.append(now.updates + made * (periods + (rest >= now.batches - first.batches)))
     if (trainer.max_epochs or -1) > 0 and trainer.num_training_batches != float("inf"):

@@ -1,4 +1,4 @@
-"""Which of Lightning's strategies masks can be held under, and what their precision does to gradients."""
+"""Checks of Lightning's strategies, and the gradient scale of mixed precision."""
 
 from collections.abc import Callable
 
@@ -10,10 +10,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def check_strategy(trainer: Trainer) -> None:
-    """Refuses strategies that masks were not made for.
+    """Rejects strategies that do not support masks.
 
     Raises:
-        ValueError: For anything but a single device, DistributedDataParallel, and FSDP2 by ModelParallelStrategy.
+        ValueError: Unless the strategy is a single device, DistributedDataParallel, or ModelParallelStrategy (FSDP2).
     """
     strategy = trainer.strategy
     known = isinstance(strategy, DDPStrategy | SingleDeviceStrategy | ModelParallelStrategy)
@@ -26,33 +26,34 @@ def check_strategy(trainer: Trainer) -> None:
 
 
 def loads_late(trainer: Trainer) -> bool:
-    """Whether checkpoints are loaded only after fitting has started, into parameters that are split by then."""
+    """Returns whether the strategy loads checkpoints after the start of fitting, into sharded parameters."""
     return trainer.strategy.restore_checkpoint_after_setup
 
 
 def check_backward_passes(trainer: Trainer) -> None:
-    """Refuses settings of DistributedDataParallel under which a GAN cannot train.
+    """Rejects settings of a strategy under which a GAN cannot train.
 
     Raises:
-        ValueError: If it expects that every backward pass reaches all parameters.
+        ValueError: If DistributedDataParallel expects every backward pass to reach all parameters, or tensor
+            parallelism splits layers.
     """
     strategy = trainer.strategy
     if isinstance(strategy, ModelParallelStrategy) and (parts := strategy.device_mesh["tensor_parallel"].size()) > 1:
         raise ValueError(
-            f"tensor_parallel_size={parts} splits single layers' arithmetic, which measuring BR does not allow for: "
+            f"tensor_parallel_size={parts} splits single layers' arithmetic, which measuring BR does not support: "
             "use ModelParallelStrategy(tensor_parallel_size=1, data_parallel_size=...)."
         )
     model = strategy.model
     if isinstance(model, DistributedDataParallel) and (not model.find_unused_parameters or model.static_graph):
         raise ValueError(
-            "DistributedDataParallel as it is set up expects that every backward pass reaches all parameters, and "
-            "a GAN's reach one of its networks or both in turn: use "
+            "DistributedDataParallel, as set up here, expects every backward pass to reach all parameters, but "
+            "a GAN's backward passes reach one network or both in turn: use "
             'Trainer(strategy="ddp_find_unused_parameters_true") (a GANModule works with "ddp", too).'
         )
 
 
 def make_unscaler(trainer: Trainer) -> Callable[[Tensor], Tensor]:
-    """Returns what copies a gradient without the scale of fp16's loss, where there is one."""
+    """Returns a function that copies a gradient and removes the loss scale of fp16, if there is one."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None:
         return torch.clone

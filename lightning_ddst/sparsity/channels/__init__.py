@@ -1,1 +1,1 @@
-"""Channels that can be taken out of a network: found, left out while training, removed for good."""
+"""Removable channels of a network: finds them, skips them in training, and removes them from a copy."""

@@ -1,4 +1,4 @@
-"""Follows the channels of every layer of a network to where they are read."""
+"""Traces the channels of every layer of a network to the layers that read them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,15 +16,15 @@ from lightning_ddst.sparsity.maskable import MaskableWeight, channel_dim, maskab
 from lightning_ddst.utils.modules import remove_hooks
 
 _NORMS = (nn.modules.batchnorm._NormBase,)
-"""Layers that keep channels apart and have an entry for each: BatchNorm, InstanceNorm."""
+"""Norms with one entry per channel that do not mix channels: BatchNorm, InstanceNorm."""
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-"""Layers that give channels, too, and are not masked: those of a class-conditional BatchNorm."""
+"""Layers that compute channels but are not masked, such as those of a class-conditional BatchNorm."""
 Axis = tuple[str, int]
-"""A dimension of a weight, by its name; or, by a module's name and 0, of all that a norm or an embedding has."""
+"""A weight's name and a dimension; for all tensors of a norm or an embedding, the module's name and 0."""
 
 
 class DependencyGraph:
-    """Which indices of which axes belong to the same channel.
+    """A graph that joins the indices of axes that belong to the same channel (union-find).
 
     Args:
         network: The network.
@@ -43,7 +43,7 @@ class DependencyGraph:
                 self._add((name, dim), weight.parameter.shape[dim])
         for name, module in self.others.items():
             self._add((name, 0), module.num_features if isinstance(module, _NORMS) else module.embedding_dim)
-            if parametrize.is_parametrized(module):  # an embedding under spectral norm
+            if parametrize.is_parametrized(module):  # such as an embedding under spectral norm
                 self.fix((name, 0))
 
     def _add(self, axis: Axis, size: int) -> None:
@@ -56,20 +56,20 @@ class DependencyGraph:
         return index
 
     def join(self, source: Axis, reader: Axis, pairs: Iterable[tuple[int, int]]) -> None:
-        """Notes that channels of a source are read, as pairs of an index of the reader and one of the source."""
+        """Joins channels of a source with those of a reader, given pairs of reader index and source index."""
         for there, here in pairs:
             self._parents[self._root(self._starts[reader] + there)] = self._root(self._starts[source] + here)
 
     def fix_some(self, axis: Axis, indices: Iterable[int]) -> None:
-        """Notes that some channels of an axis stay."""
+        """Marks some channels of an axis as not removable."""
         self._fixed |= {self._starts[axis] + index for index in indices}
 
     def fix(self, axis: Axis) -> None:
-        """Notes that all channels of an axis stay."""
+        """Marks all channels of an axis as not removable."""
         self.fix_some(axis, range(self._sizes[axis]))
 
     def channels(self) -> Channels:
-        """The channels that are computed and read, and do not stay."""
+        """Returns the removable channels: those that layers compute and read, and that are not fixed."""
         fixed = {self._root(index) for index in self._fixed}
         gives = {(name, weight.out_dim) for name, weight in self.weights.items()}
         reads = {(name, 1 - dim) for name, dim in gives}
@@ -91,7 +91,7 @@ class DependencyGraph:
         return Channels(tuple(map(len, groups.values())), found)
 
     def _tensors(self, axis: Axis, channels: Tensor) -> Iterator[tuple[str, int, Tensor]]:
-        """Every parameter and buffer that an axis is of, with its dimension and channels."""
+        """Yields every parameter and buffer with this axis, with its dimension and channels."""
         name, dim = axis
         if name in self.others:
             module = self.others[name]
@@ -115,14 +115,14 @@ class DependencyGraph:
 
 
 def trace(network: nn.Module, inputs: Sequence[Any]) -> DependencyGraph:
-    """Follows every layer's channels to where they are read.
+    """Traces every layer's channels to the layers that read them.
 
     Args:
-        network: Called in its present mode, without gradients.
-        inputs: What it is called with: an example, the batch first.
+        network: The network; it is called in its current mode, without gradients.
+        inputs: Example arguments of the network, the batch first.
 
     Returns:
-        What belongs together, and what stays.
+        The graph of channels.
     """
     links = DependencyGraph(network)
     gives = {name: (weight.name, weight.out_dim) for weight in links.weights.values() for name in weight.layers}
@@ -152,7 +152,7 @@ def trace(network: nn.Module, inputs: Sequence[Any]) -> DependencyGraph:
 
 
 def _shapes(network: nn.Module, inputs: Sequence[Any], layers: Mapping[str, nn.Module]) -> dict[str, list[torch.Size]]:
-    """The shapes that layers give, call by call."""
+    """Returns the output shapes of each layer, call by call."""
     shapes: dict[str, list[torch.Size]] = {}
 
     def note(name: str, layer: nn.Module, args: Any, output: Tensor) -> None:
@@ -164,18 +164,18 @@ def _shapes(network: nn.Module, inputs: Sequence[Any], layers: Mapping[str, nn.M
 
 
 def _codes(number: int) -> Tensor:
-    """A pattern over the batch for every channel: its number's bits and their opposites, bool ``(batch, channels)``."""
+    """Returns a pattern over the batch per channel: its number's bits and their inverse, bool ``(batch, channels)``."""
     bits = max(1, (number - 1).bit_length())
     ones = torch.arange(number) >> torch.arange(bits)[:, None] & 1 == 1
     return torch.stack([ones, ~ones], 1).flatten(0, 1)
 
 
 def _arrived(values: Tensor, dim: int, batch: int) -> tuple[list[tuple[int, int]], bool]:
-    """Which patterns are in a tensor.
+    """Finds the patterns in a tensor.
 
     Returns:
-        Pairs of a channel of the tensor and the channel whose pattern is in it, somewhere; and whether there are
-        other patterns, or none can be told apart because the batch was changed.
+        Pairs of a channel of the tensor and a channel whose pattern occurs in it; and whether there are mixed
+        patterns, or NaN in a tensor whose batch size has changed.
     """
     nan = values.isnan()
     if len(values) != batch:
@@ -198,11 +198,11 @@ def _marked(
     source: str,
     codes: Tensor,
 ) -> list[tuple[str, Tensor, int]]:
-    """Calls the network with marks as the output of one layer, and 0 as that of the others.
+    """Calls the network with patterns as the output of one layer, and 0 as the output of the others.
 
     Returns:
-        What layers and norms were called with, by name and with the dimension of channels; and what the network
-        returned, under no name.
+        The inputs of layers and norms, each with the layer's name and the dimension of channels; and the network's
+        output, under an empty name.
     """
     seen: list[tuple[str, Tensor, int]] = []
     calls = dict.fromkeys(layers, 0)
@@ -236,7 +236,7 @@ def _marked(
 
 @contextmanager
 def _replacing(layers: Mapping[str, nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Gives layers another ``forward`` for a while, which takes their name first."""
+    """Replaces the ``forward`` of layers inside the context; the new one takes the layer's name first."""
     for name, layer in layers.items():
         layer.forward = partial(forward, name)
     try:
@@ -247,7 +247,7 @@ def _replacing(layers: Mapping[str, nn.Module], forward: Callable[..., Tensor]) 
 
 
 def alike(ones: Sequence[Tensor], others: Sequence[Tensor], differs: float) -> bool:
-    """Whether tensors are the same up to a share of the largest entry of each of the first; NaN is like nothing."""
+    """Returns whether tensors are equal up to `differs` times the largest entry of each first one; NaN never is."""
     return len(ones) == len(others) and all(
         one.shape == other.shape and bool((one - other).abs().max() <= differs * one.abs().max())
         for one, other in zip(ones, others, strict=True)
@@ -255,7 +255,7 @@ def alike(ones: Sequence[Tensor], others: Sequence[Tensor], differs: float) -> b
 
 
 def floats_in(output: Any) -> list[Tensor]:
-    """The floating-point tensors of whatever a network returns."""
+    """Returns the floating-point tensors in a network's output."""
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() and output.numel() else []
     if isinstance(output, Mapping):

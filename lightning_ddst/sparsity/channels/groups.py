@@ -1,4 +1,4 @@
-"""Which channels of a network can be taken out, and what of its parameters and buffers belongs to each."""
+"""The removable channels of a network, and the entries of parameters and buffers that belong to each."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,25 +10,26 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Channels:
-    """The channels that can be taken out of a network, each with everything that is there because of it.
+    """The removable channels of a network, with the entries of parameters and buffers that belong to them.
 
     A channel has rows of the weights that compute it, with their biases, an entry in every norm that it passes,
-    and columns of the weights that read it. Channels that meet in a sum are one. They are numbered group by group.
+    and columns of the weights that read it. Channels that are added to each other count as one. They are numbered
+    group by group.
 
     Attributes:
-        sizes: The number of channels of each group: those that are in the same layers.
-        axes: Of parameters and buffers by name, by dimension, the channel that each index belongs to; -1 where it
-            belongs to none. int64, one dimension each, on the CPU.
+        sizes: The number of channels in each group. A group holds the channels that occur in the same layers.
+        axes: The channel of each index, by the name of a parameter or buffer and by dimension; -1 for indices that
+            belong to no channel. int64, one dimension each, on the CPU.
     """
 
     sizes: tuple[int, ...]
     axes: Mapping[str, Mapping[int, Tensor]]
 
     def kept(self, active: Tensor) -> dict[str, dict[int, Tensor]]:
-        """What stays of parameters and buffers, as `StructuredForward` takes it, without those that stay whole.
+        """Returns the remaining indices of parameters and buffers for `StructuredForward`; full tensors are left out.
 
         Args:
-            active: Bool ``(channels,)``, on the CPU.
+            active: The active channels, bool ``(channels,)``, on the CPU.
         """
         kept: dict[str, dict[int, Tensor]] = {}
         for name, dims in self.axes.items():
@@ -39,12 +40,12 @@ class Channels:
         return kept
 
     def mask(self, name: str, shape: Sequence[int], active: Tensor) -> Tensor:
-        """What stays of a parameter, as a mask.
+        """Returns a mask of a parameter's remaining entries.
 
         Args:
-            name: Of the parameter.
-            shape: Of the parameter.
-            active: Bool ``(channels,)``, on the CPU.
+            name: Name of the parameter.
+            shape: Shape of the parameter.
+            active: The active channels, bool ``(channels,)``, on the CPU.
         """
         mask = torch.ones(tuple(shape), dtype=torch.bool)
         for dim, channels in self.axes.get(name, {}).items():
@@ -52,7 +53,7 @@ class Channels:
         return mask
 
     def entries(self, name: str, shape: Sequence[int], active: Tensor) -> int:
-        """How many entries of a parameter stay; arguments as in `mask`."""
+        """Returns the number of a parameter's remaining entries; arguments as in `mask`."""
         sizes = list(shape)
         for dim, channels in self.axes.get(name, {}).items():
             sizes[dim] = int(_at(active, channels).sum())
@@ -60,5 +61,5 @@ class Channels:
 
 
 def _at(active: Tensor, channels: Tensor) -> Tensor:
-    """Whether the channels are active; what belongs to none is."""
+    """Returns which indices are active; indices that belong to no channel always are."""
     return active[channels.clamp(min=0)] | (channels < 0)

@@ -1,4 +1,4 @@
-"""A copy of a network with smaller layers: without the channels that nothing reads."""
+"""A copy of a network with smaller layers, without the channels that no weight reads."""
 
 from copy import deepcopy
 from typing import Any
@@ -16,33 +16,33 @@ from lightning_ddst.sparsity.maskable import TRANSPOSED_LAYERS, maskable_weights
 from lightning_ddst.utils.modules import eval_mode
 
 _DIFFERS = 1e-3
-"""From the whole network, relative to its largest output."""
+"""Allowed deviation from the full network, relative to its largest output."""
 
 
 @torch.no_grad()
 def compact(network: nn.Module, *inputs: Any) -> tuple[nn.Module, int, int]:
-    """Copies a network without the channels that nothing reads: all weights that would are 0.
+    """Copies a network without the channels that only weights of 0 read.
 
-    A network with masks of whole channels loses all inactive ones; one with masks of single weights what those leave
-    unread by themselves. The copy is for evaluation, and computes the same as the network there, up to rounding; its
-    weights are what spectral norm makes of them.
+    A network with masks of whole channels loses all inactive channels; one with masks of single weights loses those
+    whose reading weights happen to be all 0. The copy is for evaluation, where its output equals the network's up to
+    rounding. Weights under spectral norm are stored normalized.
 
     Args:
-        network: Is left as it is.
-        inputs: What it is called with: an example, the batch first.
+        network: The network; it does not change.
+        inputs: Example arguments of the network, the batch first.
 
     Returns:
-        The copy; and the number of channels that it has, of those that can be taken out, and of the network's.
+        The copy, the number of removable channels that it keeps, and the number of removable channels of the network.
 
     Raises:
-        ValueError: If channels cannot be traced, or the copy does not compute the same.
+        ValueError: If channels cannot be traced, or the copy's output differs.
     """
     with eval_mode(network):
         expected = floats_in(network(*inputs))
         copy = deepcopy(network)
     for module in copy.modules():
         if parametrize.is_parametrized(module):
-            # torch's remove_parametrizations would take them from the network, too: copies share the class.
+            # torch's remove_parametrizations would also change the original: copies share its class.
             values = {name: getattr(module, name).detach() for name in module.parametrizations}  # type: ignore[union-attr]
             del module._modules["parametrizations"]
             module.__class__ = parametrize.type_before_parametrizations(module)
@@ -66,12 +66,12 @@ def compact(network: nn.Module, *inputs: Any) -> tuple[nn.Module, int, int]:
     for module in copy.modules():
         _say_sizes(module)
     if not alike(expected, floats_in(copy(*inputs)), _DIFFERS):
-        raise ValueError(f"{type(network).__name__} without the channels that nothing reads computes something else.")
+        raise ValueError(f"{type(network).__name__} has another output without the channels that nothing reads.")
     return copy, int(active.sum()), len(active)
 
 
 def _read(network: nn.Module, channels: Channels) -> Tensor:
-    """The channels that something reads, and the first of a group of which nothing is; bool ``(channels,)``."""
+    """Returns the channels that some weight reads, at least one per group; bool ``(channels,)``."""
     weights = maskable_weights(network)
     active = torch.ones(sum(channels.sizes), dtype=torch.bool)
     while True:
@@ -80,7 +80,7 @@ def _read(network: nn.Module, channels: Channels) -> Tensor:
             reads = 1 - weight.out_dim
             if (of := channels.axes.get(weight.name, {}).get(reads)) is None:
                 continue
-            # Rows of channels that are gone read nothing.
+            # Rows of removed channels read nothing.
             mask = channels.mask(weight.name, weight.parameter.shape, active)
             used = (weight.parameter.cpu() != 0) & mask
             used = used.movedim(reads, 0).flatten(1).any(1)
@@ -93,7 +93,7 @@ def _read(network: nn.Module, channels: Channels) -> Tensor:
 
 
 def _say_sizes(module: nn.Module) -> None:
-    """Has a layer's attributes say how large it is now."""
+    """Sets a layer's attributes to its new sizes."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.modules.conv._ConvNd) and module.groups == 1:

@@ -1,4 +1,4 @@
-"""Runs a network without some of its channels: every layer physically smaller, the network's own code unchanged."""
+"""Runs a network without some of its channels: every layer is smaller, the network's code is unchanged."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,27 +10,27 @@ from torch.func import functional_call
 from lightning_ddst.utils.compilation import is_compiled
 
 Kept = Mapping[str, Mapping[int, Tensor]]
-"""Of parameters and buffers by name, for each dimension that becomes smaller, the indices that stay: int64."""
+"""The remaining indices, int64, by the name of a parameter or buffer and by each dimension that gets smaller."""
 
 
 def narrowed(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
-    """What stays of a tensor, by indices on any device; gradients go back to the whole one."""
+    """Returns the remaining part of a tensor; indices may be on any device, gradients flow to the full tensor."""
     for dim, index in kept.items():
         tensor = tensor.index_select(dim, index.to(tensor.device))
     return tensor
 
 
 class StructuredForward:
-    """Has a network in training mode compute with what stays of its parameters and buffers, until `remove`.
+    """A replacement ``forward`` that computes with the remaining channels in training mode, until `remove`.
 
-    The network keeps all of them: they are cut at every call, gradients arrive at the whole parameters (0 at what
-    was left out), and what the call writes into buffers is written into the whole ones. So optimizers, checkpoints
-    and gradient synchronisation see nothing of it. In evaluation mode the whole network computes: what it gives is,
-    bit for bit, what it gives without this package.
+    The network keeps its full parameters and buffers. They are cut at every call, gradients flow to the full
+    parameters (0 at removed entries), and updates of buffers are written to the full buffers. So optimizers,
+    checkpoints and gradient synchronization are not affected. In evaluation mode the full network computes, and its
+    output is the same, bit for bit, as without this package.
 
     Args:
-        network: Whose ``forward`` is replaced.
-        kept: What stays; may be changed in place between calls. Empty, the network computes as before.
+        network: The network whose ``forward`` is replaced.
+        kept: The remaining indices; may be changed in place between calls. If empty, the full network computes.
     """
 
     def __init__(self, network: nn.Module, kept: Kept) -> None:
@@ -40,7 +40,7 @@ class StructuredForward:
         network.forward = self._call
 
     def remove(self) -> None:
-        """Gives the network its own ``forward`` back."""
+        """Restores the network's own ``forward``."""
         self._network.__dict__.pop("forward", None)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
@@ -60,7 +60,7 @@ class RawForward(nn.Module):
     """The ``forward`` of a network's class, without the network's hooks.
 
     Args:
-        network: Is not changed.
+        network: The network; it does not change.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -69,23 +69,23 @@ class RawForward(nn.Module):
         self._unflattens = [layer for layer in network.modules() if isinstance(layer, nn.Unflatten)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the network computes."""
+        """Calls the class's ``forward``."""
         return type(self.network).forward(self.network, *args, **kwargs)
 
     def call_with(self, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """What the network computes with other parameters and buffers, by their names in it; also with smaller ones."""
+        """Calls the network with other parameters and buffers, which may be smaller, by their names in it."""
         with _widened(self._unflattens):
             return functional_call(self, {f"network.{name}": tensor for name, tensor in tensors.items()}, args, kwargs)
 
 
 def can_run_structured(network: nn.Module) -> bool:
-    """Whether a network can be run so: not where it is compiled, since every change would be compiled anew."""
+    """Returns whether `StructuredForward` suits a network: not if compiled, since every change would recompile it."""
     return not is_compiled(network)
 
 
 @contextmanager
 def _widened(layers: Sequence[nn.Unflatten]) -> Iterator[None]:
-    """Has layers make as many channels as there are, for a while."""
+    """Makes Unflatten layers infer the number of channels inside the context."""
     sizes = [layer.unflattened_size for layer in layers]
     for layer in layers:
         widen(layer)
@@ -97,6 +97,6 @@ def _widened(layers: Sequence[nn.Unflatten]) -> Iterator[None]:
 
 
 def widen(layer: nn.Unflatten) -> None:
-    """Has a layer make as many channels as there are."""
-    if all(isinstance(size, int) for size in layer.unflattened_size):  # and not of named tensors
+    """Makes an Unflatten layer infer the number of channels."""
+    if all(isinstance(size, int) for size in layer.unflattened_size):  # not names of dimensions
         layer.unflattened_size = (-1, *layer.unflattened_size[1:])

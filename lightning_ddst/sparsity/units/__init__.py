@@ -1,11 +1,11 @@
-"""What masks consist of: one file for each granularity.
+"""The units of masks: one file for each granularity.
 
 To add one, decorate a subclass of `Units`:
 
     @UNITS.register("block")
     class BlockUnits(Units): ...
 
-and name it wherever a granularity is asked for, in Python or in YAML.
+and pass its name as ``granularity``, in Python or in YAML.
 """
 
 import re
@@ -31,7 +31,7 @@ __all__ = [
 
 
 def find_units(granularity: str) -> type[Units]:
-    """Returns the units of a granularity.
+    """Returns the class of units of a granularity.
 
     Args:
         granularity: A key of `UNITS`, or a pattern N:M such as "2:4".

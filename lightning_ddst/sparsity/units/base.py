@@ -1,4 +1,4 @@
-"""The interface of units: what a mask consists of."""
+"""The interface of units, of which masks consist."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,49 +22,49 @@ ByTensor = dict[str, Tensor]
 Options = Mapping[str, Callable[[str, Any], object]]
 
 UNITS: Registry[type["Units"]] = Registry("granularity")
-"""Every registered granularity by name; the patterns N:M are made by `find_units`."""
+"""Every registered granularity by name; `find_units` makes the classes of patterns N:M."""
 
 
 class Units(ABC):
-    """The parts of a network that are pruned and grown as one.
+    """Base class of units: the parts of a network that are pruned and grown as one.
 
-    `MaskedNetwork` explores, resizes, saves and loads the same way for all units. A subclass decides what a unit is:
-    which units compete, which of them is pruned first and which grows first, how active units become masks, and which
-    values new ones start from. The methods that are not abstract are those of units that are single weights.
+    `MaskedNetwork` explores, resizes, saves and loads the same way for all units. A subclass defines a unit: which
+    units compete, which are pruned first and which grow first, how active units become masks, and the first values of
+    new ones. The methods that are not abstract suit units that are single weights.
 
-    For these `active` is `masks`, the same dict: the only copy, of one byte a weight, changed in place. That is why
-    units hold what is active, and `prune` and `grow` change it and return marks of what changed, rather than take and
-    return masks. Other units set `active`, `pools` and `masks` in `__init__`, and keep `counts`, `layer_counts` and
-    `masks` up to date in `update_masks`.
+    For single weights, `active` and `masks` are the same dict: one copy of one byte per weight, changed in place. That
+    is why units hold the active units, and `prune` and `grow` change them and return marks of the changes, instead of
+    taking and returning masks. Other units set `active`, `pools` and `masks` in `__init__`, and keep `counts`,
+    `layer_counts` and `masks` up to date in `update_masks`.
 
     Args:
         network: The network.
         weights: Its maskable weights by name.
-        generator: Random generator of everything that is drawn.
+        generator: Random generator of all random choices.
         inputs: Example inputs of the network, for units with `needs_inputs`.
-        name: The network's name, in front of its layers' where patterns are compared.
+        name: The network's name, which precedes its layers' names when patterns are compared.
         growth: A key of `GROWTH_RULES`.
 
     Attributes:
         masks: A bool mask of every weight by name, true where active.
         active: Bool tensors of the units, true where active.
-        counts: The number of active units in each of these tensors.
+        counts: The number of active units in each tensor of `active`.
         layer_counts: The number of active weights by name.
-        pools: The keys of `active` whose units compete with each other. A number of units is always one for each pool.
+        pools: Groups of keys of `active` whose units compete. Numbers of units are always given per pool.
         growth_rule: The growth rule.
-        kept: What stays of parameters and buffers, for `StructuredForward`; changed in place.
+        kept: The remaining parts of parameters and buffers, for `StructuredForward`; changed in place.
     """
 
     drop_fraction: ClassVar[float] = 0.5
-    """The exploration rate by default."""
+    """Default exploration rate (drop fraction)."""
     needs_inputs: ClassVar[bool] = False
-    """Whether units are found by calling the network with example inputs."""
+    """Whether finding the units requires example inputs of the network."""
     dense_kernels: ClassVar[bool] = True
-    """Whether training computes with inactive units, which are 0; otherwise layers are smaller without them."""
+    """Whether training computes with inactive units, which are 0; if not, layers are smaller without them."""
     fixed_density: ClassVar[float | None] = None
-    """The only density that is possible; None where all are."""
+    """The only possible density; None if all are possible."""
     options: ClassVar[Options] = {}
-    """Arguments of these units by name, with what checks a value: ``check(name, value)`` raises a ValueError."""
+    """Arguments of these units by name, each with a function ``check(name, value)`` that raises ValueError."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class Units(ABC):
         self.kept: dict[str, dict[int, Tensor]] = {}
         self._generator = generator
 
-    # ---- facts for arguments -------------------------------------------------------------------
+    # ---- checks of arguments -------------------------------------------------------------------
 
     @classmethod
     def check_options(cls, granularity: str, given: Mapping[str, Any]) -> None:
@@ -98,7 +98,7 @@ class Units(ABC):
             given: The arguments' values by name.
 
         Raises:
-            ValueError: If these units do not have such an argument, or it has another value than allowed.
+            ValueError: If these units do not have an argument, or its value is not allowed.
         """
         for name, value in given.items():
             if name not in cls.options:
@@ -113,17 +113,17 @@ class Units(ABC):
         """Checks a density.
 
         Args:
-            argument: The argument that gave it, for the error.
+            argument: The argument's name, for the error.
             value: The density.
 
         Raises:
-            ValueError: If it is outside (0, 1], or another one than these units can have.
+            ValueError: If the density is outside (0, 1], or impossible for these units.
         """
         validation.check_density(argument, value)
 
     @classmethod
     def accepts(cls, weight: MaskableWeight) -> bool:
-        """Returns whether a weight can consist of these units; others stay dense, outside the density."""
+        """Returns whether a weight can consist of these units; others stay dense and do not count in densities."""
         return True
 
     # ---- densities -----------------------------------------------------------------------------
@@ -140,7 +140,7 @@ class Units(ABC):
 
     @abstractmethod
     def numbers(self, density: float) -> list[int]:
-        """Returns the active units in each pool at a density, to which all pools only grow or only shrink.
+        """Returns the active units in each pool at a density; from the current numbers, all pools grow or all shrink.
 
         Raises:
             ValueError: If the density is outside (0, 1], or lower than possible.
@@ -148,14 +148,14 @@ class Units(ABC):
 
     @abstractmethod
     def allocation(self, density: float) -> dict[str, int]:
-        """Returns the number of active weights at a density by name, with the errors of `numbers`."""
+        """Returns the number of active weights at a density by name; raises the errors of `numbers`."""
 
     def reachable(self, density: float) -> float:
         """Returns the allowed density that is nearest to this one."""
         return density
 
     def limits(self, numbers: Sequence[int]) -> dict[str, int]:
-        """Returns the most units that pruning takes from each tensor on the way to these numbers."""
+        """Returns the largest number of units to prune in each tensor on the way to these numbers."""
         return dict(self.counts)
 
     # ---- changes -------------------------------------------------------------------------------
@@ -165,14 +165,14 @@ class Units(ABC):
         """Sets the first masks, at random or by magnitude."""
 
     def magnitudes(self) -> ByTensor:
-        """Returns values of which the smallest, without their sign, are pruned first."""
+        """Returns values; units with the smallest absolute values are pruned first."""
         weights = {name: full_tensor(weight.parameter.detach()) for name, weight in self.weights.items()}
         for name, weight in weights.items():
             check_finite(f"the weights of {name!r}", weight)
         return weights
 
     def growth(self, gradients: Gradients | None) -> ByTensor:
-        """Returns scores of which the largest grow first, without their sign if the growth rule says so."""
+        """Returns scores; units with the largest (absolute, if the growth rule says so) grow first."""
         scores = {}
         for name, weight in self.weights.items():
             gradient = torch.empty(0)
@@ -186,15 +186,15 @@ class Units(ABC):
         return scores
 
     def prune(self, numbers: Sequence[int], magnitudes: ByTensor, limits: Mapping[str, int]) -> ByTensor:
-        """Deactivates so many active units of smallest magnitude in each pool.
+        """Deactivates the active units of smallest magnitude in each pool.
 
         Args:
-            numbers: How many, for each pool.
+            numbers: Number of units to prune in each pool.
             magnitudes: The values returned by `magnitudes`.
-            limits: The most that each tensor loses.
+            limits: Largest number of units to prune in each tensor.
 
         Returns:
-            Marks of what was pruned; tensors that lost nothing are left out.
+            Marks of the pruned units; unchanged tensors are left out.
         """
         pruned: ByTensor = {}
         for pool, number in zip(self.pools, numbers, strict=True):
@@ -206,14 +206,14 @@ class Units(ABC):
         return pruned
 
     def grow(self, numbers: Sequence[int], scores: ByTensor) -> ByTensor:
-        """Activates so many inactive units of highest score in each pool.
+        """Activates the inactive units of highest score in each pool.
 
         Args:
-            numbers: How many, for each pool.
+            numbers: Number of units to grow in each pool.
             scores: The values returned by `growth`.
 
         Returns:
-            Marks of what grew; tensors that gained nothing are left out.
+            Marks of the grown units; unchanged tensors are left out.
         """
         grown: ByTensor = {}
         for pool, number in zip(self.pools, numbers, strict=True):
@@ -227,13 +227,13 @@ class Units(ABC):
         return grown
 
     def born(self, new: ByTensor) -> None:  # noqa: B027 - right for single weights
-        """Sets the first values of the marked units, which grew just now; single weights are 0 already."""
+        """Sets the first values of the marked units, which have just grown; single weights are 0 already."""
 
     def update_masks(self) -> None:  # noqa: B027 - right for single weights
-        """Writes what is active into the masks; nothing to do where they are the same."""
+        """Updates the masks from the active units; does nothing if they are the same dict."""
 
     def count_weights(self, without: ByTensor) -> int:
-        """Returns the number of active weights that are active without the marked units, too."""
+        """Returns the number of weights that are active also without the marked units."""
         return sum(self.layer_counts.values()) - sum(map(count_true, without.values()))
 
     @property
@@ -241,7 +241,7 @@ class Units(ABC):
         return torch.abs if self.growth_rule.magnitude else torch.detach
 
     def _flip(self, keys: Iterable[str], marks: Iterable[Tensor], changes: Iterable[int]) -> ByTensor:
-        """Flips marked units in place, so that what holds the tensors sees it; leaves out where nothing changes."""
+        """Flips marked units in place, so that all holders of the tensors see it; returns only tensors that changed."""
         flipped = {}
         for key, marked, change in zip(keys, marks, changes, strict=True):
             if change:
@@ -250,25 +250,25 @@ class Units(ABC):
                 flipped[key] = marked
         return flipped
 
-    # ---- words and saving ----------------------------------------------------------------------
+    # ---- texts and saving ----------------------------------------------------------------------
 
     def describe(self) -> str:
-        """Returns how much is active, in words."""
+        """Returns a text about the active weights."""
         total = sum(weight.parameter.numel() for weight in self.weights.values())
         return f"{sum(self.layer_counts.values()):,} of {total:,} weights active"
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what the masks do not tell; loads with ``weights_only=True``."""
+        """Returns the state that masks do not contain; loads with ``weights_only=True``."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores masks and whatever `state_dict` returned.
+        """Restores the masks and the state returned by `state_dict`.
 
         Args:
-            state: It, with the masks under ``"masks"``, which have the weights' names and shapes.
+            state: The state, with the masks under ``"masks"``, which have the weights' names and shapes.
 
         Raises:
-            ValueError: If the masks are of other units; nothing has changed then.
+            ValueError: If the masks are of other units; nothing has changed in that case.
         """
         for name, weight in self.weights.items():
             self.masks[name] = state["masks"][name].to(weight.parameter.device, copy=True)
@@ -276,12 +276,12 @@ class Units(ABC):
 
 
 def all_active(weight: Tensor) -> Tensor:
-    """Returns a mask with every entry active."""
+    """Returns a mask of a weight with every entry active."""
     return torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
 
 
 def check_finite(what: str, values: Tensor) -> None:
-    """Raises a ValueError where a value is not finite."""
+    """Raises ValueError if a value is not finite."""
     if not all(extreme.isfinite() for extreme in values.aminmax()):
         raise ValueError(f"{what} must be finite to compare, and some are not.")
 

@@ -25,18 +25,19 @@ from lightning_ddst.utils.validation import check_choice, check_density
 
 @UNITS.register("channel")
 class ChannelUnits(Units):
-    """Whole channels: a weight is active where the channels that it computes and reads are.
+    """Whole channels: an entry of a weight is active if the channels that it computes and reads are active.
 
-    Every group of channels (those that are in the same layers) has the same share of active ones, as near as whole
-    channels allow, and is a pool. In a group the channels of smallest magnitude are pruned: the sum, over the weights
-    that compute or read a channel, of its part of their squares. Inactive channels grow at random: with all weights at
-    0 neither magnitudes nor gradients tell them apart. A channel that grows starts with random weights as large as the
-    others' where it is computed, and with 0 where it is read, so that the network computes the same as before.
+    A group holds the channels that occur in the same layers. Each group is a pool and has the same share of active
+    channels, as near as whole channels allow. In a group the channels of smallest magnitude are pruned. The magnitude
+    is the channel's share of the squares of a weight, summed over the weights that compute or read it. Inactive
+    channels grow at random: all their weights are 0, so neither magnitudes nor gradients can rank them. A grown channel
+    starts with random weights as large as the others' where it is computed, and with 0 where it is read, so that the
+    network's output does not change.
 
     Args:
         network: The network.
         weights: Its maskable weights by name; other maskable weights keep all channels.
-        generator: Random generator of everything that is drawn.
+        generator: Random generator of all random choices.
         inputs: Example inputs of the network, the batch first.
         name: Not used.
         growth: Only "random".
@@ -45,7 +46,7 @@ class ChannelUnits(Units):
         ValueError: If the channels cannot be traced.
     """
 
-    drop_fraction = 0.1  # of those that were tried, one of the two best (docs/results.md)
+    drop_fraction = 0.1  # one of the two best values tested (docs/results.md)
     needs_inputs = True
     dense_kernels = False
     options: ClassVar[Options] = {"growth": partial(check_choice, allowed=("random",))}
@@ -65,7 +66,7 @@ class ChannelUnits(Units):
         self._channels = trace_channels(network, *inputs, whole=dense)
         self._path = _path(self._channels.sizes)
         self._all = torch.ones(sum(self._channels.sizes), dtype=torch.bool)
-        self.active = self._by_group(self._all)  # views
+        self.active = self._by_group(self._all)  # views of `_all`
         self.pools = [[key] for key in self.active]
         self.masks |= {key: all_active(weight.parameter) for key, weight in weights.items()}
         self.update_masks()
@@ -81,16 +82,16 @@ class ChannelUnits(Units):
     # ---- densities -----------------------------------------------------------------------------
 
     def numbers(self, density: float) -> list[int]:
-        """Returns the channels of each group at which the density is nearest; of two as near, the smaller."""
+        """Returns the channels of each group whose density is nearest; if two are equally near, the smaller."""
         check_density("density", density)
         wanted = density * self._total
         if wanted < (least := self._weights_at(0)) - 1e-6:
             raise ValueError(
-                f"density={density} leaves less than one channel a group; "
+                f"density={density} leaves less than one channel per group; "
                 f"it must be at least {least / self._total:.4g}."
             )
         low, high = 0, len(self._path) - 1
-        while low < high:  # to the first step that is not below
+        while low < high:  # finds the first step that is not below
             middle = (low + high) // 2
             low, high = (middle + 1, high) if self._weights_at(middle) < wanted else (low, middle)
         if low and wanted - self._weights_at(low - 1) <= self._weights_at(low) - wanted:
@@ -98,15 +99,15 @@ class ChannelUnits(Units):
         return self._path[low]
 
     def allocation(self, density: float) -> dict[str, int]:
-        """Returns the active weights at the nearest density that there is."""
+        """Returns the active weights at the nearest possible density."""
         return self._entries(self._first(self.numbers(density)))
 
     def reachable(self, density: float) -> float:
-        """Returns the density, or that of one channel a group if it is lower."""
+        """Returns the density, or the density of one channel per group if it is lower than that."""
         return max(density, self._weights_at(0) / self._total)
 
     def limits(self, numbers: Sequence[int]) -> dict[str, int]:
-        """Leaves one channel to each group."""
+        """Returns limits that leave one channel to each group."""
         return {key: count - 1 for key, count in self.counts.items()}
 
     @property
@@ -114,11 +115,11 @@ class ChannelUnits(Units):
         return sum(weight.parameter.numel() for weight in self.weights.values())
 
     def _weights_at(self, step: int) -> int:
-        """Returns the active weights at a step of the way from one channel a group to all."""
+        """Returns the number of active weights at a step of the path from one channel per group to all."""
         return sum(self._entries(self._first(self._path[step])).values())
 
     def _first(self, numbers: Sequence[int]) -> Tensor:
-        """Marks the first channels of each group, which stand for any others: counts are the same."""
+        """Marks the first channels of each group; any other choice has the same counts."""
         sizes = zip(self._channels.sizes, numbers, strict=True)
         return torch.cat([torch.arange(size) < number for size, number in sizes])
 
@@ -132,7 +133,7 @@ class ChannelUnits(Units):
 
     def magnitudes(self) -> ByTensor:
         """Returns every channel's share of the squares of the weights that compute or read it."""
-        scores = torch.zeros(len(self._all) + 1)  # the last is of what belongs to none
+        scores = torch.zeros(len(self._all) + 1)  # the last entry collects indices without a channel
         for name, weight in self.weights.items():
             values = weight.parameter.detach().float().cpu().where(self.masks[name].cpu(), 0.0)
             check_finite(f"the weights of {name!r}", values)
@@ -143,24 +144,24 @@ class ChannelUnits(Units):
         return self._by_group(scores[:-1])
 
     def growth(self, gradients: Gradients | None) -> ByTensor:
-        """Draws scores."""
+        """Draws random scores."""
         return self._by_group(torch.rand(len(self._all), generator=self._generator))
 
     def grow(self, numbers: Sequence[int], scores: ByTensor) -> ByTensor:
-        """Activates channels, and remembers how large the others' weights are."""
+        """Activates channels, and remembers the scale of each weight's active entries before."""
         self._scales = {name: self._scale(name) for name in self.weights}
         return super().grow(numbers, scores)
 
     @torch.no_grad()
     def born(self, new: ByTensor) -> None:
-        """Sets random weights where a new channel is computed, and 0 where it is read."""
+        """Sets weights that compute new channels to random values, and weights that read them to 0."""
         marked = torch.zeros_like(self._all)
         for key, group in self._by_group(marked).items():
             group.copy_(new.get(key, group))
         for name, weight in self.weights.items():
             axes = self._channels.axes.get(name, {})
-            values = weight.parameter.data  # past autograd's version counter
-            for dim in sorted(axes, key=lambda dim: dim != weight.out_dim):  # what a channel is read by comes last
+            values = weight.parameter.data  # bypasses autograd's version counter
+            for dim in sorted(axes, key=lambda dim: dim != weight.out_dim):  # weights that read a channel come last
                 index = ((axes[dim] >= 0) & marked[axes[dim].clamp(min=0)]).nonzero().squeeze(1).to(values.device)
                 fresh = torch.zeros_like(values.index_select(dim, index))
                 if dim == weight.out_dim:
@@ -169,7 +170,7 @@ class ChannelUnits(Units):
             values.mul_(self.masks[name])
 
     def update_masks(self) -> None:
-        """Writes the masks of the active channels, and what stays of parameters and buffers."""
+        """Updates counts, masks and the remaining parts of parameters and buffers from the active channels."""
         self.counts |= {key: int(active.sum()) for key, active in self.active.items()}
         self.layer_counts = self._entries(self._all)
         for name, mask in self.masks.items():
@@ -180,12 +181,12 @@ class ChannelUnits(Units):
             self.kept[name] = {dim: index.to(devices[name]) for dim, index in dims.items()}
 
     def count_weights(self, without: ByTensor) -> int:
-        """Returns the number of active weights that are active without the marked channels, too."""
+        """Returns the number of weights that are active also without the marked channels."""
         groups = [active & ~without.get(key, ~active) for key, active in self.active.items()]
         return sum(self._entries(torch.cat(groups)).values())
 
     def _scale(self, name: str) -> float:
-        """Returns the root of the mean square of a weight's active entries."""
+        """Returns the root mean square of a weight's active entries."""
         weight = self.weights[name].parameter.detach().float() * self.masks[name]
         return float((weight.square().sum() / self.layer_counts[name]).sqrt())
 
@@ -193,10 +194,10 @@ class ChannelUnits(Units):
         """Returns views of the values of each group's channels."""
         return {str(i): group for i, group in enumerate(values.split(list(self._channels.sizes)))}
 
-    # ---- words and saving ----------------------------------------------------------------------
+    # ---- texts and saving ----------------------------------------------------------------------
 
     def describe(self) -> str:
-        """Returns how many channels and weights are active, in words."""
+        """Returns a text about the active channels and weights."""
         return f"{sum(self.now)} of {sum(self.sizes)} channels, {super().describe()}"
 
     def state_dict(self) -> dict[str, Any]:
@@ -217,7 +218,7 @@ class ChannelUnits(Units):
 
 
 def _path(sizes: Sequence[int]) -> list[list[int]]:
-    """Returns numbers of channels of each group from one to all, one more at every step, the emptiest group first."""
+    """Returns steps from one channel per group to all channels: each step adds one to the emptiest group."""
     numbers = [1] * len(sizes)
     path = [numbers.copy()]
     for _, group in sorted((number / size, group) for group, size in enumerate(sizes) for number in range(1, size)):

@@ -12,22 +12,22 @@ from lightning_ddst.sparsity.maskable import TRANSPOSED_LAYERS, MaskableWeight
 from lightning_ddst.sparsity.units.base import ByTensor, Initial, Options, Units
 
 _TOLERANCE = 1e-3
-"""Of a density: 0.333 is 1:3."""
+"""Tolerance of a density: 0.333 is accepted for 1:3."""
 
 
 class NMUnits(Units):
-    """Single weights, of which exactly N in every group of M consecutive inputs are active.
+    """Single weights with exactly N active ones in every group of M consecutive inputs.
 
-    A group holds the weights by which one output (at one position of a kernel) reads M consecutive inputs. That is the
+    A group holds the weights by which one output (at one position of a kernel) reads M consecutive inputs. This is the
     layout of NVIDIA's sparse tensor cores for 2:4 (Mishra et al. 2021, "Accelerating Sparse Deep Neural Networks"),
     and of SR-STE (Zhou et al. 2021, "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch").
-    Layers whose number of inputs is not divisible by M stay dense, outside the density, which is N / M always.
+    Layers whose number of inputs is not divisible by M stay dense and do not count in the density, which is N / M.
 
-    In an exploration each layer prunes its share of active weights of smallest magnitude, whichever groups they are in;
-    then every group grows as many as it lost, those that the growth rule scores highest among its inactive ones. So the
-    number that is replaced is exact, as for single weights, and every group has N active weights after every change.
+    In an exploration each layer prunes its share of active weights of smallest magnitude, in any groups. Then each
+    group grows as many weights as it lost, those with the highest scores among its inactive ones. So the number of
+    replaced weights is exact, as for single weights, and every group has N active weights after every change.
 
-    `n_m` makes the class of a pattern.
+    `n_m` returns the class of a pattern.
     """
 
     n: ClassVar[int]
@@ -36,7 +36,7 @@ class NMUnits(Units):
 
     @classmethod
     def check_density(cls, argument: str, value: float) -> None:
-        """Requires N / M, rounded to three decimals at least."""
+        """Checks that a density is N / M, rounded to at least three decimals."""
         if abs(value - cls.n / cls.m) > _TOLERANCE:
             raise ValueError(
                 f'{argument}={value} must be {cls.n / cls.m:.4g}, the density of granularity="{cls.n}:{cls.m}".'
@@ -46,11 +46,11 @@ class NMUnits(Units):
     def accepts(cls, weight: MaskableWeight) -> bool:
         """Returns whether the inputs of every output are divisible by M."""
         layer = next(iter(weight.layers.values()))
-        groups = layer.groups if isinstance(layer, TRANSPOSED_LAYERS) else 1  # others have one group's inputs there
+        groups = layer.groups if isinstance(layer, TRANSPOSED_LAYERS) else 1  # others hold one group's inputs
         return weight.parameter.shape[_in_dim(weight)] // groups % cls.m == 0
 
     def begin(self, density: float, initial: Initial) -> None:
-        """Draws N weights of every group, or keeps those of largest magnitude."""
+        """Draws N weights of every group, or keeps the N of largest magnitude."""
         self.check_density("density", density)
         magnitudes = None if initial == "random" else self.magnitudes()
         for name, weight in self.weights.items():
@@ -63,7 +63,7 @@ class NMUnits(Units):
         self.counts |= self.allocation(density)
 
     def numbers(self, density: float) -> list[int]:
-        """Returns what is active, since there is one density only."""
+        """Returns the current numbers, since there is only one density."""
         self.check_density("density", density)
         return self.now
 
@@ -77,7 +77,7 @@ class NMUnits(Units):
         return self.n / self.m
 
     def grow(self, numbers: Sequence[int], scores: ByTensor) -> ByTensor:
-        """Activates in every group as many weights as are missing, those of highest score; the numbers follow."""
+        """Activates the missing weights in every group, those of highest score; `numbers` is not used."""
         grown: ByTensor = {}
         for name, mask in self.active.items():
             active = self._grouped(name, mask)
@@ -98,12 +98,12 @@ class NMUnits(Units):
         super().load_state_dict(state)
 
     def _grouped(self, name: str, values: Tensor) -> Tensor:
-        """Returns a view of a weight-shaped tensor that has the groups' M inputs last."""
+        """Returns a view of a weight-shaped tensor with the groups' M inputs as last dimension."""
         grouped: Tensor = values.movedim(_in_dim(self.weights[name]), -1).unflatten(-1, (-1, self.m))
         return grouped
 
     def _mark(self, name: str, scores: Tensor, numbers: Tensor | int) -> Tensor:
-        """Marks so many of each group's largest scores, ties by position; has the shape of the weight."""
+        """Returns marks of each group's largest scores in the weight's shape; ties are broken by position."""
         order = scores.argsort(dim=-1, descending=True, stable=True)
         best = (torch.arange(self.m, device=scores.device) < numbers).expand_as(order)
         marks = torch.zeros_like(best).scatter(-1, order, best)
@@ -116,11 +116,11 @@ def _in_dim(weight: MaskableWeight) -> int:
 
 @cache
 def n_m(n: int, m: int) -> type[NMUnits]:
-    """Returns the units of a pattern.
+    """Returns the class of units of a pattern.
 
     Args:
-        n: Active weights of a group, less than `m`.
-        m: Weights of a group.
+        n: Active weights per group, less than `m`.
+        m: Weights per group.
 
     Raises:
         ValueError: If these numbers make no pattern.

@@ -20,29 +20,29 @@ SCOPES = get_args(Scope)
 
 
 def check_densities(name: str, densities: Mapping[str, float]) -> None:
-    """Requires densities in (0, 1] by pattern."""
+    """Checks that the densities of patterns are in (0, 1]."""
     for pattern, density in densities.items():
         check_density(f"{name}[{pattern!r}]", density)
 
 
 @UNITS.register("weight")
 class WeightUnits(Units):
-    """Single weights: those of smallest magnitude are pruned, those that the growth rule chooses grow, from 0.
+    """Single weights: those of smallest magnitude are pruned; the growth rule chooses those that grow, from 0.
 
     Args:
         network: The network.
         weights: Its maskable weights by name.
-        generator: Random generator of everything that is drawn.
+        generator: Random generator of all random choices.
         inputs: Not used.
-        name: The network's name, in front of its layers' where patterns are compared.
+        name: The network's name, which precedes its layers' names when patterns are compared.
         growth: A key of `GROWTH_RULES`.
-        distribution: How the active weights are spread over layers, a key of `DISTRIBUTIONS`.
-        scope: Where weights compete to stay or to grow: "global", over all layers together (as the
-            paper does), or "layer", with the layers' counts given by the distribution.
-        layer_floor: The share of what the distribution gives a layer that global pruning must leave
-            it, in (0, 1]; at least one weight. Without it a layer of small weights would be emptied.
-        layer_densities: Densities of single layers, in (0, 1], by pattern; the first that matches
-            counts. They keep them, explore by themselves, and the other layers share what is left.
+        distribution: Distribution of active weights over layers, a key of `DISTRIBUTIONS`.
+        scope: Scope of the competition between weights: "global", over all layers together (as in the paper), or
+            "layer", with the layers' counts given by the distribution.
+        layer_floor: Share of a layer's count in the distribution that global pruning must leave, in (0, 1]; at least
+            one weight. Without it, a layer of small weights could be emptied.
+        layer_densities: Densities of single layers, in (0, 1], by pattern; the first match counts. These layers keep
+            their densities and explore separately; the other layers share the rest.
     """
 
     options: ClassVar[Options] = {
@@ -82,7 +82,7 @@ class WeightUnits(Units):
             self.pools = [*([free] if free else []), *([key] for key in self._given)]
 
     def begin(self, density: float, initial: Initial) -> None:
-        """Draws masks with the counts of the distribution, or prunes to them from dense."""
+        """Draws masks with the counts of the distribution, or prunes the dense network to their total."""
         counts = self.allocation(density)
         for name, weight in self.weights.items():
             mask = all_active(weight.parameter)
@@ -98,7 +98,7 @@ class WeightUnits(Units):
             self.prune(excess, self.magnitudes(), self.limits(numbers))
 
     def numbers(self, density: float) -> list[int]:
-        """Returns exactly ``round(density * total)`` weights in all, or as near as layers of given densities allow."""
+        """Returns numbers whose sum is ``round(density * total)``, or as near as layers of given densities allow."""
         check_density("density", density)
         density = self.reachable(density)
         total = round(density * self._total)
@@ -116,7 +116,7 @@ class WeightUnits(Units):
         return dict(zip(self.weights, allocate(shapes, density, self._distribution, given=given), strict=True))
 
     def reachable(self, density: float) -> float:
-        """Returns the nearest density that layers of given densities allow."""
+        """Returns the nearest density that layers with given densities allow."""
         if not self._given:
             return density
         given = sum(self._given.values())
@@ -124,7 +124,7 @@ class WeightUnits(Units):
         return min(max(density, (given + len(free)) / self._total), (given + sum(free)) / self._total)
 
     def limits(self, numbers: Sequence[int]) -> dict[str, int]:
-        """Leaves each layer among others its floor, and one weight to each of the rest."""
+        """Returns limits that leave the floor to layers that compete, and one weight to the others."""
         allocation = self.allocation(sum(numbers) / self._total)
         floors = {
             key: max(1, int(self._layer_floor * allocation[key])) if len(pool) > 1 else 1

@@ -151,7 +151,7 @@ def test_a_group_keeps_a_channel_and_a_dense_network_stays_as_it_is():
 def test_a_density_of_less_than_a_channel_a_group_is_rejected_and_changes_nothing():
     sparse = MaskedNetwork(chain(4), 0.5, granularity="channel", inputs=(X,))
     before = sparse.checksum
-    with pytest.raises(ValueError, match=r"density=0\.1 .*one channel a group; .*at least 0\.25"):
+    with pytest.raises(ValueError, match=r"density=0\.1 .*one channel per group; .*at least 0\.25"):
         sparse.resize(0.1)
     assert (sparse.checksum, sparse.target) == (before, 0.5)
     assert sparse.reachable(0.1) == 0.25

@@ -308,5 +308,5 @@ def test_densities_that_the_pattern_does_not_have_are_rejected():
         DynamicSparsityCallback(0.3, method="sdst", granularity="2:4")
     with pytest.raises(ValueError, match=r"discriminator_density=1.0 must be 0.5"):
         DynamicSparsityCallback(0.5, 1.0, method="sdst", granularity="2:4")
-    with pytest.raises(ValueError, match=r'granularity="2:4" has the density 0.5 alone, and method="ddst"'):
+    with pytest.raises(ValueError, match=r'granularity="2:4" has only the density 0.5, and method="ddst"'):
         DynamicSparsityCallback(0.5, method="ddst", granularity="2:4")
