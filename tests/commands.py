@@ -31,4 +31,4 @@ trainer:
   num_sanity_val_steps: 0
   enable_progress_bar: false
 """
-"""A configuration of 20 generator updates; what follows it goes on with the trainer's arguments."""
+"""A configuration of 20 generator updates; append more arguments of the trainer."""

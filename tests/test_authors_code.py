@@ -158,7 +158,7 @@ def test_a_discriminator_that_fails_is_not_pruned_further():
     assert (decision.action, decision.density) == ("undecided", 0.3)
 
 
-def test_a_ratio_that_is_no_number_says_so():
+def test_a_ratio_that_is_no_number_gives_the_reason():
     assert not (math.nan >= 0.55)
     assert not (math.nan <= 0.45)  # theirs: neither, without a word
     decision = DensityController().decide(measured([math.nan] * 4, 0.1), 0.3)

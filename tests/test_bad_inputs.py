@@ -19,8 +19,8 @@ ARGUMENTS = [
     ({"generator_density": float("nan")}, r"generator_density=nan must be in \(0, 1\]"),
     ({"discriminator_density": -0.1}, r"discriminator_density=-0.1 must be in \(0, 1\]"),
     ({"bounds": (0.6, 0.4)}, r"bounds=\(0.6, 0.4\) must be two numbers, lower < upper"),
-    ({"bounds": "automatic"}, r"bounds='automatic' with signal='balance_ratio' must be two numbers; only BR's can be"),
-    ({"bounds": "auto", "signal": "real_sign"}, r"bounds='auto' with signal='real_sign' must be two numbers"),
+    ({"bounds": "automatic"}, r"bounds='automatic' .*signal='balance_ratio' must be two numbers"),
+    ({"bounds": "auto", "signal": "real_sign"}, r"bounds='auto' .*signal='real_sign' must be two numbers"),
     ({"signal": "br"}, r"signal='br'.*balance_ratio.*real_sign"),
     ({"bounds": (0.5,)}, r"bounds=\(0.5,\) must be two numbers"),
     ({"interval": 0}, "interval=0 must be an integer, at least 1"),
@@ -29,13 +29,13 @@ ARGUMENTS = [
     ({"probe_interval": 0}, "probe_interval=0 must be an integer, at least 1"),
     ({"probe_interval": "often"}, "probe_interval='often' must be an integer"),
     ({"interval": 10, "probe_interval": 20}, "probe_interval=20 must not be longer than interval=10"),
-    ({"probe_interval": None}, 'probe_interval=None measures no balance ratio, which method="ddst" needs'),
+    ({"probe_interval": None}, 'probe_interval=None .*method="ddst"'),
     ({"method": "rigl"}, "method='rigl' is unknown; allowed are .*ddst"),
-    ({"growth": "best"}, "growth='best' is unknown; allowed are random, gradient, momentum"),
+    ({"growth": "best"}, "growth='best' .*random, gradient, momentum"),
     ({"distribution": "er2"}, "distribution='er2' is unknown; allowed are uniform, er, erk"),
     ({"scope": "all"}, "scope='all' is unknown; allowed are global, layer"),
     ({"schedule": "step"}, "schedule='step' is unknown; allowed are cosine, linear, constant"),
-    ({"estimator": "median"}, "estimator='median' is unknown; allowed are ratio_of_means, mean_of_ratios"),
+    ({"estimator": "median"}, "estimator='median' .*ratio_of_means, mean_of_ratios"),
     ({"delta": 0.0}, r"delta=0.0 must be in \(0, 1\]"),
     ({"exploration_rate": 1.5}, r"exploration_rate=1.5 must be in \[0, 1\]"),
     ({"layer_floor": 0.0}, r"layer_floor=0.0 must be in \(0, 1\]"),
@@ -43,9 +43,9 @@ ARGUMENTS = [
     ({"min_discriminator_density": 0.6, "max_discriminator_density": 0.5}, "min_discriminator_density=0.6 must be"),
     (
         {"discriminator_density": 0.8, "max_discriminator_density": 0.5},
-        "discriminator_density=0.8 must not be above max_discriminator_density=0.5",
+        "discriminator_density=0.8 .*max_discriminator_density=0.5",
     ),
-    ({"initial_masks": "ones"}, "initial_masks='ones' is unknown; allowed are random, magnitude"),
+    ({"initial_masks": "ones"}, "initial_masks='ones' .*random, magnitude"),
     ({"dense_layers": "Linear"}, "dense_layers='Linear' must be a list of patterns"),
     ({"layer_densities": {"Linear": 1.5}}, r"layer_densities\['Linear'\]=1.5 must be in \(0, 1\]"),
     ({"bounds": (0.2, float("nan"))}, r"bounds=\(0.2, nan\) must be two numbers"),
@@ -69,19 +69,19 @@ class Half(ToyGAN):
 
 
 FITS = [
-    (ToyGAN(("maker", "judge")), {}, r'no generator was found in ToyGAN .*generator="\.\.\.".*It has maker, judge'),
-    (ToyGAN(), {"generator": "net.G"}, r"generator='net.G' is not a submodule of ToyGAN; it has generator, disc"),
+    (ToyGAN(("maker", "judge")), {}, r'no generator .*ToyGAN .*generator="\.\.\.".* maker, judge'),
+    (ToyGAN(), {"generator": "net.G"}, r"generator='net.G' .*ToyGAN; it has generator, disc"),
     (ToyGAN(), {"discriminator": "generator"}, "generator and discriminator are the same module"),
     (Bare(nn.Sequential(nn.BatchNorm1d(8))), {}, "Sequential has nothing to mask"),
     (
         ToyGAN(),
         {"generator_density": 0.001},  # round(0.768) = 1 weight for 2 layers; 2 of 768 is 0.0026
-        r"generator_density=0.001.*leaves 1 active weights for 2 layers.*at least 0.0026",
+        r"generator_density=0.001.* 1 .* 2 layers.*at least 0.0026",
     ),
     (
         ToyGAN(),
         {"min_discriminator_density": 0.001, "discriminator_density": 0.25},
-        r"min_discriminator_density=0.001.*leaves 1 active weights for 2 layers",
+        r"min_discriminator_density=0.001.* 1 .* 2 layers.*at least",
     ),
     (Half(), {}, "no optimizer updates '0.parametrizations.weight.original'"),
     (
@@ -90,9 +90,9 @@ FITS = [
         r"dense_layers: 'generator.7' matches no layer; there are gen",
     ),
     (ToyGAN(), {"dense_layers": ["generator.*"]}, "leaves nothing to mask"),
-    (ToyGAN(), {"layer_densities": {"Conv2d": 0.5}}, "layer_densities: 'Conv2d' matches no layer; .* classes Linear"),
+    (ToyGAN(), {"layer_densities": {"Conv2d": 0.5}}, "layer_densities: 'Conv2d' .* classes Linear"),
     (ToyGAN(), {"real": "target"}, "real='target' is no tensor in the batch; it holds"),
-    (ToyGAN(), {"discriminator_output": "logits"}, "discriminator_output='logits' is no tensor in what the disc"),
+    (ToyGAN(), {"discriminator_output": "logits"}, "discriminator_output='logits' is no tensor .*returns"),
 ]
 
 
@@ -175,7 +175,7 @@ OTHERS = [
         *OTHERS,
     ],
 )
-def test_bad_input_is_refused_with_its_name_its_value_and_what_is_allowed(function, kind, message, capsys):
+def test_errors_name_the_argument_its_value_and_what_is_allowed(function, kind, message, capsys):
     with pytest.raises(kind) as error:
         function()
     said = str(error.value)

@@ -223,7 +223,7 @@ def test_a_run_can_be_resumed(fit: Run, tmp_path) -> None:
     assert "ddst, 24 generator updates" in resumed.printed
 
 
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path) -> None:
+def test_an_interrupted_run_resumes_as_if_uninterrupted(tmp_path) -> None:
     whole = ran(tmp_path / "whole", "fit", *tiny(tmp_path / "whole", CALLBACKS, epochs=2))
     cli = make_cli(tiny(tmp_path / "cut", CALLBACKS, epochs=2), run=False)
     cli.trainer.callbacks.insert(0, Signal(signal.SIGINT, batch=7))

@@ -131,7 +131,7 @@ def _deterministic(monkeypatch):
 
 @pytest.mark.usefixtures("_deterministic")
 @pytest.mark.parametrize("kill", [21, 29])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, kill):
+def test_a_killed_run_resumes_as_if_uninterrupted(tmp_path, kill):
     def data() -> ResumableLoader:
         return ResumableLoader(images(), batch_size=8, batches=12)
 

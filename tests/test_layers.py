@@ -84,7 +84,7 @@ def test_helpers_of_callbacks_import_no_callback():
                 assert room(source) != "callbacks" or source.startswith("callbacks._support"), module
 
 
-def test_granularities_and_methods_are_named_nowhere_else():
+def test_no_other_file_branches_on_granularities_or_methods():
     """No branch on a name: comparisons and memberships with one of them are in `methods/` and `units/` alone."""
     from lightning_ddst.methods import METHODS
     from lightning_ddst.sparsity import UNITS

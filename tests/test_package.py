@@ -22,7 +22,7 @@ def test_the_version_is_semantic_and_the_same_everywhere() -> None:
     assert re.findall(r"^## (\d\S+\d)\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == version
 
 
-def test_the_command_tells_its_version(monkeypatch, capsys) -> None:
+def test_the_command_prints_its_version(monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["lightning-ddst", "--version"])
     with pytest.raises(SystemExit) as end:
         cli.main()

@@ -1,7 +1,8 @@
 """Other precisions than 32 bits: masks hold, BR is measured, skipped steps do not count, growth sees no scale."""
 
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -14,10 +15,31 @@ from torch import Tensor
 from torch.optim import Adam
 from toys import ToyGAN, toy_data, toy_trainer
 
-from lightning_ddst import DynamicSparsityCallback
+from lightning_ddst import DynamicSparsityCallback, growth_rule
+from lightning_ddst.sparsity import GROWTH_RULES, Layer
 
 UPDATES = 30
 INTERVAL, EXPLORE_INTERVAL = 5, 4
+
+
+GROWN: list[Tensor] = []
+"""The gradients that the growth rules below saw since training started, one per layer and change."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _growth_rules() -> Iterator[None]:
+    """The package's rules that grow by gradients, which also keep what they see."""
+    before = dict(GROWTH_RULES)
+    for name, kind in (("seen_gradient", "latest"), ("seen_momentum", "average")):
+
+        @growth_rule(name, gradient=kind, magnitude=True)
+        def by_seen(layer: Layer) -> Tensor:
+            GROWN.append(layer.gradient.clone())
+            return layer.gradient
+
+    yield
+    GROWTH_RULES.clear()
+    GROWTH_RULES.update(before)
 
 
 def plugin(**scaler: Any) -> MixedPrecision:
@@ -69,13 +91,14 @@ def ddst(**arguments: Any) -> DynamicSparsityCallback:
         "interval": INTERVAL,
         "explore_interval": EXPLORE_INTERVAL,
         "probe_interval": 1,
+        "growth": "seen_gradient",
     }
     return DynamicSparsityCallback(0.3, **defaults | arguments)
 
 
 @dataclass
 class Watch(Callback):
-    """What a training does, seen from outside the callback but for the gradients it grows by."""
+    """What a training does, seen from outside the callback."""
 
     sparsity: DynamicSparsityCallback
     wrong: list[str] = field(default_factory=list)
@@ -84,7 +107,8 @@ class Watch(Callback):
     counted: list[int] = field(default_factory=list)
     balances: list[tuple[float, float]] = field(default_factory=list)
     masks: list[dict[str, Tensor]] = field(default_factory=list)
-    taken: dict[str, list[dict[str, Tensor] | None]] = field(default_factory=dict)
+    grown: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    """By weight, the dense gradients that its mask grew by."""
     steps: int = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -92,15 +116,12 @@ class Watch(Callback):
         self.scales: list[float] = []
         for optimizer in trainer.optimizers:  # after the hooks of the callback
             optimizer.register_step_post_hook(lambda stepped, *_: self._look(pl_module, stepped))
-        for role, hold in self.sparsity._training._enforcers.items():
-            hold.gradients.pop = self._seen(role, hold.gradients.pop)
+        GROWN.clear()
 
-    def _seen(self, role: str, take: Callable[[], Any]) -> Callable[[], Any]:
-        def taking() -> Any:
-            self.taken.setdefault(role, []).append(taken := take())
-            return taken
-
-        return taking
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        names = {parameter.shape: name for name, parameter in pl_module.named_parameters() if parameter.dim() > 1}
+        for gradient in GROWN:
+            self.grown[names[gradient.shape]].append(gradient)
 
     def _look(self, gan: ToyGAN, optimizer: Any) -> None:
         self.steps += 1
@@ -161,7 +182,7 @@ def trained(
 
 
 @cache
-def in_32_bits(growth: str = "gradient", lr: float = 1e-2) -> tuple[ToyGAN, Watch]:
+def in_32_bits(growth: str = "seen_gradient", lr: float = 1e-2) -> tuple[ToyGAN, Watch]:
     return trained({}, GAN(lr=lr), growth=growth)
 
 
@@ -235,7 +256,11 @@ def test_fused_optimizers_are_trained_like_others() -> None:
 # ---- growth sees no scale -----------------------------------------------------------------------------------
 
 
-GROWTH = pytest.mark.parametrize("growth", ["gradient", "momentum"])
+GROWTH = pytest.mark.parametrize("growth", ["seen_gradient", "seen_momentum"])
+WEIGHTS = {
+    *("generator.0.weight", "generator.3.weight"),
+    *(f"discriminator.{i}.parametrizations.weight.original" for i in (0, 3)),
+}
 SCALERS = pytest.mark.parametrize(
     "scaler",
     [{"init_scale": 2.0**12}, {"init_scale": 2.0**3, "growth_interval": 2}],
@@ -253,13 +278,12 @@ def test_dense_gradients_are_those_of_32_bits(scaler: dict[str, Any], growth: st
 
     assert ("growth_interval" in scaler) == (len(set(watch.scales)) > 1)
     assert watch.counted[:INTERVAL] == expected.counted[:INTERVAL]
-    for role in ("generator", "discriminator"):
-        found, wanted = watch.taken[role][0], expected.taken[role][0]
-        assert found.keys() == wanted.keys()
-        for name, gradient in wanted.items():
-            assert gradient.abs().max() > 1e-4
-            # As a whole: single entries move more where rounding takes a unit across its threshold.
-            assert (found[name] - gradient).norm() < 0.1 * gradient.norm()
+    assert watch.grown.keys() == expected.grown.keys() == WEIGHTS
+    for name in WEIGHTS:
+        found, gradient = watch.grown[name][0], expected.grown[name][0]
+        assert gradient.abs().max() > 1e-4
+        # As a whole: single entries move more where rounding takes a unit across its threshold.
+        assert (found - gradient).norm() < 0.1 * gradient.norm()
 
 
 @GROWTH
@@ -269,10 +293,11 @@ def test_a_scaled_loss_changes_nothing(scaler: dict[str, Any], growth: str) -> N
     gan, watch = trained({"plugins": [ScaledOnly(**scaler)]}, growth=growth)
 
     assert ("growth_interval" in scaler) == (len(set(watch.scales)) > 1)
-    for role in ("generator", "discriminator"):
-        assert len(expected.taken[role]) == len(watch.taken[role]) == UPDATES // (4 if role == "generator" else 5)
-        for found, wanted in zip(watch.taken[role], expected.taken[role], strict=True):
-            assert all(torch.equal(found[name], gradient) for name, gradient in wanted.items())
+    assert watch.grown.keys() == expected.grown.keys() == WEIGHTS
+    for name in WEIGHTS:
+        interval = EXPLORE_INTERVAL if name.startswith("generator") else INTERVAL
+        assert len(expected.grown[name]) == len(watch.grown[name]) == UPDATES // interval
+        assert all(map(torch.equal, watch.grown[name], expected.grown[name]))
     same(plain, gan, expected, watch)
 
 
@@ -283,17 +308,24 @@ def test_a_scaler_that_is_off_changes_nothing() -> None:
     same(plain, gan, expected, watch)
 
 
-@pytest.mark.parametrize("growth", ["gradient", "momentum"])
-def test_without_mixed_precision_growth_sees_the_gradients_themselves(growth: str) -> None:
-    plain, expected = in_32_bits(growth)
-    gan, watch = trained({"precision": "32-true"}, growth=growth)
+def test_without_mixed_precision_growth_sees_the_gradients_of_the_backward_pass() -> None:
+    plain, expected = in_32_bits()
+    arrived: dict[str, list[Tensor]] = {f"generator.{i}.weight": [] for i in (0, 3)}
+
+    def setup(gan: ToyGAN) -> None:
+        for name, gradients in arrived.items():
+            gan.get_parameter(name).register_hook(lambda gradient, kept=gradients: kept.append(gradient.clone()))
+
+    gan, watch = trained({"precision": "32-true"}, setup=setup)
 
     same(plain, gan, expected, watch)
-    gradient = torch.randn(3, 3)
-    for hold in watch.sparsity._training._enforcers.values():
-        seen = hold.gradients._unscaled(gradient)
-        assert torch.equal(seen, gradient)
-        assert seen.data_ptr() != gradient.data_ptr()
+    for name, gradients in arrived.items():
+        assert len(gradients) == UPDATES  # in one backward pass per update
+        every_fourth = gradients[EXPLORE_INTERVAL - 1 :: EXPLORE_INTERVAL]
+        assert len(watch.grown[name]) == len(every_fourth)
+        assert all(map(torch.equal, watch.grown[name], every_fourth))
+        # A copy: parameter.grad is masked.
+        assert all(gradient.count_nonzero() > gradient.numel() / 2 for gradient in watch.grown[name])
 
 
 def same(gan: ToyGAN, other: ToyGAN, watch: Watch, others: Watch) -> None:
@@ -340,7 +372,9 @@ def test_a_change_of_the_generator_waits_for_finite_gradients(precision: str, va
     assert watch.wrong == []
     assert watch.updated == [True] * UPDATES
     assert watch.changed("generator") == [6, 8, 13, 16, 20, 24, 28]
-    assert [taken is None for taken in watch.taken["generator"]][:5] == [True, True, False, False, True]
+    for name in ("generator.0.weight", "generator.3.weight"):
+        assert len(watch.grown[name]) == 7
+        assert all(gradient.isfinite().all() for gradient in watch.grown[name])
 
 
 @pytest.mark.parametrize(("precision", "value"), [("32-true", math.inf), ("fp16", math.nan)])
@@ -356,21 +390,21 @@ def test_a_change_of_the_discriminator_waits_for_finite_gradients(precision: str
     assert watch.changed("discriminator") == [7, 10, 15, 20, 25, 30]
 
 
-def test_an_average_of_gradients_goes_on_past_one_that_is_not_finite() -> None:
+def test_an_average_of_gradients_recovers_from_one_that_is_not_finite() -> None:
     setup = spoiled("generator", "0.weight", math.inf, {2, 8})
     with pytest.warns(UserWarning, match="generator's mask is postponed: at generator update 8"):
         # At a constant rate: annealed, the exploration at 28 prunes a single weight, which may grow again.
-        _, watch = trained(PRECISIONS["fp16"](), setup=setup, growth="momentum", schedule="constant")
+        _, watch = trained(PRECISIONS["fp16"](), setup=setup, growth="seen_momentum", schedule="constant")
 
     assert watch.wrong == []
     assert watch.changed("generator") == [4, 9, 12, 16, 20, 24, 28]
-    taken = [gradients for gradients in watch.taken["generator"] if gradients is not None]
-    assert len(taken) == 7
-    assert all(gradient.isfinite().all() for gradients in taken for gradient in gradients.values())
+    for name in ("generator.0.weight", "generator.3.weight"):
+        assert len(watch.grown[name]) == 7
+        assert all(gradient.isfinite().all() for gradient in watch.grown[name])
 
 
 @FUSED
-def test_an_overflow_at_the_change_delays_it_by_an_update(fused: bool) -> None:
+def test_an_overflow_at_the_change_delays_it_by_an_update(fused: bool, recwarn: Any) -> None:
     # Batch 4 overflows in an active weight, too: no step, and the change comes with the fourth update, in batch 5.
     def setup(gan: ToyGAN) -> None:
         seen = [0]
@@ -385,4 +419,5 @@ def test_an_overflow_at_the_change_delays_it_by_an_update(fused: bool) -> None:
 
     assert watch.updated == [True] * 3 + [False] + [True] * (UPDATES - 4)
     assert watch.changed("generator") == [5, 9, 13, 17, 21, 25, 29]
-    assert all(taken is not None for taken in watch.taken["generator"])
+    assert len(watch.grown["generator.0.weight"]) == 7
+    assert not [warning for warning in recwarn if "postponed" in str(warning.message)]  # the gradients were finite

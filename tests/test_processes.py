@@ -1,4 +1,4 @@
-"""What two processes do together (tests/two_processes.py), beside what one does."""
+"""Compares training in two processes (tests/two_processes.py) with training in one."""
 
 import os
 import subprocess
@@ -76,7 +76,7 @@ def test_masks_decisions_and_weights_are_the_same_at_every_update(results, case)
 
 
 @pytest.mark.parametrize("growth", ["gradient", "momentum"])
-def test_one_process_and_two_change_masks_alike(results, growth):
+def test_one_process_and_two_make_the_same_mask_changes(results, growth):
     changes = two_processes.exact(1, growth)
     assert len(changes) >= 4  # as drawn, and three changes
     for masks in results(f"exact {growth}"):
@@ -104,7 +104,7 @@ def test_a_mask_that_differs_stops_the_run(results):
         )
 
 
-def test_plain_ddp_is_refused_with_the_strategy_that_works(results):
+def test_plain_ddp_is_rejected_naming_the_strategy_that_works(results):
     for message in results("plain ddp"):
         assert message.startswith("ValueError: DistributedDataParallel as it is set up expects")
         assert 'Trainer(strategy="ddp_find_unused_parameters_true")' in message
@@ -112,7 +112,7 @@ def test_plain_ddp_is_refused_with_the_strategy_that_works(results):
 
 @NEEDS_FSDP2
 @pytest.mark.parametrize("growth", ["gradient", "momentum"])
-def test_parameters_that_are_split_over_processes_are_masked_alike(results, growth):
+def test_parameters_that_are_split_over_processes_get_the_same_masks(results, growth):
     first, second = results(f"sharded {growth}")
     assert_alike(first, second)
     changes = two_processes.exact(1, growth)
@@ -122,13 +122,13 @@ def test_parameters_that_are_split_over_processes_are_masked_alike(results, grow
 
 
 @NEEDS_FSDP2
-def test_layers_that_are_split_over_processes_are_refused(results):
+def test_layers_that_are_split_over_processes_are_rejected(results):
     for message in results("tensor parallel"):
         assert message.startswith("ValueError: tensor_parallel_size=2 splits single layers' arithmetic")
 
 
 @pytest.mark.parametrize("case", [case for case in two_processes.CASES if case.startswith("crash")])
-def test_a_killed_run_of_two_processes_goes_on_as_if_nothing_had_happened(results, case):
+def test_a_killed_run_of_two_processes_resumes_as_if_uninterrupted(results, case):
     assert results(case) == [True, True]
 
 

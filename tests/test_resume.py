@@ -70,7 +70,7 @@ FEW = ("between discriminator steps",)
     ("crash", "method"),
     [(c, m) for c in CRASHES for m in METHODS if m in ("static", "sdst", "ddst", "strict", "channels") or c in FEW],
 )
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, crash, method):
+def test_a_killed_run_resumes_as_if_uninterrupted(tmp_path, crash, method):
     kill, every = CRASHES[crash]
     # A batch is one step of an optimizer, or two: 3 in 2 batches.
     every = every * 3 // 2
@@ -90,16 +90,16 @@ def shuffled() -> DataLoader:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_epochs_end_is_resumed_alike_with_any_loader(tmp_path, workers):
+def test_a_run_resumes_identically_from_an_epochs_end_with_any_loader(tmp_path, workers):
     def data():
         return DataLoader(toy_data(7).dataset, batch_size=8, shuffle=True, num_workers=workers)
 
     assert_resumed_alike(ToyGAN, data, tmp_path, every=None, kill=16, **PLAIN)
 
 
-def test_the_middle_of_an_epoch_says_that_the_loader_cannot_go_on(tmp_path):
+def test_resuming_mid_epoch_warns_that_the_loader_cannot_resume(tmp_path):
     fit(ToyGAN, shuffled, tmp_path, every=6, kill=13, **PLAIN)
-    with pytest.warns(UserWarning, match="after batch 5 of an epoch, and the train loader cannot go on from there"):
+    with pytest.warns(UserWarning, match="after batch 5 of an epoch, .*train loader"):
         fit(ToyGAN, shuffled, tmp_path, every=6, resume=last_checkpoint(tmp_path), **PLAIN)
 
 
@@ -148,9 +148,9 @@ def save_every_batch(monkeypatch):
 # ---- checkpoints that do not fit --------------------------------------------------------------------
 
 
-def test_a_checkpoint_without_masks_is_refused(tmp_path):
+def test_a_checkpoint_without_masks_is_rejected(tmp_path):
     dense(tmp_path)
-    with pytest.raises(ValueError, match=r'holds no masks for DynamicSparsityCallback.*initial_masks="magnitude"'):
+    with pytest.raises(ValueError, match=r'no masks for DynamicSparsityCallback.*initial_masks="magnitude"'):
         fit(ToyGAN, toy_data, tmp_path, every=None, resume=last_checkpoint(tmp_path), **PLAIN)
 
 
@@ -178,15 +178,15 @@ def dense(folder):
     return gan
 
 
-def test_a_checkpoint_of_other_networks_names_is_refused(tmp_path):
+def test_a_checkpoint_of_other_networks_names_is_rejected(tmp_path):
     fit(ToyGAN, toy_data, tmp_path, every=None, epochs=1, **PLAIN)
-    with pytest.raises(ValueError, match=r"holds no masks for .*generator.*but for DynamicSparsityCallback\. Name the"):
+    with pytest.raises(ValueError, match=r"no masks for .*generator.*but for DynamicSparsityCallback\."):
         fit(ToyGAN, toy_data, tmp_path, every=None, resume=last_checkpoint(tmp_path), generator="generator", **PLAIN)
 
 
-def test_masks_of_another_network_are_refused(tmp_path):
+def test_masks_of_another_network_are_rejected(tmp_path):
     fit(ToyGAN, toy_data, tmp_path, every=None, epochs=1, **PLAIN)
-    with pytest.raises(ValueError, match=r"the saved masks are another network's: '0\.weight' is missing"):
+    with pytest.raises(ValueError, match=r"saved masks .*another network's: '0\.weight' is missing"):
         fit(
             ToyGAN,
             toy_data,

@@ -1,4 +1,4 @@
-"""20,000 updates with random kills, beside 20,000 without: pytest -m long tests/test_soak.py."""
+"""20,000 updates with random kills, compared with 20,000 without: pytest -m long tests/test_soak.py."""
 
 import random
 import signal

@@ -91,7 +91,7 @@ def methods(folder: Path, **sparsity: Any) -> Any:
 
 
 class ExactGAN(ToyGAN):
-    """In double precision, without batch statistics, dropout or noise beside the batch's own."""
+    """In double precision, without batch statistics, dropout or noise other than the batch's own."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -165,26 +165,26 @@ def test_undecided_passes_on_the_windows_reason():
 
 
 @pytest.mark.parametrize("bounds", [(0.5, 0.5), (0.6, 0.5), (-0.1, 0.5), (math.nan, 0.5), (0.5,), (0.1, 0.2, 0.3)])
-def test_bounds_that_are_no_bounds_are_refused(bounds):
+def test_bounds_that_are_no_range_are_rejected(bounds):
     with pytest.raises(ValueError, match=r"bounds=.*lower < upper") as error:
         DensityController(bounds=bounds)
     assert str(bounds) in str(error.value)
 
 
 @pytest.mark.parametrize("delta", [0, -0.05, 1.01, math.nan])
-def test_delta_outside_its_range_is_refused(delta):
+def test_delta_outside_its_range_is_rejected(delta):
     with pytest.raises(ValueError, match=rf"delta={delta} .*\(0, 1\]"):
         DensityController(delta=delta)
 
 
 @pytest.mark.parametrize("density", [0, -0.5, 1.01, math.nan])
-def test_a_largest_density_outside_its_range_is_refused(density):
+def test_a_largest_density_outside_its_range_is_rejected(density):
     with pytest.raises(ValueError, match=rf"max_(discriminator_)?density={density} .*\(0, 1\]"):
         DensityController(max_density=density)
 
 
 @pytest.mark.parametrize("density", [0, -0.1, 0.31, 1.5, math.nan])
-def test_a_smallest_density_outside_its_range_is_refused(density):
+def test_a_smallest_density_outside_its_range_is_rejected(density):
     with pytest.raises(ValueError, match=rf"min_(discriminator_)?density={density} .*\(0, .*0\.3\]"):
         DensityController(min_density=density, max_density=0.3)
 
@@ -412,7 +412,7 @@ def test_a_ratio_that_has_not_been_positive_moves_nothing():
     assert followed(RelativeController((0.1, 1.0)), 0.1, [-0.2, 0.0, -0.1]) == [("undecided", 0.1)] * 3
 
 
-def test_a_discriminator_that_does_not_tell_real_from_fake_grows():
+def test_a_discriminator_at_chance_grows():
     controller = RelativeController((0.1, 0.9))
     assert followed(controller, 0.1, [None] * 3, 0.05) == [("grow", 0.14), ("grow", 0.18), ("grow", 0.22)]
     assert controller.decide(UNDECIDED, 0.1).reason == UNDECIDED.reason
@@ -430,7 +430,7 @@ def test_a_generator_that_gets_worse_prunes():
     assert followed(RelativeController((0.1, 1.0), 0.05), 0.5, [0.4, 0.4, 0.4, -0.1])[-1] == ("prune", 0.6)
 
 
-def test_reasons_say_the_highest():
+def test_reasons_give_the_highest_ratio():
     controller = RelativeController((0.1, 1.0))
     assert controller.decide(balanced_at(0.2), 0.3).reason == "BR is 0.200, and its level is not known yet"
     followed(controller, 0.1, [0.5, 0.5, 0.5])
@@ -438,7 +438,7 @@ def test_reasons_say_the_highest():
     assert controller.decide(UNDECIDED, 0.3).reason == UNDECIDED.reason
 
 
-def test_what_is_decided_twice_is_decided_alike():
+def test_deciding_twice_gives_the_same_decision():
     controller = RelativeController((0.1, 1.0))
     followed(controller, 0.1, [0.4, 0.6])
     assert controller.decide(balanced_at(0.7), 0.2) == controller.decide(balanced_at(0.7), 0.2)
@@ -479,7 +479,7 @@ def test_what_was_seen_is_saved(saved_after):
         ((0.1, 1.0), 0.0, "delta=0.0"),
     ],
 )
-def test_arguments_outside_what_is_allowed_are_refused(limits, delta, named):
+def test_arguments_outside_what_is_allowed_are_rejected(limits, delta, named):
     with pytest.raises(ValueError, match=named):
         RelativeController(limits, delta)
 

@@ -29,7 +29,10 @@ def test_weights_that_are_not_finite_are_reported_once(value, role, name):
     assert not watch.finite(20)
     ((update, message),) = watch.reports
     assert update == 15
-    assert f"weights of the {role} are not finite: after generator update 10 a loss" in message
+    assert message == (
+        f"weights of the {role} are not finite: after generator update 10 a loss or a gradient was NaN or infinite. "
+        "Masks stay as they are."
+    )
 
 
 def test_ten_windows_in_a_row_without_a_ratio_are_reported_once():
@@ -54,7 +57,7 @@ def test_ten_windows_in_a_row_without_a_ratio_are_reported_once():
         ([], False),
     ],
 )
-def test_a_discriminator_that_scores_everything_alike_is_reported_once(scores, constant):
+def test_constant_scores_are_reported_once(scores, constant):
     window = BalanceWindow(4)
     for measurement in scores:
         window.add(torch.tensor([*measurement, 1.0]))
@@ -98,12 +101,12 @@ def run(gan, **settings):
     return callback, [str(w.message) for w in caught if "at generator update" in str(w.message)]
 
 
-def test_a_run_whose_loss_was_nan_says_so_once_and_leaves_the_masks():
+def test_a_run_whose_loss_was_nan_warns_once_and_keeps_the_masks():
     callback, said = run(BreaksDown())
     assert callback.generator_updates == 30
     (message,) = [text for text in said if "weights" in text]
     assert message.startswith("at generator update 10: weights of the generator")
-    assert "after generator update 5 a loss or a gradient was NaN or infinite" in message
+    assert "after generator update 5 " in message
     assert callback.masks("generator")["generator.0.weight"].sum() > 0
     assert [update for update, _ in callback.decisions] == [5]
 

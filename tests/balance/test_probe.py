@@ -76,7 +76,7 @@ class LinearDiscriminator(nn.Module):
 
 
 class Measured:
-    """A linear GAN in training; each generator update is measured, and worked out by hand beside it."""
+    """A linear GAN in training; each generator update is measured, and computed by hand for comparison."""
 
     def __init__(self, generator=None, discriminator=None):
         self.generator = generator or LinearGenerator()

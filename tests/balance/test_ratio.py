@@ -264,7 +264,7 @@ def test_any_mixture_of_adding_and_resizing_keeps_the_last_ones(size, actions):
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("added", [0, 2, 3, 5])
-def test_a_saved_window_goes_on_identically(added, estimator):
+def test_a_saved_window_resumes_identically(added, estimator):
     samples = torch.randn(12, 3, generator=torch.Generator().manual_seed(1)) + torch.tensor([5.0, 0.0, 1.0])
     window = filled(3, samples[:added].tolist(), estimator)
     resumed = BalanceWindow(7, estimator)

@@ -65,7 +65,7 @@ def test_a_batch_without_real_images_is_described(batch, seen):
 RESTORED = {"input": torch.zeros(2, 2), "more": [torch.arange(2), {"target": torch.ones(6, 2)}]}
 
 
-def test_of_several_tensors_shaped_like_images_all_are_named():
+def test_the_error_names_all_tensors_shaped_like_images():
     named = r'2 tensors .* \(batch, 2\).*: input, more.1.target\..* with real="input" or real="more.1.target"'
     with pytest.raises(RuntimeError, match=named):
         find_real_images(RESTORED, None, SHAPE)
@@ -81,7 +81,7 @@ def test_an_index_names_an_entry_of_a_list():
 
 
 @pytest.mark.parametrize("place", [3, "target", "more.0.target", "more.2", "more.1.target.5"])
-def test_real_images_that_are_not_there_are_named(place):
+def test_the_error_names_missing_real_images(place):
     with pytest.raises(RuntimeError, match=rf"real={place!r} is no tensor in the batch; it holds input \(2, 2\)"):
         find_real_images(RESTORED, place, SHAPE)
 
@@ -129,22 +129,20 @@ def test_an_argument_that_is_one_for_all_images_stays(argument):
 @pytest.mark.parametrize("condition", [F.one_hot(FAKE_LABELS).float(), torch.rand(2, 3)])
 def test_a_condition_of_real_images_that_was_never_seen_is_rejected(condition):
     step = generator_step(FAKE, None, condition)
-    with pytest.raises(
-        RuntimeError, match=r"takes as argument 1 beside real images was not seen .* nothing in the batch"
-    ):
+    with pytest.raises(RuntimeError, match=r"discriminator .* argument 1 .* nothing in the batch"):
         find_call_on_real(REAL, (REAL, REAL_LABELS), step, [step])
 
 
 def test_a_condition_that_could_be_several_of_the_batch_is_rejected():
     step = generator_step(FAKE, labels=FAKE_LABELS)
     batch = {"image": REAL, "index": torch.arange(3), "label": REAL_LABELS}
-    with pytest.raises(RuntimeError, match=r"argument 'labels' .* any of the batch's index, label could be it"):
+    with pytest.raises(RuntimeError, match=r"argument 'labels' .* index, label "):
         find_call_on_real(REAL, batch, step, [step])
 
 
 def test_labels_of_fakes_that_are_joined_with_others_are_rejected():
     step = generator_step(FAKE, torch.cat([REAL, FAKE]), torch.arange(5))
-    with pytest.raises(RuntimeError, match=r"called on 5 images at once, .* with as many entries of argument 1"):
+    with pytest.raises(RuntimeError, match=r"called on 5 images .* argument 1"):
         find_call_on_real(REAL, (REAL, REAL_LABELS), step, [step])
 
 
@@ -211,13 +209,13 @@ def test_images_that_are_rescaled_are_rejected():
 def test_fakes_that_are_changed_alone_are_rejected():
     real = torch.rand(8, 2)
     assert not check_shown([], real, real, changes_fakes=True)  # the real ones may still come
-    with pytest.raises(RuntimeError, match="changes what the generator returns before the discriminator sees it"):
+    with pytest.raises(RuntimeError, match="changes what the generator returns"):
         check_shown([real], real, real, changes_fakes=True)
 
 
-def test_other_images_of_the_batch_are_named():
+def test_the_error_names_other_images_of_the_batch():
     batch = {"input": torch.rand(8, 2), "target": torch.rand(8, 2)}
-    with pytest.raises(RuntimeError, match=r"should be real='target', but .* the discriminator is shown .input."):
+    with pytest.raises(RuntimeError, match=r"real='target', .* shown .input."):
         check_shown([batch["input"]], batch["target"], batch, place="target")
 
 

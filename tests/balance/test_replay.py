@@ -62,7 +62,7 @@ def test_everything_is_put_back_after_an_error():
     assert torch.is_grad_enabled()
 
 
-def test_autocast_is_that_of_the_call():
+def test_replay_uses_the_autocast_of_the_call():
     network, x = nn.Linear(3, 3), torch.randn(4, 3)
     with torch.autocast("cpu", torch.bfloat16):
         half = CallState.capture(network)

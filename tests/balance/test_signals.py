@@ -48,7 +48,7 @@ def test_a_signal_is_high_for_the_weak_or_the_strong():
     assert "new" not in SIGNALS
 
 
-def test_unknown_signals_are_refused_with_those_there_are():
+def test_unknown_signals_are_rejected_with_those_that_exist():
     with pytest.raises(ValueError, match=r"signal='brr'.*balance_ratio.*real_sign"):
         DensityController(signal="brr")
     with pytest.raises(ValueError, match="signal='brr'"):

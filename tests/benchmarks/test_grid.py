@@ -63,7 +63,7 @@ def test_runs_are_trained_once_and_one_that_fails_is_reported(study, monkeypatch
     assert "tiny: 1 of 1 runs are done" in capsys.readouterr().out
 
 
-def test_no_run_is_begun_after_the_time_given(study, monkeypatch, tmp_path):
+def test_no_run_starts_after_the_time_limit(study, monkeypatch, tmp_path):
     call(monkeypatch, tmp_path, "--minutes", "0")
     assert not rows.rows("tiny")
 

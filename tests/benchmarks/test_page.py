@@ -48,7 +48,7 @@ def test_the_readmes_figures_are_those_of_the_rows():
 
 
 @pytest.mark.parametrize("study", ["fashion", "mask_update", "digits"])
-def test_rows_say_where_they_are_from(study):
+def test_rows_name_their_source(study):
     assert rows(study)
     for each in rows(study):
         assert {"command", "versions", "commit", "machine"} <= each.keys()
@@ -86,7 +86,7 @@ def test_of_several_cells_each_counts_as_much():
     assert found.interval == pytest.approx((2 ** (2.5 / 3 - half), 2 ** (2.5 / 3 + half)), rel=1e-3)
 
 
-def test_nearly_alike_is_within_a_factor():
+def test_nearly_equal_means_within_a_factor():
     ones, others = [row(i, 2.0 + i / 10) for i in range(3)], [row(i, 2.1) for i in range(3)]
     assert Comparison(ones, others).verdict == "within a factor of 1.5"
 
@@ -112,7 +112,7 @@ def test_a_cell_is_in_the_order_of_seeds():
     assert of(found, "s", "r", 0.1) == [found[1], found[0]]
 
 
-def test_result_files_are_beside_the_benchmarks():
+def test_result_files_are_next_to_the_benchmarks():
     assert path("fashion").is_file()
 
 

@@ -75,7 +75,7 @@ class Discriminator(nn.Module):
 
 
 class GAN(LightningModule):
-    """Knows nothing of the package; works BR's scores out beside every update of its generator."""
+    """Knows nothing of the package; computes BR's scores by hand at every update of its generator."""
 
     arguments: ClassVar[dict[str, Any]] = {}
     """What the callback has to be told."""
@@ -873,25 +873,25 @@ class NoSuchOutput(ReturnsATuple):
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        (ByForward, r"no call of the generator \(Generator\) with gradients .*`generator\(z\)`.*balance_scores"),
+        (ByForward, r"generator \(Generator\) .*`generator\(z\)`.*balance_scores"),
         (
             OfPairs,
-            r"discriminator \(Discriminator\) was not called.*\(4, 1, 4, 4\); .* on \(4, 2, 4, 4\).*balance_scor",
+            r"\(Discriminator\) .*\(4, 1, 4, 4\); .*\(4, 2, 4, 4\).*balance_scores",
         ),
-        (OtherShapes, r"no floating-point tensor of shape \(batch, 1, 4, 4\).* holds 0 \(4, 1, 6, 6\).*balance_scores"),
-        (ChangedInPlace, "changes what the generator returns before the discriminator sees it"),
-        (Residual, "changes what the generator returns before the discriminator sees it"),
-        (BidirectionalGeneratorFirst, "takes as argument 1 beside real images was not seen .* nothing in the batch"),
+        (OtherShapes, r"shape \(batch, 1, 4, 4\).* 0 \(4, 1, 6, 6\).*balance_scores"),
+        (ChangedInPlace, "changes what the generator returns"),
+        (Residual, "changes what the generator returns"),
+        (BidirectionalGeneratorFirst, "discriminator .* argument 1 .* nothing in the batch"),
         (Rescaled, "shifts and scales the batch's images"),
         (RescaledGeneratorFirst, "shifts and scales the batch's images"),
-        (TwoTargets, r'degraded, clean\. .*real=\.\.\.\)` with real="degraded" or real="clean"'),
-        (TwoLabels, "takes as argument 1 beside real images was not seen .* any of the batch's class, style"),
-        (JoinedWithLabels, "called on 8 images at once, generated ones and others, with as many entries of argument 1"),
-        (NoSuchOutput, r"discriminator_output='logits' is no tensor .* returns 0 \(4, 1\).*, 1 \(4, 24\)"),
+        (TwoTargets, r'degraded, clean\. .*real="degraded" or real="clean"'),
+        (TwoLabels, "discriminator .* argument 1 .* class, style "),
+        (JoinedWithLabels, "called on 8 images .* argument 1"),
+        (NoSuchOutput, r"discriminator_output='logits' .* 0 \(4, 1\).*, 1 \(4, 24\)"),
     ],
 )
 @pytest.mark.parametrize("probe_interval", [1, 500])
-def test_what_is_missing_is_said_at_the_first_update(pattern: type[GAN], message: str, probe_interval: int) -> None:
+def test_the_first_update_names_what_is_missing(pattern: type[GAN], message: str, probe_interval: int) -> None:
     callback = static(pattern, probe_interval=probe_interval)
     with pytest.raises(RuntimeError, match=f"the balance ratio cannot be measured: .*{message}"):
         fitted(pattern, callback)
@@ -993,12 +993,12 @@ def test_each_of_two_pairs_has_its_own_balance_masks_and_names(pattern: type[Cyc
     [
         (
             {"generator": "G_AB", "discriminator": "D_A", "real": "a"},
-            r"discriminator \(Discriminator\) was not called, .* on what the generator returned",
+            r"discriminator \(Discriminator\) was not called",
         ),
         ({"generator": "G_AB", "discriminator": "D_B", "real": "a"}, r'should be real=\'a\', .* is shown "b"'),
     ],
 )
-def test_pairs_that_do_not_belong_together_are_refused(pair: dict[str, str], message: str) -> None:
+def test_pairs_that_do_not_belong_together_are_rejected(pair: dict[str, str], message: str) -> None:
     with pytest.raises(RuntimeError, match=f"the balance ratio cannot be measured: .*{message}"):
         fitted_without_looking(Cycle, static(Cycle, **pair))
 
@@ -1062,7 +1062,7 @@ def test_layers_are_left_dense_and_densities_given_by_pattern() -> None:
 
 
 @pytest.mark.parametrize("argument", ["dense_layers", "layer_densities"])
-def test_a_pattern_that_matches_nothing_is_refused_with_what_there_is(argument: str) -> None:
+def test_a_pattern_that_matches_nothing_is_rejected_with_what_exists(argument: str) -> None:
     patterns = ["*.scroe"] if argument == "dense_layers" else {"*.scroe": 0.5}
     there = r"there are generator\.layers\.0, .*, discriminator\.score, and classes Linear"
     with pytest.raises(ValueError, match=rf"{argument}: '\*\.scroe' matches no layer; {there}"):
@@ -1074,10 +1074,10 @@ def test_a_pattern_that_matches_nothing_is_refused_with_what_there_is(argument: 
     [
         ({"dense_layers": "*.score"}, r"dense_layers='\*\.score' must be a list of patterns"),
         ({"layer_densities": {"*": 1.5}}, r"layer_densities\['\*'\]=1\.5 must be in \(0, 1\]"),
-        ({"initial_masks": "largest"}, "initial_masks='largest' is unknown; allowed are random, magnitude"),
+        ({"initial_masks": "largest"}, "initial_masks='largest' .*random, magnitude"),
     ],
 )
-def test_arguments_that_cannot_be_are_refused_at_once(arguments: dict[str, Any], message: str) -> None:
+def test_impossible_arguments_are_rejected_at_once(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DynamicSparsityCallback(0.1, **arguments)
 
@@ -1122,7 +1122,7 @@ class WithAverageOfAnother(SharedFake):
         self.average = AveragedModel(self.discriminator)
 
 
-def test_lightnings_averages_are_refused_beside_changing_masks() -> None:
+def test_lightnings_averages_are_rejected_with_changing_masks() -> None:
     def fit(method: str) -> None:
         callbacks = [DynamicSparsityCallback(0.3, method=method), EMAWeightAveraging()]
         toy_trainer(*callbacks).fit(
@@ -1136,8 +1136,8 @@ def test_lightnings_averages_are_refused_beside_changing_masks() -> None:
     fit("dense")
 
 
-def test_torchs_average_of_the_generator_is_refused_beside_changing_masks() -> None:
-    with pytest.raises(ValueError, match=r"average, torch's AveragedModel of the generator, .*GeneratorEMA"):
+def test_torchs_average_of_the_generator_is_rejected_with_changing_masks() -> None:
+    with pytest.raises(ValueError, match=r"average, .*AveragedModel .*GeneratorEMA"):
         fitted_without_looking(WithAverage, DynamicSparsityCallback(0.3))
     fitted_without_looking(WithAverage, DynamicSparsityCallback(0.3, method="dda"))
     fitted_without_looking(WithAverageOfAnother, DynamicSparsityCallback(0.3, method="sdst"))

@@ -72,7 +72,7 @@ def test_a_checkpoint_loads_into_the_plain_module(tmp_path):
     assert torch.equal(plain.generator.eval()(z), gan.generator.eval()(z))
 
 
-def test_training_is_that_of_the_whole_network_with_zeros(monkeypatch):
+def test_training_equals_the_whole_network_with_zeros(monkeypatch):
     """Up to rounding, for a few updates."""
 
     def weights(narrow):
@@ -132,17 +132,17 @@ class Wrong(ToyGAN):
     [
         (
             Unknown,
-            "Unknown has no latent_dim, so what its generator is called with is unknown: set its example_input_array",
+            "Unknown has no latent_dim.*example_input_array",
         ),
         (Wrong, "the generator cannot be called with the module's example: "),
     ],
 )
-def test_networks_that_cannot_be_called_are_refused_before_training(gan, message):
+def test_networks_that_cannot_be_called_are_rejected_before_training(gan, message):
     with pytest.raises(ValueError, match=message):
         trained(DynamicSparsityCallback(0.3, **CHANNELS), gan=gan())
 
 
-def test_a_network_whose_channels_cannot_be_traced_is_refused_before_training():
+def test_a_network_whose_channels_cannot_be_traced_is_rejected_before_training():
     gan = ToyGAN()
     gan.generator = nn.Sequential(nn.Linear(8, 16), nn.Tanh())
     before = {name: value.clone() for name, value in gan.state_dict().items()}
@@ -153,9 +153,7 @@ def test_a_network_whose_channels_cannot_be_traced_is_refused_before_training():
 
 
 def test_a_density_below_a_channel_a_group_names_network_and_argument():
-    with pytest.raises(
-        ValueError, match=r"generator with generator_density=0.01: density=0.01 leaves less than one chan"
-    ):
+    with pytest.raises(ValueError, match=r"generator .*generator_density=0\.01: .*one channel a group.*at least 0\."):
         trained(DynamicSparsityCallback(0.01, **CHANNELS))
 
 
@@ -169,21 +167,19 @@ def test_a_density_below_a_channel_a_group_names_network_and_argument():
         {"layer_densities": {"generator.0": 0.5}},
     ],
 )
-def test_what_is_for_single_weights_is_refused(given):
+def test_arguments_for_single_weights_are_rejected(given):
     (name,) = given
     with pytest.raises(ValueError, match=rf'{name}=.* granularity="channel"'):
         DynamicSparsityCallback(0.3, granularity="channel", **given)
     DynamicSparsityCallback(0.3, granularity="channel", growth="random")
 
 
-def test_another_granularity_is_refused():
-    with pytest.raises(
-        ValueError, match=r"granularity='row' is unknown; allowed are channel, weight, and patterns N:M such as 2:4"
-    ):
+def test_another_granularity_is_rejected():
+    with pytest.raises(ValueError, match=r"granularity='row' .*channel, weight, .*N:M such as 2:4"):
         DynamicSparsityCallback(0.3, granularity="row")
 
 
-def test_a_run_with_masks_of_single_weights_does_not_go_on_with_channels(tmp_path):
+def test_a_run_with_masks_of_single_weights_does_not_resume_with_channels(tmp_path):
     gan = trained(DynamicSparsityCallback(0.3, seed=1), folder=tmp_path)
     gan.trainer.save_checkpoint(tmp_path / "end.ckpt")
     trainer = toy_trainer(DynamicSparsityCallback(0.3, **CHANNELS), epochs=2)

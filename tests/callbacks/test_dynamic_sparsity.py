@@ -59,7 +59,7 @@ def test_counts_are_exact_and_inactive_weights_zero_after_every_step(method: str
     assert (sparsity.discriminator_density != 0.25) == resized
 
 
-def test_generator_explores_in_the_methods_that_say_so() -> None:
+def test_the_generator_explores_with_the_documented_methods() -> None:
     for method, explores in (("static", False), ("sdst", True), ("dda", False), ("ddst", True)):
         sparsity = DynamicSparsityCallback(0.25, method=method, interval=10, explore_interval=3, seed=1)
         gan = ToyGAN()
@@ -189,7 +189,7 @@ def test_the_length_of_a_run_counts_generator_updates_whatever_else_steps() -> N
     assert sparsity.plan.updates == 100
 
 
-def test_a_run_of_unknown_length_says_that_exploration_is_not_annealed() -> None:
+def test_a_run_of_unknown_length_warns_that_exploration_is_not_annealed() -> None:
     class Stop(Callback):
         def on_train_batch_end(self, trainer, *_) -> None:
             trainer.should_stop = trainer.global_step >= 6
@@ -207,7 +207,7 @@ def test_br_is_measured_at_every_probe_interval_in_every_method() -> None:
         assert sparsity.balance.samples == 2  # the window is one decision interval
 
 
-def test_a_balance_outside_the_bounds_moves_the_discriminator_and_says_why() -> None:
+def test_a_balance_outside_the_bounds_resizes_the_discriminator_and_gives_the_reason() -> None:
     # Bounds that no ratio of this toy reaches: always too weak, then always too strong.
     growing = DynamicSparsityCallback(0.25, method="dda", interval=5, bounds=(0.0, 1e-9), delta=0.1)
     pruned = DynamicSparsityCallback(0.25, 0.5, method="dda", interval=5, bounds=(1e6, 1e7), delta=0.1)
@@ -255,7 +255,7 @@ def test_hooks_are_gone_after_fitting_and_after_a_failure() -> None:
     assert hooks(gan) == 0
 
 
-def test_what_is_logged_is_named_and_placed_by_generator_updates(tmp_path) -> None:
+def test_scalars_have_names_and_generator_updates_as_steps(tmp_path) -> None:
     sparsity = DynamicSparsityCallback(0.25, interval=5, bounds=(0.0, 1e-9), probe_interval=1)
     trained(sparsity, epochs=2, folder=tmp_path, log_every_n_steps=2)
     events = EventAccumulator(str(tmp_path / "lightning_logs" / "version_0"))
@@ -318,7 +318,7 @@ def test_densities_and_masks_of_a_checkpoint_can_be_read_where_nothing_is_traine
     assert read.masks("generator").keys() == sparsity.masks("generator").keys()
 
 
-def test_fitting_goes_on_where_it_ended() -> None:
+def test_fitting_resumes_where_it_ended() -> None:
     sparsity = DynamicSparsityCallback(0.25, interval=5, explore_interval=3)
     gan = trained(sparsity)
     masks = {name: mask.clone() for name, mask in sparsity.masks("generator").items()}

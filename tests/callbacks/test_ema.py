@@ -339,7 +339,7 @@ def test_an_earlier_checkpoint_is_evaluated_with_its_own_average(tmp_path) -> No
     assert not torch.equal(ema.averages()["0.weight"], torch.zeros(32, LATENT))
 
 
-def test_a_checkpoint_of_another_generator_is_refused(tmp_path) -> None:
+def test_a_checkpoint_of_another_generator_is_rejected(tmp_path) -> None:
     _, path = checkpointed(tmp_path, GeneratorEMA(0.9))
     gan = WatchedGAN()
     gan.generator = nn.Sequential(*gan.generator, nn.Tanh(), nn.Linear(PIXELS, PIXELS))
@@ -451,7 +451,7 @@ def test_the_generator_is_found_by_usual_and_by_given_names(names: tuple[str, st
     ("given", "message"),
     [
         (None, "no generator was found in WatchedGAN"),
-        ("net.G", "generator='net.G' is not a submodule of WatchedGAN; it has maker, judge"),
+        ("net.G", "generator='net.G' .*WatchedGAN.* maker, judge"),
     ],
 )
 def test_a_generator_that_is_not_found_stops_the_run(given: str | None, message: str) -> None:
@@ -459,7 +459,7 @@ def test_a_generator_that_is_not_found_stops_the_run(given: str | None, message:
         evaluated(GeneratorEMA(generator=given), gan=WatchedGAN(("maker", "judge")))
 
 
-def test_a_generator_without_an_optimizer_is_refused() -> None:
+def test_a_generator_without_an_optimizer_is_rejected() -> None:
     class Half(WatchedGAN):
         def configure_optimizers(self):
             return [Adam([self.generator[0].weight]), Adam(self.discriminator.parameters())]
@@ -492,7 +492,7 @@ def test_a_frozen_part_of_the_generator_needs_no_optimizer() -> None:
         ({"buffers": "keep"}, "buffers='keep' is unknown; allowed are average, copy"),
     ],
 )
-def test_bad_arguments_are_refused_at_once(arguments: dict, message: str) -> None:
+def test_bad_arguments_are_rejected_at_once(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GeneratorEMA(**arguments)
 
@@ -504,7 +504,7 @@ def test_averages_can_be_read_once_there_is_a_run() -> None:
     assert ema.averages()["0.weight"].shape == (32, LATENT)
 
 
-def test_fitting_goes_on_where_it_ended() -> None:
+def test_fitting_resumes_where_it_ended() -> None:
     ema, path, gan = GeneratorEMA(0.999), Trajectory(), WatchedGAN()
     trained(ema, path, gan=gan)
     toy_trainer(ema, path, epochs=1).fit(gan, toy_data())
@@ -550,7 +550,7 @@ def test_the_average_follows_a_module_that_is_moved() -> None:
     trainer.validate(gan, one_batch(), verbose=False)
     assert all(torch.equal(gan.seen[0][name], value) for name, value in averages.items())
     assert same(copied(gan), own)
-    # And training goes on averaging what is there now.
+    # Training averages the present weights from here on.
     trainer.fit_loop.max_epochs = 2
     trainer.fit(gan, toy_data(), one_batch())
     assert not torch.equal(ema.averages()["1.running_mean"], averages["1.running_mean"])

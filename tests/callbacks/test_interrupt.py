@@ -40,7 +40,7 @@ def fit(folder, *callbacks, resume=None, epochs=3):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 128 + signal.SIGTERM)])
 @pytest.mark.parametrize("batch", [7, 10])
-def test_an_interrupted_run_is_saved_after_its_batch_and_goes_on_as_if_nothing_had_happened(
+def test_an_interrupted_run_is_saved_after_its_batch_and_resumes_as_if_uninterrupted(
     tmp_path, capsys, number, code, batch
 ):
     whole, expected, path, ending = fit(tmp_path / "whole")
@@ -97,14 +97,14 @@ def test_a_folder_that_cannot_be_made_ends_the_run_before_it_starts(tmp_path):
 
 def test_a_folder_of_checkpoints_that_cannot_be_made_ends_the_run_before_it_starts(tmp_path):
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    with pytest.raises(OSError, match=r"the run cannot write to .*checkpoints: .*Choose another, Trainer\("):
+    with pytest.raises(OSError, match=r"cannot write to .*checkpoints: .*Trainer\("):
         updates_of(tmp_path, logger=False)
 
 
 def test_a_full_disk_ends_the_run_before_it_starts(tmp_path, monkeypatch):
     usage = namedtuple("usage", ["total", "used", "free"])
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage(2**40, 2**40 - 2**20, 2**20 + 1000))
-    with pytest.raises(OSError, match=r"checkpoints has 1 MiB left, and a single checkpoint .* needs about 1 MiB"):
+    with pytest.raises(OSError, match=r"checkpoints has 1 MiB left, .* 1 MiB"):
         updates_of(tmp_path)
     monkeypatch.undo()
     assert updates_of(tmp_path) == 10

@@ -13,7 +13,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from toys import ToyGAN, toy_data, toy_trainer
 
 from lightning_ddst import DynamicSparsityCallback, SparsityPlots
-from lightning_ddst.callbacks.plots import _MOST_POINTS
 from lightning_ddst.report import plots
 from lightning_ddst.report.runs import read_run
 
@@ -60,7 +59,7 @@ def images(trainer: Trainer) -> dict[str, list[tuple[int, np.ndarray]]]:
     }
 
 
-def test_the_figures_of_what_was_logged_come_into_tensorboard(tmp_path) -> None:
+def test_figures_of_the_logged_values_are_written_to_tensorboard(tmp_path) -> None:
     trainer, plain = fit(tmp_path, SparsityPlots(), epochs=1), fit(None, SparsityPlots(), epochs=1)
     shown = images(trainer)
     expected = plots.figures(read_run(trainer.log_dir))
@@ -112,7 +111,7 @@ def test_a_resumed_run_draws_what_an_uninterrupted_one_does(drawn, tmp_path) -> 
     assert [step for step, _ in images(again)["plots/flops"]] == steps == [20, 30]
 
 
-def test_a_run_from_the_beginning_begins_anew(drawn, tmp_path) -> None:
+def test_a_run_from_the_beginning_starts_over(drawn, tmp_path) -> None:
     callback = SparsityPlots()
     fit(tmp_path / "first", callback, epochs=2)
     drawn.clear()
@@ -139,7 +138,7 @@ def test_unknown_names_are_not_kept() -> None:
     assert callback.state_dict()["series"] == {"density/generator": [(4, 0.25)]}
 
 
-def test_long_series_are_thinned_out_evenly_and_alike() -> None:
+def test_long_series_are_thinned_out_evenly_and_at_the_same_updates() -> None:
     def record(callback: SparsityPlots, updates: range) -> None:
         for update in updates:
             values = {"density/discriminator": update / 1e6, "flops/training_ratio": 0.5}
@@ -157,10 +156,10 @@ def test_long_series_are_thinned_out_evenly_and_alike() -> None:
     series = whole.state_dict()["series"]
     assert resumed.state_dict() == whole.state_dict()
     densities = series["density/discriminator"]
-    assert _MOST_POINTS // 2 <= len(densities) <= _MOST_POINTS
+    assert 1000 <= len(densities) <= 2000  # as documented
     assert densities[0][0] == 10
     assert densities[-1] == (100_000, 0.1)
-    assert max(b[0] - a[0] for a, b in pairwise(densities)) < 3 * 100_000 / (_MOST_POINTS // 2)
+    assert max(b[0] - a[0] for a, b in pairwise(densities)) < 3 * 100_000 / 1000
     # All at the same updates, so that gaps are where there were gaps.
     steps = [step for step, _ in densities]
     assert [step for step, _ in series["flops/training_ratio"]] == steps
@@ -170,6 +169,6 @@ def test_long_series_are_thinned_out_evenly_and_alike() -> None:
 
 
 @pytest.mark.parametrize("value", [0, -3, 1.5])
-def test_bad_arguments_are_refused(value: float) -> None:
+def test_bad_arguments_are_rejected(value: float) -> None:
     with pytest.raises(ValueError, match=f"every_n_validations={value} must be an integer, at least 1"):
         SparsityPlots(value)

@@ -26,6 +26,7 @@ from lightning_ddst.callbacks import quality as quality_module
 from lightning_ddst.metrics.sources import sampled
 from lightning_ddst.models import SmallDiscriminator, SmallGenerator
 from lightning_ddst.utils import distributed
+from lightning_ddst.utils.cache import load_tensors
 
 METRICS = two_processes_quality.METRICS
 FRECHET = "frechet_distance"
@@ -379,14 +380,14 @@ def test_features_keep_their_precision_whatever_the_trainers(precision: str) -> 
 
 
 @pytest.mark.parametrize("evaluation", ["fit", "validate", "test"])
-def test_a_module_that_cannot_be_sampled_from_is_refused(evaluation: str) -> None:
+def test_a_module_that_cannot_be_sampled_from_is_rejected(evaluation: str) -> None:
     class Foreign(ToyGAN):
         def validation_step(self, batch, batch_idx) -> None:
             pass
 
         test_step = validation_step
 
-    with pytest.raises(TypeError, match=r"SampleQuality needs Foreign.sample\(n, rng=...\), as GANModule has it"):
+    with pytest.raises(TypeError, match=r"SampleQuality needs Foreign\.sample\(n, rng=\.\.\.\)"):
         getattr(toy_trainer(distance()), evaluation)(Foreign(), toy_data())
 
 
@@ -398,7 +399,7 @@ def test_a_module_that_cannot_be_sampled_from_is_refused(evaluation: str) -> Non
         ({"batch_size": 0}, "batch_size=0 must be an integer, at least 1"),
     ],
 )
-def test_bad_arguments_are_refused(arguments: dict, message: str) -> None:
+def test_bad_arguments_are_rejected(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         distance(**arguments)
 
@@ -501,11 +502,11 @@ def test_features_in_half_precision_are_compared_in_single() -> None:
     assert distances[1] == pytest.approx(distances[0], rel=1e-2)
 
 
-def test_kept_features_bound_what_is_compared() -> None:
-    quality = SampleQuality(ToyFeatures(), "toy", ["precision"], kept_features=30)
+def test_kept_features_bound_what_is_compared(tmp_path) -> None:
+    quality = SampleQuality(ToyFeatures(), "toy", ["precision"], kept_features=30, cache=tmp_path)
     toy_trainer(quality).validate(vector_gan(), toy_data(), verbose=False)
-    (_, statistics) = quality._reals[False]
-    assert statistics.kept.shape == (30, 6)
+    (file,) = tmp_path.iterdir()
+    assert load_tensors(file)["kept"].shape == (30, 6)
 
 
 # ---- the real images -----------------------------------------------------------------------------------
@@ -601,13 +602,13 @@ def small_images(low: float = -1, high: float = 1) -> DataLoader:
 @pytest.mark.parametrize(
     ("factor", "low", "high", "message"),
     [
-        (1.0, 0, 255, "real images have pixels from .* to 25.*; images that are compared must be in"),
+        (1.0, 0, 255, r"real images .* to 25.*\[-1, 1\]"),
         (1.0, -1.2, 1, "real images have pixels from -1.1.* to"),
-        (5.0, -1, 1, r"samples have pixels from .*; images that are compared must be in \[-1, 1\]"),
+        (5.0, -1, 1, r"samples have pixels .*\[-1, 1\]"),
     ],
 )
 @pytest.mark.parametrize("cached", [False, True])
-def test_images_outside_their_range_are_refused(factor, low, high, message, cached, tmp_path) -> None:
+def test_images_outside_their_range_are_rejected(factor, low, high, message, cached, tmp_path) -> None:
     quality = SampleQuality(flat(), "pixels", cache=tmp_path if cached else None)
     with pytest.raises(ValueError, match=message):
         toy_trainer(quality).validate(image_gan(factor), small_images(low, high), verbose=False)
@@ -706,26 +707,26 @@ def test_a_folder_that_cannot_be_written_to_stops_the_run_before_training(tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"metrics": ["fid"]}, "metrics='fid' is unknown; allowed are frechet_distance, kernel_distance"),
-        ({"metrics": "recall"}, "metrics='recall' must be a list of different names out of frechet_distance"),
+        ({"metrics": ["fid"]}, "metrics='fid' .*frechet_distance, kernel_distance"),
+        ({"metrics": "recall"}, "metrics='recall' must be a list .*frechet_distance, kernel"),
         ({"metrics": []}, r"metrics=\[\] must be a list of different names"),
-        ({"metrics": ["recall", "recall"]}, r"metrics=\['recall', 'recall'\] must be a list of different names"),
-        ({"metrics": ["inception_score"]}, '"inception_score" needs features with a method logits; ToyFeatures has'),
+        ({"metrics": ["recall", "recall"]}, r"metrics=\['recall', 'recall'\] .*different names"),
+        ({"metrics": ["inception_score"]}, 'metrics: "inception_score" .* logits; ToyFeatures'),
         ({"generators": ["ema"]}, "generators='ema' is unknown; allowed are average, raw"),
         ({"samples": 3, "metrics": ["precision"]}, "samples=3 must be at least 4 for precision"),
         ({"kept_features": 3, "metrics": ["recall"]}, "kept_features=3 must be at least 4 for recall"),
         ({"kept_features": 0}, "kept_features=0 must be an integer, at least 1"),
-        ({"features": nn.Flatten()}, "features: Flatten must have the attribute num_features, an integer"),
+        ({"features": nn.Flatten()}, "features: Flatten .*num_features, an integer"),
     ],
 )
-def test_more_bad_arguments_are_refused(arguments, message) -> None:
+def test_more_bad_arguments_are_rejected(arguments, message) -> None:
     with pytest.raises(ValueError, match=message):
         SampleQuality(**({"features": ToyFeatures(), "name": "toy"} | arguments))
 
 
-def test_both_weights_without_an_average_are_refused_before_training() -> None:
+def test_both_weights_without_an_average_are_rejected_before_training() -> None:
     gan = vector_gan()
-    with pytest.raises(ValueError, match="average and raw are the same weights, for there is no GeneratorEMA"):
+    with pytest.raises(ValueError, match=r"generators: average and raw .*GeneratorEMA"):
         fitted(SampleQuality(ToyFeatures(), "toy", generators=["average", "raw"]), gan=gan)
     assert gan.generator_updates == 0
 
@@ -733,9 +734,16 @@ def test_both_weights_without_an_average_are_refused_before_training() -> None:
 # ---- progress ------------------------------------------------------------------------------------------
 
 
+class AtOnce(quality_module.tqdm):
+    """A progress bar without a delay."""
+
+    def __init__(self, *args, **settings) -> None:
+        super().__init__(*args, **settings | {"delay": 0.0})
+
+
 @pytest.mark.parametrize(("enabled", "terminal"), [(True, True), (True, False), (False, True)])
 def test_progress_is_shown_on_a_terminal_where_the_trainer_shows_its_own(enabled, terminal, monkeypatch, capsys):
-    monkeypatch.setattr("lightning_ddst.callbacks.quality._PATIENCE", 0.0)
+    monkeypatch.setattr(quality_module, "tqdm", AtOnce)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     toy_trainer(distance(), enable_progress_bar=enabled).validate(vector_gan(), toy_data(), verbose=False)
     shown = capsys.readouterr().err

@@ -43,7 +43,7 @@ def output(capsys, *callbacks, gan: ToyGAN | None = None, epochs: int = 2, **set
 
 
 def printed(capsys, *callbacks, **settings) -> list[tuple[str, str]]:
-    """The table's rows but for the logs': the name of each and what stands beside it."""
+    """The table's rows but for the logs': the name of each and its value."""
     lines = [line for line in output(capsys, *callbacks, **settings).splitlines() if line.strip()]
     rows = [line.strip().split("  ", 1) for line in lines]
     named = [(row[0], row[1].strip() if len(row) > 1 else "") for row in rows]
@@ -104,7 +104,7 @@ def test_the_logs_are_named_where_there_are_any(capsys, tmp_path) -> None:
     assert lines == [f"logs             {folder}", f"to look at them  tensorboard --logdir {folder}"]
 
 
-def test_an_undecided_balance_says_why(capsys) -> None:
+def test_an_undecided_balance_gives_the_reason(capsys) -> None:
     class Blind(Sampled):
         """Its discriminator gives everything the score 0."""
 

@@ -86,21 +86,21 @@ def test_bytes_of_a_smaller_range(tmp_path):
 @pytest.mark.parametrize(
     ("images", "settings", "message"),
     [
-        (BYTES / 1, {}, r"floats from 0.0 to 255.0 are neither in \[0, 1\], nor in \[-1, 1\].*value_range"),
+        (BYTES / 1, {}, r"floats from 0.0 to 255.0 .*\[0, 1\], .*\[-1, 1\].*value_range"),
         (BYTES / 255 - 0.1, {}, r"floats from -0.1 to 0.9 are neither.*value_range"),
         (np.full((2, 4, 4), np.nan), {}, "floats from nan to nan are neither"),
         (BYTES, {"value_range": (0, 100)}, r"values from .* are outside value_range=\(0, 100\)"),
         (np.full((2, 4, 4), np.nan), {"value_range": (0, 1)}, "values from nan to nan are outside"),
         (BYTES.astype(complex), {}, "images of complex128 must be numbers"),
-        (np.zeros((5, 3, 3, 3), np.uint8), {}, r"images of shape \(5, 3, 3, 3\) may be NHWC or NCHW; say which by lay"),
+        (np.zeros((5, 3, 3, 3), np.uint8), {}, r"images of shape \(5, 3, 3, 3\) .*NHWC or NCHW.*layout"),
         (np.zeros((5, 1, 4, 1), np.uint8), {}, "may be NHWC or NCHW"),
-        (np.zeros((5, 4, 4, 2), np.uint8), {}, r"images of shape \(5, 4, 4, 2\) must be NHW, NHWC or NCHW, where C"),
+        (np.zeros((5, 4, 4, 2), np.uint8), {}, r"images of shape \(5, 4, 4, 2\) .*NHW, NHWC or NCHW"),
         (np.zeros((5, 4), np.uint8), {}, "must be NHW, NHWC or NCHW"),
         (BYTES, {"layout": "NCHW"}, r"images of shape \(6, 4, 4, 3\) must be NCHW"),
     ],
 )
 @pytest.mark.parametrize("pack_bits", [True, False])
-def test_what_is_unclear_is_refused(tmp_path, images, settings, message, pack_bits):
+def test_ambiguous_arrays_are_rejected(tmp_path, images, settings, message, pack_bits):
     path = save(tmp_path, images, pack_bits)
     with pytest.raises(ValueError, match=message) as caught:
         ArrayDataModule(path, 4, **settings).setup("fit")
@@ -127,7 +127,7 @@ def test_labels_and_a_test_file(tmp_path):
 
 
 @pytest.mark.parametrize("labels", [LABELS[:5], LABELS / 1, LABELS[:, None]])
-def test_labels_that_do_not_fit_are_refused(tmp_path, labels):
+def test_labels_that_do_not_fit_are_rejected(tmp_path, labels):
     with pytest.raises(ValueError, match=r"labels .* must be integers, one an image: \(6,\)"):
         ArrayDataModule(save(tmp_path, BYTES, labels=labels), 4).setup("fit")
 
@@ -152,11 +152,11 @@ def test_resized_in_both_files(tmp_path):
     ("settings", "message"),
     [
         ({"layout": "HWC"}, "layout='HWC' is unknown; allowed are NHW, NHWC, NCHW"),
-        ({"value_range": (1, 0)}, r"value_range=\(1, 0\) must be two numbers, black's lower than white's"),
+        ({"value_range": (1, 0)}, r"value_range=\(1, 0\) must be two numbers.*lower"),
         ({"reference": "test"}, 'test_path=None, but reference="test" needs a file'),
     ],
 )
-def test_bad_arguments_are_refused(settings, message):
+def test_bad_arguments_are_rejected(settings, message):
     with pytest.raises(ValueError, match=message):
         ArrayDataModule("images.npz", 4, **settings)
 

@@ -99,9 +99,9 @@ def test_the_original_files_come_first(original):
 
 @pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b"changed")])
 @pytest.mark.parametrize("name", ["data_batch_3", "batches.meta"])
-def test_files_that_are_not_the_original_ones_are_refused(original, harm, name):
+def test_files_that_are_not_the_original_ones_are_rejected(original, harm, name):
     harm(original / "cifar-10-batches-py" / name)
-    with pytest.raises(ValueError, match=r"cifar-10-batches-py lacks a file, or has one that is not the original"):
+    with pytest.raises(ValueError, match=r"cifar-10-batches-py lacks a file"):
         CIFAR10DataModule(original).setup("fit")
 
 
@@ -118,13 +118,13 @@ def test_missing_files_are_known_before_training(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"labels": None}, "train.npz must hold images and labels; it holds images, lossless"),
-        ({"images": IMAGES["train"] / 255}, r"images float64\(10, 32, 32, 3\) must be uint8 \(n, 32, 32, 3\)"),
+        ({"labels": None}, "train.npz .*images and labels.* holds images, lossless"),
+        ({"images": IMAGES["train"] / 255}, r"float64\(10, 32, 32, 3\) must be uint8 \(n, 32, 32, 3\)"),
         ({"images": IMAGES["train"].transpose(0, 3, 1, 2)}, r"images uint8\(10, 3, 32, 32\) must be"),
         ({"labels": LABELS["train"][:9]}, "10 images, 9 labels and 10 flags must be alike many"),
     ],
 )
-def test_arrays_of_something_else_are_refused(tmp_path, change, message):
+def test_arrays_of_something_else_are_rejected(tmp_path, change, message):
     arrays = {"images": IMAGES["train"], "labels": LABELS["train"], "lossless": LOSSLESS["train"]} | change
     np.savez(tmp_path / "train.npz", **{name: array for name, array in arrays.items() if array is not None})
     with pytest.raises(ValueError, match=message):

@@ -56,7 +56,7 @@ def test_an_epoch_shorter_than_one_pass() -> None:
     assert sorted(how_often(batches).values()) == [0] * (1797 - 384) + [1] * 384
 
 
-def test_an_epoch_of_more_than_one_pass_shows_all_images_alike_often() -> None:
+def test_an_epoch_of_several_passes_shows_every_image_equally_often() -> None:
     loader = DigitsDataModule(batch_size=64, batches_per_epoch=60).train_dataloader()
     batches = list(loader)
     assert len(loader) == len(batches) == 60
@@ -91,6 +91,6 @@ def test_evaluation_sees_every_image_once_in_order(name: str) -> None:
         ({"batch_size": 1798}, "batch_size=1798 must"),
     ],
 )
-def test_bad_arguments_are_refused(arguments: dict, message: str) -> None:
+def test_bad_arguments_are_rejected(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DigitsDataModule(**arguments)

@@ -71,7 +71,7 @@ def test_a_folder_to_compare_with(tmp_path):
     assert compared(tmp_path / "train", **settings) == ([[1], [2]], [0, 1])
     assert compared(tmp_path / "train", reference="test", **settings) == ([[3], [4], [5]], [0, 1, 1])
     write(tmp_path / "test" / "c", x=6)
-    with pytest.raises(ValueError, match=r"has the classes \['a', 'b', 'c'\], but root=.*train has \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"\['a', 'b', 'c'\], but root=.*train has \['a', 'b'\]"):
         compared(tmp_path / "train", reference="test", **settings)
 
 
@@ -91,7 +91,7 @@ def test_a_folder_without_images(tmp_path):
     with pytest.raises(FileNotFoundError, match="empty"):
         ImageFolderDataModule(tmp_path, 4).setup("fit")
     write(tmp_path, a=1)
-    with pytest.raises(ValueError, match="must hold either images or subfolders of images; it holds both"):
+    with pytest.raises(ValueError, match="images or subfolders of images; it holds both"):
         ImageFolderDataModule(tmp_path, 4).setup("fit")
 
 

@@ -83,7 +83,7 @@ def test_gray_is_luma():
 
 
 @pytest.mark.parametrize("size", [2, 1])
-def test_colours_of_gray_images_are_alike(size):
+def test_the_colours_of_gray_images_are_identical(size):
     colours = fitted(torch.tensor([[[[7, 7], [7, 7]]]], dtype=torch.uint8), size, 3)
     assert colours.tolist() == [[[[7] * size] * size] * 3]
 
@@ -107,8 +107,8 @@ def test_the_middle_square_is_taken():
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 4, 4), (1, 4, 4, 4), (3, 4, 4)])
-def test_other_channels_are_refused(shape):
-    with pytest.raises(ValueError, match=r"images of shape \(.*\) must have shape \(n, 1 or 3, height, width\)"):
+def test_other_channels_are_rejected(shape):
+    with pytest.raises(ValueError, match=r"images of shape \(.*\) .*\(n, 1 or 3, height, width\)"):
         fitted(torch.zeros(shape), 4, 3)
 
 
@@ -133,7 +133,7 @@ def test_images_of_any_mode(image, expected):
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-def test_images_of_more_than_8_bits_are_refused(mode):
+def test_images_of_more_than_8_bits_are_rejected(mode):
     class Module(Numbered):
         def make_dataset(self, train):
             return Files([Image.new(mode, (8, 8))])
@@ -238,7 +238,7 @@ def fit(given, epochs=8):
     return callback, trainer
 
 
-def test_images_are_mirrored_one_by_one_and_anew_each_time():
+def test_each_image_is_mirrored_at_random_each_time():
     callback, trainer = fit(Numbered(batch_size=15, horizontal_flips=True))
     assert len(callback.training) == 16
     mirrored = {place: [] for place in range(N)}
@@ -314,7 +314,7 @@ def test_the_middle_of_an_epoch_is_resumed_with_the_same_batches(tmp_path, modul
         ({"download": True}, "download=True: Numbered downloads nothing"),
     ],
 )
-def test_bad_arguments_are_refused(settings, message):
+def test_bad_arguments_are_rejected(settings, message):
     with pytest.raises(ValueError, match=message):
         Numbered(**settings)
 
@@ -333,7 +333,7 @@ def test_too_few_images_are_known_before_training(settings, message):
     Numbered(**settings).setup("validate")
 
 
-def test_no_images_are_refused():
+def test_no_images_are_rejected():
     class Empty(ImageDataModule):
         def make_dataset(self, train):
             return TensorDataset(torch.zeros(0, 1, 8, 8), torch.zeros(0))
@@ -342,7 +342,7 @@ def test_no_images_are_refused():
         Empty("nowhere", 8).setup("fit")
 
 
-def test_a_subclass_without_a_data_set_is_refused():
+def test_a_subclass_without_a_data_set_is_rejected():
     with pytest.raises(NotImplementedError, match="ImageDataModule must override make_dataset"):
         ImageDataModule(".", 8).setup("fit")
 

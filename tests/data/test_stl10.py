@@ -80,9 +80,9 @@ def test_the_images_are_read_once_for_training_and_comparing(root, monkeypatch):
     assert len(read) == 1
 
 
-def test_files_that_are_not_the_original_ones_are_refused(root):
+def test_files_that_are_not_the_original_ones_are_rejected(root):
     (root / "stl10_binary" / "unlabeled_X.bin").write_bytes(b"less")
-    with pytest.raises(ValueError, match=r"stl10_binary lacks a file, or has one that is not the original"):
+    with pytest.raises(ValueError, match=r"stl10_binary lacks a file"):
         STL10DataModule(root).setup("fit")
 
 
@@ -108,6 +108,6 @@ def test_only_what_is_asked_for_is_downloaded(tmp_path, monkeypatch):
         STL10DataModule(tmp_path, download=True).prepare_data()
 
 
-def test_unknown_splits_are_refused():
-    with pytest.raises(ValueError, match=r"split='test' is unknown; allowed are unlabeled, train\+unlabeled, train"):
+def test_unknown_splits_are_rejected():
+    with pytest.raises(ValueError, match=r"split='test' .*unlabeled, train\+unlabeled, train"):
         STL10DataModule(".", split="test")

@@ -76,12 +76,12 @@ def test_missing_files_are_known_before_training(folder, name, reference):
     )
 
 
-def test_unknown_classes_are_refused(folder):
+def test_unknown_classes_are_rejected(folder):
     (folder / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn07\t0\t0\t1\t1\n")
-    with pytest.raises(ValueError, match=r"val_annotations.txt names classes that are not in wnids.txt: n07"):
+    with pytest.raises(ValueError, match=r"val_annotations\.txt .*not in wnids\.txt: n07"):
         TinyImageNetDataModule(folder, reference="test").setup("validate")
 
 
 def test_nothing_can_be_downloaded(folder):
-    with pytest.raises(ValueError, match=r"download=True: TinyImageNetDataModule downloads nothing. Get it from http"):
+    with pytest.raises(ValueError, match=r"download=True: TinyImageNetDataModule .*http"):
         TinyImageNetDataModule(folder, download=True)

@@ -1,4 +1,4 @@
-"""Every block of code on every page, run; what cannot be is told in the page, in a comment before the block."""
+"""Runs every block of code on every page; a block that cannot run is marked in the page, in a comment before it."""
 
 import json
 import re

@@ -30,7 +30,7 @@ def checkpoint(run):
     return path
 
 
-def test_a_runs_generator_is_written_beside_its_config(run, checkpoint, capsys, monkeypatch):
+def test_a_runs_generator_is_written_next_to_its_config(run, checkpoint, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lightning-ddst", "export", str(checkpoint)])
     cli.main()
     dense, small = run / "export" / "generator.safetensors", run / "export" / "generator.compressed.safetensors"
@@ -60,7 +60,7 @@ def test_own_weights_to_another_folder_and_onnx(checkpoint, tmp_path):
     assert all(torch.equal(value, weights[f"generator.{name}"]) for name, value in load_file(paths[0]).items())
 
 
-def test_a_run_with_masks_of_channels_has_smaller_layers_and_says_what_they_gain(tmp_path, capsys):
+def test_a_run_with_masks_of_channels_has_smaller_layers_and_prints_the_gain(tmp_path, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
     tiny = TINY.replace("generator_density: 0.1", "generator_density: 0.3, granularity: channel")
     (tmp_path / "tiny.yaml").write_text(tiny + AVERAGED)
@@ -98,7 +98,7 @@ def test_a_run_with_masks_of_channels_has_smaller_layers_and_says_what_they_gain
         (["CKPT", "--formats", "gguf"], "gguf"),
     ],
 )
-def test_what_is_refused_ends_the_process_and_leaves_no_file(
+def test_bad_arguments_end_the_process_and_leave_no_file(
     run, checkpoint, arguments, message, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)

@@ -197,7 +197,7 @@ class Unclear(nn.Module):
 @pytest.mark.parametrize(
     ("save", "kind"), [(export.save_onnx, "for ONNX"), (export.save_program, "as a program")], ids=["onnx", "program"]
 )
-def test_a_generator_that_cannot_be_expressed_is_refused(tmp_path, save, kind):
+def test_a_generator_that_cannot_be_exported_is_rejected(tmp_path, save, kind):
     pytest.importorskip("onnxruntime")
     (tmp_path / "generator").write_text("before")
     with pytest.raises(ValueError, match=rf"^Unclear cannot be written {kind}: "):
@@ -251,24 +251,20 @@ def test_a_checkpoint_that_is_not_there_or_damaged(run, tmp_path):
         with pytest.raises(ValueError, match=r"half\.ckpt is damaged, or no checkpoint: "):
             export.load_generator(generator(), tmp_path / "half.ckpt")
     torch.save({"weights": 1}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match=r"other\.ckpt is no checkpoint of Lightning's: it has no state_dict"):
+    with pytest.raises(ValueError, match=r"other\.ckpt is no checkpoint .*state_dict"):
         export.load_generator(generator(), tmp_path / "other.ckpt")
 
 
-def test_another_generator_is_left_as_it_was(run):
+def test_loading_into_another_generator_fails_and_changes_nothing(run):
     checkpoint, *_ = run
     wider = nn.Sequential(nn.Linear(LATENT, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, PIXELS))
     before = {name: value.clone() for name, value in wider.state_dict().items()}
-    with pytest.raises(
-        ValueError, match=r"of another generator than this Sequential: '0.bias' is \(32,\) there, and \(64,\)"
-    ):
+    with pytest.raises(ValueError, match=r"Sequential: '0.bias' is \(32,\) there, and \(64,\)"):
         export.load_generator(wider, checkpoint)
     assert all(torch.equal(value, before[name]) for name, value in wider.state_dict().items())
     with pytest.raises(ValueError, match=r"'0.bias' is \(32,\) there, and missing here"):
         export.load_generator(nn.Sequential(nn.ReLU()), checkpoint)
-    with pytest.raises(
-        ValueError, match="no generator is in the checkpoint under maker; it has discriminator, generator"
-    ):
+    with pytest.raises(ValueError, match=r"no generator .*maker; it has discriminator, generator"):
         export.load_generator(generator(), checkpoint, name="maker")
     with pytest.raises(ValueError, match="weights='best' is unknown; allowed are average, raw"):
         export.load_generator(generator(), checkpoint, weights="best")

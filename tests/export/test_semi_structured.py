@@ -32,11 +32,11 @@ def unchanged(network, message):
     ],
     ids=["conv", "spectral norm", "dense", "six inputs"],
 )
-def test_networks_without_2_to_4_zeros_are_refused(layers, message):
+def test_networks_without_2_to_4_zeros_are_rejected(layers, message):
     unchanged(nn.Sequential(*layers), message)
 
 
-def test_without_a_gpu_the_network_is_refused():
+def test_without_a_gpu_the_network_is_rejected():
     unchanged(masked(nn.Linear(64, 64)), "0: it is on cpu, and semi-structured tensors need a CUDA GPU")
 
 
@@ -52,7 +52,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is n
     ],
     ids=["type", "shape"],
 )
-def test_types_and_shapes_that_torch_does_not_support_are_refused(network, message):
+def test_types_and_shapes_that_torch_does_not_support_are_rejected(network, message):
     unchanged(network().cuda(), message)
 
 

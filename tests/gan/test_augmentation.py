@@ -74,7 +74,7 @@ def test_an_augmentation_of_the_users_own_is_known_by_its_name(request):
     assert float(cli.model.discriminator_loss(images.repeat(1, 1, 2, 2), None)) > 0
 
 
-def test_the_random_state_goes_on():
+def test_draws_advance_the_random_state():
     images = random_images(4, 3, 8, 8)
     torch.manual_seed(0)
     first, second = diff_augment(images, ALL), diff_augment(images, ALL)
@@ -183,11 +183,11 @@ def test_the_share_cut_out():
 @pytest.mark.parametrize(
     ("shape", "policy", "message"),
     [
-        ((1, 3, 4, 4), ["colour"], "policy='colour' is unknown; allowed are color, translation, cutout"),
-        ((1, 3, 4, 4), "color", r"policy='color' must be a sequence of names, such as \['color', 'cutout'\]"),
-        ((3, 4, 4), ["color"], r"images of shape \(3, 4, 4\) must have shape \(batch, channels, height, width\)"),
+        ((1, 3, 4, 4), ["colour"], "policy='colour' .*color, translation, cutout"),
+        ((1, 3, 4, 4), "color", r"policy='color' must be .*\['color', 'cutout'\]"),
+        ((3, 4, 4), ["color"], r"images of shape \(3, 4, 4\) .*\(batch, channels, height, width\)"),
     ],
 )
-def test_bad_input_is_refused(shape, policy, message):
+def test_bad_input_is_rejected(shape, policy, message):
     with pytest.raises(ValueError, match=message):
         diff_augment(torch.zeros(shape), policy)

@@ -156,7 +156,7 @@ def test_the_generator_is_updated_every_so_many_batches_across_epochs(steps: int
     assert gan.generator_updates == updates
 
 
-def test_the_counts_are_saved_and_training_goes_on_where_it_was(tmp_path) -> None:
+def test_counts_are_saved_and_training_resumes_where_it_was(tmp_path) -> None:
     gan = fitted(vector_gan(discriminator_steps=3), folder=tmp_path)
     assert gan.generator_updates == 3
     (path,) = tmp_path.rglob("*.ckpt")
@@ -315,7 +315,7 @@ def test_a_conditional_gan_gets_the_labels_of_the_batch(collate, arguments) -> N
     assert not list(made)
 
 
-def test_labels_are_drawn_from_all_classes_alike_in_training() -> None:
+def test_labels_are_drawn_uniformly_from_all_classes_in_training() -> None:
     gan = fitted(conditional_gan(), data=labelled_data(batches=40))
     labels = torch.cat([labels for _, labels in gan.generator.calls])
     assert labels.dtype == torch.int64
@@ -382,7 +382,7 @@ def test_sample_follows_its_random_generator_and_leaves_torchs_alone(make) -> No
     assert not torch.equal(first, other)
     rng = torch.Generator().manual_seed(0)
     assert torch.equal(gan.sample(4, rng=rng), first)
-    assert not torch.equal(gan.sample(4, rng=rng), first)  # goes on drawing
+    assert not torch.equal(gan.sample(4, rng=rng), first)  # the generator keeps drawing
 
 
 @pytest.mark.parametrize("make", [vector_gan, conditional_gan])
@@ -477,20 +477,20 @@ def test_the_balance_is_measured_without_augmentation() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"loss": "best"}, "loss='best' is unknown; allowed are hinge, non-saturating, wasserstein, least-squares"),
+        ({"loss": "best"}, "loss='best' .*hinge, non-saturating, wasserstein, least-squares"),
         ({"discriminator_steps": 0}, "discriminator_steps=0 must be an integer, at least 1"),
         ({"discriminator_steps": 1.5}, "discriminator_steps=1.5 must be an integer, at least 1"),
         ({"gradient_penalty": -1.0}, "gradient_penalty=-1.0 must not be negative"),
         ({"gradient_penalty": float("nan")}, "gradient_penalty=nan must not be negative"),
         ({"r1": -0.1}, "r1=-0.1 must not be negative"),
-        ({"latent_dim": None}, "latent_dim=None: Sequential has no latent_dim, so it must be given"),
+        ({"latent_dim": None}, "latent_dim=None: Sequential has no latent_dim"),
         ({"latent_dim": 0}, "latent_dim=0 must be an integer, at least 1"),
         ({"augment": "color"}, r"augment='color' must be a list of names"),
-        ({"augment": ["colour"]}, "augment='colour' is unknown; allowed are color, translation, cutout"),
+        ({"augment": ["colour"]}, "augment='colour' .*color, translation, cutout"),
         ({"num_classes": 0}, "num_classes=0 must be an integer, at least 1"),
     ],
 )
-def test_bad_arguments_are_refused(arguments: dict, message: str) -> None:
+def test_bad_arguments_are_rejected(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         vector_gan(**arguments)
 
@@ -503,7 +503,7 @@ def test_the_noise_is_of_the_generators_own_size_unless_another_is_given() -> No
 
 
 @pytest.mark.parametrize("data", [toy_data(), DataLoader(torch.zeros(8, PIXELS), batch_size=4)])
-def test_a_conditional_gan_without_labels_is_refused(data: DataLoader) -> None:
+def test_a_conditional_gan_without_labels_is_rejected(data: DataLoader) -> None:
     with pytest.raises(ValueError, match=f"num_classes={CLASSES}, but the batch holds no labels"):
         fitted(conditional_gan(), data=data)
 

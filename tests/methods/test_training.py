@@ -170,7 +170,7 @@ class Gan:
 
 
 class Scripted(BalanceWindow):
-    """Says what it is told to, one ratio a reading (None is undecided), whatever was measured."""
+    """Returns scripted ratios, one per reading (None is undecided), whatever was measured."""
 
     def __init__(self, ratios):
         super().__init__(1)
@@ -434,8 +434,8 @@ def test_the_discriminator_grows_where_its_own_dense_gradient_is_largest():
     assert set((gan.masks()[1] & ~mask).nonzero().flatten().tolist()) == set(expected.tolist())
 
 
-def test_densities_go_on_from_what_was_asked_for():
-    # 0.1, 0.15, 0.2 ... of 56 weights are 5.6, 8.4, 11.2, 14: rounded only to count, not to go on from.
+def test_densities_step_from_the_requested_value():
+    # 0.1, 0.15, 0.2 ... of 56 weights are 5.6, 8.4, 11.2, 14: rounded only for the count, not for the next step.
     gan = scripted([HIGH, HIGH, HIGH], Plan(1, 100, 1), densities=(0.3, 0.1), discriminator=FiftySix)
     assert gan.discriminator.active == 6
     counts = []
@@ -490,7 +490,7 @@ def test_scores_that_are_not_finite_leave_the_discriminator():
     assert gan.training.decisions[0][1].reason == "a score is not finite"
 
 
-def test_without_a_controller_the_discriminator_is_left():
+def test_without_a_controller_the_discriminators_density_stays():
     gan = Gan(Plan(2, 3, 1), controller=None)
     assert gan.changes(9) == ([3, 6, 9], [])
     assert gan.training.decisions == []
@@ -498,7 +498,7 @@ def test_without_a_controller_the_discriminator_is_left():
     assert gan.training.measurements == 9
 
 
-def test_without_exploration_the_generator_is_left():
+def test_without_exploration_the_generators_masks_stay():
     gan = scripted([HIGH] * 4, Plan(2, 2, 1), explores=False)
     assert gan.changes(8) == ([], [2, 4, 6, 8])
 
@@ -541,7 +541,7 @@ def test_measuring_changes_nothing():
         assert torch.equal(one, other)
 
 
-def test_a_weight_that_no_optimizer_updates_is_named():
+def test_the_error_names_a_weight_that_no_optimizer_updates():
     modules = [make_generator(), make_discriminator()]
     networks = [MaskedNetwork(module, 0.5) for module in modules]
     optimizers = [torch.optim.SGD(modules[0].parameters(), 0.1), torch.optim.SGD(modules[1][2].parameters(), 0.1)]
@@ -818,7 +818,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(saved_at, growth):
     assert len(resumed.generator.explorations) == 6 - saved_at // 4
 
 
-def test_operations_are_counted_alike_where_a_run_was_saved_after_its_first_update():
+def test_a_run_saved_after_its_first_update_counts_the_same_operations():
     # The work of a step is measured between the first two updates, and the second one's decision changes the masks.
     options = {"densities": (0.3, 0.5), "controller": DensityController(bounds=(0, 1e-9))}
     whole = Gan(Plan(2, 100, 1), **options).train(1)

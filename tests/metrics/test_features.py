@@ -115,7 +115,7 @@ def test_gray_images_are_colour_of_three_equal_channels(resnet20, torchvision_fe
     gray = images(1, channels=1)
     for extractor in (resnet20, torchvision_features, inception):
         assert torch.equal(extractor(gray), extractor(gray.repeat(1, 3, 1, 1)))
-        with pytest.raises(ValueError, match=r"images \(1, 2, 32, 32\) must have shape \(batch, 1 or 3, height"):
+        with pytest.raises(ValueError, match=r"images \(1, 2, 32, 32\) .*\(batch, 1 or 3, height, width\)"):
             extractor(images(1, channels=2))
 
 
@@ -146,10 +146,8 @@ def test_all_bytes_come_back() -> None:
     assert torch.equal(inception((pixels / 127.5 - 1).reshape(1, 1, 16, 16))[0, 0].flatten(), pixels)
 
 
-def test_missing_inception_weights_are_named_with_where_to_get_them(tmp_path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"absent.pth' is not there. Download https://github.com/toshas/.*6726825d.pth and put"
-    ):
+def test_the_error_for_missing_inception_weights_names_the_download(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"absent\.pth' .*https://github\.com/toshas/.*6726825d\.pth"):
         InceptionFeatures(tmp_path / "absent.pth")
 
 
@@ -168,7 +166,7 @@ def test_other_files_are_not_taken_for_weights(tmp_path) -> None:
             make(path)
 
 
-def test_files_that_would_execute_something_are_refused(tmp_path) -> None:
+def test_files_that_would_execute_something_are_rejected(tmp_path) -> None:
     class Evil:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "touched",))
@@ -228,12 +226,12 @@ def test_random_features_follow_the_seed_and_leave_the_random_state_alone() -> N
         ),
     ],
 )
-def test_bad_arguments_of_torchvision_features_are_refused(arguments, error, message) -> None:
+def test_bad_arguments_of_torchvision_features_are_rejected(arguments, error, message) -> None:
     with pytest.raises(error, match=message):
         TorchvisionFeatures(**arguments)
 
 
-def test_the_repr_tells_settings_apart_that_the_weights_do_not() -> None:
+def test_the_repr_distinguishes_settings_that_the_weights_do_not() -> None:
     made = [TorchvisionFeatures("resnet18", image_size=size, random=True) for size in (32, 64)]
     assert repr(made[0]) != repr(made[1])
     assert "image_size=32" in repr(made[0])
@@ -249,13 +247,13 @@ def test_other_sizes_are_resized_for_the_cifar_resnet(resnet20) -> None:
 
 
 @pytest.mark.parametrize("depth", [7, 2, 21])
-def test_depths_that_no_such_network_has_are_refused(depth, tmp_path) -> None:
+def test_depths_that_no_such_network_has_are_rejected(depth, tmp_path) -> None:
     with pytest.raises(ValueError, match=rf"depth={depth} must be 6 n \+ 2, at least 8"):
         CifarResNet(tmp_path / "absent", depth)
 
 
-def test_a_missing_file_of_the_cifar_resnet_is_named(tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"absent.th' is not there. Get it from https://github.com/akamaster"):
+def test_the_error_names_the_missing_file_of_the_cifar_resnet(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"absent\.th' .*https://github\.com/akamaster"):
         CifarResNet(tmp_path / "absent.th")
 
 
@@ -351,7 +349,7 @@ def test_training_follows_the_seed_and_leaves_the_random_state_alone() -> None:
     assert not torch.equal(first(drawn), other(drawn))
 
 
-def test_images_and_labels_that_do_not_belong_together_are_refused() -> None:
+def test_images_and_labels_that_do_not_belong_together_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"images \(3, 3, 32, 32\) and labels \(2,\) must have shapes"):
         trained_classifier(images(), torch.zeros(2, dtype=torch.int64))
 

@@ -1,6 +1,7 @@
-"""Metrics of features, beside values that are known and beside torch-fidelity's own."""
+"""Metrics of features, compared with known values and with torch-fidelity's own."""
 
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -120,10 +121,15 @@ def test_the_others_are_torch_fidelitys_on_the_same_features() -> None:
 def test_kept_features_are_bounded_and_a_fair_draw() -> None:
     counts = np.zeros(500)
     for seed in range(200):
-        kept = KeptFeatures(50, seed)
-        for features in torch.arange(500.0)[:, None].split(23):
+        kept, added = KeptFeatures(50, seed), []
+        for start in range(0, 500, 23):
+            features = torch.arange(float(start), min(start + 23.0, 500.0))[:, None]
+            added.append(weakref.ref(features))
             kept.add(features)
-            assert sum(map(len, kept._features)) <= 2 * 50 + 23
+            del features
+            held = [features for chunk in added if (features := chunk()) is not None]
+            assert sum(map(len, held)) < 2 * 50
+            del held
         features = kept.features()[:, 0]
         assert len(features) == len(features.unique()) == 50
         assert features.tolist() == sorted(features.tolist())
@@ -195,11 +201,11 @@ def test_samples_that_are_not_finite_make_everything_nan(broken: float) -> None:
     assert all(math.isnan(value) for value in values.values())
 
 
-def test_real_images_that_are_not_finite_are_refused() -> None:
+def test_real_images_that_are_not_finite_are_rejected() -> None:
     with pytest.raises(ValueError, match="features of real images are not finite"):
         compared(torch.full((8, 4), math.nan), normal(8), "frechet_distance")
 
 
-def test_too_few_real_images_are_refused() -> None:
+def test_too_few_real_images_are_rejected() -> None:
     with pytest.raises(ValueError, match="3 real images are too few; the metrics need at least 4"):
         compared(normal(3), normal(8), "frechet_distance")

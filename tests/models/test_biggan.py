@@ -214,7 +214,7 @@ def test_weights_are_normal_where_asked_for() -> None:
 
 
 @pytest.mark.parametrize("size", [32, 64])
-def test_states_are_taken_over(size: int) -> None:
+def test_state_is_restored(size: int) -> None:
     labels = torch.tensor([0, 5])
     batches = torch.randn(2, LATENT[size]), torch.rand(2, 3, size, size)
     for network, other, batch in zip(small(size), small(size), batches, strict=True):
@@ -243,7 +243,7 @@ def test_they_can_be_sparse(size: int) -> None:
         ("initialization", "xavier", "is unknown; allowed are orthogonal, normal"),
     ],
 )
-def test_bad_arguments_are_refused(kind: type[nn.Module], argument: str, value: int | str, allowed: str) -> None:
+def test_bad_arguments_are_rejected(kind: type[nn.Module], argument: str, value: int | str, allowed: str) -> None:
     with pytest.raises(ValueError, match=f"{argument}={value!r} {allowed}"):
         kind(**{argument: value})
 
@@ -256,6 +256,6 @@ def test_bad_arguments_are_refused(kind: type[nn.Module], argument: str, value: 
         ({"image_size": 64, "latent_dim": 128}, "latent_dim=128 must be a multiple of 5 with 64 pixels"),
     ],
 )
-def test_bad_arguments_of_the_generator_are_refused(arguments: dict[str, int], message: str) -> None:
+def test_bad_arguments_of_the_generator_are_rejected(arguments: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BigGANGenerator(**arguments)

@@ -93,7 +93,7 @@ def test_every_layer_of_the_discriminator_has_spectral_norm_one() -> None:
         assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, abs=0.02)
 
 
-def test_states_are_taken_over() -> None:
+def test_state_is_restored() -> None:
     for kind, batch in ((DCGANGenerator, torch.randn(2, 128)), (DCGANDiscriminator, torch.rand(2, 3, 32, 32))):
         network, other = kind(width=2), kind(width=2)
         network(batch)  # moves running statistics and singular vectors
@@ -121,11 +121,11 @@ def test_they_can_be_sparse(kind: type[nn.Module]) -> None:
         ("width", 0, "must be an integer, at least 1"),
     ],
 )
-def test_bad_arguments_are_refused(kind: type[nn.Module], argument: str, value: int, allowed: str) -> None:
+def test_bad_arguments_are_rejected(kind: type[nn.Module], argument: str, value: int, allowed: str) -> None:
     with pytest.raises(ValueError, match=f"{argument}={value} {allowed}"):
         kind(**{argument: value})
 
 
-def test_a_bad_latent_dim_is_refused() -> None:
+def test_a_bad_latent_dim_is_rejected() -> None:
     with pytest.raises(ValueError, match="latent_dim=0 must be an integer, at least 1"):
         DCGANGenerator(latent_dim=0)

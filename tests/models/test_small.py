@@ -56,7 +56,7 @@ def test_width_bounds_the_channels() -> None:
 
 @pytest.mark.parametrize("network", [SmallGenerator, SmallDiscriminator])
 @pytest.mark.parametrize("size", [-8, 0, 1, 4, 7, 12, 28, 33])
-def test_sizes_that_are_no_power_of_two_are_refused(network: type[nn.Module], size: int) -> None:
+def test_sizes_that_are_no_power_of_two_are_rejected(network: type[nn.Module], size: int) -> None:
     with pytest.raises(ValueError, match=rf"image_size={size} must be a power of 2, at least 8"):
         network(image_size=size)
 

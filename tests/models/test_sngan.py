@@ -108,7 +108,7 @@ def test_the_sum_over_positions_is_scored() -> None:
 
 
 @pytest.mark.parametrize("size", [32, 48])
-def test_states_are_taken_over(size: int) -> None:
+def test_state_is_restored(size: int) -> None:
     for kind, batch in ((SNGANGenerator, torch.randn(2, 128)), (SNGANDiscriminator, torch.rand(2, 3, size, size))):
         network, other = kind(size, width=2), kind(size, width=2)
         network(batch)  # moves running statistics and singular vectors
@@ -135,11 +135,11 @@ def test_they_can_be_sparse(kind: type[nn.Module]) -> None:
         ("width", 1.5, "must be an integer, at least 1"),
     ],
 )
-def test_bad_arguments_are_refused(kind: type[nn.Module], argument: str, value: float, allowed: str) -> None:
+def test_bad_arguments_are_rejected(kind: type[nn.Module], argument: str, value: float, allowed: str) -> None:
     with pytest.raises(ValueError, match=f"{argument}={value} {allowed}"):
         kind(**{argument: value})
 
 
-def test_a_bad_latent_dim_is_refused() -> None:
+def test_a_bad_latent_dim_is_rejected() -> None:
     with pytest.raises(ValueError, match="latent_dim=0 must be an integer, at least 1"):
         SNGANGenerator(latent_dim=0)

@@ -69,7 +69,9 @@ def test_half_a_file_is_never_left(run: Path, monkeypatch) -> None:
     assert [file.suffix for file in path.parent.iterdir()] == [".png", ".png"]
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused_before_drawing(run: Path, tmp_path, monkeypatch, capsys) -> None:
+def test_a_folder_that_cannot_be_written_to_is_rejected_before_drawing(
+    run: Path, tmp_path, monkeypatch, capsys
+) -> None:
     monkeypatch.setattr(plots, "figures", lambda series: pytest.fail("was drawn"))
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as end:

@@ -289,7 +289,7 @@ def test_a_dense_pair_has_no_heat_map() -> None:
 # ---- the others ----------------------------------------------------------------------------------------
 
 
-def test_exploration_shows_coverage_beside_density_and_overlap_below() -> None:
+def test_exploration_shows_coverage_next_to_density_and_overlap_below() -> None:
     coverage, overlap = plots.exploration(EXPLORATION | BALANCE).axes
     assert [list(zip(*line.get_data(), strict=True)) for line in coverage.lines] == [
         EXPLORATION["coverage/generator"],
@@ -316,13 +316,13 @@ def test_every_metric_has_an_axis_of_its_own() -> None:
     assert [ax.get_yscale() for ax in (frechet, kernel, recall)] == ["log", "linear", "linear"]
 
 
-def test_raw_weights_alone_are_named() -> None:
+def test_raw_weights_alone_are_named_raw() -> None:
     (ax,) = plots.quality({"precision_raw/cnn": [(0, 0.5)]}).axes
     assert ax.get_title(loc="left") == "Precision, raw weights: 0.5"
     assert list(lines(ax).values()) == [[(0, 0.5)]]
 
 
-def test_flops_are_shown_beside_dense_training() -> None:
+def test_flops_are_shown_relative_to_dense_training() -> None:
     (ax,) = plots.flops(FLOPS).axes
     assert lines(ax)["this run, 30.0%"] == FLOPS["flops/training_ratio"]
     assert {y for _, y in lines(ax)["dense training"]} == {1}

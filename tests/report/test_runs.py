@@ -8,7 +8,7 @@ from lightning_ddst.report.runs import by_pair, of_samples, read_run, source
 
 
 def write(folder: Path, scalars: dict[str, list[tuple[int, float]]]) -> None:
-    """Writes an event file, beside those that are there."""
+    """Adds an event file to a folder."""
     with SummaryWriter(str(folder)) as writer:
         for name, points in scalars.items():
             for step, value in points:
@@ -42,7 +42,7 @@ def test_steps_come_in_ascending_order(tmp_path) -> None:
     assert read_run(tmp_path) == {"density/generator": [(10, 0.25), (20, 0.75)]}
 
 
-def test_an_empty_file_beside_others_does_no_harm(tmp_path) -> None:
+def test_an_empty_file_next_to_others_does_no_harm(tmp_path) -> None:
     write(tmp_path, {"density/generator": [(1, 0.5)]})
     (tmp_path / "events.out.tfevents.9999999999.host.1.0").touch()
     assert read_run(tmp_path) == {"density/generator": [(1, 0.5)]}
@@ -68,7 +68,7 @@ def test_of_several_runs_none_is_chosen(tmp_path) -> None:
     assert str(refused.value).endswith(f"{tmp_path / 'version_0'}, {tmp_path / 'version_1'}.")
 
 
-def test_what_is_no_run_is_refused(tmp_path) -> None:
+def test_a_folder_without_a_run_is_rejected(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=f"there is no folder {tmp_path / 'missing'}. Name the folder of a run"):
         read_run(tmp_path / "missing")
     with pytest.raises(FileNotFoundError, match=f"neither {tmp_path} nor a folder below it holds event files"):
@@ -81,7 +81,7 @@ def test_what_is_no_run_is_refused(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("scalars", "found"), [({"hp_metric": [(0, -1.0)], "loss": [(1, 1.0)]}, "are hp_metric, loss"), ({}, "no scalars")]
 )
-def test_a_run_of_something_else_is_refused(scalars: dict, found: str, tmp_path) -> None:
+def test_a_run_of_something_else_is_rejected(scalars: dict, found: str, tmp_path) -> None:
     write(tmp_path, scalars)
     with pytest.raises(ValueError, match="hold nothing that this package logs") as refused:
         read_run(tmp_path)
@@ -116,5 +116,5 @@ def test_metrics_come_in_their_order() -> None:
         ("a/loss/density/generator", None),
     ],
 )
-def test_names_tell_what_logged_them(name: str, expected: str | None) -> None:
+def test_names_identify_their_source(name: str, expected: str | None) -> None:
     assert source(name) == expected

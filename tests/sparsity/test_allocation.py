@@ -76,9 +76,9 @@ def test_counts_are_exact_in_networks_of_hundreds_of_millions_of_weights(distrib
     assert sum(counts) == round(0.123456789 * sum(map(math.prod, shapes)))
 
 
-def test_a_density_too_low_for_one_weight_a_layer_is_refused_with_what_is_needed():
+def test_a_density_too_low_for_one_weight_a_layer_is_rejected_with_what_is_needed():
     # 12 weights, 1 active, 3 layers: 3/12 is needed.
-    with pytest.raises(ValueError, match=r"density=0\.1 leaves 1 active weights for 3 layers.*at least 0\.25"):
+    with pytest.raises(ValueError, match=r"density=0\.1 leaves 1 .* 3 layers.*at least 0\.25"):
         allocate([(2, 2)] * 3, 0.1)
 
 
@@ -97,12 +97,12 @@ def test_the_density_that_the_refusal_names_is_enough():
 
 
 @pytest.mark.parametrize("density", [0.0, -0.5, 1.5, math.nan])
-def test_a_density_outside_its_range_is_refused(density):
+def test_a_density_outside_its_range_is_rejected(density):
     with pytest.raises(ValueError, match=rf"density={density} must be in \(0, 1\]"):
         allocate([CONV], density)
 
 
-def test_an_unknown_distribution_is_refused_with_the_known_ones():
+def test_an_unknown_distribution_is_rejected_with_the_known_ones():
     with pytest.raises(ValueError, match=r"distribution='ERK' is unknown; allowed are uniform, er, erk"):
         allocate([CONV], 0.5, "ERK")
 
@@ -147,7 +147,7 @@ def test_splitting_keeps_any_bounds_and_the_sum(data):
 
 
 @pytest.mark.parametrize("total", [2, 10])
-def test_splitting_into_bounds_that_cannot_hold_it_is_refused(total):
+def test_splitting_into_bounds_that_cannot_hold_it_is_rejected(total):
     with pytest.raises(ValueError, match=rf"total={total} must be between 3 and 9"):
         apportion([1.0, 2.0], total, [1, 2], [4, 5])
 
@@ -165,10 +165,10 @@ def test_layers_without_a_given_count_share_what_is_left():
 @pytest.mark.parametrize(
     ("density", "message"),
     [
-        (5 / 12, r"leaves 5 active weights for 3 layers, less than 1 a layer beside the 4 of .*at least 0\.5 here"),
-        (1.0, r"density=1\.0 needs 12 active weights, more than layers of given densities allow; .*at most 0\.83"),
+        (5 / 12, r"leaves 5 .* 3 layers, less than 1 .* 4 .*at least 0\.5 here"),
+        (1.0, r"density=1\.0 needs 12 active weights.*given densities.*at most 0\.83"),
     ],
 )
-def test_given_counts_that_leave_too_little_or_too_much_are_refused(density, message):
+def test_given_counts_that_leave_too_little_or_too_much_are_rejected(density, message):
     with pytest.raises(ValueError, match=message):
         allocate([(2, 2)] * 3, density, given={0: 4} if density < 1 else {0: 2})

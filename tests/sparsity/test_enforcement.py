@@ -129,7 +129,7 @@ def test_state_of_optimizers_without_any_is_no_mistake(masked):
 
 
 @EVERY_OPTIMIZER
-def test_after_every_step_nothing_is_left_where_inactive(make):
+def test_after_every_step_everything_inactive_is_zero(make):
     sparse = MaskedNetwork(network(), 0.4, seed=1)
     optimizer = make(sparse.network.parameters())
     MaskEnforcer(sparse, [optimizer])
@@ -204,7 +204,7 @@ def test_a_pruned_weight_loses_its_gradient_at_once():
         assert weight.parameter.grad[sparse.masks[name]].all()
 
 
-def test_state_of_other_shapes_and_kinds_is_left_alone():
+def test_state_of_other_shapes_and_kinds_does_not_change():
     sparse = MaskedNetwork(network(), 0.4, seed=1)
     optimizer = Noisy(sparse.network.parameters())
     MaskEnforcer(sparse, [optimizer])
@@ -438,7 +438,7 @@ def test_an_unknown_treatment_of_state_is_rejected():
 # ---- taking hold and letting go ------------------------------------------------------------------------------
 
 
-def test_a_weight_in_no_optimizer_is_refused_by_name():
+def test_a_weight_in_no_optimizer_is_rejected_by_name():
     sparse = MaskedNetwork(network(), 0.4)
     optimizers = [torch.optim.SGD([*sparse.network[0].parameters(), sparse.network[3].bias], lr=0.1)]
     with pytest.raises(ValueError, match=r"no optimizer updates '3\.weight'"):

@@ -49,6 +49,6 @@ def test_a_function_is_registered_under_its_name_and_stays_what_it_is(registered
     assert registered["place"].gradient == "average"
 
 
-def test_a_rule_needs_no_gradient_unless_it_says_so(registered):
+def test_a_rule_needs_no_gradient_unless_it_asks_for_it(registered):
     growth_rule("place")(lambda layer: layer.weight)
     assert registered["place"].gradient == "none"

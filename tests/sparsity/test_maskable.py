@@ -165,7 +165,7 @@ def test_a_weight_shared_with_an_embedding_is_left_out(embedding_first):
 
 
 @pytest.mark.parametrize("layer", [nn.LazyLinear(4), nn.LazyConv2d(4, 3)], ids=lambda layer: type(layer).__name__)
-def test_a_lazy_layer_is_refused_by_name_until_the_network_ran(layer):
+def test_a_lazy_layer_is_rejected_by_name_until_the_network_ran(layer):
     network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sequential(layer))
     with pytest.raises(ValueError, match=r"Layer '1\.0' is lazy .*run the network once"):
         maskable_weights(network)
@@ -189,7 +189,7 @@ def _doubled(layer):
     [old_weight_norm, parametrizations.weight_norm, parametrizations.orthogonal, _pruned, _doubled],
     ids=["old weight norm", "new weight norm", "orthogonal", "prune", "spectral norm and another"],
 )
-def test_a_weight_computed_in_another_way_is_refused_by_its_layers_name(wrap):
+def test_a_weight_computed_in_another_way_is_rejected_by_its_layers_name(wrap):
     network = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), wrap(nn.Linear(4, 4))))
     with pytest.raises(ValueError, match=r"weight of layer '1\.1' .*cannot be masked"):
         maskable_weights(network)
@@ -198,12 +198,12 @@ def test_a_weight_computed_in_another_way_is_refused_by_its_layers_name(wrap):
 @pytest.mark.parametrize(
     "network", [nn.Sequential(nn.LayerNorm(4), nn.Embedding(3, 4)), nn.Identity()], ids=["norm and embedding", "empty"]
 )
-def test_a_network_without_maskable_weights_is_refused(network):
+def test_a_network_without_maskable_weights_is_rejected(network):
     with pytest.raises(ValueError, match=rf"{type(network).__name__} has nothing to mask.*Linear, Conv1d"):
         maskable_weights(network)
 
 
-def test_a_network_whose_only_weight_is_shared_with_an_embedding_is_refused():
+def test_a_network_whose_only_weight_is_shared_with_an_embedding_is_rejected():
     network = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10))
     network[1].weight = network[0].weight
     with pytest.raises(ValueError, match="nothing to mask"):

@@ -72,7 +72,7 @@ def test_nothing_touches_the_global_random_state():
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1, math.nan])
-def test_a_rate_outside_its_range_is_refused(rate):
+def test_a_rate_outside_its_range_is_rejected(rate):
     sparse = MaskedNetwork(two_layers(), 0.5, growth="random")
     with pytest.raises(ValueError, match=rf"rate={rate} must be in \[0, 1\]"):
         sparse.explore(rate)
@@ -138,7 +138,7 @@ def test_neither_modules_nor_parameter_names_change():
     assert list(network.state_dict()) == keys
 
 
-def test_weights_stored_channels_last_are_masked_alike():
+def test_weights_stored_channels_last_get_the_same_masks():
     results = []
     for layout in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)
@@ -180,7 +180,7 @@ def deep(seed=0):
     return nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 8))
 
 
-def test_a_saved_network_goes_on_with_the_same_masks_and_the_same_random_growth():
+def test_a_saved_network_resumes_with_the_same_masks_and_the_same_random_growth():
     sparse = MaskedNetwork(deep(), 0.3, growth="random", seed=1)
     sparse.explore(0.5)
     state = through_a_file(sparse.state_dict())
@@ -213,7 +213,7 @@ def test_a_saved_state_is_a_copy():
     assert sparse.active == round(0.9 * 200)
 
 
-def test_the_state_of_other_shapes_is_refused_by_the_weights_name():
+def test_the_state_of_other_shapes_is_rejected_by_the_weights_name():
     state = MaskedNetwork(deep(), 0.3).state_dict()
     with pytest.raises(ValueError, match=r"'2\.weight' is missing or differs in shape"):
         MaskedNetwork(nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 9)), 0.3, state=state)
@@ -226,7 +226,7 @@ def test_the_state_of_other_shapes_is_refused_by_the_weights_name():
         (nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 8), nn.Linear(8, 8)), r"3\.weight"),  # one less
     ],
 )
-def test_the_state_of_other_weights_is_refused_by_the_weights_name(network, name):
+def test_the_state_of_other_weights_is_rejected_by_the_weights_name(network, name):
     state = MaskedNetwork(deep(), 0.3).state_dict()
     with pytest.raises(ValueError, match=rf"'{name}' is missing or differs in shape"):
         MaskedNetwork(network, 0.3, state=state)
@@ -251,7 +251,7 @@ def test_layers_are_left_dense_by_their_class():
         MaskedNetwork(three_layers(), 0.5, dense_layers=["Linear", "Conv1d"])
 
 
-def test_first_masks_of_an_unknown_kind_are_refused():
+def test_first_masks_of_an_unknown_kind_are_rejected():
     with pytest.raises(ValueError, match="initial='largest' is unknown; allowed are random, magnitude"):
         MaskedNetwork(three_layers(), 0.5, initial="largest")
 

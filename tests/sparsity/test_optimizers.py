@@ -6,14 +6,14 @@ from torch import nn
 from lightning_ddst.sparsity import MaskedNetwork, find_optimizers, get_parameters, has_updated
 
 
-def test_a_weight_in_no_optimizer_is_named():
+def test_the_error_names_a_weight_in_no_optimizer():
     sparse = MaskedNetwork(network(), 0.4)
     optimizers = [torch.optim.SGD([*sparse.network[0].parameters(), sparse.network[3].bias], lr=0.1)]
-    with pytest.raises(ValueError, match=r"no optimizer updates '3\.weight' \(1 of 2 weights are in none\)"):
+    with pytest.raises(ValueError, match=r"no optimizer updates '3\.weight' \(1 of 2 "):
         find_optimizers(sparse.parameters, optimizers)
 
 
-def test_without_optimizers_the_first_weight_is_named():
+def test_without_optimizers_the_error_names_the_first_weight():
     with pytest.raises(ValueError, match=r"no optimizer updates '0\.weight' \(2 of 2"):
         find_optimizers(MaskedNetwork(network(), 0.4).parameters, [])
 

@@ -23,7 +23,7 @@ def test_one_image_by_hand():
     assert not network[1].num_batches_tracked
 
 
-def test_densities_of_what_is_not_there_are_refused():
+def test_densities_of_missing_layers_are_rejected():
     with pytest.raises(ValueError, match=r"'generator.weight' is no maskable weight of Linear"):
         published_flops(nn.Linear(2, 3), torch.zeros(1, 2), densities={"generator.weight": 0.1})
 

@@ -18,7 +18,7 @@ def test_an_unknown_name_is_rejected_with_the_nearest_one():
     rules = Registry("rule")
     rules.register("gradient")(len)
     rules.register("random")(sum)
-    with pytest.raises(ValueError, match=r"growth='gradinet' is unknown; allowed are gradient, random\. Did you mean"):
+    with pytest.raises(ValueError, match=r"growth='gradinet' .*gradient, random\. Did you mean"):
         rules.find("growth", "gradinet")
     with pytest.raises(ValueError, match=r"growth='x' is unknown; allowed are gradient, random\.$"):
         rules.find("growth", "x")

@@ -11,7 +11,7 @@ def test_a_density_above_zero_and_up_to_one_passes(value):
 
 
 @pytest.mark.parametrize("value", [0, 0.0, -0.1, 1.0001, 10, math.nan, math.inf, -math.inf])
-def test_any_other_density_is_refused_with_its_name_and_value(value):
+def test_any_other_density_is_rejected_with_its_name_and_value(value):
     with pytest.raises(ValueError, match=rf"^generator_density={value} must be in \(0, 1\]\.$"):
         check_density("generator_density", value)
 
@@ -22,7 +22,7 @@ def test_a_rate_from_zero_to_one_passes(value):
 
 
 @pytest.mark.parametrize("value", [-0.001, 1.001, math.nan, math.inf])
-def test_any_other_rate_is_refused_with_its_name_and_value(value):
+def test_any_other_rate_is_rejected_with_its_name_and_value(value):
     with pytest.raises(ValueError, match=rf"^exploration_rate={value} must be in \[0, 1\]\.$"):
         check_rate("exploration_rate", value)
 
@@ -33,7 +33,7 @@ def test_a_positive_integer_passes_as_a_count(value):
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, 2.5, True, "3", None, math.nan])
-def test_anything_else_is_refused_as_a_count(value):
+def test_other_values_are_rejected_as_a_count(value):
     with pytest.raises(ValueError, match=rf"^interval={value!r} must be an integer, at least 1\.$"):
         check_count("interval", value)
 
@@ -44,7 +44,7 @@ def test_a_choice_that_is_allowed_passes():
 
 
 @pytest.mark.parametrize("value", ["Layer", "", "all"])
-def test_an_unknown_choice_is_refused_with_every_allowed_one(value):
+def test_an_unknown_choice_is_rejected_with_every_allowed_one(value):
     with pytest.raises(ValueError, match=rf"^scope='{value}' is unknown; allowed are global, layer\.$"):
         check_choice("scope", value, ("global", "layer"))
 

@@ -51,7 +51,7 @@ def training(method: Method, *decisions: tuple[int, str, float, str]) -> SimpleN
     )
 
 
-def test_decisions_are_told_with_their_reasons() -> None:
+def test_the_summary_lists_decisions_with_their_reasons() -> None:
     method = DDST(generator_density=0.1)
     run = training(
         method,
@@ -85,7 +85,7 @@ def test_decisions_are_told_with_their_reasons() -> None:
     ]
 
 
-def test_a_long_story_is_cut_at_its_beginning() -> None:
+def test_a_long_summary_drops_its_oldest_rows() -> None:
     method = DDST(generator_density=0.1)
     run = training(method, *[(update, ("hold", "grow")[update % 2], 0.1, "because") for update in range(1, 101)])
     words = summary_markdown(method, run)
@@ -95,7 +95,7 @@ def test_a_long_story_is_cut_at_its_beginning() -> None:
     assert words.endswith("60 earlier rows are left out.")
 
 
-def test_bounds_that_follow_are_told_as_such() -> None:
+def test_the_summary_explains_automatic_bounds() -> None:
     method = DDST(generator_density=0.1, bounds="auto")
     run = training(method, (600, "grow", 0.15, "BR 0.600 is 97% of the highest, 0.620"))
     words = summary_markdown(method, run)
@@ -112,7 +112,7 @@ def test_where_nothing_is_decided_there_is_no_table(method: Method, start: str) 
     assert "BR, the balance ratio" not in words
 
 
-def test_another_signal_says_what_it_means_itself() -> None:
+def test_the_summary_explains_another_signal() -> None:
     method = DDA(generator_density=0.1, signal="real_sign")
     words = summary_markdown(method, training(method, (600, "hold", 0.1, "because")))
     assert (
@@ -131,7 +131,7 @@ def test_a_ramp_does_not_claim_to_judge() -> None:
 # ---- a run's page --------------------------------------------------------------------------------------
 
 
-def test_a_run_tells_its_story_at_every_epochs_end(tmp_path) -> None:
+def test_a_run_writes_its_summary_at_every_epochs_end(tmp_path) -> None:
     sparsity = DynamicSparsityCallback(0.2, interval=5, explore_interval=5, probe_interval=1)
     (step, words), *others = texts(events_of(tmp_path, sparsity), "about/what_happened")
     assert (step, others) == (10, [])
@@ -173,7 +173,7 @@ def test_pairs_have_charts_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("module", [ToyGAN, WithHyperparameters])
-def test_hyperparameters_stand_beside_the_final_numbers(module, tmp_path) -> None:
+def test_hyperparameters_are_shown_with_the_final_numbers(module, tmp_path) -> None:
     sparsity = DynamicSparsityCallback(0.2, interval=5, explore_interval=5, probe_interval=1)
     events = events_of(tmp_path, sparsity, module=module)
     of_plugin = events.PluginTagToContent("hparams")

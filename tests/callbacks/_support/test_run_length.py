@@ -66,7 +66,7 @@ def test_it_is_known_after_two_batches_with_updates() -> None:
 
 @pytest.mark.parametrize("every", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize(("epochs", "limit"), [(1, 10), (2, 10), (2, 9), (3, 7)])
-def test_the_length_of_epochs_is_what_the_run_comes_to(every: int, epochs: int, limit: int) -> None:
+def test_the_planned_length_in_epochs_is_the_runs_length(every: int, epochs: int, limit: int) -> None:
     observer = observed(SlowGAN(every), epochs=epochs, limit_train_batches=limit)
     assert observer.updates == epochs * limit // every
     if observer.updates >= 2:
@@ -80,7 +80,7 @@ def test_a_start_without_generator_updates_does_not_count() -> None:
 
 
 @pytest.mark.parametrize("max_steps", [6, 7, 9, 11, 16])
-def test_the_length_of_optimizer_steps_is_what_the_run_comes_to(max_steps: int) -> None:
+def test_the_planned_length_in_optimizer_steps_is_the_runs_length(max_steps: int) -> None:
     observer = observed(epochs=-1, max_steps=max_steps)
     assert observer.updates == -(-max_steps // 2)  # two steps a batch, and a batch is not cut off
     assert observer.length.updates == observer.updates

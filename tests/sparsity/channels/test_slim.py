@@ -34,7 +34,7 @@ def test_masks_of_channels_leave_exactly_the_active_ones(make, inputs):
     assert {name: parameter.shape for name, parameter in network.named_parameters()} == sizes
 
 
-def test_layers_say_how_large_they_are():
+def test_layers_report_their_sizes():
     network = nn.Sequential(
         nn.Linear(2, 8), nn.Unflatten(1, (2, 2, 2)), nn.BatchNorm2d(2), nn.ConvTranspose2d(2, 3, 1), nn.Conv2d(3, 1, 1)
     )
@@ -86,7 +86,7 @@ def test_weights_are_those_that_spectral_norm_made_and_the_network_keeps_it(norm
     assert all(parametrize.is_parametrized(network[i]) or network[i]._forward_pre_hooks for i in (0, 2))
 
 
-def test_a_network_whose_channels_are_all_read_is_as_large_as_it_was():
+def test_a_network_whose_channels_are_all_read_keeps_its_size():
     network = models.SmallGenerator(8, 1, 4)
     _, left, channels = compact(network, torch.randn(2, 64))
     assert left == channels == 16 + 8 + 4

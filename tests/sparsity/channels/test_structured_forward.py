@@ -27,7 +27,7 @@ def pair(request):
     return whole, narrow, sparse, inputs
 
 
-def test_training_is_that_of_the_whole_network_with_zeros(pair):
+def test_training_equals_the_whole_network_with_zeros(pair):
     whole, narrow, sparse, inputs = pair
     narrowing = StructuredForward(narrow, sparse.kept)
     for _ in range(2):
@@ -48,7 +48,7 @@ def test_training_is_that_of_the_whole_network_with_zeros(pair):
     assert "forward" not in narrow.__dict__
 
 
-def test_evaluation_is_that_of_the_whole_network_bit_for_bit(pair):
+def test_evaluation_equals_the_whole_network_bit_for_bit(pair):
     whole, narrow, sparse, inputs = pair
     StructuredForward(narrow, sparse.kept)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_a_copy_computes_with_its_own_weights():
     torch.testing.assert_close(copy(x), network(x) + 1)
 
 
-def test_a_compiled_network_is_left_whole():
+def test_a_compiled_network_computes_with_all_channels():
     network = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
     assert can_run_structured(network)
     network.compile()

@@ -126,7 +126,7 @@ class Noisy(nn.Module):
         return self.last(self.first(x) + torch.randn(len(x), 1))
 
 
-def test_noise_of_its_own_does_not_matter_and_the_network_is_left_as_it_is():
+def test_the_networks_own_noise_does_not_matter_and_the_network_does_not_change():
     network = Noisy()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     state = torch.get_rng_state()
@@ -162,15 +162,13 @@ def test_the_papers_networks(network, inputs, sizes):
     assert trace_channels(network(), *inputs).sizes == sizes
 
 
-def test_a_network_that_cannot_be_called_so_is_refused():
-    with pytest.raises(
-        ValueError, match=r"channels of Linear cannot be traced: called with a tensor \(2, 3\), it fails"
-    ):
+def test_a_network_that_fails_on_the_example_input_is_rejected():
+    with pytest.raises(ValueError, match=r"Linear cannot be traced: .*a tensor \(2, 3\)"):
         trace_channels(nn.Linear(2, 1), torch.zeros(2, 3))
 
 
-def test_a_network_without_such_channels_is_refused():
-    with pytest.raises(ValueError, match=r"Sequential has no channels that can be taken out.*x\.unflatten"):
+def test_a_network_without_such_channels_is_rejected():
+    with pytest.raises(ValueError, match=r"Sequential has no channels .*x\.unflatten"):
         trace_channels(nn.Sequential(nn.Linear(2, 1), nn.ReLU()), torch.zeros(2, 2))
 
 

@@ -98,12 +98,10 @@ def test_rows_by_magnitude_are_the_largest():
 def test_options_are_checked_and_the_error_names_the_granularity():
     with pytest.raises(ValueError, match=r'scope=\'layer\' is no option of masks with granularity="row"'):
         MaskedNetwork(network(), 0.5, granularity="row", scope="layer")
-    with pytest.raises(ValueError, match=r"growth='luck' is unknown; allowed are .* with granularity=\"weight\""):
+    with pytest.raises(ValueError, match=r"growth='luck' .*gradient.* granularity=\"weight\""):
         find_units("weight").check_options("weight", {"growth": "luck"})
     find_units("channel").check_options("channel", {"growth": "random"})
-    with pytest.raises(
-        ValueError, match=r"growth='gradient' is unknown; allowed are random with granularity=\"channel\""
-    ):
+    with pytest.raises(ValueError, match=r"growth='gradient' .* random with granularity=\"channel\""):
         find_units("channel").check_options("channel", {"growth": "gradient"})
 
 
@@ -123,6 +121,6 @@ def test_facts_that_others_decide_by(granularity, facts):
 
 
 @pytest.mark.parametrize("granularity", ["rows", "", None, 4])
-def test_an_unknown_granularity_is_refused(granularity):
+def test_an_unknown_granularity_is_rejected(granularity):
     with pytest.raises(ValueError, match=rf"granularity={granularity!r} is unknown; allowed are channel, weight, row"):
         find_units(granularity)

@@ -220,13 +220,13 @@ def test_layers_whose_inputs_do_not_divide_stay_dense_and_outside_the_density():
 
 
 @pytest.mark.parametrize("granularity", ["4:4", "0:4", "5:4", "2-4", "2:4:8", "rows"])
-def test_what_is_no_pattern_is_refused(granularity):
+def test_granularities_that_are_no_pattern_are_rejected(granularity):
     with pytest.raises(ValueError, match=f"granularity=.{granularity}. "):
         find_units(granularity)
 
 
 @pytest.mark.parametrize("given", [{"scope": "layer"}, {"layer_floor": 0.5}, {"distribution": "er"}])
-def test_options_of_single_weights_are_refused(given):
+def test_options_of_single_weights_are_rejected(given):
     (name,) = given
     with pytest.raises(ValueError, match=rf'{name}=.* is no option of masks with granularity="2:4"'):
         MaskedNetwork(nn.Linear(8, 8), 0.5, granularity="2:4", **given)
@@ -255,9 +255,9 @@ def test_a_saved_network_explores_the_same_way():
     assert (one.coverage, one.overlap) == (other.coverage, other.overlap)
 
 
-def test_other_masks_are_refused():
+def test_other_masks_are_rejected():
     state = MaskedNetwork(nn.Linear(8, 8), 0.5).state_dict()
-    with pytest.raises(ValueError, match="the saved masks are not 2:4: 'weight' has groups with other numbers"):
+    with pytest.raises(ValueError, match="saved masks are not 2:4: 'weight'"):
         MaskedNetwork(nn.Linear(8, 8), 0.5, granularity="2:4", state=state)
 
 
@@ -303,8 +303,8 @@ def test_a_killed_run_resumes_exactly(tmp_path):
     assert callback.networks()["generator"].coverage > 0.5
 
 
-def test_densities_that_the_pattern_does_not_have_are_refused():
-    with pytest.raises(ValueError, match=r'generator_density=0.3 must be 0.5, the density of granularity="2:4"'):
+def test_densities_that_the_pattern_does_not_have_are_rejected():
+    with pytest.raises(ValueError, match=r'generator_density=0.3 must be 0.5, .*granularity="2:4"'):
         DynamicSparsityCallback(0.3, method="sdst", granularity="2:4")
     with pytest.raises(ValueError, match=r"discriminator_density=1.0 must be 0.5"):
         DynamicSparsityCallback(0.5, 1.0, method="sdst", granularity="2:4")

@@ -44,12 +44,12 @@ def test_masks_are_drawn_with_the_distributions_exact_counts(distribution, densi
         ({"layer_floor": 0.0}, r"layer_floor=0\.0 must be in \(0, 1\]"),
         ({"distribution": "even"}, "distribution='even' is unknown; allowed are uniform, er, erk"),
         ({"scope": "row"}, "scope='row' is unknown; allowed are global, layer"),
-        ({"growth": "luck"}, "growth='luck' is unknown; allowed are random, gradient, momentum"),
+        ({"growth": "luck"}, "growth='luck' .*random, gradient, momentum"),
         # 14 weights: 0.1 of them is 1, and 2 / 14 = 0.1429.
-        ({"density": 0.1}, r"density=0\.1 leaves 1 active weights for 2 layers.*at least 0\.14"),
+        ({"density": 0.1}, r"density=0\.1 leaves 1 .* 2 layers.*at least 0\.14"),
     ],
 )
-def test_arguments_outside_what_is_allowed_are_refused(options, message):
+def test_arguments_outside_what_is_allowed_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         MaskedNetwork(two_layers(), **{"density": 0.5, **options})
 
@@ -230,7 +230,7 @@ def test_a_rule_sees_masked_weights_also_while_exploring(registered):
 
 
 @pytest.mark.parametrize("score", [math.nan, -math.inf])
-def test_scores_that_cannot_be_compared_are_refused_and_nothing_changes(registered, score):
+def test_scores_that_cannot_be_compared_are_rejected_and_nothing_changes(registered, score):
     growth_rule("broken")(lambda layer: torch.full_like(layer.weight, score))
     sparse = with_masks(two_layers(), FIRST_MASK, SECOND_MASK, growth="broken")
     with pytest.raises(ValueError, match=FIRST):
@@ -240,7 +240,7 @@ def test_scores_that_cannot_be_compared_are_refused_and_nothing_changes(register
 
 
 @pytest.mark.parametrize("given", [None, {}, {FIRST: torch.ones(2, 4)}])
-def test_growth_without_the_gradients_it_needs_is_refused_and_nothing_changes(given):
+def test_growth_without_the_gradients_it_needs_is_rejected_and_nothing_changes(given):
     sparse = with_masks(two_layers(), FIRST_MASK, SECOND_MASK)
     before = parameters(sparse)
     missing = SECOND if given else FIRST
@@ -257,7 +257,7 @@ def test_growth_without_the_gradients_it_needs_is_refused_and_nothing_changes(gi
     [None, {FIRST: torch.ones(2, 4)}, gradients([[0.0] * 4, [0.0, math.nan, 0.0, 0.0]], [[0.0] * 2] * 3)],
     ids=["none", "one missing", "not finite"],
 )
-def test_exploring_without_the_gradients_it_needs_is_refused_and_nothing_changes(given):
+def test_exploring_without_the_gradients_it_needs_is_rejected_and_nothing_changes(given):
     sparse = with_masks(two_layers(), [[1, 1, 1, 1], [0, 0, 0, 1]], SECOND_MASK)
     before, weights = masks_of(sparse), parameters(sparse)
     with pytest.raises(ValueError, match=FIRST if given is None or SECOND in given else SECOND):
@@ -386,10 +386,10 @@ def test_resizing_by_layer_never_takes_back_what_a_layer_has_beyond_its_share():
     [
         (0.0, r"density=0\.0 must be in \(0, 1\]"),
         (1.5, r"density=1\.5 must be in \(0, 1\]"),
-        (0.1, r"density=0\.1 leaves 1 active weights for 2 layers.*at least 0\.14"),
+        (0.1, r"density=0\.1 leaves 1 .* 2 layers.*at least 0\.14"),
     ],
 )
-def test_an_impossible_density_is_refused_and_nothing_changes(scope, density, message):
+def test_an_impossible_density_is_rejected_and_nothing_changes(scope, density, message):
     sparse = MaskedNetwork(two_layers(), 0.5, scope=scope, growth="random")
     before = masks_of(sparse)
     with pytest.raises(ValueError, match=message):
@@ -490,11 +490,11 @@ def test_a_small_layer_of_given_density_does_not_lose_to_larger_weights():
     [
         ({"0": 1.5}, 0.5, r"layer_densities\['0'\]=1\.5 must be in \(0, 1\]"),
         ({"0": 0.0}, 0.5, r"layer_densities\['0'\]=0\.0 must be in \(0, 1\]"),
-        ({"*": 0.5}, 0.7, "needs 18 active weights, more than layers of given densities allow"),
-        ({"Conv1d": 1.0}, 0.5, "leaves 13 active weights for 3 layers, less than 1 a layer beside the 12"),
+        ({"*": 0.5}, 0.7, "density=0.7 needs 18 active weights.*given densities"),
+        ({"Conv1d": 1.0}, 0.5, "density=0.5 leaves 13 .* 3 layers, less than 1 .* 12 "),
     ],
 )
-def test_densities_that_cannot_be_are_refused(densities, density, message):
+def test_impossible_densities_are_rejected(densities, density, message):
     with pytest.raises(ValueError, match=message):
         MaskedNetwork(three_layers(), density, layer_densities=densities)
 
