@@ -13,7 +13,7 @@ from lightning_ddst.balance import Balance, BalanceProbe, BalanceWindow, Decisio
 from lightning_ddst.balance.divergence import Divergence
 from lightning_ddst.balance.ratio import Estimator
 from lightning_ddst.methods.base import MaskUpdate, Role
-from lightning_ddst.methods.plan import Plan, is_due
+from lightning_ddst.methods.intervals import Plan, is_due
 from lightning_ddst.sparsity import (
     MaskedNetwork,
     MaskEnforcer,
