@@ -70,6 +70,8 @@ class BalanceWindow:
 
     def resize(self, size: int) -> None:
         """Changes the number of measurements to keep; the last ones stay."""
+        if size == len(self._samples):
+            return
         count = min(self._added, len(self._samples))
         ordered = self._samples[:count].roll(-(self._added % len(self._samples)) if self._added > count else 0, 0)
         kept = ordered[-size:]

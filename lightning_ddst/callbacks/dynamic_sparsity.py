@@ -225,7 +225,8 @@ class DynamicSparsityCallback(RunReadings, Callback):
         check_backward_passes(trainer)
         check_folders(trainer, pl_module)
         if self._saved is None and self._training is not None and self._module is pl_module:
-            self._saved = self.state_dict()  # a second call of fit resumes the first
+            self._saved = self.state_dict()  # a second call of fit continues the first
+            self._saved["length"] = RunLength().state_dict()  # over a length of its own
         if self._saved is not None or self._module is not pl_module:
             self.attach(pl_module)
         pair = self._fitted
@@ -239,8 +240,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
             refuse_other_averages(trainer, pl_module, generator.network)
         others = self._others(trainer)
         check_separate(pair, [other._fitted for other in others if other._module is pl_module], pl_module)
-        if self._saved is None:
-            self._length = RunLength()
+        self._length = RunLength()
         measured = self._intervals.probe_interval is not None
         self._training = SparseTraining(
             generator,
@@ -257,6 +257,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
         if self._saved is not None:
             self._training.load_state_dict(self._saved["training"])
             self._length.load_state_dict(self._saved["length"])
+            self._training.schedule(self._planned())
             self._saved = None
         self._training.check_ranks()
         for optimizer in self._training.generator_optimizers:
@@ -291,7 +292,8 @@ class DynamicSparsityCallback(RunReadings, Callback):
         return f"{name_in(self._fitted.module, self._fitted.networks['generator'].network)}/"
 
     def _planned(self) -> Plan:
-        return Plan.for_run(self._intervals, self._length.updates, known=self._length.known)
+        length = self._length
+        return Plan.for_run(self._intervals, length.updates, known=length.known, reference=length.reference)
 
     # ---- training --------------------------------------------------------------------------------------
 
@@ -329,7 +331,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Estimates the run's length in generator updates, once."""
+        """Follows the run's length, as the Trainer's progress tells it."""
         self._batch, self._in_batch = None, False
         if self._training is None:
             return
@@ -337,13 +339,14 @@ class DynamicSparsityCallback(RunReadings, Callback):
         if self._training.updates and not trainer.global_step and not self._warned_of_raw_optimizers:
             self._warned_of_raw_optimizers = True
             warn_of_raw_optimizers()
-        if self._length.known:
-            return
-        self._length.observe(trainer, self._training.updates)
-        if self._length.known:
-            self._training.schedule(self._planned())
-            if self._length.updates is None:
-                check_unlimited(self.settings, self._training)
+        self._follow_length(trainer, self._training)
+
+    def _follow_length(self, trainer: Trainer, training: SparseTraining) -> None:
+        was_known = self._length.known
+        if self._length.observe(trainer, training.updates):
+            training.schedule(self._planned())
+            if not was_known and self._length.updates is None:
+                check_unlimited(self.settings, training)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes a summary of the run so far to TensorBoard."""

@@ -57,18 +57,19 @@ class Plan:
     updates: int | None = None
 
     @classmethod
-    def for_run(cls, intervals: Intervals, updates: int | None, *, known: bool) -> "Plan":
+    def for_run(cls, intervals: Intervals, updates: int | None, *, known: bool, reference: int | None = None) -> "Plan":
         """Fills in the default intervals.
 
         Args:
             intervals: The requested intervals.
-            updates: The run's length; None if only time limits the run.
+            updates: The run's length; None if nothing limits the run.
             known: Whether the run's length is known. Until then, defaults stay None.
+            reference: The length that default intervals are derived from; by default `updates`.
         """
         interval, explore_interval = intervals.interval, intervals.explore_interval
         probe_interval = intervals.probe_interval
         if known:
-            default = _default_interval(updates)
+            default = _default_interval(updates if reference is None else reference)
             if interval is None:
                 interval = max(default, probe_interval if isinstance(probe_interval, int) else 1)
             if explore_interval is None:

@@ -54,11 +54,6 @@ class MagnitudePruning:
         rounds = math.ceil(math.log(density) / math.log(_ROUND_KEEPS) - 1e-9)
         return cls(rounds, 1 / (rounds + 1), _ROUND_KEEPS, rewinds=True)
 
-    def round_at(self, update: int, length: int) -> int | None:
-        """Returns the round, from 1, that is due at a generator update in a run of this length; None if none is due."""
-        due = [number for number in range(1, self.rounds + 1) if self._at(number, length) == update]
-        return due[-1] if due else None
-
     def rounds_until(self, update: int, length: int) -> int:
         """Returns the number of rounds up to a generator update in a run of this length."""
         return sum(self._at(number, length) <= update for number in range(1, self.rounds + 1))
@@ -123,6 +118,7 @@ class PruneByMagnitude(MaskUpdate):
         self._pruning = pruning
         self._targets = dict(targets)
         self._initial: InitialWeights | None = None
+        self._done = 0
 
     def begin(self, training: SparseTraining) -> None:
         """Copies the initial weights if the method restores them."""
@@ -131,12 +127,12 @@ class PruneByMagnitude(MaskUpdate):
 
     def due(self, update: int, plan: Plan) -> bool:
         """Returns whether a round of pruning is due."""
-        return plan.updates is not None and self._pruning.round_at(update, plan.updates) is not None
+        return plan.updates is not None and self._pruning.rounds_until(update, plan.updates) > self._done
 
     def apply(self, training: SparseTraining) -> bool:
         """Prunes, and restores the initial weights if the method does."""
         assert training.plan.updates is not None
-        number = self._pruning.rounds_until(training.updates, training.plan.updates)
+        self._done = number = self._pruning.rounds_until(training.updates, training.plan.updates)
         for role, target in self._targets.items():
             training.network(role).resize(self._pruning.density(number, target))
         generator, discriminator = (training.network(role) for role in self.roles)
@@ -152,11 +148,12 @@ class PruneByMagnitude(MaskUpdate):
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the initial weights if the method restores them."""
-        return {} if self._initial is None else {"initial": self._initial.state_dict()}
+        """Returns the number of rounds so far, and the initial weights if the method restores them."""
+        return {"done": self._done, "initial": None if self._initial is None else self._initial.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the state returned by `state_dict`."""
+        self._done = state["done"]
         if self._initial is not None:
             self._initial.load_state_dict(state["initial"])
 

@@ -9,7 +9,7 @@ from lightning_ddst.sparsity import MaskedNetwork
 
 def test_post_hoc_pruning_is_once_after_two_thirds():
     pruning = MagnitudePruning.post_hoc()
-    assert [update for update in range(1, 301) if pruning.round_at(update, 300)] == [200]
+    assert [pruning.rounds_until(update, 300) for update in (1, 199, 200, 300)] == [0, 0, 1, 1]
     assert pruning.density(1, 0.1) == 0.1
     assert not pruning.rewinds
 
@@ -18,19 +18,15 @@ def test_rounds_of_iterative_pruning_by_hand():
     pruning = MagnitudePruning.iterative(0.5)
     # 0.8, 0.64, 0.512, and then 0.5: four rounds, five parts of the run.
     assert (pruning.rounds, pruning.rewinds) == (4, True)
-    assert {update: pruning.round_at(update, 100) for update in range(1, 101) if pruning.round_at(update, 100)} == {
-        20: 1,
-        40: 2,
-        60: 3,
-        80: 4,
-    }
+    rounds = [pruning.rounds_until(update, 100) for update in range(1, 101)]
+    assert rounds == [0] * 19 + [1] * 20 + [2] * 20 + [3] * 20 + [4] * 21
     assert [pruning.density(number, 0.5) for number in range(1, 5)] == pytest.approx([0.8, 0.64, 0.512, 0.5])
     assert [pruning.density(number, 1.0) for number in range(1, 5)] == [1.0] * 4
 
 
 def test_of_rounds_that_fall_together_the_last_counts():
     pruning = MagnitudePruning.iterative(0.5)  # in a run of 2 updates at 0.4, 0.8, 1.2 and 1.6
-    assert [pruning.round_at(update, 2) for update in (1, 2)] == [3, 4]
+    assert [pruning.rounds_until(update, 2) for update in (1, 2)] == [3, 4]
 
 
 @pytest.mark.parametrize(("density", "rounds"), [(1.0, 0), (0.8, 1), (0.79, 2), (0.64, 2), (0.1, 11)])

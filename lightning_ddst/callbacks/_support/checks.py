@@ -65,7 +65,9 @@ def check_unlimited(method: Method, training: SparseTraining) -> None:
     Raises:
         ValueError: If the method needs the run's length.
     """
-    unknown = "neither max_epochs nor max_steps limits this run, so its length in generator updates is unknown"
+    unknown = (
+        "none of max_epochs, max_steps and max_time limits this run, so its length in generator updates is unknown"
+    )
     if method.needs_run_length:
         raise ValueError(f'{unknown}, and method="{method.name}" needs the run\'s length.')
     if training.mask_updates:

@@ -1,10 +1,18 @@
-"""The number of generator updates that a run will make."""
+"""The length of a run in generator updates, as the Trainer's progress tells it."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
+
+from lightning_ddst.utils import distributed
+
+_CORRECTED_BEYOND = 0.1
+"""Relative change of the length beyond which default intervals are derived anew."""
+_ASKED_EVERY = 50
+"""Several processes agree on the length again after a 50th more generator updates; each time costs a broadcast."""
 
 
 @dataclass(frozen=True)
@@ -12,52 +20,97 @@ class _Progress:
     updates: int
     batches: int
     steps: int
+    seconds: float
 
 
 class RunLength:
-    """An estimate of a run's generator updates from its first two batches with any.
+    """Estimates a run's generator updates after every batch with one.
 
-    A GAN decides how many optimizer steps a batch has and which are the generator's, and ``Trainer(max_steps=...)``
-    counts all of them. So the rate is observed, not assumed.
+    A GAN decides by itself how many optimizer steps a batch has and which are the generator's, and may change that
+    during the run; ``Trainer(max_steps=...)`` counts all steps. So the rate of generator updates over the last half of
+    them is extrapolated to the limit that the Trainer reaches first: max_epochs, max_steps or max_time. Towards the
+    end of the run the estimate is exact, whatever the rates were. The first process decides for all.
 
     Attributes:
-        known: Whether the rate was observed.
-        updates: The run's generator updates; None before the rate is known, and if only time limits the run.
+        known: Whether a rate was seen.
+        updates: The run's generator updates; None if nothing that the Trainer counts limits the run.
+        reference: The length that default intervals are derived from: an estimate that `updates` has not left by more
+            than a tenth since.
     """
 
     def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets everything, for another fit."""
         self.known = False
         self.updates: int | None = None
-        self._first: _Progress | None = None
+        self.reference: int | None = None
+        self._since: _Progress | None = None  # the rate is that since then
+        self._middle: _Progress | None = None
+        self._seen = 0
+        self._ask_at = 0
 
-    def observe(self, trainer: Trainer, updates: int) -> None:
-        """Observes the end of a training batch, after `updates` generator updates."""
-        if self.known or not updates:
-            return
-        now = _Progress(updates, trainer.fit_loop.total_batch_idx + 1, trainer.global_step)
-        if self._first is None:
-            self._first = now
-        elif now.updates > self._first.updates:
-            self.known, self.updates = True, _extrapolated(trainer, self._first, now)
+    def observe(self, trainer: Trainer, updates: int) -> bool:
+        """Observes the end of a training batch after `updates` generator updates.
+
+        Returns:
+            Whether the length became known or changed.
+        """
+        if updates == self._seen:
+            return False  # a batch without a generator update
+        self._seen = updates
+        timer = next((c for c in trainer.callbacks if isinstance(c, Timer)), None)  # type: ignore[attr-defined]
+        seconds = 0.0 if timer is None else timer.time_elapsed()
+        now = _Progress(updates, trainer.fit_loop.total_batch_idx + 1, trainer.global_step, seconds)
+        if self._since is None or self._middle is None:
+            self._since = self._middle = now
+            return False
+        if now.updates >= 2 * self._middle.updates:
+            self._since, self._middle = self._middle, now
+        return self._estimate(trainer, self._since, now, timer)
+
+    def _estimate(self, trainer: Trainer, since: _Progress, now: _Progress, timer: Timer | None) -> bool:
+        if now.updates < self._ask_at:
+            return False
+        estimate = _extrapolate(trainer, since, now, None if timer is None else timer.time_remaining())
+        if distributed.is_distributed():
+            self._ask_at = now.updates + now.updates // _ASKED_EVERY
+            estimate = distributed.broadcast(estimate)
+        changed = not self.known or estimate != self.updates
+        self.known, self.updates = True, estimate
+        if (
+            estimate is None
+            or self.reference is None
+            or abs(estimate - self.reference) > _CORRECTED_BEYOND * self.reference
+        ):
+            self.reference = estimate
+        return changed
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the observations; loads with ``weights_only=True``."""
-        return {"known": self.known, "updates": self.updates, "first": self._first and asdict(self._first)}
+        """Returns the estimate and what it is made from; loads with ``weights_only=True``."""
+        points = {name: point and asdict(point) for name, point in (("since", self._since), ("middle", self._middle))}
+        lengths = {"known": self.known, "updates": self.updates, "reference": self.reference}
+        return lengths | points | {"seen": self._seen, "ask_at": self._ask_at}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the state returned by `state_dict`."""
-        self.known, self.updates = state["known"], state["updates"]
-        self._first = _Progress(**state["first"]) if state["first"] else None
+        self.known, self.updates, self.reference = state["known"], state["updates"], state["reference"]
+        self._since, self._middle = (_Progress(**state[n]) if state[n] else None for n in ("since", "middle"))
+        self._seen, self._ask_at = state["seen"], state["ask_at"]
 
 
-def _extrapolated(trainer: Trainer, first: _Progress, now: _Progress) -> int | None:
-    made = now.updates - first.updates
+def _extrapolate(trainer: Trainer, since: _Progress, now: _Progress, seconds_left: float | None) -> int | None:
+    """Returns the number of generator updates at the limit that is reached first; None without a limit."""
+    made = now.updates - since.updates
     lengths = []
-    if trainer.max_steps > 0 and now.steps > first.steps:
-        # Whole periods of the observed pattern, and one more update if the remaining steps reach it.
-        periods, rest = divmod(trainer.max_steps - now.steps, now.steps - first.steps)
-        lengths.append(now.updates + made * (periods + (rest >= now.batches - first.batches)))
+    if trainer.max_steps > 0 and now.steps > since.steps:
+        periods, rest = divmod((trainer.max_steps - now.steps) * made, now.steps - since.steps)
+        # The last period's generator update is made if the rest of the steps reaches it.
+        lengths.append(now.updates + periods + (rest >= now.batches - since.batches))
     if (trainer.max_epochs or -1) > 0 and trainer.num_training_batches != float("inf"):
         batches = int((trainer.max_epochs or 0) * trainer.num_training_batches)
-        lengths.append(now.updates + (batches - now.batches) * made // (now.batches - first.batches))
-    return min(lengths) if lengths else None
+        lengths.append(now.updates + (batches - now.batches) * made // max(now.batches - since.batches, 1))
+    if seconds_left is not None and now.seconds > since.seconds:
+        lengths.append(now.updates + int(seconds_left * made / (now.seconds - since.seconds)))
+    return max(now.updates, min(lengths)) if lengths else None

@@ -2,6 +2,7 @@ import warnings
 
 import pytest
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Timer
 from torch.utils.data import DataLoader, IterableDataset
 from toys import ToyGAN, toy_data, toy_trainer, trained
 
@@ -125,11 +126,47 @@ class Endless(IterableDataset):
 
 
 @pytest.mark.parametrize("epochs", [-1, 2])
-def test_where_only_time_limits_the_run_its_length_is_unknown(epochs: int) -> None:
+def test_where_nothing_limits_the_run_its_length_is_unknown(epochs: int) -> None:
     data = DataLoader(Endless(), batch_size=8) if epochs > 0 else toy_data()
     observer = Observer(stop_at=5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        toy_trainer(observer, epochs=epochs, max_time={"hours": 1}).fit(ToyGAN(), data)
+        toy_trainer(observer, epochs=epochs).fit(ToyGAN(), data)
     assert observer.length.known
     assert observer.length.updates is None
+
+
+def test_a_run_that_time_limits_is_as_long_as_its_rate_says() -> None:
+    class Paced(Timer):
+        """A second for every batch."""
+
+        def time_elapsed(self, stage="train"):
+            return float(observer.updates)
+
+    observer = Observer()
+    toy_trainer(observer, Paced({"seconds": 30}), epochs=2).fit(ToyGAN(), toy_data())
+    assert observer.length.updates == 20  # epochs end before the time does
+    observer = Observer(stop_at=8)
+    toy_trainer(observer, Paced({"seconds": 30}), epochs=-1).fit(ToyGAN(), toy_data())
+    assert observer.length.updates == 30
+
+
+class Warming(SlowGAN):
+    """Updates its generator in every tenth batch for 100 batches, and in every batch after these, or the reverse."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__(before)
+        self.after = after
+
+    def training_step(self, batch, batch_idx) -> None:
+        if self.batches == 100:
+            self.every = self.after
+        super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(("before", "after", "updates"), [(10, 1, 110), (1, 10, 110)])
+def test_a_changing_rate_is_followed_to_the_end(before, after, updates) -> None:
+    observer = Observer()
+    toy_trainer(observer, epochs=1).fit(Warming(before, after), toy_data(200))
+    assert observer.updates == updates
+    assert observer.length.updates == updates
