@@ -280,5 +280,5 @@ def test_a_density_that_leaves_layers_empty_is_rejected_before_training(method, 
 def test_averages_that_ignore_masks_are_rejected_with_pruning():
     from lightning.pytorch.callbacks import EMAWeightAveraging
 
-    with pytest.raises(ValueError, match="EMAWeightAveraging .*changing masks"):
+    with pytest.raises(ValueError, match=r"EMAWeightAveraging .*changing masks"):
         trained(DynamicSparsityCallback(0.25, method="posthoc"), EMAWeightAveraging())
