@@ -152,7 +152,7 @@ class ImageDataModule(LightningDataModule):
                 read: Dataset[Any] = _InMemory(dataset, self.image_size, self.channels)
             else:
                 read = _OneByOne(dataset, self.image_size, self.channels)
-            _ = read[0]  # raises where images are none that can be read
+            _ = read[0]  # raises if images cannot be read
             self._read[train] = read
         return self._read[train]
 
