@@ -18,7 +18,7 @@ from test_resume import METHODS, SETTINGS, images, resumable, small_gan
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
-from toys import LATENT, PIXELS, ToyGAN, toy_data
+from toys import LATENT, PIXELS, ToyGAN, for_method, toy_data
 
 from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA, SampleQuality
 from lightning_ddst.data import ResumableLoader
@@ -83,6 +83,7 @@ def methods(folder: Path, **sparsity: Any) -> Any:
     seed_everything(RANK, verbose=False)
     gan, every = NoisyToyGAN(), EveryUpdate()
     settings = {"bounds": (0.2, 0.3), "interval": 5, "explore_interval": 4, "delta": 0.1} | sparsity
+    settings = for_method(**{"method": "ddst"} | settings)
     train(gan, toy_data(20), DynamicSparsityCallback(0.3, **settings), GeneratorEMA(0.9), every)
     return {"weights": weights(gan), "seen": every.seen}
 

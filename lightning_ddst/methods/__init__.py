@@ -6,7 +6,7 @@ a file with a class and register the class with `training_method` (docs/extendin
 
 from lightning_ddst.methods.base import METHODS, MaskUpdate, Method, Role, make_method, training_method
 from lightning_ddst.methods.ddst import DDA, DDST, ResizeByBalance
-from lightning_ddst.methods.plan import Intervals, Plan
+from lightning_ddst.methods.intervals import Intervals, Plan
 from lightning_ddst.methods.pruning import IMP, InitialWeights, MagnitudePruning, PostHoc, PruneByMagnitude
 from lightning_ddst.methods.ramp import Ramp, Resize
 from lightning_ddst.methods.sdst import SDST, DropFractionSchedule, Explore

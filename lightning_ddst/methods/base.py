@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
-from lightning_ddst.methods.plan import Plan
+from lightning_ddst.methods.intervals import Plan
 from lightning_ddst.utils.registry import Registry
 from lightning_ddst.utils.validation import check_density
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, cast
 
 from lightning_ddst.balance import SIGNALS, Controller, DensityController, RelativeController
 from lightning_ddst.methods.base import MaskUpdate, Role, training_method
 from lightning_ddst.methods.ramp import Resize, ResizingMethod
 
-_REPLACED_BY_CONTROLLER = ("signal", "bounds", "delta", "min_discriminator_density")
+_REPLACED_BY_CONTROLLER = ("signal", "bounds", "delta", "min_discriminator_density", "max_discriminator_density")
 
 
 class ResizeByBalance(Resize):
@@ -36,8 +36,7 @@ class DDST(ResizingMethod):
             density and the discriminator's at the start.
         max_discriminator_density: Upper limit of resizing. 1 is the paper's relaxed setting; below 1, the strict
             one, the discriminator explores at its maximum instead of growing.
-        controller: Controller that replaces the arguments above, except `max_discriminator_density`; each run gets a
-            copy.
+        controller: Controller that replaces the arguments above; each run gets a copy.
 
     Raises:
         ValueError: For an argument outside the allowed range.
@@ -66,10 +65,10 @@ class DDST(ResizingMethod):
             return
         if not isinstance(self.controller, Controller):
             raise ValueError(f"controller={self.controller!r} must be a lightning_ddst.balance.Controller.")
-        defaults = {name: field.default for name, field in type(self).__dataclass_fields__.items()}
-        for name in _REPLACED_BY_CONTROLLER:
-            if getattr(self, name) != defaults[name]:
-                raise ValueError(f"{name}={getattr(self, name)!r}: the given controller has its own.")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in _REPLACED_BY_CONTROLLER and value != field.default:
+                raise ValueError(f"{field.name}={value!r}: the given controller has its own.")
 
     @property
     def final_densities(self) -> dict[Role, float]:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_ddst.balance import Decision
 from lightning_ddst.methods.base import MaskUpdate, Method, Role, training_method
-from lightning_ddst.methods.plan import Plan
+from lightning_ddst.methods.intervals import Plan
 from lightning_ddst.methods.training import SparseTraining
 from lightning_ddst.sparsity.sharding import copy_like, full_tensor
 

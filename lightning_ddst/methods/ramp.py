@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from lightning_ddst.balance import Controller, Decision, DensityRamp
 from lightning_ddst.methods.base import MaskUpdate, Role, training_method
-from lightning_ddst.methods.plan import Plan, is_due
+from lightning_ddst.methods.intervals import Plan, is_due
 from lightning_ddst.methods.sdst import SDST, DropFractionSchedule
 from lightning_ddst.methods.training import SparseTraining
 from lightning_ddst.sparsity import MaskedNetwork

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from lightning_ddst.methods.base import MaskUpdate, Method, Role, training_method
-from lightning_ddst.methods.plan import Plan, is_due
+from lightning_ddst.methods.intervals import Plan, is_due
 from lightning_ddst.methods.training import SparseTraining
 from lightning_ddst.sparsity import SCHEDULES, MaskedNetwork, exploration_rate
 from lightning_ddst.utils.validation import check_rate

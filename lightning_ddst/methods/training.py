@@ -13,7 +13,7 @@ from lightning_ddst.balance import Balance, BalanceProbe, BalanceWindow, Decisio
 from lightning_ddst.balance.divergence import Divergence
 from lightning_ddst.balance.ratio import Estimator
 from lightning_ddst.methods.base import MaskUpdate, Role
-from lightning_ddst.methods.plan import Plan, is_due
+from lightning_ddst.methods.intervals import Plan, is_due
 from lightning_ddst.sparsity import (
     MaskedNetwork,
     MaskEnforcer,
@@ -112,8 +112,8 @@ class SparseTraining:
 
     @property
     def progress(self) -> float:
-        """The share of the run that is done, in [0, 1]; 0 if the run's length is unknown."""
-        return self.updates / self.plan.updates if self.plan.updates else 0.0
+        """The share of the run that is done, in [0, 1]; 0 where the run's length is unknown."""
+        return min(self.updates / self.plan.updates, 1.0) if self.plan.updates else 0.0
 
     @property
     def balance(self) -> Balance:
@@ -136,9 +136,10 @@ class SparseTraining:
         This call removes gradients of a single update, since they are out of date after the next update.
 
         Returns:
-            The gradients; empty for rules that need none, None if a gradient is missing or not finite.
+            Empty for rules that need none, and for a network that is dense and stays so. None where a gradient is
+            missing or not finite.
         """
-        return self._enforcers[role].gradients.pop()
+        return self._enforcers[role].gradients.pop() if self.is_masked(role) else {}
 
     # ---- around a generator update -----------------------------------------------------------------
 

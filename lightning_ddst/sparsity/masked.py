@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lightning_ddst.sparsity.bitpack import choose_chunk, count_bits, pack_bits, view_as_integers
 from lightning_ddst.sparsity.growth import GrowthRule
+from lightning_ddst.sparsity.layer_patterns import first_match
 from lightning_ddst.sparsity.maskable import MaskableWeight, maskable_weights
-from lightning_ddst.sparsity.patterns import first_match
 from lightning_ddst.sparsity.sharding import is_split, local_part, reshard, split_like
 from lightning_ddst.sparsity.units import Units, find_units
 from lightning_ddst.sparsity.units.base import INITIAL, ByTensor, Gradients, Initial

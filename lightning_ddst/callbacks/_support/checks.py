@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_ddst.balance import ScoresItself
 from lightning_ddst.methods import Method, SparseTraining
-from lightning_ddst.methods.pair import MaskedPair
+from lightning_ddst.methods.masked_pair import MaskedPair
 
 
 def check_separate(pair: MaskedPair, others: Iterable[MaskedPair], module: LightningModule) -> None:

@@ -10,11 +10,11 @@ from torch import nn
 from lightning_ddst.balance import BalanceProbe, ScoresItself
 from lightning_ddst.balance.ratio import ESTIMATORS, Estimator
 from lightning_ddst.methods import Method, Role
-from lightning_ddst.methods.pair import MaskedPair
+from lightning_ddst.methods.masked_pair import MaskedPair
 from lightning_ddst.sparsity import MaskedNetwork, find_units, maskable_weights
 from lightning_ddst.sparsity.enforcement import OptimizerState
+from lightning_ddst.sparsity.layer_patterns import matches, name_of_layer
 from lightning_ddst.sparsity.masked import REGROWN, Regrown
-from lightning_ddst.sparsity.patterns import matches, name_of_layer
 from lightning_ddst.sparsity.units import INITIAL, Initial
 from lightning_ddst.utils.example_inputs import infer_inputs
 from lightning_ddst.utils.nested import Place

@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_ddst.balance import Balance, Decision
 from lightning_ddst.methods import Intervals, Method, Plan, Role, SparseTraining
 from lightning_ddst.methods.base import ROLES
-from lightning_ddst.methods.pair import MaskedPair, density_of, saved_masks
+from lightning_ddst.methods.masked_pair import MaskedPair, density_of, saved_masks
 from lightning_ddst.sparsity import LayerFlops, MaskedNetwork
 from lightning_ddst.utils.validation import check_choice
 

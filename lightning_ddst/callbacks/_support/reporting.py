@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_ddst.balance import Decision
 from lightning_ddst.balance.controller import ACTIONS
 from lightning_ddst.methods import Method, Resize, SparseTraining
-from lightning_ddst.methods.pair import MaskedPair
+from lightning_ddst.methods.masked_pair import MaskedPair
 from lightning_ddst.sparsity import GROWTH_RULES, LayerFlops
 from lightning_ddst.sparsity.growth import GrowthRule
 from lightning_ddst.utils.logging import log_scalars, logs_at, tensorboards

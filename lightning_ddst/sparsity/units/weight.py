@@ -9,8 +9,8 @@ from torch import nn
 
 from lightning_ddst.sparsity.allocation import DISTRIBUTIONS, allocate, apportion
 from lightning_ddst.sparsity.growth import GROWTH_RULES
+from lightning_ddst.sparsity.layer_patterns import first_match
 from lightning_ddst.sparsity.maskable import MaskableWeight
-from lightning_ddst.sparsity.patterns import first_match
 from lightning_ddst.sparsity.selection import largest
 from lightning_ddst.sparsity.units.base import UNITS, Initial, Options, Units, all_active
 from lightning_ddst.utils.validation import check_choice, check_density

@@ -1,7 +1,7 @@
 import pytest
 from torch import nn
 
-from lightning_ddst.sparsity.patterns import matches
+from lightning_ddst.sparsity.layer_patterns import matches
 
 
 class Mine(nn.Conv2d):
