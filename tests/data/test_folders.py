@@ -80,7 +80,7 @@ def test_a_folder_that_is_not_there(tmp_path):
         ImageFolderDataModule(tmp_path / "none", 4).setup("fit")
     assert str(caught.value) == (
         f"{tmp_path}/none is not there: ImageFolderDataModule reads a folder of images, or of one subfolder of images "
-        "a class."
+        "per class."
     )
 
 
