@@ -203,7 +203,7 @@ class RealStatistics:
 
 
 class Comparison:
-    """Compares samples with real images.
+    """A comparison of samples with real images by several metrics.
 
     Args:
         metrics: Names of the metrics.
