@@ -1,4 +1,4 @@
-"""The command ``lightning-ddst``: a LightningCLI whose sparsity is set under ``--sparsity``."""
+"""The command ``lightning-ddst``: a LightningCLI with the arguments of sparse training under ``--sparsity``."""
 
 import os
 import sys
@@ -20,16 +20,16 @@ from lightning_ddst.methods.base import METHODS, unused_arguments
 from lightning_ddst.report.plot_command import plot
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
-"""What runs where no configuration is named: DDST on handwritten digits."""
+"""The default configuration: DDST on handwritten digits."""
 CONFIGS = {path.stem: path for path in sorted(DEFAULT_CONFIG.parent.rglob("*.yaml"))}
-"""The configurations that come with the package, by the names that ``--config`` takes beside files."""
+"""The package's configurations by name; ``--config`` accepts these names and paths of files."""
 
 
 class SparseGANCLI(LightningCLI):
-    """Adds the arguments of `DynamicSparsityCallback` under ``sparsity``."""
+    """A LightningCLI with the arguments of `DynamicSparsityCallback` under ``sparsity``."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Makes the callback part of every configuration."""
+        """Adds the callback to every configuration."""
         parser.add_lightning_class_args(DynamicSparsityCallback, "sparsity")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -40,10 +40,10 @@ class SparseGANCLI(LightningCLI):
         return trainer
 
     def instantiate_classes(self) -> None:
-        """Makes everything; a value that is rejected ends the process with its reason, without a traceback."""
+        """Makes all objects; an invalid value ends the process with an error message, without a traceback."""
         given = self.config
         try:
-            self.config = _without_unused(given, self.subcommand)  # which is what config.yaml records
+            self.config = _without_unused(given, self.subcommand)  # config.yaml records this
             super().instantiate_classes()
         except (ValueError, OSError) as error:
             print(f"lightning-ddst: error: {_first_reason(error)}", file=sys.stderr)
@@ -53,7 +53,7 @@ class SparseGANCLI(LightningCLI):
 
 
 def _without_unused(config: Namespace, subcommand: str | None) -> Namespace:
-    """Leaves out arguments of other methods that layered configurations bring along, with one warning."""
+    """Removes arguments of other methods, which layered configurations may contain, with one warning."""
     config = config.clone()
     sparsity = (config[subcommand] if subcommand else config).sparsity
     method = sparsity.method
@@ -70,9 +70,9 @@ def _without_unused(config: Namespace, subcommand: str | None) -> Namespace:
 
 def main() -> None:
     """Runs the command with the arguments of the process."""
-    # They are those of the process, with names of configurations in them resolved.
+    # `args` are those of the process, with names of configurations replaced by paths.
     warnings.filterwarnings("ignore", ".*LightningCLI's args parameter")
-    sys.path.append(os.getcwd())  # for classes of the user's own
+    sys.path.append(os.getcwd())  # for the user's own classes
     if sys.argv[1:2] == ["plot"]:
         plot(sys.argv[2:])
     elif sys.argv[1:2] == ["export"]:
@@ -85,10 +85,9 @@ def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
     """Runs the command with given arguments.
 
     Args:
-        args: Its arguments.
-        run: Whether to run the subcommand that `args` begins with. Without, `args` are those of
-            ``fit``, and everything is made and left to the caller: ``trainer``, ``model`` and
-            ``datamodule`` of what is returned.
+        args: The command's arguments.
+        run: Whether to run the subcommand at the beginning of `args`. If False, `args` are those of ``fit``, and the
+            objects are only made: the attributes ``trainer``, ``model`` and ``datamodule`` of the result.
     """
     return SparseGANCLI(
         LightningModule,
@@ -108,7 +107,7 @@ def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
 
 
 def _first_reason(error: ValueError | OSError) -> ValueError | OSError:
-    """What was raised first in a chain of errors: the parser wraps those of constructors."""
+    """Returns the first error in a chain: the parser wraps errors of constructors."""
     reason, cause = error, error.__cause__ or error.__context__
     while cause is not None:
         if isinstance(cause, ValueError | OSError):
@@ -118,7 +117,7 @@ def _first_reason(error: ValueError | OSError) -> ValueError | OSError:
 
 
 def _with_paths(args: Sequence[str]) -> list[str]:
-    """Puts the paths of the package's configurations in the place of their names."""
+    """Replaces names of the package's configurations by their paths."""
     resolved = list(args)
     for place, arg in enumerate(resolved):
         option, equals, value = arg.partition("=")
@@ -140,7 +139,7 @@ def _path(config: str) -> str:
 
 
 def _with_default_config(args: Sequence[str], run: bool) -> list[str]:
-    """Names the default configuration first, so that everything after it can change it."""
+    """Inserts the default configuration first, so that later arguments can override it."""
     if any(arg == "--config" or arg.startswith(("--config=", "-c")) for arg in args):
         return list(args)
     if not run:

@@ -187,7 +187,7 @@ class CallRecorder:
         """Returns the last call by which the generator was trained.
 
         Raises:
-            RuntimeError: If no such call was recorded; the message says which part is missing.
+            RuntimeError: If no such call was recorded; the message names the missing part.
         """
         for scored in reversed(self.scored):
             if isinstance(scored, Adversarial):

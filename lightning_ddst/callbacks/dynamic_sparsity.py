@@ -80,12 +80,12 @@ class DynamicSparsityCallback(RunReadings, Callback):
         min_discriminator_density: Lower limit of resizing. By default the smaller of the generator's density and the
             discriminator's at the start. (The paper uses 0.05. BR starts near 0, so the first decisions prune, and a
             discriminator that is too small to learn never grows again.)
-        max_discriminator_density: Upper limit of resizing. 1, the default, is the paper's relaxed setting; below 1 the
-            strict one, in which the discriminator explores where it may not grow.
+        max_discriminator_density: Upper limit of resizing. 1, the default, is the paper's relaxed setting; below 1, the
+            strict one, the discriminator explores at its maximum instead of growing.
         delta: Density that a decision adds or removes. By default 0.05, the paper's; with bounds "auto" as much as
             takes the whole run from the lower limit to the upper.
-        interval: Generator updates between decisions on the discriminator. By default 1 % of the run's length, 100 in
-            runs shorter than 10,000, a tenth of runs shorter than 1,000, and 1,000 if the length is unknown.
+        interval: Generator updates between decisions on the discriminator. By default 1 % of the run's length; 100 in
+            runs of less than 10,000, a tenth of runs of less than 1,000, and 1,000 if the length is unknown.
         explore_interval: Generator updates between explorations of the generator; by default half the default of
             `interval`.
         probe_interval: Generator updates between measurements of BR. "auto" makes 50 to 100 measurements per decision,
@@ -107,7 +107,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
             `growth_rule`. Channels grow at random.
         distribution: Distribution of active weights over layers at the start: "erk", "er" or "uniform".
         scope: "global", the paper's, lets the weights of all layers compete; "layer" keeps to `distribution`.
-        layer_floor: Share of its part in `distribution` that global pruning leaves a layer; by default 0.25.
+        layer_floor: Share of a layer's count in `distribution` that global pruning must leave; by default 0.25.
         exploration_rate: Drop fraction at the start: the share of active units that an exploration prunes and regrows.
             By default 0.5, the paper's, and 0.1 for channels.
         schedule: Decay of the drop fraction over the run: "cosine", "linear" or "constant".
@@ -117,7 +117,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
             fresh state; "keep" leaves it to the optimizer, as the paper's code does with Adam.
         estimator: Estimator of BR over a window: "ratio_of_means", or the paper's, fragile "mean_of_ratios".
         seed: Seed of the masks; by default torch's initial seed, which `seed_everything` sets.
-        stop_on_divergence: Whether the run ends where a warning reports that training has broken down: weights that
+        stop_on_divergence: Whether to end the run when a warning reports that training has broken down: weights that
             are not finite, a discriminator that gives everything the same score, no BR for ten intervals.
 
     Attributes:

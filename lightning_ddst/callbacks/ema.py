@@ -19,7 +19,7 @@ from lightning_ddst.utils.networks import find_network
 
 
 class GeneratorEMA(Callback):
-    """Averages the generator's weights over its updates and evaluates with the average.
+    """A callback that averages the generator's weights over its updates and evaluates with the average.
 
     During validation, testing and prediction the generator has the averaged weights. Training uses its own weights,
     which a checkpoint's ``state_dict`` holds; the callback's state holds the average. The average respects masks: see

@@ -14,7 +14,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class InterruptCheckpoint(Callback):
-    """Saves a checkpoint when a run is interrupted, and ends the run.
+    """A callback that saves a checkpoint when a run is interrupted, and ends the run.
 
     On Ctrl-C (SIGINT) or SIGTERM the run finishes its batch (and, at the end of an epoch, the validation) and saves
     ``checkpoints/interrupted.ckpt`` in the log folder. ``trainer.fit(..., ckpt_path=<that file>)`` resumes exactly. A

@@ -14,11 +14,11 @@ _MOST_POINTS = 2000
 
 
 class SparsityPlots(Callback):
-    """Logs the figures of ``lightning-ddst plot`` to TensorBoard, as ``plots/<figure>``, after validations.
+    """A callback that logs the figures of ``lightning-ddst plot`` to TensorBoard after validations.
 
-    They are drawn once more at the end of training if there are new updates. Checkpoints hold the plotted series
-    since the run's first update, so a resumed run draws complete figures. Each series keeps at most 2,000 points;
-    longer ones are thinned out evenly.
+    Their names are ``plots/<figure>``. They are drawn once more at the end of training if there are new updates.
+    Checkpoints hold the plotted series since the run's first update, so a resumed run draws complete figures. Each
+    series keeps at most 2,000 points; longer ones are thinned out evenly.
 
     Args:
         every_n_validations: Number of validations between drawings; drawing takes seconds.

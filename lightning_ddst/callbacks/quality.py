@@ -30,7 +30,7 @@ _PATIENCE = 2.0  # seconds until a progress bar is shown
 
 
 class SampleQuality(Callback):
-    """Compares samples with the images of the validation or test loader after every pass over them.
+    """A callback that compares samples with the images of the validation or test loader after every pass over them.
 
     - ``frechet_distance`` (Heusel et al. 2017), from torchmetrics. It is the FID only on Inception's features.
     - ``kernel_distance`` (Binkowski et al. 2018), from torch-fidelity, on 100 random subsets of up to 1,000 images.

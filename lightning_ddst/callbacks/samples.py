@@ -10,7 +10,7 @@ from lightning_ddst.utils.validation import check_count
 
 
 class SampleGrid(Callback):
-    """Logs a grid of samples from fixed noise to TensorBoard, as ``samples``, at every validation.
+    """A callback that logs a grid of samples from fixed noise to TensorBoard, as ``samples``, at every validation.
 
     The module must have ``sample(n, rng=...)``, as `GANModule` does, and return images in [-1, 1].
 

@@ -11,7 +11,7 @@ from lightning_ddst.utils.logging import tensorboards
 
 
 class RunSummary(Callback):
-    """Prints densities, balance, operations and sample quality when fitting ends or is interrupted.
+    """A callback that prints densities, balance, operations and sample quality when fitting ends or is interrupted.
 
     Args:
         reference: A Frechet distance to compare with, such as the dense baseline's.

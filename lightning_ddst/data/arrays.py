@@ -79,7 +79,7 @@ class ArrayDataModule(ImageDataModule):
             labels = arrays["labels"] if "labels" in arrays else np.zeros(len(images), np.int64)
         if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
             raise ValueError(
-                f"{path}: labels {labels.dtype}{labels.shape} must be integers, one an image: {images.shape[:1]}."
+                f"{path}: labels {labels.dtype}{labels.shape} must be integers, one per image: {images.shape[:1]}."
             )
         layout, value_range = self._layout(path, images), self._range(path, images)
         return TensorDataset(_tensor(images, layout, value_range), torch.from_numpy(labels.astype(np.int64)))
@@ -96,7 +96,7 @@ class ArrayDataModule(ImageDataModule):
             expected = self.layout or "NHW, NHWC or NCHW"
             raise ValueError(f"{path}: images of shape {shape} must be {expected}, where C is 1 or 3.")
         if len(found) > 1:
-            raise ValueError(f"{path}: images of shape {shape} may be NHWC or NCHW; say which by layout.")
+            raise ValueError(f"{path}: images of shape {shape} may be NHWC or NCHW; set layout.")
         return found[0]
 
     def _range(self, path: Path, images: NDArray[Any]) -> tuple[float, float]:
@@ -106,9 +106,9 @@ class ArrayDataModule(ImageDataModule):
         elif images.dtype.kind not in "fiub":
             raise ValueError(f"{path}: images of {images.dtype} must be numbers.")
         elif images.dtype.kind != "f" and self.value_range is None:
-            raise ValueError(f"{path}: images of {images.dtype}; say which values are black and white by value_range.")
+            raise ValueError(f"{path}: images of {images.dtype}; set value_range to the values of black and white.")
         chunks = [images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK)]
-        ends = [(float(chunk.min()), float(chunk.max())) for chunk in chunks]  # NaN where there is one
+        ends = [(float(chunk.min()), float(chunk.max())) for chunk in chunks]  # NaN if a value is NaN
         low, high = np.min(ends or [(0.0, 0.0)], 0)[0], np.max(ends or [(0.0, 0.0)], 0)[1]
         if self.value_range is not None:
             black, white = self.value_range
@@ -121,7 +121,7 @@ class ArrayDataModule(ImageDataModule):
             return 0, 1
         raise ValueError(
             f"{path}: floats from {low} to {high} are neither in [0, 1], nor in [-1, 1] and down to -0.5 at least; "
-            "say which values are black and white by value_range."
+            "set value_range to the values of black and white."
         )
 
 

@@ -70,7 +70,7 @@ class CIFAR10DataModule(ImageDataModule):
                 raise ValueError(f"{path}: images {images.dtype}{images.shape} must be uint8 (n, 32, 32, 3).")
             if not len(images) == len(labels) == len(lossless):
                 lengths = f"{len(images)} images, {len(labels)} labels and {len(lossless)} flags"
-                raise ValueError(f"{path}: {lengths} must be alike many.")
+                raise ValueError(f"{path}: {lengths} must be equally many.")
             self._lossless[train] = np.flatnonzero(lossless).tolist()
         return TensorDataset(torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))), torch.tensor(labels))
 

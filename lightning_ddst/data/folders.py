@@ -77,7 +77,7 @@ class ImageFolderDataModule(ImageDataModule):
 
     def _folder(self, folder: Path) -> Dataset[Any]:
         if not folder.is_dir():
-            raise self.missing(folder, "a folder of images, or of one subfolder of images a class")
+            raise self.missing(folder, "a folder of images, or of one subfolder of images per class")
         paths = sorted(
             path
             for path in folder.iterdir()

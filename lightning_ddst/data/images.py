@@ -38,10 +38,10 @@ class ImageDataModule(LightningDataModule):
         batch_size: Images per batch in each process; training drops a smaller last batch.
         batches_per_epoch: Length of an epoch, which may be more than one pass over the images; by
             default one pass.
-        horizontal_flips: Whether to mirror each training image with probability 1/2, anew in each batch, drawn
-            from torch's random state on the batch's device.
-        images: Number of images to train on, drawn uniformly whatever their class: always the same ones, and a
-            smaller number draws a subset of a larger one. By default all.
+        horizontal_flips: Whether to mirror each training image with probability 1/2, independently in each batch,
+            drawn from torch's random state on the batch's device.
+        images: Number of images to train on, drawn uniformly over all classes: always the same ones; a smaller
+            number draws a subset of a larger one. By default all.
         reference: The split for validation, test and prediction, with which samples are compared: "train" or
             "test". It is always complete, in order, and never mirrored.
         num_workers: Processes that read images; 0 reads them in the training process.
@@ -152,7 +152,7 @@ class ImageDataModule(LightningDataModule):
                 read: Dataset[Any] = _InMemory(dataset, self.image_size, self.channels)
             else:
                 read = _OneByOne(dataset, self.image_size, self.channels)
-            _ = read[0]  # raises where images are none that can be read
+            _ = read[0]  # raises if images cannot be read
             self._read[train] = read
         return self._read[train]
 
@@ -293,6 +293,6 @@ class _OneByOne(Dataset[Any]):
         if not isinstance(image, Tensor):
             if image.mode.startswith(("I", "F")):
                 name = getattr(image, "filename", None) or f"image {index}"
-                raise ValueError(f"{name} must have 8 bits a channel; its mode is {image.mode}.")
+                raise ValueError(f"{name} must have 8 bits per channel; its mode is {image.mode}.")
             image = pil_to_tensor(image if image.mode in ("L", "RGB") else image.convert("RGB"))
         return fitted(image[None], self._image_size, self._channels)[0], int(label)

@@ -12,7 +12,7 @@ from lightning_ddst.utils.validation import check_count
 
 
 class ShuffledSampler(DistributedSampler[Any]):
-    """Draws indices of a data set in an order that depends on the seed and the epoch; processes share them.
+    """A sampler in an order that depends on the seed and the epoch; processes share the indices.
 
     Args:
         dataset: A data set with a length.

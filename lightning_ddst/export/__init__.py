@@ -1,4 +1,4 @@
-"""Generators as files of their own."""
+"""Exports trained generators to files."""
 
 from lightning_ddst.export.formats import (
     FORMAT,

@@ -1,4 +1,4 @@
-"""What of a sparse generator runs faster, measured on the spot: its Linear layers as sparse tensors."""
+"""Benchmarks which Linear layers of a sparse generator run faster as sparse tensors."""
 
 import statistics
 import time
@@ -13,14 +13,14 @@ from lightning_ddst.utils.modules import eval_mode, remove_hooks
 
 _TURNS = 15
 WORTHWHILE = 0.95
-"""A layer is replaced where it takes less than this share of its time."""
+"""A layer is replaced if its sparse version takes less than this share of its time."""
 
 
 class SparseLinear(nn.Module):
     """A Linear layer for inference whose weight is a sparse CSR tensor.
 
     Args:
-        dense: The layer to replace; its zeros are left out.
+        dense: The layer to replace; the sparse tensor omits its zeros.
     """
 
     weight: Tensor
@@ -32,7 +32,7 @@ class SparseLinear(nn.Module):
         self.register_buffer("bias", None if dense.bias is None else dense.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        """From ``(..., in_features)`` to ``(..., out_features)``; equal to the dense layer's up to rounding."""
+        """Maps ``(..., in_features)`` to ``(..., out_features)``, as the dense layer does up to rounding."""
         rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
         product = (self.weight @ rows.t()).t()
         if self.bias is not None:
@@ -43,15 +43,15 @@ class SparseLinear(nn.Module):
 def sparse_linears(network: nn.Module, *inputs: Tensor) -> dict[str, float]:
     """Replaces the Linear layers of a network that are faster as sparse tensors, for inference.
 
-    Layers under spectral norm, and those that a `MultiheadAttention` has, are left alone.
+    Layers under spectral norm and layers of a `MultiheadAttention` do not change.
 
     Args:
-        network: Is changed in place, and computes the same up to rounding.
-        inputs: What it will be called with: what is faster depends on the batch, the device, and the number of threads.
+        network: The network; it changes in place, and computes the same up to rounding.
+        inputs: Its later arguments: the speed depends on the batch, the device and the number of threads.
 
     Returns:
-        For each Linear layer, by name, its sparse time over its dense one, medians of measurements in turn;
-        those below 0.95 were replaced.
+        Sparse time over dense time of each Linear layer by name, from medians of alternating measurements. Layers below
+        0.95 were replaced.
     """
     layers = {name: layer for name, layer in network.named_modules() if type(layer) is nn.Linear}
     seen: dict[str, Tensor] = {}
@@ -74,7 +74,7 @@ def sparse_linears(network: nn.Module, *inputs: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def time_ratio(one: Callable[[], object], other: Callable[[], object]) -> float:
-    """The time of one thing over that of another: medians of several turns, after one to warm up."""
+    """Returns the time of one function over that of another, from medians of several turns after a warm-up."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(_TURNS + 1):
         for function, times in zip((one, other), seconds, strict=True):
@@ -87,12 +87,12 @@ def time_ratio(one: Callable[[], object], other: Callable[[], object]) -> float:
 
 
 def onnx_time_ratio(path: str | Path, generator: nn.Module, *inputs: Tensor) -> float:
-    """The time of an ONNX file under onnxruntime over that of the generator in it, with as many threads as torch has.
+    """Returns the time of an ONNX file under onnxruntime over the generator's time in torch, with equal threads.
 
     Args:
-        path: What `lightning_ddst.export.formats.save_onnx` wrote.
+        path: A file of `lightning_ddst.export.formats.save_onnx`.
         generator: The generator, on the CPU.
-        inputs: What both are called with.
+        inputs: Arguments of both.
     """
     import onnxruntime
 
@@ -105,6 +105,6 @@ def onnx_time_ratio(path: str | Path, generator: nn.Module, *inputs: Tensor) -> 
 
 
 def synchronize() -> None:
-    """Waits until a GPU has finished; needed before reading the clock."""
+    """Waits for the GPU, if there is one; needed before reading the clock."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""The command ``lightning-ddst export``: writes a run's generator for use without this package."""
+"""The command ``lightning-ddst export``: writes a run's generator to files that do not need this package."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -22,31 +22,31 @@ _BATCH = 16
 
 
 def export(args: Sequence[str]) -> list[Path]:
-    """Writes a checkpoint's generator, and prints what became smaller, and what faster.
+    """Writes a checkpoint's generator to files, and prints their sizes and speeds.
 
     Args:
         args: The command's arguments after ``export``.
 
     Returns:
-        The files. What is refused ends the process with its reason.
+        The paths of the files. An invalid argument ends the process with an error message.
     """
     formats = get_args(Format)
     parser = ArgumentParser(prog="lightning-ddst export", description="Writes a run's generator as files of its own.")
     parser.add_argument(
-        "checkpoint", type=Path, metavar="CKPT", help="of a run, as lightning_logs/version_0/.../last.ckpt"
+        "checkpoint", type=Path, metavar="CKPT", help="checkpoint, such as lightning_logs/version_0/.../last.ckpt"
     )
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="the run's config.yaml (default: beside CKPT or above)"
+        "--config", type=Path, metavar="FILE", help="the run's config.yaml (default: in CKPT's folder or above)"
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="where files go (default: export, beside config.yaml)"
+        "--output", type=Path, metavar="FOLDER", help="where files go (default: export, next to config.yaml)"
     )
     parser.add_argument("--formats", nargs="+", choices=formats, default=["dense", "compressed"], help="kinds of files")
     parser.add_argument(
-        "--weights", choices=get_args(exports.Weights), default="average", help="averaged, or training's own"
+        "--weights", choices=get_args(exports.Weights), default="average", help="averaged, or the generator's own"
     )
     parser.add_argument(
-        "--generator", metavar="NAME", help="its name in the module (default: the usual ones are tried)"
+        "--generator", metavar="NAME", help="its name in the module (default: the usual names are tried)"
     )
     given = parser.parse_args(list(args))
     try:
@@ -81,7 +81,7 @@ def export(args: Sequence[str]) -> list[Path]:
 
 
 def _example(module: LightningModule, *, needed: bool) -> tuple[Any, ...]:
-    """What the generator is called with; nothing where that is unknown, unless it is needed."""
+    """Returns example arguments of the generator; empty if they are unknown and not needed."""
     try:
         return get_generator_inputs(module, _BATCH)
     except ValueError:
@@ -91,33 +91,36 @@ def _example(module: LightningModule, *, needed: bool) -> tuple[Any, ...]:
 
 
 def _smaller(generator: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, list[str]]:
-    """The generator with smaller layers, where there are channels that nothing reads, and what that gains."""
+    """Returns the generator without channels that no weight reads, and a text about the gain."""
     if not inputs:
-        return generator, ["nothing was measured: what the generator is called with is unknown"]
+        return generator, ["nothing was measured: the arguments of the generator are unknown"]
     try:
         small, left, channels = compact(generator, *inputs)
     except ValueError as error:
-        return generator, [f"its layers are as large as they were: {error}"]
+        return generator, [f"no channel could be removed: {error}"]
     if left == channels:
-        return generator, [f"its layers are as large as they were: each of its {channels} channels is read"]
+        return generator, [
+            f"no channel could be removed: all {channels} are in use. For a smaller network, train with "
+            'granularity="channel"'
+        ]
     with eval_mode(generator):
         ratio = time_ratio(lambda: small(*inputs), lambda: generator(*inputs))
     gain = f"at {_BATCH} images it takes {ratio:.2f} of the time"
-    return small, [f"as onnx and program its layers are smaller, {left} of {channels} channels: {gain}"]
+    return small, [f"in onnx and program files its layers are smaller, {left} of {channels} channels: {gain}"]
 
 
 def _linears(generator: nn.Module, inputs: Sequence[Any]) -> str:
-    """What Linear layers gain as sparse tensors."""
+    """Returns a text about Linear layers that run faster as sparse tensors."""
     ratios = sparse_linears(deepcopy(generator), *inputs) if inputs else {}
     faster = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items() if ratio < WORTHWHILE)
     if not faster:
         return "nothing else is faster: dense kernels multiply zeros, and no Linear layer gains as a sparse tensor"
     how = f"as sparse tensors (lightning_ddst.export.benchmark.sparse_linears), at {_BATCH} images, these Linear layers"
-    return f"{how} take so much of their time: {faster}"
+    return f"{how} take this share of their dense time: {faster}"
 
 
 def _config_of(checkpoint: Path) -> Path:
-    """The ``config.yaml`` that ``lightning-ddst fit`` wrote."""
+    """Returns the path of the ``config.yaml`` that ``lightning-ddst fit`` wrote."""
     candidates = [folder / "config.yaml" for folder in (checkpoint.parent, checkpoint.parent.parent)]
     for candidate in candidates:
         if candidate.is_file():
@@ -127,10 +130,10 @@ def _config_of(checkpoint: Path) -> Path:
 
 
 def _module_of(config: Path) -> LightningModule:
-    """The module that a configuration describes, with new weights."""
+    """Makes the module of a configuration, with new weights."""
     content = yaml.safe_load(config.read_text())
     if not isinstance(content, dict) or "model" not in content:
-        raise ValueError(f"{config} is no configuration of a run: it has no model.")
+        raise ValueError(f"{config} is not the configuration of a run: it has no model.")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningModule, "model")
     model: LightningModule = parser.instantiate_classes(parser.parse_object({"model": content["model"]})).model

@@ -1,12 +1,12 @@
-"""The trained generator out of a checkpoint, as files that need nothing of this package.
+"""Files of a checkpoint's trained generator, which do not need this package.
 
-- **dense**: a safetensors file with the generator's ``state_dict``, zeros and all.
-- **compressed**: a safetensors file in which tensors with many zeros are held as one bit for every entry and
-  the other entries' values. ``docs/export.md`` has a decoder of a few lines.
+- **dense**: a safetensors file with the generator's ``state_dict``, including zeros.
+- **compressed**: a safetensors file that holds tensors with many zeros as one bit per entry and the values of
+  the non-zero entries. ``docs/export.md`` has a decoder of a few lines.
 - **onnx**: the generator in evaluation mode, for onnxruntime and others.
-- **program**: the same for torch, with `torch.export`; it needs no class of the generator either.
+- **program**: the same for torch, with `torch.export`; it does not need the generator's class either.
 
-The last two hold computations, so layers can be smaller in them: see `lightning_ddst.sparsity.channels.slim`.
+The last two hold computations, so their layers can be smaller: see `lightning_ddst.sparsity.channels.slim`.
 """
 
 import json
@@ -34,29 +34,29 @@ from lightning_ddst.utils.validation import check_choice
 Weights = Literal["average", "raw"]
 
 FORMAT = "lightning_ddst.bitmask.1"
-"""The compressed file's format, in its metadata under ``format``."""
+"""Format of compressed files, stored in their metadata under ``format``."""
 _BITS, _VALUES = ".bits", ".values"
 _ONNX_DIFFERS = 1e-3
 
 
-# ---- out of a checkpoint ---------------------------------------------------------------------------------
+# ---- checkpoints -----------------------------------------------------------------------------------------
 
 
 def load_generator(
     generator: nn.Module, checkpoint: str | Path, name: str | None = None, weights: Weights = "average"
 ) -> None:
-    """Gives a generator the weights that it had in a run's evaluation.
+    """Loads the weights that a generator had in a run's evaluation.
 
     Args:
-        generator: A network like the one that was trained, with other weights.
-        checkpoint: What Lightning saved.
-        name: The generator's dotted name in the module that was trained; by default the usual names are tried.
-        weights: "average", `GeneratorEMA`'s where the run had one; or "raw", the generator's own.
+        generator: A network like the trained one, with other weights.
+        checkpoint: Path of Lightning's checkpoint.
+        name: The generator's dotted name in the trained module; by default the usual names are tried.
+        weights: "average", the average of `GeneratorEMA` if the run had one; or "raw", the generator's own weights.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
-        ValueError: If it is damaged, no checkpoint of Lightning's, or of another generator; the generator is
-            left as it was.
+        ValueError: If the file is damaged, not a checkpoint of Lightning, or of another generator; the generator does
+            not change in this case.
     """
     check_choice("weights", weights, ("average", "raw"))
     state, callbacks = _read(Path(checkpoint))
@@ -76,7 +76,7 @@ def load_generator(
     generator.load_state_dict(values)
     if weights == "average":
         for spectral in spectral_norms(generator):
-            spectral.refresh()  # as evaluation does: its vectors are those of the own weights
+            spectral.refresh()  # as in evaluation: the saved vectors belong to the own weights
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
@@ -85,15 +85,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
         raise FileNotFoundError(f"there is no checkpoint {path}.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever a damaged pickle leads to
-        raise ValueError(f"{path} is damaged, or no checkpoint: {cache.first_line(error)}") from error
+    except Exception as error:  # torch.load may raise anything for a damaged file
+        raise ValueError(f"{path} is damaged, or not a checkpoint: {cache.first_line(error)}") from error
     if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
-        raise ValueError(f"{path} is no checkpoint of Lightning's: it has no state_dict.")
+        raise ValueError(f"{path} is not a checkpoint of Lightning: it has no state_dict.")
     return checkpoint["state_dict"], checkpoint.get("callbacks", {})
 
 
 def _name(state: Mapping[str, Tensor], name: str | None) -> str:
-    """The generator's name in the module."""
+    """Returns the generator's name in the module."""
     names = USUAL_NAMES["generator"] if name is None else (name,)
     for usual in names:
         if any(key.startswith(f"{usual}.") for key in state):
@@ -103,12 +103,12 @@ def _name(state: Mapping[str, Tensor], name: str | None) -> str:
 
 
 def _averages(callbacks: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    """Those of `GeneratorEMA`, by names in the generator; none where the run had no average."""
+    """Returns the averages of `GeneratorEMA` by names in the generator; empty if the run had no average."""
     averages = [state for key, state in callbacks.items() if key.startswith("GeneratorEMA") and state]
     named = [callbacks.get(state_key_of("GeneratorEMA", generator=name))]
     found = [state for state in named if state] or averages
     if len(found) > 1:
-        raise ValueError(f"the checkpoint has {len(found)} averages, and none is of the generator {name!r} by name.")
+        raise ValueError(f"the checkpoint has {len(found)} averages, but none of the generator {name!r} by name.")
     return dict(found[0]["averages"]) if found else {}
 
 
@@ -116,29 +116,29 @@ def _averages(callbacks: Mapping[str, Any], name: str) -> dict[str, Tensor]:
 
 
 def save_dense(generator: nn.Module, path: str | Path) -> None:
-    """Writes the ``state_dict`` as a safetensors file.
+    """Writes the ``state_dict`` to a safetensors file.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If the file cannot be written.
     """
     _save(_state(generator), Path(path), None)
 
 
 def save_compressed(generator: nn.Module, path: str | Path) -> None:
-    """Writes the ``state_dict`` with bits and values in the place of tensors that are smaller so.
+    """Writes the ``state_dict``, with bits and values instead of tensors if that is smaller.
 
-    Of such a tensor ``name`` there are ``name.bits``, uint8 ``(ceil(n / 8),)``, in which the entry with
-    flat index i is the bit of value ``128 >> i % 8`` in byte ``i // 8``, 1 where it is not 0; and
-    ``name.values``, those entries in order. The metadata's ``shapes`` has the tensor's shape, as JSON.
+    The file then holds two tensors for ``name``. ``name.bits``, uint8 ``(ceil(n / 8),)``, marks the non-zero entries:
+    the entry with flat index i is the bit of value ``128 >> i % 8`` in byte ``i // 8``. ``name.values`` holds the
+    non-zero entries in order. The metadata's ``shapes`` holds the tensor's shape, as JSON.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
     for name, value in _state(generator).items():
         flat = value.flatten()
-        # By their bits: a negative zero is something else than 0.
+        # Compares bits, because a negative zero must be kept.
         present = view_as_integers(flat) != 0
         bits = torch.from_numpy(np.packbits(present.numpy()))
         held = flat[present]
@@ -151,11 +151,11 @@ def save_compressed(generator: nn.Module, path: str | Path) -> None:
 
 
 def load_compressed(path: str | Path) -> dict[str, Tensor]:
-    """Reads what `save_compressed` wrote: the ``state_dict``, bit for bit.
+    """Reads the ``state_dict`` from a file of `save_compressed`, bit for bit.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, or of another format.
+        ValueError: If the file is damaged, or has another format.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}.")
@@ -164,7 +164,7 @@ def load_compressed(path: str | Path) -> dict[str, Tensor]:
             metadata = file.metadata() or {}
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+        raise ValueError(f"{path} is damaged, or not a safetensors file: {error}") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} has the format {metadata.get('format')!r}, not {FORMAT!r}.")
     for name, shape in json.loads(metadata["shapes"]).items():
@@ -175,18 +175,18 @@ def load_compressed(path: str | Path) -> dict[str, Tensor]:
 
 
 def save_onnx(generator: nn.Module, path: str | Path, *inputs: Tensor) -> float:
-    """Writes the generator in evaluation mode for ONNX, and compares it with torch under onnxruntime.
+    """Writes the generator in evaluation mode as an ONNX file, and compares onnxruntime's images with torch's.
 
     Args:
-        generator: From `inputs` to images.
-        path: Where to.
-        inputs: An example; their first dimension is the batch, which stays free.
+        generator: Module from `inputs` to images.
+        path: Path of the file.
+        inputs: Example arguments; their first dimension is the batch, whose size stays free.
 
     Returns:
-        The largest difference of a pixel from torch's, of images in [-1, 1]; at most 1e-3.
+        The largest difference of a pixel from torch's, for images in [-1, 1]; at most 1e-3.
 
     Raises:
-        ImportError: Without onnx, onnxruntime and onnxscript: the extra ``lightning-ddst[onnx]``.
+        ImportError: If onnx, onnxruntime and onnxscript are missing: install ``lightning-ddst[onnx]``.
         ValueError: If the generator cannot be expressed in ONNX, or its images differ by more.
         OSError: If the file cannot be written.
     """
@@ -201,14 +201,14 @@ def save_onnx(generator: nn.Module, path: str | Path, *inputs: Tensor) -> float:
             program = torch.onnx.export(generator, example, dynamo=True, dynamic_shapes=shapes, verbose=False)
             assert program is not None
             program.save(temporary)
-        except Exception as error:  # whatever the exporter meets in somebody's network
+        except Exception as error:  # the exporter may raise anything for the user's network
             raise ValueError(
                 f"{type(generator).__name__} cannot be written for ONNX: {cache.first_line(error)}"
             ) from error
         session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
         fed = {known.name: value.numpy() for known, value in zip(session.get_inputs(), example, strict=True)}
         difference = float(np.abs(session.run(None, fed)[0] - generator(*example).numpy()).max())
-        if not difference <= _ONNX_DIFFERS:  # NaN, too
+        if not difference <= _ONNX_DIFFERS:  # also rejects NaN
             raise ValueError(
                 f"under onnxruntime the images of {type(generator).__name__} differ from torch's by up to "
                 f"{difference:.2g}; allowed are {_ONNX_DIFFERS:g}."
@@ -220,9 +220,9 @@ def save_program(generator: nn.Module, path: str | Path, *inputs: Tensor) -> Non
     """Writes the generator in evaluation mode as a program, which ``torch.export.load(path).module()`` runs.
 
     Args:
-        generator: From `inputs` to images.
-        path: Where to; its name ends with ".pt2".
-        inputs: An example; their first dimension is the batch, which stays free.
+        generator: Module from `inputs` to images.
+        path: Path of the file; its name ends in ".pt2".
+        inputs: Example arguments; their first dimension is the batch, whose size stays free.
 
     Raises:
         ValueError: If the generator cannot be expressed as a program.
@@ -233,7 +233,7 @@ def save_program(generator: nn.Module, path: str | Path, *inputs: Tensor) -> Non
         buffer = BytesIO()
         try:
             torch.export.save(torch.export.export(generator, example, dynamic_shapes=shapes), buffer)
-        except Exception as error:  # whatever torch meets in somebody's network
+        except Exception as error:  # torch may raise anything for the user's network
             raise ValueError(
                 f"{type(generator).__name__} cannot be written as a program: {cache.first_line(error)}"
             ) from error
@@ -243,13 +243,13 @@ def save_program(generator: nn.Module, path: str | Path, *inputs: Tensor) -> Non
 def _on_cpu(
     generator: nn.Module, inputs: Sequence[Tensor]
 ) -> tuple[nn.Module, tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
-    """A copy of a generator in evaluation mode, an example, and that its first dimension is free."""
+    """Returns a copy of a generator in evaluation mode, example arguments, and their dynamic shapes, on the CPU."""
     batch = torch.export.Dim("batch")
     return deepcopy(generator).cpu().eval(), tuple(i.detach().cpu() for i in inputs), tuple({0: batch} for _ in inputs)
 
 
 def _state(generator: nn.Module) -> dict[str, Tensor]:
-    """The ``state_dict`` as files hold it."""
+    """Returns the ``state_dict`` in the form of files: detached, contiguous, on the CPU."""
     return {name: value.detach().cpu().contiguous() for name, value in generator.state_dict().items()}
 
 
@@ -260,7 +260,7 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | Non
 
 @contextmanager
 def _written(path: Path) -> Iterator[Path]:
-    """A path to write to; what was there before stays until all is written."""
+    """Yields a temporary path that replaces `path` atomically at the end of the context."""
     try:
         cache.check_writable(path.parent)
     except OSError as error:

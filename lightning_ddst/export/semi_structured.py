@@ -1,4 +1,4 @@
-"""Linear layers with 2:4 zeros as torch's semi-structured tensors, which sparse tensor cores multiply faster."""
+"""Converts Linear layers with 2:4 zeros to torch's semi-structured tensors, which run faster on sparse tensor cores."""
 
 import torch
 from torch import Tensor, nn
@@ -8,18 +8,18 @@ from torch.sparse import to_sparse_semi_structured
 def to_semi_structured(network: nn.Module) -> list[str]:
     """Replaces the weights of Linear layers whose zeros are 2:4 by semi-structured tensors, for inference.
 
-    Train with ``granularity="2:4"`` for this (Mishra et al. 2021), then call it on the network on a GPU of compute
-    capability 8.0 or newer, in half precision. Layers stay as they are where the weight has more than 2 non-zeros in 4
-    consecutive inputs, where it is computed (spectral norm), or where torch does not support its type or shape.
+    Train with ``granularity="2:4"`` (Mishra et al. 2021), then call this function with the network in half precision on
+    a GPU of compute capability 8.0 or newer. Layers do not change if the weight has more than 2 non-zeros in 4
+    consecutive inputs, if it is computed (spectral norm), or if torch does not support its dtype or shape.
 
     Args:
-        network: Changed in place; computes the same up to rounding.
+        network: The network; it changes in place, and computes the same up to rounding.
 
     Returns:
         The names of the layers that were replaced.
 
     Raises:
-        ValueError: If no layer can be replaced, with the reason for the first; the network is left as it was.
+        ValueError: If no layer can be replaced, with the reason for the first; the network does not change then.
 
     Example::
 
@@ -45,7 +45,7 @@ def to_semi_structured(network: nn.Module) -> list[str]:
 
 
 def _converted(weight: Tensor) -> Tensor:
-    """Returns a weight as a semi-structured tensor; raises a ValueError, or torch a RuntimeError, if it cannot be."""
+    """Converts a weight to a semi-structured tensor; raises ValueError, or torch RuntimeError, if it cannot."""
     if weight.shape[1] % 4 or bool((weight.unflatten(1, (-1, 4)).count_nonzero(-1) > 2).any()):
         raise ValueError(f"the zeros of its {tuple(weight.shape)} weights are not 2:4")
     if not weight.is_cuda:

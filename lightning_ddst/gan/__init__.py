@@ -1,4 +1,4 @@
-"""GANs to start from: the LightningModule, its losses and augmentation."""
+"""A LightningModule for GANs, its losses and augmentations."""
 
 from lightning_ddst.gan.module import GANModule
 

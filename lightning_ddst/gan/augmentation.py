@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from lightning_ddst.utils.registry import Registry
 
 DIFF_AUGMENTS: Registry[Callable[[Tensor], Tensor]] = Registry("augmentation")
-"""Augmentations by name, each from images to images of the same shape. Register another one to use it by its name."""
+"""Augmentations by name, each from images to images of the same shape. Register others to use them by name."""
 
 _LARGEST_SHIFT = 1 / 8  # of the size
 _CUT = 1 / 2  # of the size
@@ -65,7 +65,7 @@ def translation(images: Tensor) -> Tensor:
         size = images.shape[dimension]
         largest = _rounded(size * _LARGEST_SHIFT)
         shifts = _integers(-largest, largest, images)
-        # Each pixel of the result comes from here in the padded image; from the margin if that is outside.
+        # Position in the padded image of each pixel of the result; in the margin if it is outside the image.
         places = (torch.arange(size, device=images.device) + shifts + 1).clamp(0, size + 1)
         places = places[:, None, :, None] if dimension == 2 else places[:, None, None, :]
         shape = list(padded.shape)

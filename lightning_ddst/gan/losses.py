@@ -11,7 +11,7 @@ from lightning_ddst.utils.registry import Registry
 
 
 class Loss(ABC):
-    """A discriminator's and a generator's loss, each from scores of any shape to a scalar.
+    """Base class of losses: the discriminator's and the generator's, each from scores of any shape to a scalar.
 
     Example::
 
@@ -40,7 +40,7 @@ class Loss(ABC):
 
 
 LOSSES: Registry[type[Loss]] = Registry("loss")
-"""Losses by name."""
+"""Every registered loss by name."""
 
 
 @LOSSES.register("hinge")
@@ -99,9 +99,9 @@ def gradient_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor, fa
     """Penalizes slopes of the discriminator other than 1 between real and generated images (Gulrajani et al. 2017).
 
     Args:
-        discriminator: From images to scores.
-        real: ``(batch, ...)``.
-        fake: Of the same shape.
+        discriminator: Function from images to scores.
+        real: Real images ``(batch, ...)``.
+        fake: Generated images of the same shape.
 
     Returns:
         ``E[(||grad D(x)|| - 1)^2]`` at random points on the lines between them, a scalar to differentiate.
@@ -116,8 +116,8 @@ def r1_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor) -> Tenso
     """Penalizes the discriminator's slope at real images: the R1 penalty (Mescheder et al. 2018).
 
     Args:
-        discriminator: From images to scores.
-        real: ``(batch, ...)``.
+        discriminator: Function from images to scores.
+        real: Real images ``(batch, ...)``.
 
     Returns:
         ``E[||grad D(x)||^2] / 2``, a scalar to differentiate.

@@ -34,8 +34,8 @@ class GANModule(LightningModule):
     ...)`` floats in the generator's range, labels int64 ``(batch,)``.
 
     Args:
-        generator: From noise ``(batch, latent_dim)``, and labels if `num_classes` is given, to images.
-        discriminator: From images, and labels if `num_classes` is given, to scores.
+        generator: Module from noise ``(batch, latent_dim)``, and labels if `num_classes` is given, to images.
+        discriminator: Module from images, and labels if `num_classes` is given, to scores.
         loss: "hinge", "non-saturating", "wasserstein", "least-squares", or another key of
             `lightning_ddst.gan.losses.LOSSES`.
         discriminator_steps: Discriminator updates per generator update.
@@ -46,14 +46,14 @@ class GANModule(LightningModule):
             `lightning_ddst.gan.augmentation.DIFF_AUGMENTS`. The balance ratio is measured without them.
         num_classes: Number of classes of a conditional GAN; None for an unconditional GAN.
         latent_dim: Size of the noise; by default ``generator.latent_dim``.
-        generator_optimizer: From parameters to the generator's optimizer.
-        discriminator_optimizer: From parameters to the discriminator's.
+        generator_optimizer: Function from parameters to the generator's optimizer.
+        discriminator_optimizer: Function from parameters to the discriminator's optimizer.
 
     Attributes:
         generator_updates: Generator updates so far.
 
     Raises:
-        ValueError: For an argument outside what is allowed.
+        ValueError: For an argument outside the allowed range.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class GANModule(LightningModule):
         if gradient_penalty is None:
             gradient_penalty = 10.0 if loss == "wasserstein" else 0.0
         for name, value in (("gradient_penalty", gradient_penalty), ("r1", r1)):
-            if not value >= 0:  # NaN, too
+            if not value >= 0:  # also rejects NaN
                 raise ValueError(f"{name}={value} must not be negative.")
         if isinstance(augment, str):
             raise ValueError(f"augment={augment!r} must be a list of names, such as ['color', 'cutout'].")
@@ -112,7 +112,7 @@ class GANModule(LightningModule):
     # ---- several processes -----------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Tells DistributedDataParallel that a backward pass may reach only one of the networks."""
+        """Configures DistributedDataParallel for backward passes that reach only one of the networks."""
         set_ddp_default(self.trainer, "find_unused_parameters", True)
 
     def on_fit_start(self) -> None:
@@ -137,8 +137,8 @@ class GANModule(LightningModule):
         """Generates images in evaluation mode.
 
         Args:
-            n: How many.
-            labels: Their classes; by default drawn uniformly where the GAN is conditional.
+            n: Number of images.
+            labels: Their classes; by default drawn uniformly if the GAN is conditional.
             rng: CPU generator to draw from; by default torch's own.
 
         Returns:
@@ -165,7 +165,7 @@ class GANModule(LightningModule):
     # ---- training --------------------------------------------------------------------------------------
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        """Updates the discriminator, and every `discriminator_steps`-th time the generator."""
+        """Updates the discriminator, and in every `discriminator_steps`-th batch the generator."""
         generator_optimizer, discriminator_optimizer = self.optimizers()  # type: ignore[attr-defined]
         real, labels = self._unpacked(batch)
 

@@ -178,7 +178,7 @@ def make_method(method: Method | str, flat: Mapping[str, Any]) -> Method:
     given = {name: value for name, value in flat.items() if value is not None}
     if isinstance(method, Method):
         for name in unused_arguments(method, given):
-            raise ValueError(f"{name}={given[name]!r}: method={type(method).__name__}(...) has its arguments already.")
+            raise ValueError(f"{name}={given[name]!r}: method={type(method).__name__}(...) already has its arguments.")
         return method
     if not isinstance(method, str):
         raise ValueError(f"method={method!r} must be a name ({', '.join(METHODS)}) or a lightning_ddst.methods.Method.")

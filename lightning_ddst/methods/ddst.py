@@ -34,8 +34,8 @@ class DDST(ResizingMethod):
             as much as takes the whole run from the lower limit to the upper.
         min_discriminator_density: Lower limit of resizing, in (0, 1]; by default the smaller of the generator's
             density and the discriminator's at the start.
-        max_discriminator_density: Upper limit of resizing. 1 is the paper's relaxed setting; below 1 the strict one,
-            in which the discriminator explores where it may not grow.
+        max_discriminator_density: Upper limit of resizing. 1 is the paper's relaxed setting; below 1, the strict
+            one, the discriminator explores at its maximum instead of growing.
         controller: Controller that replaces the arguments above; each run gets a copy.
 
     Raises:
@@ -68,7 +68,7 @@ class DDST(ResizingMethod):
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in _REPLACED_BY_CONTROLLER and value != field.default:
-                raise ValueError(f"{field.name}={value!r}: the controller that is given has its own.")
+                raise ValueError(f"{field.name}={value!r}: the given controller has its own.")
 
     @property
     def final_densities(self) -> dict[Role, float]:

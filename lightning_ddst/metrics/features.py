@@ -144,7 +144,7 @@ class TorchvisionFeatures(FeatureExtractor):
         check_choice("model", model, list_models(module=torchvision.models))  # models of other modules download parts
         check_count("image_size", image_size)
         if (weights is None) != random:
-            raise ValueError(f"weights={weights!r}, random={random}: give a file, or have random ones by random=True.")
+            raise ValueError(f"weights={weights!r}, random={random}: give a file, or set random=True.")
         with seeded(seed):
             network = get_model(model, weights=None, num_classes=num_classes)
         if weights is not None:
@@ -173,7 +173,7 @@ class TorchvisionFeatures(FeatureExtractor):
             features = features.mean((2, 3))
         if features.dim() != 2:
             raise ValueError(
-                f"layer={self._settings['layer']!r} gives {tuple(features.shape)}; (batch, features) or "
+                f"layer={self._settings['layer']!r} returns shape {tuple(features.shape)}; (batch, features) or "
                 "(batch, features, height, width) are expected."
             )
         return features
@@ -228,7 +228,7 @@ class CifarResNet(FeatureExtractor):
 
 
 class _Block(nn.Module):
-    """Two convolutions, and a shortcut without weights: every other pixel, and zeros for new channels."""
+    """Two convolutions, and a shortcut without weights: subsampled pixels, and zeros for new channels."""
 
     def __init__(self, given: int, made: int) -> None:
         super().__init__()
@@ -267,7 +267,7 @@ def _read(path: Path, advice: str) -> Any:
         raise FileNotFoundError(f"weights={str(path)!r} is not there. {advice}.")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for other files
+    except Exception as error:  # torch raises many kinds of errors for other files
         raise ValueError(f"{path} holds no weights that can be loaded: {_first_line(error)}") from error
 
 

@@ -61,9 +61,9 @@ def check_range(images: Tensor, whose: str) -> None:
 class RealImages:
     """The images of an evaluation's loaders.
 
-    A loader without a custom sampler gives every image of its data set once, in order, with any number of
-    processes. A loader with a custom sampler gives each process whatever its sampler draws. Batches have the
-    loader's size, and pass the hooks around their transfer to the device. ``Trainer(limit_val_batches=...)``
+    A loader without a custom sampler returns every image of its data set once, in order, with any number of
+    processes. A loader with a custom sampler returns to each process the images that its sampler draws. Batches have
+    the loader's size, and pass the hooks around their transfer to the device. ``Trainer(limit_val_batches=...)``
     limits them like the evaluation.
 
     Args:
@@ -94,7 +94,7 @@ class RealImages:
                 yield batch if isinstance(batch, Tensor) else batch[0]
 
     def same_as(self, datasets: list[Dataset[Any]], count: int | None) -> bool:
-        """Tells whether other loaders, with these data sets and this count, give the same images."""
+        """Returns whether other loaders, with these data sets and this count, return the same images."""
         alike = len(datasets) == len(self.datasets)
         return alike and count == self.count and all(a is b for a, b in zip(datasets, self.datasets, strict=True))
 
@@ -140,7 +140,7 @@ def sampled(module: LightningModule, total: int, batch_size: int, seed: int) -> 
     Each batch draws its noise from its own seed, so the samples do not depend on the number of processes.
 
     Args:
-        module: Has ``sample(n, rng=...)``.
+        module: A module with a method ``sample(n, rng=...)``.
         total: Number of samples in all processes.
         batch_size: Samples generated at once.
         seed: Seed of the batches' seeds.

@@ -18,7 +18,7 @@ LEAST: Mapping[str, int] = {
     "precision": 4,  # an image and its three neighbors
     "recall": 4,
 }
-"""Metrics, and the number of images that each needs at least."""
+"""Smallest number of images that each metric needs."""
 
 _ON_KEPT = ("kernel_distance", "precision", "recall")
 _KID_SUBSET = 1000
@@ -28,7 +28,7 @@ _SPLITS = 10
 
 
 def keeps(metrics: Collection[str]) -> bool:
-    """Tells whether metrics need single images' features, not only their sums."""
+    """Returns whether metrics need single images' features, not only their sums."""
     return any(metric in metrics for metric in _ON_KEPT)
 
 
@@ -179,7 +179,7 @@ class RealStatistics:
             self._keeping = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns everything, to be saved."""
+        """Returns the statistics, to be saved."""
         state = {"count": torch.tensor(self.count)}
         if self.frechet is not None:
             state["sum"] = self.frechet.real_features_sum
@@ -203,7 +203,7 @@ class RealStatistics:
 
 
 class Comparison:
-    """Compares samples with real images.
+    """A comparison of samples with real images by several metrics.
 
     Args:
         metrics: Names of the metrics.
@@ -211,7 +211,7 @@ class Comparison:
         total: Number of samples that will be added.
         kept_features: Largest number of samples whose features are kept, if a metric needs them.
         seed: Seed of the choice of these samples.
-        logits: From features to logits; needed by the Inception Score.
+        logits: Function from features to logits; needed by the Inception Score.
     """
 
     def __init__(

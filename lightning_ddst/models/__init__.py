@@ -1,4 +1,4 @@
-"""Networks."""
+"""Generators, discriminators, and feature extractors."""
 
 from lightning_ddst.metrics.classifier import SmallClassifier, trained_classifier, trained_fashion_cnn
 from lightning_ddst.metrics.digits_cnn import DigitsCNN, trained_digits_cnn

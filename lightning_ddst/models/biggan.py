@@ -1,4 +1,4 @@
-"""BigGAN (Brock et al. 2019) for images of 32 pixels, as in its code for CIFAR-10, and of 64, as in StudioGAN."""
+"""BigGAN (Brock et al. 2019) for images of 32 pixels (as in its code for CIFAR-10) and 64 pixels (as in StudioGAN)."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,14 +21,14 @@ _WIDTHS = {32: 64, 64: 80}
 _LATENT_DIMS = {32: 128, 64: 100}
 _GENERATOR = {32: (4, 4, 4, 4), 64: (16, 8, 4, 2, 1)}
 _DISCRIMINATOR = {32: ((4, 4, 4, 4), 2), 64: ((1, 2, 4, 8, 16), 4)}
-"""By image size: the maps' channels in widths, and how many blocks halve."""
+"""Channels of the maps as multiples of the width, and number of blocks that halve the maps, by image size."""
 
 
 class ConditionalBatchNorm2d(nn.Module):
     """BatchNorm whose gain and bias depend on a condition: the class, or a vector.
 
     Args:
-        condition: From two sizes to a layer, ``nn.Embedding`` for classes or ``nn.Linear`` for vectors.
+        condition: Function from two sizes to a layer: ``nn.Embedding`` for classes or ``nn.Linear`` for vectors.
         size: Number of classes, or size of the vectors.
         num_features: Channels of the maps.
     """
@@ -52,7 +52,7 @@ class ConditionalBatchNorm2d(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention between positions (Zhang et al. 2019), keys and values pooled; starts as the identity.
+    """Self-attention between positions (Zhang et al. 2019) with pooled keys and values; initially the identity.
 
     Args:
         channels: Channels of the maps; queries and keys have an eighth of them, values half, at least 1.
@@ -68,7 +68,7 @@ class SelfAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, maps: Tensor) -> Tensor:
-        """From maps ``(batch, channels, height, width)``, of even height and width, to as many."""
+        """Maps ``(batch, channels, height, width)``, of even height and width, to the same shape."""
         query = self.query(maps).flatten(2)
         key = F.max_pool2d(self.key(maps), 2).flatten(2)
         value = F.max_pool2d(self.value(maps), 2).flatten(2)
@@ -79,24 +79,24 @@ class SelfAttention(nn.Module):
 
 
 class BigGANGenerator(nn.Module):
-    """Residual blocks from 4x4 up with class-conditional BatchNorm; layers, but no embedding, have spectral norm.
+    """Residual blocks from 4x4 up with class-conditional BatchNorm; all layers except embeddings have spectral norm.
 
-    With 32 pixels every BatchNorm has a gain and a bias for each class. With 64 pixels they are linear
-    in the class's shared embedding and a part of the noise; the first layer and each of the 4 blocks
-    have a fifth of it. Self-attention follows the third block, at 32x32.
+    With 32 pixels every BatchNorm has a gain and a bias for each class. With 64 pixels they are linear in the class's
+    shared embedding and a part of the noise: the first layer and each of the 4 blocks get a fifth of the noise.
+    Self-attention follows the third block, at 32x32.
 
     Args:
         image_size: Height and width of the images, 32 or 64.
         channels: Channels of the images.
-        width: BigGAN's channel multiplier: with 32 pixels all maps have 4 times as many channels; with 64 the
-            largest has as many, and they double with every halving, to 16 times as many. By default 64 and 80.
+        width: BigGAN's channel multiplier. With 32 pixels all maps have 4 times as many channels. With 64 pixels the
+            largest map has as many, and the channels double with every halving, up to 16 times. By default 64 and 80.
         latent_dim: Size of the noise, with 64 pixels a multiple of 5; by default 128 and 100.
         num_classes: Number of classes.
-        shared_dim: Size of the shared embedding; of no effect with 32 pixels.
+        shared_dim: Size of the shared embedding; not used with 32 pixels.
         initialization: "orthogonal", as in the paper, or "normal", N(0, 0.02), as in its code for CIFAR-10.
 
     Raises:
-        ValueError: For an argument outside what is allowed.
+        ValueError: For an argument outside the allowed range.
     """
 
     def __init__(
@@ -167,13 +167,13 @@ class BigGANDiscriminator(nn.Module):
     Args:
         image_size: Height and width of the images, 32 or 64.
         channels: Channels of the images.
-        width: BigGAN's channel multiplier: with 32 pixels all maps have 4 times as many channels; with 64 the
-            largest has as many, and they double with every block, to 16 times as many. By default 64 and 80.
+        width: BigGAN's channel multiplier. With 32 pixels all maps have 4 times as many channels. With 64 pixels the
+            largest map has as many, and the channels double with every block, up to 16 times. By default 64 and 80.
         num_classes: Number of classes.
         initialization: "orthogonal", as in the paper, or "normal", N(0, 0.02), as in its code for CIFAR-10.
 
     Raises:
-        ValueError: For an argument outside what is allowed.
+        ValueError: For an argument outside the allowed range.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class BigGANDiscriminator(nn.Module):
 
 
 def _check(image_size: int, channels: int, width: int | None, num_classes: int, initialization: str) -> int:
-    """Checks what both networks are given, and returns the width."""
+    """Checks the arguments of both networks, and returns the width."""
     check_choice("image_size", image_size, _WIDTHS)
     check_choice("initialization", initialization, INITIALIZATIONS)
     width = _WIDTHS[image_size] if width is None else width

@@ -1,4 +1,4 @@
-"""DCGAN (Radford et al. 2016) in the form of Miyato et al. 2018, table 3, with spectral norm."""
+"""DCGAN (Radford et al. 2016) as in Miyato et al. 2018, table 3, with spectral norm."""
 
 from functools import partial
 from itertools import pairwise
@@ -12,16 +12,16 @@ _init = partial(nn.init.normal_, std=0.02)
 
 
 class DCGANGenerator(nn.Module):
-    """Doubles a map three times by transposed convolutions with BatchNorm.
+    """A generator that doubles a map three times by transposed convolutions with BatchNorm.
 
     Args:
         image_size: Height and width of the images, a multiple of 8; 32 for CIFAR-10 and 48 for STL-10.
         channels: Channels of the images.
-        width: Channels of the largest map; they double with every halving, to 8 times as many.
+        width: Channels of the largest map; they double with every halving, up to 8 times as many.
         latent_dim: Size of the noise.
 
     Raises:
-        ValueError: For an argument outside what is allowed.
+        ValueError: For an argument outside the allowed range.
     """
 
     def __init__(self, image_size: int = 32, channels: int = 3, width: int = 64, latent_dim: int = 128) -> None:
@@ -41,21 +41,23 @@ class DCGANGenerator(nn.Module):
         initialize(self, _init)
 
     def forward(self, z: Tensor) -> Tensor:
-        """From noise ``(batch, latent_dim)`` to images ``(batch, channels, size, size)`` in [-1, 1]."""
+        """Maps noise ``(batch, latent_dim)`` to images ``(batch, channels, size, size)`` in [-1, 1]."""
         images: Tensor = self.layers(z)
         return images
 
 
 class DCGANDiscriminator(nn.Module):
-    """Halves the image three times by 4x4 convolutions, with 3x3 convolutions between; all under spectral norm.
+    """A discriminator that halves the image three times by 4x4 convolutions, with 3x3 convolutions in between.
+
+    All layers have spectral norm.
 
     Args:
         image_size: Height and width of the images, a multiple of 8; 32 for CIFAR-10 and 48 for STL-10.
         channels: Channels of the images.
-        width: Channels of the largest map; they double after every halving, to 8 times as many.
+        width: Channels of the largest map; they double after every halving, up to 8 times as many.
 
     Raises:
-        ValueError: For an argument outside what is allowed.
+        ValueError: For an argument outside the allowed range.
     """
 
     def __init__(self, image_size: int = 32, channels: int = 3, width: int = 64) -> None:
@@ -70,13 +72,13 @@ class DCGANDiscriminator(nn.Module):
         normalize(self, nn.Conv2d, nn.Linear)
 
     def forward(self, images: Tensor) -> Tensor:
-        """From images ``(batch, channels, size, size)`` to scores ``(batch,)``."""
+        """Maps images ``(batch, channels, size, size)`` to scores ``(batch,)``."""
         scores: Tensor = self.layers(images).squeeze(1)
         return scores
 
 
 def _checked(image_size: int, channels: int, width: int) -> tuple[int, list[int]]:
-    """The size of the smallest map, and channels from the image's own size down to it."""
+    """Returns the size of the smallest map, and the channels of all maps from the largest to the smallest."""
     check_count("channels", channels)
     check_count("width", width)
     if image_size < 8 or image_size % 8:

@@ -8,14 +8,16 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 
 class SmallGenerator(nn.Module):
-    """Doubles a 2x2 map up to the image by transposed convolutions with BatchNorm (after DCGAN, Radford et al. 2016).
+    """A generator of transposed convolutions with BatchNorm that doubles a 2x2 map up to the image's size.
+
+    Its architecture follows DCGAN (Radford et al. 2016).
 
     Args:
         image_size: Height and width of the images, a power of 2, at least 8.
         channels: Channels of the images.
-        width: Channels of the largest map; they double with every halving, to at most 4 times that.
+        width: Channels of the largest map; they double with every halving, up to 4 times as many.
         latent_dim: Size of the noise.
-        num_classes: Number of classes, whose embedding is added to the noise; None without classes.
+        num_classes: Number of classes; their embedding is added to the noise. None for an unconditional generator.
 
     Raises:
         ValueError: If `image_size` is not allowed.
@@ -40,7 +42,7 @@ class SmallGenerator(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """From noise ``(batch, latent_dim)`` to images ``(batch, channels, size, size)`` in [-1, 1]."""
+        """Maps noise ``(batch, latent_dim)`` to images ``(batch, channels, size, size)`` in [-1, 1]."""
         if self.embedding is not None:
             z = z + self.embedding(labels)
         images: Tensor = self.layers(z)
@@ -48,13 +50,14 @@ class SmallGenerator(nn.Module):
 
 
 class SmallDiscriminator(nn.Module):
-    """Halves the image down to 2x2 by convolutions with spectral norm (Miyato et al. 2018).
+    """A discriminator of convolutions with spectral norm that halve the image down to 2x2 (Miyato et al. 2018).
 
     Args:
         image_size: Height and width of the images, a power of 2, at least 8.
         channels: Channels of the images.
-        width: Channels of the largest map; they double with every halving, to at most 4 times that.
-        num_classes: Number of classes, for a projection discriminator (Miyato and Koyama 2018); None without.
+        width: Channels of the largest map; they double with every halving, up to 4 times as many.
+        num_classes: Number of classes of a projection discriminator (Miyato and Koyama 2018); None for an unconditional
+            discriminator.
 
     Raises:
         ValueError: If `image_size` is not allowed.
@@ -71,7 +74,7 @@ class SmallDiscriminator(nn.Module):
         self.embedding = None if num_classes is None else spectral_norm(nn.Embedding(num_classes, widths[-1] * 4))
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """From images ``(batch, channels, size, size)`` to scores ``(batch,)``."""
+        """Maps images ``(batch, channels, size, size)`` to scores ``(batch,)``."""
         features = self.layers(images)
         scores: Tensor = self.score(features).squeeze(1)
         if self.embedding is not None:
@@ -80,7 +83,7 @@ class SmallDiscriminator(nn.Module):
 
 
 def _widths(image_size: int, width: int) -> list[int]:
-    """Channels from the image's own size down to 2x2."""
+    """Returns the channels of all maps, from the image's size down to 2x2."""
     halvings = round(math.log2(image_size)) - 1 if image_size > 0 else 0
     if halvings < 2 or 2 ** (halvings + 1) != image_size:
         raise ValueError(f"image_size={image_size} must be a power of 2, at least 8.")

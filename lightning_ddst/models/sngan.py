@@ -9,21 +9,22 @@ from lightning_ddst.utils.validation import check_choice, check_count
 
 _GENERATOR = {32: (256, (1, 1, 1, 1)), 48: (64, (8, 4, 2, 1))}
 _DISCRIMINATOR = {32: (128, (1, 1, 1, 1), 2), 48: (64, (1, 2, 4, 8, 16), 4)}
-"""By image size: the default width, the maps' channels in widths, and how many blocks halve."""
+"""Default width, channels of the maps as multiples of the width, and (D) number of halving blocks, by image size."""
 
 
 class SNGANGenerator(nn.Module):
-    """Three residual blocks from an eighth of the image's size up, with BatchNorm.
+    """A generator of three residual blocks with BatchNorm, from an eighth of the image's size up.
 
     Args:
         image_size: Height and width of the images, 32 (CIFAR-10) or 48 (STL-10).
         channels: Channels of the images.
-        width: Channels of the largest map; by default the paper's, 256 for 32 pixels and 64 for 48. With 32
-            pixels all maps have as many; with 48 they halve with every doubling, from 8 times as many.
+        width: Channels of the largest map; by default the paper's, 256 for 32 pixels and 64 for 48 pixels. With 32
+            pixels all maps have as many; with 48 pixels the first map has 8 times as many, and they halve with every
+            doubling of the size.
         latent_dim: Size of the noise.
 
     Raises:
-        ValueError: For an argument outside what is allowed.
+        ValueError: For an argument outside the allowed range.
     """
 
     def __init__(
@@ -50,22 +51,24 @@ class SNGANGenerator(nn.Module):
         _glorot(self)
 
     def forward(self, z: Tensor) -> Tensor:
-        """From noise ``(batch, latent_dim)`` to images ``(batch, channels, size, size)`` in [-1, 1]."""
+        """Maps noise ``(batch, latent_dim)`` to images ``(batch, channels, size, size)`` in [-1, 1]."""
         images: Tensor = self.layers(z)
         return images
 
 
 class SNGANDiscriminator(nn.Module):
-    """Residual blocks without BatchNorm, a sum over positions and a score, all layers under spectral norm.
+    """A discriminator of residual blocks without BatchNorm, a sum over positions and a linear score.
+
+    All layers have spectral norm.
 
     Args:
         image_size: Height and width of the images, 32 (CIFAR-10) or 48 (STL-10).
         channels: Channels of the images.
-        width: Channels of the first map; by default the paper's, 128 for 32 pixels and 64 for 48. With 32
-            pixels all maps have as many; with 48 they double with every block, up to 16 times as many.
+        width: Channels of the first map; by default the paper's, 128 for 32 pixels and 64 for 48 pixels. With 32
+            pixels all maps have as many; with 48 pixels they double with every block, up to 16 times as many.
 
     Raises:
-        ValueError: For an argument outside what is allowed.
+        ValueError: For an argument outside the allowed range.
     """
 
     def __init__(self, image_size: int = 32, channels: int = 3, width: int | None = None) -> None:
@@ -82,13 +85,13 @@ class SNGANDiscriminator(nn.Module):
         normalize(self, nn.Conv2d, nn.Linear)
 
     def forward(self, images: Tensor) -> Tensor:
-        """From images ``(batch, channels, size, size)`` to scores ``(batch,)``."""
+        """Maps images ``(batch, channels, size, size)`` to scores ``(batch,)``."""
         scores: Tensor = self.score(self.layers(images).sum((2, 3))).squeeze(1)
         return scores
 
 
 def _glorot(network: nn.Module) -> None:
-    """Glorot's uniform initialisation, with gain sqrt(2) on residual branches, as in Miyato's code."""
+    """Applies Glorot's uniform initialization, with gain sqrt(2) on residual branches, as in Miyato's code."""
     initialize(network, nn.init.xavier_uniform_)
     for block in network.modules():
         if isinstance(block, UpBlock | DownBlock):

@@ -1,1 +1,1 @@
-"""Runs read back from their logs, their figures, and the command `plot`."""
+"""Reads runs from their logs, draws their figures, and provides the command ``plot``."""

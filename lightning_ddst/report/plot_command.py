@@ -11,19 +11,19 @@ from lightning_ddst.utils import cache
 
 
 def plot(args: Sequence[str]) -> list[Path]:
-    """Writes the figures of a run, and prints where.
+    """Writes the figures of a run, and prints their paths.
 
     Args:
         args: The command's arguments after ``plot``.
 
     Returns:
-        The files. What is refused ends the process with its reason.
+        The paths of the files. An invalid argument ends the process with an error message.
     """
-    from lightning_ddst.report import plots  # Matplotlib, which training does without
+    from lightning_ddst.report import plots  # imported here: training works without Matplotlib
 
     formats = get_args(plots.Format)
     parser = ArgumentParser(prog="lightning-ddst plot", description="Draws what a run logged for TensorBoard.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder, as lightning_logs/version_0")
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder, such as lightning_logs/version_0")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where figures go (default: RUN/plots)")
     parser.add_argument("--formats", nargs="+", choices=formats, default=list(formats), help="kinds of files")
     given = parser.parse_args(list(args))

@@ -1,7 +1,6 @@
-"""Figures of what a run logged: balance, densities layer by layer, exploration, samples' quality, operations.
+"""Figures of a run's logged series: balance, densities of layers, exploration, sample quality, operations.
 
-Every figure is drawn from logged series, and is about 900 pixels wide. Nothing here touches
-pyplot, its state, or the settings outside.
+Every figure is about 900 pixels wide. This module does not use pyplot, and changes no global settings.
 """
 
 import io
@@ -31,7 +30,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _UPDATES = "generator updates"
-_WIDTH = 9.0  # inches of 100 pixels
+_WIDTH = 9.0  # inches, at 100 pixels per inch
 _STYLE: Looks = {
     "figure.dpi": 100,
     "font.size": 10,
@@ -44,14 +43,14 @@ _STYLE: Looks = {
     "axes.axisbelow": True,
     "grid.color": "0.9",
     "legend.fontsize": 9,
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "lightning_ddst",  # the same figure is the same file
+    "svg.fonttype": "none",  # keeps text as text
+    "svg.hashsalt": "lightning_ddst",  # makes files of equal figures equal
 }
-# Okabe and Ito's, which the colour-blind tell apart.
+# Okabe and Ito's colors, which color-blind readers can distinguish.
 _COLORS = {"generator": "#0072B2", "discriminator": "#D55E00"}
 _SIGNAL, _BAND, _BEYOND, _QUIET = "#1A1A1A", "#009E73", "#CC79A7", "0.4"
 _ROLES = ("generator", "discriminator")
-# What a control signal may turn out to be, and what the discriminator is where it is high and where it is low.
+# Known control signals: label, and meaning of a high and of a low value for the discriminator.
 _SIGNALS = {
     "balance/ratio": ("balance ratio (BR)", ("too weak", "too strong")),
     "balance/real_sign": ("mean sign of D(real)", ("too strong", "too weak")),
@@ -63,7 +62,7 @@ _MEANINGS = {
     "precision": "higher is better",
     "recall": "higher is better",
 }
-# Colours follow the square root of a density, or a sparse network's layers would look all the same.
+# Colors follow the square root of density; otherwise the layers of a sparse network would look the same.
 _COLOR_TICKS = (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)
 _LONGEST_NAME = 32
 _MOST_NAMED_ROWS = 48
@@ -71,7 +70,7 @@ _MOST_NAMED_ROWS = 48
 
 @contextmanager
 def plot_style() -> Iterator[None]:
-    """Draws in the package's style, whatever style the user has set."""
+    """Draws in the package's style inside the context, regardless of the user's style."""
     with rc_context(), style.context(["default", _STYLE]):
         yield
 
@@ -89,14 +88,14 @@ def _in_style(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def figures(series: Series) -> dict[str, Figure]:
-    """Draws every figure that there are series for.
+    """Draws every figure whose series were logged.
 
     Args:
-        series: What was logged, by name; unknown names are left out.
+        series: Logged series by name; unknown names are ignored.
 
     Returns:
-        Figures by name: "balance", "layer_densities", "exploration" and "flops", where several pairs
-        were trained with the name of the pair's generator before it ("first/balance"), and "quality".
+        Figures by name: "balance", "layer_densities", "exploration" and "flops", prefixed by the name of the pair's
+        generator if there are several pairs ("first/balance"), and "quality".
     """
     drawn: dict[str, Figure | None] = {}
     for pair, own in by_pair(series).items():
@@ -108,11 +107,11 @@ def figures(series: Series) -> dict[str, Figure]:
 
 @_in_style
 def rendered(figure: Figure, form: Format) -> bytes:
-    """A figure as a file's contents, always the same for the same figure.
+    """Renders a figure to a file's contents, always the same for the same figure.
 
     Args:
-        figure: What to render.
-        form: "png" or "svg"; in an SVG, text stays text, and heat maps are images.
+        figure: The figure.
+        form: "png" or "svg"; in an SVG, text stays text and heat maps are images.
     """
     buffer = io.BytesIO()
     if form == "png":
@@ -124,7 +123,7 @@ def rendered(figure: Figure, form: Format) -> bytes:
 
 @_in_style
 def pixels(figure: Figure) -> NDArray[np.uint8]:
-    """A figure as an image: ``(height, width, 3)``, red, green and blue."""
+    """Renders a figure to an RGB image, uint8 ``(height, width, 3)``."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
@@ -135,15 +134,15 @@ def pixels(figure: Figure) -> NDArray[np.uint8]:
 
 @_in_style
 def balance(series: Series, pair: str = "") -> Figure | None:
-    """Draws the control signal with its bounds, and the densities that it led to.
+    """Draws the control signal with its bounds, and the densities.
 
     Args:
         series: One pair's series.
         pair: Its name, for the title.
 
     Returns:
-        A figure whose signal has gaps where it was undecided, and triangles where it left the picture;
-        without axes for what was not logged. None without signal and densities.
+        A figure whose signal has gaps where it was undecided, and triangles where it is outside the axes. Series that
+        were not logged have no axes. None without signal and densities.
     """
     name, label, meanings = _signal(series)
     densities = {role: series[f"density/{role}"] for role in reversed(_ROLES) if series.get(f"density/{role}")}
@@ -179,9 +178,8 @@ def layer_densities(series: Series, pair: str = "") -> Figure | None:
         pair: Its name, for the title.
 
     Returns:
-        A figure with rows for layers in the order of the network, columns from one change to the next,
-        and every layer's last density beside its row. None without layers, and where every density is 1
-        throughout.
+        A figure with one row per layer in the order of the network, columns from one change to the next, and every
+        layer's last density next to its row. None without layers, and if every density is always 1.
     """
     layers = {
         name.removeprefix("layer_density/"): points for name, points in series.items() if name.startswith("layer_")
@@ -227,14 +225,14 @@ def layer_densities(series: Series, pair: str = "") -> Figure | None:
 
 @_in_style
 def exploration(series: Series, pair: str = "") -> Figure | None:
-    """Draws the share of weights that were ever active, and how much masks change.
+    """Draws the share of weights that were ever active, and the overlap of masks before and after changes.
 
     Args:
         series: One pair's series.
         pair: Its name, for the title.
 
     Returns:
-        A figure; None without coverages.
+        A figure; None without logged coverage.
     """
     coverages = {role: series[f"coverage/{role}"] for role in _ROLES if series.get(f"coverage/{role}")}
     overlaps = {role: series[f"overlap/{role}"] for role in _ROLES if series.get(f"overlap/{role}")}
@@ -264,14 +262,14 @@ def exploration(series: Series, pair: str = "") -> Figure | None:
 
 @_in_style
 def quality(series: Series) -> Figure | None:
-    """Draws every logged metric of the samples, a small axis for each metric on each features.
+    """Draws every logged metric of the samples, with small axes for each metric and kind of features.
 
     Args:
-        series: What was logged.
+        series: All logged series.
 
     Returns:
-        A figure, with the generator's own weights dashed beside the averaged ones; axes of distances
-        that fall to less than a tenth are logarithmic. None where nothing was measured.
+        A figure with the averaged weights as solid and the generator's own weights as dashed lines. Axes are
+        logarithmic if values fall to less than a tenth. None if nothing was measured.
     """
     panels: dict[tuple[str, str], dict[str, Points]] = {}
     for name, points in of_samples(series).items():
@@ -313,7 +311,7 @@ def flops(series: Series, pair: str = "") -> Figure | None:
         pair: Its name, for the title.
 
     Returns:
-        A figure; None where they were not logged.
+        A figure; None if they were not logged.
     """
     points = series.get("flops/training_ratio")
     if not points:
@@ -333,7 +331,7 @@ def flops(series: Series, pair: str = "") -> Figure | None:
 
 
 def _signal(series: Series) -> tuple[str, str, tuple[str, str] | None]:
-    """The control signal's series, "" if there is none; what it is called, and what high and low mean."""
+    """Returns the name of the control signal's series ("" if there is none), its label, and its meanings."""
     controlling = dict(series.get("control/signal", ()))
     for name, (label, meanings) in _SIGNALS.items():
         values = dict(series.get(name, ()))
@@ -341,7 +339,7 @@ def _signal(series: Series) -> tuple[str, str, tuple[str, str] | None]:
             return name, label, meanings if "control/lower" in series else None
     if controlling:
         return "control/signal", "control signal", None
-    if series.get("balance/ratio") and "control/lower" not in series:  # measured, and nothing is resized by it
+    if series.get("balance/ratio") and "control/lower" not in series:  # measured, but no method resizes by it
         return "balance/ratio", _SIGNALS["balance/ratio"][0], None
     return "", "", None
 
@@ -353,7 +351,7 @@ def _draw_signal(ax: Axes, series: Series, name: str, label: str, meanings: tupl
     if lower[0].size and lower[0].size == upper[0].size:
         low, high = lower[1][-1], upper[1][-1]
         moving = len(set(lower[1])) > 1  # with bounds "auto"
-        band = f"band, {low:.2g} to {high:.2g} at last" if moving else f"kept within {low:g} and {high:g}"
+        band = f"band, {low:.2g} to {high:.2g} at the end" if moving else f"kept within {low:g} and {high:g}"
         bounds: Looks = {"color": _BAND, "alpha": 0.25, "linewidth": 0, "label": band}
         ax.fill_between(lower[0], lower[1], upper[1], step="post", **bounds)
         values = np.concatenate([values, lower[1], upper[1]])
@@ -377,7 +375,7 @@ def _draw_signal(ax: Axes, series: Series, name: str, label: str, meanings: tupl
 
 
 def _robust_limits(values: Array, *included: Array) -> tuple[float, float]:
-    """Limits that a few spikes do not widen."""
+    """Returns limits of an axis that ignore a few spikes."""
     values = values[np.isfinite(values)]
     if not values.size:
         return 0.0, 1.0
@@ -393,14 +391,14 @@ def _robust_limits(values: Array, *included: Array) -> tuple[float, float]:
 
 
 def _networks(layers: Series) -> dict[str, dict[str, Points]]:
-    """The layers of each network by title, under short names: the generator's were logged first."""
+    """Returns the layers of each network by title, under short names; the generator's were logged first."""
     paths = [name.split(".") for name in layers]
     shared = _shared(paths)
     groups: dict[str, dict[str, Points]] = {}
     for name, points in layers.items():
         parts = name.split(".")
         groups.setdefault(".".join(parts[: shared + 1]), {})[".".join(parts[shared + 1 :])] = points
-    if len(groups) != len(_ROLES):  # of one network alone
+    if len(groups) != len(_ROLES):  # only one network's layers
         groups = {"all layers": dict(layers)}
         return {title: _renamed(rows) for title, rows in groups.items()}
     titles = [role if role == name else f"{role} ({name})" for role, name in zip(_ROLES, groups, strict=True)]
@@ -408,13 +406,13 @@ def _networks(layers: Series) -> dict[str, dict[str, Points]]:
 
 
 def _shared(paths: Sequence[Sequence[str]]) -> int:
-    """How many parts all paths begin with, their last ones aside."""
+    """Returns the number of leading parts that all paths share, without their last parts."""
     shortest = min(len(path) for path in paths) - 1
     return next((place for place in range(shortest) if len({path[place] for path in paths}) > 1), shortest)
 
 
 def _renamed(rows: dict[str, Points]) -> dict[str, Points]:
-    """Layers under names without what every weight's name ends in, and not too long."""
+    """Renames layers: removes common endings of weights' names, and shortens long names."""
     names = [re.sub(r"(^|\.)parametrizations\.(\w+)\.original\d*$|_orig$", r"\1\2", name) for name in rows]
     bare = [re.sub(r"(^|\.)weight$", "", name) or name for name in names]
     if len(set(bare)) == len(bare):
@@ -430,7 +428,7 @@ def _renamed(rows: dict[str, Points]) -> dict[str, Points]:
 
 
 def _short(name: str) -> str:
-    """At most `_LONGEST_NAME` characters of a name: its beginning and its end."""
+    """Shortens a name to at most `_LONGEST_NAME` characters: its beginning and its end."""
     if len(name) <= _LONGEST_NAME:
         return name
     head = _LONGEST_NAME // 3
@@ -438,7 +436,7 @@ def _short(name: str) -> str:
 
 
 def _aligned(rows: Iterable[Points], steps: Sequence[int]) -> Array:
-    """Values ``(rows, steps)``, NaN where a row has none at a step."""
+    """Returns values ``(rows, steps)``, NaN where a row has no value at a step."""
     places = {step: place for place, step in enumerate(steps)}
     grid = np.full((len(tuple(rows)), len(steps)), np.nan)
     for row, points in zip(grid, rows, strict=True):
@@ -448,7 +446,7 @@ def _aligned(rows: Iterable[Points], steps: Sequence[int]) -> Array:
 
 
 def _changes(grid: Array) -> list[int]:
-    """The columns that differ from the one before, and the first."""
+    """Returns the first column and those that differ from the one before."""
     known = np.nan_to_num(grid, nan=-1.0)
     return [0, *(np.flatnonzero((known[:, 1:] != known[:, :-1]).any(0)) + 1).tolist()]
 
@@ -467,7 +465,7 @@ def _empty(height: float) -> Figure:
 
 
 def _figure(height: float, rows: Sequence[float], pair: str) -> tuple[Figure, list[Axes]]:
-    """A figure of a height in inches with axes below each other, which share updates, and a pair's name above."""
+    """Returns a figure, `height` inches high, with stacked axes that share the x-axis, and a pair's name as title."""
     figure = _empty(height + (0.3 if pair else 0))
     if pair:
         figure.suptitle(pair, x=0.01, ha="left", fontsize=11)
@@ -476,15 +474,15 @@ def _figure(height: float, rows: Sequence[float], pair: str) -> tuple[Figure, li
 
 
 def _arrays(points: Points) -> tuple[Array, Array]:
-    """Updates, ascending, and values."""
+    """Returns updates, ascending, and values."""
     ordered = sorted(dict(points).items())
     return np.array([step for step, _ in ordered], dtype=float), np.array([value for _, value in ordered], dtype=float)
 
 
 def _line(ax: Axes, points: Points, others: Points = (), **looks: Any) -> None:
-    """Draws a line with gaps where it is NaN, and where `others` have points and it has none.
+    """Draws a line with gaps at NaN, and at points of `others` that it lacks.
 
-    Points without a neighbour are marked, for a line alone would not show them.
+    Points without a neighbor get a marker, because a line would not show them.
     """
     values = dict(points)
     steps = sorted(values.keys() | dict(others).keys() if values else set())
@@ -523,7 +521,7 @@ def _logarithmic_where_wide(ax: Axes, lines: Iterable[Points]) -> None:
 
 
 def _legend(ax: Axes) -> None:
-    """Names the lines above the axes, right of the title."""
+    """Draws the legend above the axes, right of the title."""
     ax.legend(
         loc="lower right",
         bbox_to_anchor=(1, 1),
@@ -539,7 +537,7 @@ def _legend(ax: Axes) -> None:
 def _updates_below(
     axes: Sequence[Axes], lines: Iterable[Points], last: float | None = None, named: bool = True
 ) -> None:
-    """Makes generator updates, from 0 to the last point, the x-axis."""
+    """Sets the x-axis to generator updates, from 0 to the last point."""
     final = max((float(step) for points in lines for step, _ in points), default=0.0) if last is None else last
     for ax in axes:
         ax.set_xlim(0, final or 1)

@@ -1,4 +1,4 @@
-"""What a run logged: the names that figures are made of, and the numbers in its TensorBoard event files."""
+"""Logged series of a run: the names that figures use, and the scalars in TensorBoard event files."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 Points: TypeAlias = Sequence[tuple[int, float]]
-"""Generator updates with a value at each."""
+"""Pairs of generator updates and a value."""
 Series: TypeAlias = Mapping[str, Points]
-"""Points by the name they were logged under."""
+"""Points by their logged name."""
 
 METRICS = ("frechet_distance", "kernel_distance", "inception_score", "precision", "recall")
-"""What `SampleQuality` logs, as ``<metric>/<features>`` and ``<metric>_raw/<features>``."""
+"""Metrics of `SampleQuality`, logged as ``<metric>/<features>`` and ``<metric>_raw/<features>``."""
 
 _EVENTS = "events.out.tfevents.*"
 _OF_A_PAIR = re.compile(
@@ -22,21 +22,21 @@ _OF_SAMPLES = re.compile(rf"(?:{'|'.join(METRICS)})(?:_raw)?/.+")
 
 
 def source(name: str) -> str | None:
-    """What logged a scalar: the same for those that are logged together; None for what no figure shows."""
+    """Returns an identifier of a scalar's source, equal for scalars logged together; None if no figure shows it."""
     if found := _OF_A_PAIR.fullmatch(name):
         return f"networks {found['pair'] or ''}"
     return f"samples {name.partition('/')[2]}" if _OF_SAMPLES.fullmatch(name) else None
 
 
 def by_pair(series: Series) -> dict[str, dict[str, Points]]:
-    """What is drawn of every pair of networks.
+    """Returns the series to draw of every pair of networks.
 
     Args:
-        series: What was logged.
+        series: All logged series.
 
     Returns:
-        For every pair, by the generator's name that is put before what several pairs log, "" where
-        there is one, its series without that name; none are empty.
+        The series of every pair, none of them empty, without their prefix. The keys are the prefixes, the generators'
+        names; "" if there is only one pair.
     """
     pairs: dict[str, dict[str, Points]] = {}
     for name, points in series.items():
@@ -46,7 +46,7 @@ def by_pair(series: Series) -> dict[str, dict[str, Points]]:
 
 
 def of_samples(series: Series) -> dict[str, Points]:
-    """What is drawn of the samples' quality, metric by metric; none are empty."""
+    """Returns the series of sample quality to draw, ordered by metric; none of them is empty."""
     named = {name: points for name, points in series.items() if points and _OF_SAMPLES.fullmatch(name)}
     metrics = [name.partition("/")[0].removesuffix("_raw") for name in named]
     order = sorted(zip(metrics, named, strict=True), key=lambda each: METRICS.index(each[0]))
@@ -56,19 +56,19 @@ def of_samples(series: Series) -> dict[str, Points]:
 def read_run(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
     """Reads every scalar of a run from its TensorBoard event files.
 
-    A resumed run has several files; where they hold the same step, what was written last counts.
+    A resumed run has several files; if they hold the same step, the value written last counts.
 
     Args:
-        folder: Holds the event files, or has one folder somewhere below it that does.
+        folder: The folder with the event files, or a folder above a single one.
 
     Returns:
-        By name, in the order of their first appearance: generator updates, ascending, with a value at each.
+        Pairs of generator updates, ascending, and values by name, in order of first appearance.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or no event file in it.
-        ValueError: If several folders below it hold event files, or none of the scalars is this package's.
+        FileNotFoundError: If there is no such folder, or it holds no event file.
+        ValueError: If several folders below it hold event files, or this package logged none of the scalars.
     """
-    # Training reads no event files.
+    # Imported here: training reads no event files.
     from tensorboard.backend.event_processing import event_accumulator
 
     place = _place(Path(folder))
@@ -76,7 +76,7 @@ def read_run(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
         event_accumulator.EventAccumulator(str(path), {"scalars": 0, "images": 1}, purge_orphaned_data=False).Reload()
         for path in place.glob(_EVENTS)
     ]
-    # Of the same second, names end in a counter.
+    # Names of files from the same second end in a counter.
     accumulators.sort(key=lambda accumulator: (_first_time(accumulator), accumulator.path))
     series: dict[str, dict[int, float]] = {}
     for accumulator in accumulators:
@@ -85,7 +85,7 @@ def read_run(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
     if all(source(name) is None for name in series):
         found = f"there are {', '.join(series)}" if series else "there are no scalars at all"
         raise ValueError(
-            f"the event files in {place} hold nothing that this package logs, as density/generator or "
+            f"the event files in {place} hold nothing that this package logs, such as density/generator or "
             f"balance/ratio; {found}. Name the folder of a run with a DynamicSparsityCallback."
         )
     return {name: sorted(points.items()) for name, points in series.items()}
@@ -99,11 +99,11 @@ def _first_time(accumulator: Any) -> float:
 
 
 def _place(folder: Path) -> Path:
-    """The folder with event files: itself, or the only one below it."""
+    """Returns the folder with event files: the given one, or the only one below it."""
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"there is no folder {folder}. Name the folder of a run, as lightning_logs/version_0: "
-            "the one that holds its event files."
+            f"there is no folder {folder}. Name the folder of a run, such as lightning_logs/version_0, "
+            "which holds its event files."
         )
     if any(folder.glob(_EVENTS)):
         return folder

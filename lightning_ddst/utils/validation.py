@@ -1,4 +1,4 @@
-"""Checks of arguments; each raises a ValueError that names the argument, its value and what is allowed."""
+"""Checks of arguments; each raises a ValueError that names the argument, its value and the allowed values."""
 
 from collections.abc import Collection
 from typing import TypeVar

@@ -73,7 +73,7 @@ def test_floats_are_not_rounded_to_bytes(tmp_path):
 @pytest.mark.parametrize("images", [BYTES.astype(np.int64), BYTES.astype(np.uint16)])
 def test_other_integers_need_a_range(tmp_path, images):
     path = save(tmp_path, images)
-    with pytest.raises(ValueError, match="say which values are black and white by value_range"):
+    with pytest.raises(ValueError, match="set value_range to the values of black and white"):
         compared(path)
     assert torch.allclose(compared(path, value_range=(0, 255))[0], EXPECTED, atol=1e-6)
 
@@ -128,7 +128,7 @@ def test_labels_and_a_test_file(tmp_path):
 
 @pytest.mark.parametrize("labels", [LABELS[:5], LABELS / 1, LABELS[:, None]])
 def test_labels_that_do_not_fit_are_rejected(tmp_path, labels):
-    with pytest.raises(ValueError, match=r"labels .* must be integers, one an image: \(6,\)"):
+    with pytest.raises(ValueError, match=r"labels .* must be integers, one per image: \(6,\)"):
         ArrayDataModule(save(tmp_path, BYTES, labels=labels), 4).setup("fit")
 
 

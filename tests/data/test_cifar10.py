@@ -121,7 +121,7 @@ def test_missing_files_are_known_before_training(tmp_path):
         ({"labels": None}, "train.npz .*images and labels.* holds images, lossless"),
         ({"images": IMAGES["train"] / 255}, r"float64\(10, 32, 32, 3\) must be uint8 \(n, 32, 32, 3\)"),
         ({"images": IMAGES["train"].transpose(0, 3, 1, 2)}, r"images uint8\(10, 3, 32, 32\) must be"),
-        ({"labels": LABELS["train"][:9]}, "10 images, 9 labels and 10 flags must be alike many"),
+        ({"labels": LABELS["train"][:9]}, "10 images, 9 labels and 10 flags must be equally many"),
     ],
 )
 def test_arrays_of_something_else_are_rejected(tmp_path, change, message):

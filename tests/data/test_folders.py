@@ -80,7 +80,7 @@ def test_a_folder_that_is_not_there(tmp_path):
         ImageFolderDataModule(tmp_path / "none", 4).setup("fit")
     assert str(caught.value) == (
         f"{tmp_path}/none is not there: ImageFolderDataModule reads a folder of images, or of one subfolder of images "
-        "a class."
+        "per class."
     )
 
 
@@ -97,7 +97,7 @@ def test_a_folder_without_images(tmp_path):
 
 def test_files_that_are_no_images_of_8_bits(tmp_path):
     Image.new("I;16", (4, 4)).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match=r"deep.png must have 8 bits a channel; its mode is I;16"):
+    with pytest.raises(ValueError, match=r"deep.png must have 8 bits per channel; its mode is I;16"):
         ImageFolderDataModule(tmp_path, 4).setup("fit")
     (tmp_path / "deep.png").write_bytes(b"nothing")
     with pytest.raises(OSError, match=r"deep.png"):

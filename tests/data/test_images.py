@@ -138,7 +138,7 @@ def test_images_of_more_than_8_bits_are_rejected(mode):
         def make_dataset(self, train):
             return Files([Image.new(mode, (8, 8))])
 
-    with pytest.raises(ValueError, match=f"image 0 must have 8 bits a channel; its mode is {mode}"):
+    with pytest.raises(ValueError, match=f"image 0 must have 8 bits per channel; its mode is {mode}"):
         Module().setup("fit")
 
 

@@ -248,10 +248,10 @@ def test_a_checkpoint_that_is_not_there_or_damaged(run, tmp_path):
     content = checkpoint.read_bytes()
     for damaged in (b"", b"something else", content[: len(content) // 2]):
         (tmp_path / "half.ckpt").write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"half\.ckpt is damaged, or no checkpoint: "):
+        with pytest.raises(ValueError, match=r"half\.ckpt is damaged, or not a checkpoint: "):
             export.load_generator(generator(), tmp_path / "half.ckpt")
     torch.save({"weights": 1}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match=r"other\.ckpt is no checkpoint .*state_dict"):
+    with pytest.raises(ValueError, match=r"other\.ckpt is not a checkpoint .*state_dict"):
         export.load_generator(generator(), tmp_path / "other.ckpt")
 
 
@@ -281,7 +281,7 @@ def test_files_of_another_format(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file"):
         export.load_compressed(tmp_path / "none")
     (tmp_path / "text").write_text("text")
-    with pytest.raises(ValueError, match="is damaged, or no safetensors file"):
+    with pytest.raises(ValueError, match="is damaged, or not a safetensors file"):
         export.load_compressed(tmp_path / "text")
     save_file({"a": torch.zeros(1)}, tmp_path / "plain")
     with pytest.raises(ValueError, match=r"has the format None, not 'lightning_ddst\.bitmask\.1'"):

@@ -214,7 +214,7 @@ def test_random_features_follow_the_seed_and_leave_the_random_state_alone() -> N
     ("arguments", "error", "message"),
     [
         ({"model": "resnet17", "random": True}, ValueError, "model='resnet17' is unknown"),
-        ({"model": "resnet18"}, ValueError, "weights=None, random=False: give a file, or have random ones"),
+        ({"model": "resnet18"}, ValueError, "weights=None, random=False: give a file, or set random=True"),
         ({"model": "resnet18", "weights": "w", "random": True}, ValueError, "weights='w', random=True: give a file"),
         ({"model": "resnet18", "weights": "/absent/w.pth"}, FileNotFoundError, "/absent/w.pth' is not there"),
         ({"model": "resnet18", "layer": "pool", "random": True}, ValueError, "pool"),

@@ -193,7 +193,7 @@ def test_bounds_that_move_are_a_band_of_their_own() -> None:
     figure = plots.balance(BALANCE | lower)
     (band,) = figure.axes[0].collections
     assert set(band.get_paths()[0].vertices[:, 1]) == {0.2, 0.3, 0.45}
-    assert "band, 0.3 to 0.45 at last" in texts(figure)
+    assert "band, 0.3 to 0.45 at the end" in texts(figure)
 
 
 def test_spikes_leave_the_picture_and_are_marked() -> None:

@@ -172,7 +172,7 @@ class Units(ABC):
         return weights
 
     def growth(self, gradients: Gradients | None) -> ByTensor:
-        """Returns scores; units with the largest (absolute, if the growth rule says so) grow first."""
+        """Returns scores; units with the largest scores (by magnitude, if the growth rule says so) grow first."""
         scores = {}
         for name, weight in self.weights.items():
             gradient = torch.empty(0)
