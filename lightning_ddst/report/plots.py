@@ -239,7 +239,7 @@ def exploration(series: Series, pair: str = "") -> Figure | None:
     if not coverages:
         return None
     figure, axes = _figure(5.2 if overlaps else 3.4, [3.0, 2.0][: 1 + bool(overlaps)], pair)
-    axes[0].set_title("DropFractionSchedule")
+    axes[0].set_title("Exploration")
     for role, points in coverages.items():
         _line(axes[0], points, color=_COLORS[role], label=f"{role}, ever active", drawstyle="steps-post")
         if density := series.get(f"density/{role}"):
