@@ -279,6 +279,8 @@ class DensityRamp(Controller):
 
     def decide(self, balance: Balance, density: float, progress: float = 0.0, share: float = 0.0) -> Decision:
         """Returns a decision from the share of the run that is done."""
+        if progress + share > 1 + 1e-9:
+            progress = 1.0  # there is no later decision
         planned = _tidy(self.start + (self.end - self.start) * min(progress, 1.0))
         action: Action = "grow" if planned > density else "hold"
         return Decision(action, max(planned, density), f"{progress:.0%} of the run is done")

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -13,7 +14,9 @@ from lightning_ddst.balance.ratio import Estimator
 from lightning_ddst.callbacks._support.checks import (
     check_checkpoint,
     check_separate,
+    check_unchanged,
     check_unlimited,
+    is_same,
     warn_of_raw_optimizers,
 )
 from lightning_ddst.callbacks._support.folders import check_folders
@@ -189,6 +192,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
         self._report: RunReport | None = None
         self._pending: PendingGradients | None = None
         self._resumed: Mapping[str, Any] | None = None  # the state that fit resumes from, until training starts
+        self._evaluates = False  # whether the checkpoint that is loaded is for an evaluation
         self._handles: list[RemovableHandle] = []
         self._batch: Any = None
         self._in_batch = False
@@ -224,6 +228,8 @@ class DynamicSparsityCallback(RunReadings, Callback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_backward_passes(trainer)
         check_folders(trainer, pl_module)
+        if self._resumed is None:
+            self._saved = None  # of a checkpoint that was evaluated
         if self._saved is None and self._training is not None and self._module is pl_module:
             self._saved = self.state_dict()  # a second call of fit continues the first
             self._saved["length"] = RunLength().state_dict()  # over a length of its own
@@ -307,8 +313,24 @@ class DynamicSparsityCallback(RunReadings, Callback):
         self._resumed = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remembers the batch, which holds the real images."""
+        """Remembers the batch, which holds the real images, and follows optimizers that were made anew."""
+        if self._training is not None and not is_same(self._training.optimizers, trainer.optimizers):
+            self._follow_optimizers(trainer, pl_module)
         self._batch, self._in_batch = batch, True
+
+    def _follow_optimizers(self, trainer: Trainer, module: LightningModule) -> None:
+        length = self._length.state_dict()
+        self._resumed = self.state_dict() | {"length": length}
+        self._saved = self._resumed
+        self._detach()
+        self._begin(trainer, module)
+        self._resumed = None  # random states and gradients stay what they are
+        rank_zero_info("DynamicSparsityCallback: the optimizers were made anew; their steps are followed.")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Checks that the networks still have the weights that were masked, and inactive ones are 0."""
+        if self._training is not None:
+            check_unchanged(self._fitted)
 
     @uncompiled
     def _before_step(self, optimizer: Optimizer) -> None:
@@ -317,16 +339,20 @@ class DynamicSparsityCallback(RunReadings, Callback):
 
     @uncompiled
     def _after_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
-        if self._training is None or self._report is None or not self._in_batch:
+        if self._training is None or not self._in_batch:
             return  # loading an FSDP2 checkpoint also steps the optimizers
         rewinds = self._training.rewinds
-        if not self._training.after_step(optimizer, self._batch):
-            return
-        if self._training.rewinds > rewinds:
+        if self._training.after_step(optimizer, self._batch):
+            self._after_update(trainer, self._training.rewinds > rewinds)
+
+    def _after_update(self, trainer: Trainer, rewound: bool) -> None:
+        assert self._training is not None
+        if rewound:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, GeneratorEMA):
                     callback.restart(self._training.network("generator").network)
-        self._report.after_update(trainer)
+        if self._report is not None:
+            self._report.after_update(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -335,7 +361,9 @@ class DynamicSparsityCallback(RunReadings, Callback):
         self._batch, self._in_batch = None, False
         if self._training is None:
             return
-        self._training.after_batch(batch)
+        rewinds = self._training.rewinds
+        if self._training.after_batch(batch):
+            self._after_update(trainer, self._training.rewinds > rewinds)
         if self._training.updates and not trainer.global_step and not self._warned_of_raw_optimizers:
             self._warned_of_raw_optimizers = True
             warn_of_raw_optimizers()
@@ -408,13 +436,18 @@ class DynamicSparsityCallback(RunReadings, Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Rejects a checkpoint without masks for this callback, unless ``initial_masks="magnitude"``."""
-        if trainer.state.fn == "fit":
+        self._evaluates = trainer.state.fn != "fit"
+        if not self._evaluates:
             needs_masks = self._masking.initial_masks != "magnitude"
             check_checkpoint(checkpoint.get("callbacks", {}), self.state_key, self.settings, needs_masks=needs_masks)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the state returned by `state_dict` when fitting starts."""
-        if state_dict:
-            self._saved = state_dict
-            self._resumed = state_dict
-            self._pair, self._training = None, None
+        """Restores the state returned by `state_dict` when fitting starts.
+
+        A checkpoint that is loaded for an evaluation can be read, if nothing was fitted before, and no fit resumes it.
+        """
+        if not state_dict or (self._evaluates and self._training is not None):
+            return
+        self._saved = state_dict
+        self._resumed = None if self._evaluates else state_dict
+        self._pair, self._training = None, None

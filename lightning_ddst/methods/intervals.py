@@ -1,11 +1,14 @@
 """Intervals between measurements, decisions and explorations, in generator updates."""
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 from lightning_ddst.utils.validation import check_count
 
 _UNKNOWN_LENGTH_INTERVAL = 1000
+_LONGEST_WINDOW = 10_000
+"""Measurements that a window keeps at most; more would not make the balance ratio more certain."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Intervals:
                 check_count(name, value)
         if self.probe_interval is None or self.probe_interval == "auto":
             return
-        if not isinstance(self.probe_interval, int):
+        if not isinstance(self.probe_interval, Integral):
             raise ValueError(f'probe_interval={self.probe_interval!r} must be an integer, at least 1, "auto" or None.')
         check_count("probe_interval", self.probe_interval)
         if self.interval is not None and self.probe_interval > self.interval:
@@ -71,7 +74,7 @@ class Plan:
         if known:
             default = _default_interval(updates if reference is None else reference)
             if interval is None:
-                interval = max(default, probe_interval if isinstance(probe_interval, int) else 1)
+                interval = max(default, probe_interval if isinstance(probe_interval, Integral) else 1)
             if explore_interval is None:
                 explore_interval = default // 2
         if probe_interval == "auto":
@@ -81,7 +84,7 @@ class Plan:
     @property
     def window(self) -> int:
         """Number of measurements between two decisions; a small number while it is not known."""
-        return max(1, (self.interval or 10) // (self.probe_interval or 1))
+        return min(max(1, (self.interval or 10) // (self.probe_interval or 1)), _LONGEST_WINDOW)
 
 
 def is_due(update: int, interval: int | None) -> bool:

@@ -81,6 +81,7 @@ class SparseTraining:
         self.mask_updates = tuple(mask_updates)
         self.updates = 0
         self.rewinds = 0
+        self._stepped: set[Optimizer] = set()  # of the generator's, since its last update
         self.decisions: list[tuple[int, Decision]] = []
         self.measurements = 0
         self.plan = plan or Plan()
@@ -152,8 +153,9 @@ class SparseTraining:
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Keeps the weights for a measurement; call it before each step of the generator's optimizers."""
-        if self._probe is not None and self._probe.watching:
-            self._probe.before_update(get_parameters(optimizer))
+        if self._probe is not None and self._probe.watching and not self._stepped:
+            updated = [optimizer, *(each for each in self.generator_optimizers if each is not optimizer)]
+            self._probe.before_update(parameter for each in updated for parameter in get_parameters(each))
 
     def after_step(self, optimizer: Optimizer, batch: Any) -> bool:
         """Measures a generator update, and changes the masks that are due.
@@ -163,10 +165,16 @@ class SparseTraining:
             batch: The training step's batch.
 
         Returns:
-            Whether this was a generator update: an optimizer of both networks may step without the generator.
+            Whether this completed a generator update: an optimizer of both networks may step without the generator, and
+            the steps of several optimizers of the generator are one update.
         """
         if not has_updated(self.network("generator").parameters, optimizer):
             return False
+        self._stepped.add(optimizer)
+        return len(self._stepped) == len(self.generator_optimizers) and self._complete_update(batch)
+
+    def _complete_update(self, batch: Any) -> bool:
+        self._stepped.clear()
         self.updates += 1
         self._balance = None
         probed = self._measure(batch)
@@ -178,11 +186,20 @@ class SparseTraining:
         self._expect_next()
         return True
 
-    def after_batch(self, batch: Any) -> None:
-        """Checks the first measured training steps as a whole; call it at the end of a training step."""
+    def after_batch(self, batch: Any) -> bool:
+        """Ends a training step: steps of some of the generator's optimizers, without the others, are an update, too.
+
+        Args:
+            batch: The training step's batch.
+
+        Returns:
+            Whether that completed a generator update.
+        """
+        completed = bool(self._stepped) and self._complete_update(batch)
         if self._probe is not None and not self._probe.checked:
             self._probe.check(batch)
             self._expect_next()
+        return completed
 
     def _measure(self, batch: Any) -> bool:
         if self._probe is None or not self._probe.watching:

@@ -71,7 +71,7 @@ def maskable_weights(network: nn.Module) -> list[MaskableWeight]:
     found = [
         MaskableWeight(name, p, layers[id(p)], tuple(norm for norm in spectral if norm.parameter is p))
         for name, p in network.named_parameters()
-        if id(p) in layers and id(p) not in unmaskable
+        if id(p) in layers and id(p) not in unmaskable and p.numel()
     ]
     if not found:
         kinds = ", ".join(kind.__name__ for kind in MASKABLE_LAYERS)

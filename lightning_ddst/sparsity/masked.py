@@ -80,15 +80,17 @@ class MaskedNetwork:
         units.check_options(granularity, options)
         check_choice("initial", initial, INITIAL)
         check_choice("regrown", regrown, REGROWN)
-        free = [
-            weight for weight in maskable_weights(network) if first_match(dense_layers, weight.layers, name) is None
-        ]
+        maskable = maskable_weights(network)
+        free = [weight for weight in maskable if first_match(dense_layers, weight.layers, name) is None]
         if not free:
             raise ValueError(f"dense_layers={list(dense_layers)} leaves nothing to mask.")
         self.network = network
+        if any(weight.parameter.requires_grad for weight in free):  # else the whole network is frozen for the moment
+            free = [weight for weight in free if weight.parameter.requires_grad]
         self.weights: dict[str, MaskableWeight] = {weight.name: weight for weight in free if units.accepts(weight)}
         if not self.weights:
             raise ValueError(f"granularity={granularity!r} fits the shape of no layer, so there is nothing to mask.")
+        self._left_dense = {weight.name for weight in maskable} - self.weights.keys()
         self.target = density
         # Not the seed itself: weights may have been drawn from it, and masks must be independent of them.
         digest = hashlib.sha256(f"masks {seed}".encode()).digest()
@@ -168,6 +170,16 @@ class MaskedNetwork:
     def reachable(self, density: float) -> float:
         """Returns the allowed density that is nearest to this one."""
         return self.units.reachable(density)
+
+    def unmasked(self) -> list[str]:
+        """Returns the names of maskable weights that came after the masks were made."""
+        known = self.weights.keys() | self._left_dense
+        return [weight.name for weight in maskable_weights(self.network) if weight.name not in known]
+
+    def written(self) -> list[str]:
+        """Returns the names of weights that are not 0 somewhere where they are inactive; waits for the device."""
+        parts = {name: local_part(weight.parameter.detach()) for name, weight in self.weights.items()}
+        return [name for name, part in parts.items() if bool((part[~self.local_mask(name)] != 0).any())]
 
     def local_mask(self, name: str) -> Tensor:
         """Returns the mask of this process's part of a weight, which is the full weight unless it is sharded."""

@@ -1,5 +1,8 @@
 """Finds a module's generator and discriminator, and checks its `sample` method and other weight averages."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from lightning.pytorch import Trainer
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -9,6 +12,11 @@ USUAL_NAMES = {
     "discriminator": ("discriminator", "critic", "netD", "net_d", "D", "disc"),
 }
 """Attributes to try, in order, if no name is given."""
+_WRITERS = {
+    "StochasticWeightAveraging": "writes averages into the weights at the end, outside the masks.",
+    "ModelPruning": "replaces the weights by masked copies, which these masks do not reach.",
+}
+"""Callbacks of Lightning that change weights or how they are stored."""
 
 
 def find_network(module: nn.Module, role: str, name: str | None) -> nn.Module:
@@ -38,6 +46,22 @@ def find_network(module: nn.Module, role: str, name: str | None) -> nn.Module:
     )
 
 
+def check_not_shared(networks: Mapping[Any, nn.Module]) -> None:
+    """Checks that the two networks share no parameter: it would have two masks, and both networks' updates.
+
+    Raises:
+        ValueError: If they share one; names it in both.
+    """
+    (one, first), (other, second) = networks.items()
+    names = {id(parameter): name for name, parameter in first.named_parameters()}
+    for name, parameter in second.named_parameters():
+        if id(parameter) in names:
+            raise ValueError(
+                f"the {one}'s {names[id(parameter)]!r} is the {other}'s {name!r}: a shared weight cannot have two "
+                "masks."
+            )
+
+
 def name_in(module: nn.Module, network: nn.Module) -> str:
     """Returns the dotted name of a submodule."""
     names: dict[int, str] = {id(submodule): name for name, submodule in module.named_modules()}
@@ -59,6 +83,9 @@ def refuse_other_averages(trainer: Trainer, module: nn.Module, generator: nn.Mod
                 "ever active non-zero, averages the discriminator too, and counts the steps of both optimizers. "
                 f"{instead}"
             )
+        for kind in type(callback).__mro__:
+            if kind.__name__ in _WRITERS:
+                raise ValueError(f"{type(callback).__name__} {_WRITERS[kind.__name__]} {instead}")
     shapes = {name: parameter.shape for name, parameter in generator.named_parameters()}
     for name, average in module.named_modules():
         if isinstance(average, AveragedModel):

@@ -1,6 +1,7 @@
 """Checks of arguments; each raises a ValueError that names the argument, its value and the allowed values."""
 
 from collections.abc import Collection
+from numbers import Integral, Real
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -8,19 +9,19 @@ T = TypeVar("T")
 
 def check_density(name: str, value: float) -> None:
     """Checks that a value is in (0, 1]."""
-    if not 0 < value <= 1:
-        raise ValueError(f"{name}={value} must be in (0, 1].")
+    if not isinstance(value, Real) or not 0 < value <= 1:
+        raise ValueError(f"{name}={value!r} must be a number in (0, 1].")
 
 
 def check_rate(name: str, value: float) -> None:
     """Checks that a value is in [0, 1]."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}={value} must be in [0, 1].")
+    if not isinstance(value, Real) or not 0 <= value <= 1:
+        raise ValueError(f"{name}={value!r} must be a number in [0, 1].")
 
 
 def check_count(name: str, value: int) -> None:
-    """Checks that a value is a positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    """Checks that a value is a positive integer, of Python, NumPy or any other kind."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r} must be an integer, at least 1.")
 
 

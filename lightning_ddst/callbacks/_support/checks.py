@@ -1,6 +1,6 @@
 """Checks that reject a run, and warnings about it: one function each."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -72,6 +72,37 @@ def check_unlimited(method: Method, training: SparseTraining) -> None:
         raise ValueError(f'{unknown}, and method="{method.name}" needs the run\'s length.')
     if training.mask_updates:
         rank_zero_warn(f"{unknown}: the exploration rate stays constant.")
+
+
+def is_same(ones: Sequence[object], others: Sequence[object]) -> bool:
+    """Returns whether two sequences hold the same objects in the same order."""
+    return len(ones) == len(others) and all(one is other for one, other in zip(ones, others, strict=True))
+
+
+def check_unchanged(pair: MaskedPair) -> None:
+    """Checks that networks have the weights that were masked, no others, and inactive ones at 0.
+
+    Raises:
+        RuntimeError: If a weight was replaced or added, or something else wrote into inactive ones; names it.
+    """
+    for role, network in pair.networks.items():
+        present = dict(network.network.named_parameters())
+        for name, parameter in network.parameters.items():
+            if present.get(name) is not parameter:
+                raise RuntimeError(
+                    f"the {role}'s weight {name!r} was replaced since fitting started, so its mask is of another "
+                    "weight. Change layers before fitting, or fit again with a new DynamicSparsityCallback."
+                )
+        if added := network.unmasked():
+            raise RuntimeError(
+                f"the {role} has weights that came since fitting started and have no mask: {', '.join(added)}. Add "
+                "layers before fitting, or name them in dense_layers."
+            )
+        if written := network.written():
+            raise RuntimeError(
+                f"something else than the optimizers wrote into inactive weights of the {role}: {', '.join(written)}. "
+                "A callback or the module does, after the step; masks and densities no longer hold."
+            )
 
 
 def warn_of_raw_optimizers() -> None:

@@ -18,7 +18,7 @@ from lightning_ddst.sparsity.masked import REGROWN, Regrown
 from lightning_ddst.sparsity.units import INITIAL, Initial
 from lightning_ddst.utils.example_inputs import infer_inputs
 from lightning_ddst.utils.nested import Place
-from lightning_ddst.utils.networks import find_network, name_in
+from lightning_ddst.utils.networks import check_not_shared, find_network, name_in
 from lightning_ddst.utils.validation import check_choice
 
 
@@ -98,6 +98,7 @@ class MaskingOptions:
         found = {role: find_network(module, role, name) for role, name in self.names.items()}
         if found["generator"] is found["discriminator"]:
             raise ValueError(f"generator and discriminator are the same module, {self.discriminator!r}.")
+        check_not_shared(found)
         self._check_patterns(module, found)
         inputs: Sequence[Sequence[Any]] = ((), ())
         if find_units(self.granularity).needs_inputs:
