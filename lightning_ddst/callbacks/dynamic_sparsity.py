@@ -13,14 +13,16 @@ from torch.utils.hooks import RemovableHandle
 from lightning_ddst.balance.ratio import Estimator
 from lightning_ddst.callbacks._support.checks import (
     check_checkpoint,
+    check_finite_weights,
     check_separate,
+    check_settings,
     check_unchanged,
     check_unlimited,
     is_same,
     warn_of_raw_optimizers,
 )
 from lightning_ddst.callbacks._support.folders import check_folders
-from lightning_ddst.callbacks._support.options import MaskingOptions, MeasuringOptions
+from lightning_ddst.callbacks._support.options import MaskingOptions, MeasuringOptions, list_arguments
 from lightning_ddst.callbacks._support.pending_gradients import PendingGradients
 from lightning_ddst.callbacks._support.readings import RunReadings
 from lightning_ddst.callbacks._support.reporting import RunReport, hparams, write_custom_scalars
@@ -240,6 +242,8 @@ class DynamicSparsityCallback(RunReadings, Callback):
             if distributed.is_distributed():  # an earlier call of attach may have drawn other masks in each process
                 network.load_state_dict(distributed.broadcast(network.state_dict()))
             network.to_weights()
+        if self._saved is None:
+            check_finite_weights(pair)
         mask_updates = self.settings.mask_updates()
         generator = pair.networks["generator"]
         if any("generator" in each.roles and (each.resizes or generator.density < 1) for each in mask_updates):
@@ -419,6 +423,10 @@ class DynamicSparsityCallback(RunReadings, Callback):
         named = {role: name for role, name in self._masking.names.items() if name is not None}
         return state_key(self, **named) if named else super().state_key
 
+    def _arguments(self) -> dict[str, Any]:
+        options = (self.settings, self._masking, self._measuring, self._intervals)
+        return {name: value for each in options for name, value in list_arguments(each).items()}
+
     def state_dict(self) -> dict[str, Any]:
         """Returns masks, counters, the balance window and every random state; loads with ``weights_only=True``."""
         if self._saved is not None:
@@ -427,6 +435,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
             return {}
         return {
             "method": self.method,
+            "settings": self._arguments(),
             "networks": self._pair.state_dict(),
             "training": self._training.state_dict(),
             "length": self._length.state_dict(),
@@ -439,7 +448,9 @@ class DynamicSparsityCallback(RunReadings, Callback):
         self._evaluates = trainer.state.fn != "fit"
         if not self._evaluates:
             needs_masks = self._masking.initial_masks != "magnitude"
-            check_checkpoint(checkpoint.get("callbacks", {}), self.state_key, self.settings, needs_masks=needs_masks)
+            saved = checkpoint.get("callbacks", {})
+            check_checkpoint(saved, self.state_key, self.settings, needs_masks=needs_masks)
+            check_settings(saved.get(self.state_key, {}).get("settings", {}), self._arguments())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the state returned by `state_dict` when fitting starts.

@@ -9,14 +9,18 @@ T = TypeVar("T")
 
 def check_density(name: str, value: float) -> None:
     """Checks that a value is in (0, 1]."""
-    if not isinstance(value, Real) or not 0 < value <= 1:
+    if not isinstance(value, Real):
         raise ValueError(f"{name}={value!r} must be a number in (0, 1].")
+    if not 0 < value <= 1:
+        raise ValueError(f"{name}={value} must be in (0, 1].")
 
 
 def check_rate(name: str, value: float) -> None:
     """Checks that a value is in [0, 1]."""
-    if not isinstance(value, Real) or not 0 <= value <= 1:
+    if not isinstance(value, Real):
         raise ValueError(f"{name}={value!r} must be a number in [0, 1].")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}={value} must be in [0, 1].")
 
 
 def check_count(name: str, value: int) -> None:

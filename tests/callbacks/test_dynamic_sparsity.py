@@ -111,7 +111,7 @@ def test_the_masks_drawn_follow_the_seed_and_not_the_random_state() -> None:
         ({"epochs": -1, "max_steps": 60000}, Plan(interval=300, explore_interval=150, probe_interval=3, updates=30000)),
         # The nearer of two ends.
         ({"epochs": 300, "max_steps": 100000}, Plan(interval=100, explore_interval=50, probe_interval=2, updates=3000)),
-        ({"epochs": -1, "max_time": {"hours": 1}}, Plan(interval=1000, explore_interval=500, probe_interval=10)),
+        ({"epochs": -1}, Plan(interval=1000, explore_interval=500, probe_interval=10)),
     ],
 )
 def test_default_intervals_come_from_the_length_of_the_run(settings, plan) -> None:
@@ -151,7 +151,7 @@ def test_a_run_of_unknown_length_warns_that_exploration_is_not_annealed() -> Non
             trainer.should_stop = trainer.global_step >= 6
 
     with pytest.warns(UserWarning, match="length in generator updates is unknown"):
-        trained(DynamicSparsityCallback(0.25), Stop(), epochs=-1, max_time={"hours": 1})
+        trained(DynamicSparsityCallback(0.25), Stop(), epochs=-1)
 
 
 def test_br_is_measured_at_every_probe_interval_in_every_method() -> None:

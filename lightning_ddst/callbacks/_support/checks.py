@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_ddst.balance import ScoresItself
 from lightning_ddst.methods import Method, SparseTraining
 from lightning_ddst.methods.masked_pair import MaskedPair
+from lightning_ddst.sparsity.sharding import local_part
 
 
 def check_separate(pair: MaskedPair, others: Iterable[MaskedPair], module: LightningModule) -> None:
@@ -57,6 +58,47 @@ def check_checkpoint(saved: Mapping[str, Any], key: str, method: Method, *, need
         + ' To start from its dense networks, set initial_masks="magnitude"; to start from its weights with '
         "random masks, load them into the module and fit without ckpt_path."
     )
+
+
+_FIXED = ("generator_density", "discriminator_density", "granularity", "dense_layers", "layer_densities")
+"""Arguments that decide which weights are masked, and how many; a run keeps them."""
+
+
+def check_settings(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    """Compares the arguments of a callback that resumes with those of the run that saved the checkpoint.
+
+    An argument that differs takes effect, and one warning names it with both values.
+
+    Args:
+        saved: The arguments by name in the checkpoint.
+        present: The arguments by name of the callback that resumes.
+
+    Raises:
+        ValueError: For another density, granularity or choice of masked layers.
+    """
+    names = dict.fromkeys([*present, *saved]) if saved else {}
+    changed = {name: present.get(name) for name in names if present.get(name) != saved.get(name)}
+    for name in _FIXED:
+        if name in changed:
+            raise ValueError(
+                f"{name}={changed[name]!r}: the run of the checkpoint has {name}={saved.get(name)!r}, and keeps it. To "
+                "start another run from its weights, load them into the module and fit without ckpt_path."
+            )
+    if changed:
+        words = ", ".join(f"{name}={value!r} (before: {saved.get(name)!r})" for name, value in changed.items())
+        rank_zero_warn(f"the run resumes with other settings: {words}.")
+
+
+def check_finite_weights(pair: MaskedPair) -> None:
+    """Checks that all weights of both networks are finite.
+
+    Raises:
+        ValueError: If one is not; names its layer.
+    """
+    for role, network in pair.networks.items():
+        for name, parameter in network.network.named_parameters():
+            if not bool(local_part(parameter.detach()).isfinite().all()):
+                raise ValueError(f"the {role}'s {name!r} has values that are not finite before training starts.")
 
 
 def check_unlimited(method: Method, training: SparseTraining) -> None:

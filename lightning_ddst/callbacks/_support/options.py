@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 from torch import nn
@@ -184,3 +184,28 @@ class MeasuringOptions:
             discriminator_output=self.discriminator_output,
             module=pair.module if isinstance(pair.module, ScoresItself) else None,
         )
+
+
+def list_arguments(options: Any) -> dict[str, Any]:
+    """Returns the fields of options by name, as values that load with ``weights_only=True``.
+
+    Args:
+        options: A dataclass; the fields of a mapping in it are listed as its own.
+    """
+    listed: dict[str, Any] = {}
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.name == "units":
+            listed |= {name: _plain(each) for name, each in value.items()}
+        elif field.name not in ("generator", "discriminator", "initial_masks"):  # which resuming does not ask for
+            listed[field.name] = _plain(value)
+    return listed
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value in types that load with ``weights_only=True``; an object as the words that show it."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value if isinstance(value, bool | int | float | str | None) else repr(value)

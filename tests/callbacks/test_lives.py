@@ -1,0 +1,317 @@
+"""One callback in several fits, evaluations and resumed runs; and a world that changes under it."""
+
+import warnings
+from itertools import pairwise
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import Adam
+from toys import LATENT, PIXELS, ToyGAN, toy_data, toy_trainer, trained
+
+from lightning_ddst import DynamicSparsityCallback, GeneratorEMA
+from lightning_ddst.methods import Plan
+
+
+def fit(sparsity, gan=None, epochs=2, ckpt_path=None, **settings):
+    gan = gan or ToyGAN()
+    toy_trainer(sparsity, epochs=epochs, **settings).fit(gan, toy_data(), ckpt_path=ckpt_path)
+    return gan
+
+
+def saved_run(folder, epochs=2, **settings):
+    sparsity = DynamicSparsityCallback(0.25, **settings)
+    trainer = toy_trainer(sparsity, epochs=epochs, folder=folder)
+    trainer.fit(ToyGAN(), toy_data())
+    trainer.save_checkpoint(folder / "last.ckpt")
+    return sparsity, folder / "last.ckpt"
+
+
+# ---- fits ----------------------------------------------------------------------------------------------
+
+
+def test_the_length_of_a_smoke_test_does_not_stay():
+    sparsity = DynamicSparsityCallback(0.25)
+    gan = ToyGAN()
+    toy_trainer(sparsity, fast_dev_run=4).fit(gan, toy_data())  # 4 steps of 2 optimizers
+    assert sparsity.generator_updates == 2
+    fit(sparsity, gan, epochs=10)
+    assert sparsity.generator_updates == 102
+    assert sparsity.plan == Plan(10, 5, 1, 102)
+    assert sparsity.networks()["generator"].coverage > 0.25  # it explored
+
+
+def test_another_module_starts_anew():
+    sparsity = DynamicSparsityCallback(0.25, interval=5)
+    fit(sparsity)
+    fit(sparsity, epochs=1)
+    assert sparsity.generator_updates == 10
+    assert [update for update, _ in sparsity.decisions] == [5, 10]
+
+
+@pytest.mark.parametrize("evaluation", ["test", "validate"])
+def test_an_evaluated_checkpoint_leaves_what_was_learnt_and_no_fit_resumes_it(evaluation, tmp_path):
+    class Evaluated(ToyGAN):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+        test_step = validation_step
+
+    _, checkpoint = saved_run(tmp_path, interval=4)
+    sparsity = DynamicSparsityCallback(0.25, interval=5)
+    gan = Evaluated()
+    fit(sparsity, gan)
+    decisions, flops, balance = sparsity.decisions, sparsity.flops_ratio, sparsity.balance
+    trainer = toy_trainer(sparsity)
+    getattr(trainer, evaluation)(gan, toy_data(), ckpt_path=checkpoint, verbose=False)
+    assert (sparsity.decisions, sparsity.flops_ratio, sparsity.balance) == (decisions, flops, balance)
+    fresh = DynamicSparsityCallback(0.25, interval=5)
+    getattr(toy_trainer(fresh), evaluation)(Evaluated(), toy_data(), ckpt_path=checkpoint, verbose=False)
+    assert fresh.generator_updates == 20  # which can be read
+    fit(fresh, epochs=1)
+    assert fresh.generator_updates == 10
+
+
+# ---- resuming ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["sdst", "ddst", "ramp"])
+def test_with_more_epochs_schedules_extend_over_the_new_length(method, tmp_path):
+    _, checkpoint = saved_run(tmp_path, method=method)
+    sparsity = DynamicSparsityCallback(0.25, method=method)
+    masks = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, *args):
+            masks.append(sparsity.networks()["generator"].checksum)
+
+    before = torch.load(checkpoint)["callbacks"]["DynamicSparsityCallback"]["networks"]["discriminator"]["target"]
+    toy_trainer(sparsity, Watch(), epochs=6).fit(ToyGAN(), toy_data(), ckpt_path=checkpoint)
+    assert sparsity.plan.updates == 60
+    assert len(set(masks)) > 1  # the generator explores again
+    densities = [before, *(decision.density for update, decision in sparsity.decisions if update > 20)]
+    assert all(abs(later - earlier) <= 0.16 for earlier, later in pairwise(densities))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("interval", 7), ("explore_interval", 3), ("bounds", (0.1, 0.2)), ("growth", "random")]
+)
+def test_other_settings_take_effect_with_one_warning(argument, value, tmp_path):
+    _, checkpoint = saved_run(tmp_path)
+    sparsity = DynamicSparsityCallback(0.25, **{argument: value})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(sparsity, epochs=4, ckpt_path=checkpoint)
+    said = [str(warning.message) for warning in caught if "other settings" in str(warning.message)]
+    assert len(said) == 1
+    assert f"{argument}=" in said[0]
+    assert "before" in said[0]
+    if hasattr(sparsity.plan, argument):
+        assert getattr(sparsity.plan, argument) == value
+
+
+def test_the_same_settings_say_nothing(tmp_path):
+    _, checkpoint = saved_run(tmp_path, bounds=(0.3, 0.4), layer_densities={"generator.0": 0.5})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(
+            DynamicSparsityCallback(0.25, bounds=(0.3, 0.4), layer_densities={"generator.0": 0.5}),
+            epochs=4,
+            ckpt_path=checkpoint,
+        )
+    assert not [str(warning.message) for warning in caught if "settings" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("generator_density", 0.6),
+        ("granularity", "channel"),
+        ("dense_layers", ["generator.0"]),
+        ("layer_densities", {"generator.0": 0.5}),
+    ],
+)
+def test_other_masked_weights_are_rejected_before_training(argument, value, tmp_path):
+    _, checkpoint = saved_run(tmp_path)
+    sparsity = DynamicSparsityCallback(**{"generator_density": 0.25} | {argument: value})
+    with pytest.raises(ValueError, match=f"{argument}=.*checkpoint"):
+        fit(sparsity, epochs=4, ckpt_path=checkpoint)
+    assert sparsity.generator_updates == 0
+
+
+# ---- a world that changes ------------------------------------------------------------------------------
+
+
+def test_optimizers_made_anew_are_followed():
+    class Reset(ToyGAN):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 2:
+                self.trainer.strategy.setup_optimizers(self.trainer)
+
+    sparsity = DynamicSparsityCallback(0.25, interval=5)
+    gan = fit(sparsity, Reset(), epochs=5)
+    assert sparsity.generator_updates == 50
+    assert [update for update, _ in sparsity.decisions] == list(range(5, 51, 5))
+    parameters = dict(gan.named_parameters())
+    for role in ("generator", "discriminator"):
+        assert not any(parameters[name][~mask].any() for name, mask in sparsity.masks(role).items())
+
+
+@pytest.mark.parametrize("change", ["added", "replaced", "written"])
+def test_other_changes_stop_the_run_naming_the_weight(change):
+    class Changing(ToyGAN):
+        def on_train_epoch_end(self):
+            if self.current_epoch == 1 and change == "added":
+                self.generator.add_module("late", nn.Linear(PIXELS, PIXELS))
+            elif self.current_epoch == 1 and change == "replaced":
+                self.generator[0].weight = nn.Parameter(torch.ones(32, LATENT))
+            elif self.current_epoch == 1:
+                with torch.no_grad():
+                    self.generator[0].weight.add_(1)
+
+    with pytest.raises(RuntimeError, match=r"'?(late\.weight|0\.weight)'?"):
+        fit(DynamicSparsityCallback(0.25), Changing(), epochs=4)
+
+
+class OneOptimizer(ToyGAN):
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        (real,) = batch
+        generator, discriminator = self.networks()
+        fake = generator(torch.randn(len(real), LATENT)).detach()
+        loss = F.relu(1 - discriminator(real)).mean() + F.relu(1 + discriminator(fake)).mean()
+        for each in (loss, -discriminator(generator(torch.randn(len(real), LATENT))).mean()):
+            optimizer.zero_grad()
+            self.manual_backward(each)
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return Adam(self.parameters(), lr=1e-2, betas=(0.0, 0.9))
+
+
+@pytest.mark.parametrize("other", [lambda: StochasticWeightAveraging(1e-2), lambda: ModelPruning("l1_unstructured")])
+def test_other_callbacks_that_write_weights_are_rejected(other):
+    callback = other()
+    with pytest.raises(ValueError, match=type(callback).__name__):
+        toy_trainer(DynamicSparsityCallback(0.25), callback).fit(OneOptimizer(), toy_data())
+
+
+# ---- shared, split and frozen parameters ---------------------------------------------------------------
+
+
+def test_a_shared_layer_is_rejected_with_both_names():
+    gan = ToyGAN()
+    gan.discriminator = nn.Sequential(nn.Linear(PIXELS, 32), gan.generator[3], nn.Linear(PIXELS, 1))
+    with pytest.raises(ValueError, match=r"generator's '3\.weight' is the discriminator's '1\.weight'"):
+        trained(DynamicSparsityCallback(0.25, method="static", probe_interval=None), gan=gan)
+
+
+class TwoGeneratorOptimizers(ToyGAN):
+    """Each updates a layer of the generator; `together` in one batch, or in turn."""
+
+    together = True
+
+    def training_step(self, batch, batch_idx):
+        first, second, discriminator_optimizer = self.optimizers()
+        generator, discriminator = self.networks()
+        (real,) = batch
+        fake = generator(torch.randn(len(real), LATENT)).detach()
+        loss = F.relu(1 - discriminator(real)).mean() + F.relu(1 + discriminator(fake)).mean()
+        discriminator_optimizer.zero_grad()
+        self.manual_backward(loss)
+        discriminator_optimizer.step()
+        first.zero_grad()
+        second.zero_grad()
+        self.manual_backward(-discriminator(generator(torch.randn(len(real), LATENT))).mean())
+        for number, optimizer in enumerate((first, second)):
+            if self.together or batch_idx % 2 == number:
+                optimizer.step()
+
+    def configure_optimizers(self):
+        generator, discriminator = self.networks()
+        parts = (generator[:2], generator[2:], discriminator)
+        return [Adam(part.parameters(), lr=1e-2, betas=(0.0, 0.9)) for part in parts]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_steps_of_several_generator_optimizers_in_a_batch_are_one_update(together):
+    gan = TwoGeneratorOptimizers()
+    gan.together = together
+    growth = "momentum" if together else "random"
+    sparsity = DynamicSparsityCallback(0.25, interval=5, explore_interval=3, growth=growth)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*postponed")
+        fit(sparsity, gan, epochs=2)
+    assert sparsity.generator_updates == sparsity.measurements == 20
+    assert sparsity.networks()["generator"].coverage > 0.25
+
+
+def test_a_frozen_layer_stays_dense_outside_the_density():
+    gan = ToyGAN()
+    gan.generator[0].weight.requires_grad_(False)
+    frozen = gan.generator[0].weight.clone()
+    sparsity = DynamicSparsityCallback(0.25, explore_interval=3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*postponed")
+        fit(sparsity, gan)
+    assert torch.equal(gan.generator[0].weight, frozen)
+    assert list(sparsity.masks("generator")) == ["generator.3.weight"]
+    assert sparsity.generator_density == 0.25
+    assert sparsity.networks()["generator"].coverage > 0.25
+
+
+def test_a_network_that_is_frozen_as_a_whole_for_the_moment_is_masked():
+    gan = ToyGAN()
+    gan.discriminator.requires_grad_(False)
+    sparsity = DynamicSparsityCallback(0.25)
+    sparsity.attach(gan)
+    assert len(sparsity.masks("discriminator")) == 2
+
+
+# ---- numbers -------------------------------------------------------------------------------------------
+
+
+def test_weights_that_are_not_finite_at_the_start_are_named():
+    gan = ToyGAN()
+    with torch.no_grad():
+        gan.generator[3].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"generator's '3\.weight'"):
+        trained(DynamicSparsityCallback(0.25), gan=gan)
+
+
+def test_an_empty_layer_is_left_out():
+    gan = ToyGAN()
+    gan.generator.add_module("empty", nn.Linear(0, 5))
+    gan.generator.forward = lambda z: gan.generator[3](gan.generator[2](gan.generator[1](gan.generator[0](z))))
+    sparsity = DynamicSparsityCallback(0.25)
+    sparsity.attach(gan)
+    assert len(sparsity.masks("generator")) == 2
+
+
+def test_integers_and_floats_of_any_kind_are_taken():
+    import numpy as np
+
+    sparsity = DynamicSparsityCallback(np.float64(0.25), interval=np.int64(5), probe_interval=np.int32(1))
+    fit(sparsity)
+    assert sparsity.generator_density == 0.25
+    with pytest.raises(ValueError, match="generator_density='10%'"):
+        DynamicSparsityCallback("10%")
+
+
+def test_the_window_of_measurements_is_bounded():
+    assert Plan(10**7, 5, 1).window == 10_000
+    assert Plan(2**40, 5, 1).window == 10_000
+
+
+def test_averages_follow_optimizers_made_anew():
+    class Reset(ToyGAN):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.trainer.strategy.setup_optimizers(self.trainer)
+
+    ema = GeneratorEMA(0.9)
+    toy_trainer(DynamicSparsityCallback(0.25), ema, epochs=3).fit(Reset(), toy_data())
+    assert ema.state_dict()["updates"] == 30
