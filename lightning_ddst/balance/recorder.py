@@ -199,10 +199,17 @@ class CallRecorder:
                 "`generator.forward(z)` among them, are not seen"
             )
         seen = {str(tuple(value.shape)) for scored in self.scored for _, value in scored.call.tensors()}
+        shape = str(tuple(self.generated[-1].fake.shape))
+        hint = ""
+        if shape in seen:
+            hint = (
+                ". Re-entrant checkpointing of the generator hides the gradients: use "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
         raise cannot_measure(
             f"the discriminator ({type(self._discriminator).__name__}) was not called, with gradients flowing back, on "
-            f"what the generator returned, of shape {tuple(self.generated[-1].fake.shape)}; it was called on "
-            f"{', '.join(sorted(seen)) or 'nothing'}"
+            f"what the generator returned, of shape {shape}; it was called on {', '.join(sorted(seen)) or 'nothing'}"
+            f"{hint}"
         )
 
     def _records_discriminator(self) -> bool:

@@ -1,5 +1,6 @@
 """One callback in several fits, evaluations and resumed runs; and a world that changes under it."""
 
+import pickle
 import warnings
 from itertools import pairwise
 
@@ -10,6 +11,7 @@ from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import Adam
+from torch.utils.checkpoint import checkpoint
 from toys import LATENT, PIXELS, ToyGAN, toy_data, toy_trainer, trained
 
 from lightning_ddst import DynamicSparsityCallback, GeneratorEMA
@@ -315,3 +317,45 @@ def test_averages_follow_optimizers_made_anew():
     ema = GeneratorEMA(0.9)
     toy_trainer(DynamicSparsityCallback(0.25), ema, epochs=3).fit(Reset(), toy_data())
     assert ema.state_dict()["updates"] == 30
+
+
+# ---- plain objects -------------------------------------------------------------------------------------
+
+
+def test_a_callback_can_be_pickled_after_a_fit():
+    sparsity = DynamicSparsityCallback(0.25, interval=5)
+    gan = ToyGAN()
+    gan.discriminator = nn.Sequential(
+        nn.Linear(PIXELS, 32), nn.ReLU(), nn.Linear(32, 1)
+    )  # torch pickles no spectral norm
+    fit(sparsity, gan)
+    copy = pickle.loads(pickle.dumps(sparsity))
+    assert copy.decisions == sparsity.decisions
+    assert copy.flops_ratio == sparsity.flops_ratio
+    assert all(torch.equal(mask, sparsity.masks("generator")[name]) for name, mask in copy.masks("generator").items())
+    fit(copy, epochs=1)
+    assert copy.generator_updates == 10
+
+
+def test_a_compiled_module_says_that_operations_are_not_counted():
+    sparsity = DynamicSparsityCallback(0.25)
+    gan = torch.compile(ToyGAN(), backend="eager")
+    with pytest.warns(UserWarning, match="operations are not counted"):
+        toy_trainer(sparsity, epochs=2).fit(gan, toy_data())
+    assert sparsity.flops_ratio is None
+
+
+def test_reentrant_checkpointing_is_named_as_the_cause():
+    class Checkpointed(ToyGAN):
+        def training_step(self, batch, batch_idx):
+            (real,) = batch
+            generator, discriminator = self.networks()
+            optimizer, _ = self.optimizers()
+            z = torch.randn(len(real), LATENT, requires_grad=True)
+            loss = -discriminator(checkpoint(generator, z, use_reentrant=True)).mean()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        fit(DynamicSparsityCallback(0.25), Checkpointed())

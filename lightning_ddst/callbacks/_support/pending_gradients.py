@@ -1,6 +1,7 @@
 """Gradients that wait for their optimizer's next step when a checkpoint is saved."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -32,6 +33,10 @@ class PendingGradients:
         """Removes the hooks from the optimizers."""
         for handle in self._handles:
             handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out hooks and references to gradients, which no copy has."""
+        return {"_optimizers": self._optimizers, "_used": {}, "_handles": []}
 
     @uncompiled
     def _stepped(self, optimizer: Optimizer, *_: object) -> None:

@@ -50,7 +50,7 @@ class RunReport:
         self._stops = stops
         self._decisions = len(training.decisions)
         self._divergences = len(training.divergence.reports)
-        self._warned = False
+        self._warned = self._warned_of_flops = False
 
     def after_update(self, trainer: Trainer) -> None:
         """Logs a generator update if logging is due or a decision was made, and warns about problems."""
@@ -71,6 +71,12 @@ class RunReport:
 
     def after_epoch(self, trainer: Trainer) -> None:
         """Writes a summary of the run so far to TensorBoard."""
+        if self._training.updates > 2 and not self._training.flops.total.dense and not self._warned_of_flops:
+            self._warned_of_flops = True
+            rank_zero_warn(
+                "training operations are not counted: no call of a masked layer was seen. Calls inside of a compiled "
+                "module bypass the layers' hooks: compile the two networks instead of the whole module."
+            )
         words = summary_markdown(self._method, self._training)
         self._write(trainer, "about/what_happened", words, self._training.updates)
 
