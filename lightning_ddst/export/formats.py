@@ -24,9 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from lightning_ddst.sparsity.averaging import average_states
 from lightning_ddst.sparsity.bitpack import view_as_integers
 from lightning_ddst.sparsity.spectral import spectral_norms
 from lightning_ddst.utils import cache
+from lightning_ddst.utils.checkpoints import AVERAGES
 from lightning_ddst.utils.lightning_private import state_key_of
 from lightning_ddst.utils.networks import USUAL_NAMES
 from lightning_ddst.utils.validation import check_choice
@@ -51,19 +53,23 @@ def load_generator(
         generator: A network like the one that was trained, with other weights.
         checkpoint: What Lightning saved.
         name: The generator's dotted name in the module that was trained; by default the usual names are tried.
-        weights: "average", `GeneratorEMA`'s where the run had one; or "raw", the generator's own.
+        weights: "average", those of `GeneratorEMA`, or the generator's own if the checkpoint shows that the run had no
+            `GeneratorEMA`; or "raw", the generator's own.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
-        ValueError: If it is damaged, no checkpoint of Lightning's, or of another generator; the generator is
-            left as it was.
+        ValueError: If it is damaged, no checkpoint of Lightning's, of another generator, or has no average and may be
+            of a run that had one; the generator is left as it was.
     """
     check_choice("weights", weights, ("average", "raw"))
-    state, callbacks = _read(Path(checkpoint))
+    content = _read(Path(checkpoint))
+    state: Mapping[str, Tensor] = content["state_dict"]
+    if weights == "raw":  # Lightning's WeightAveraging saves its average as the state_dict
+        state = content.get("current_model_state", state)
     name = _name(state, name)
     values = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
     if weights == "average":
-        values |= _averages(callbacks, name)
+        values |= _averages(content, name, checkpoint)
     own = generator.state_dict()
     for key in sorted(own.keys() | values.keys()):
         if key not in own or key not in values or own[key].shape != values[key].shape:
@@ -79,8 +85,8 @@ def load_generator(
             spectral.refresh()  # as evaluation does: its vectors are those of the own weights
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """The module's state and the callbacks' states."""
+def _read(path: Path) -> Mapping[str, Any]:
+    """Reads a checkpoint that has a ``state_dict``."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}.")
     try:
@@ -89,27 +95,41 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
         raise ValueError(f"{path} is damaged, or no checkpoint: {cache.first_line(error)}") from error
     if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} is no checkpoint of Lightning's: it has no state_dict.")
-    return checkpoint["state_dict"], checkpoint.get("callbacks", {})
+    return checkpoint
 
 
 def _name(state: Mapping[str, Tensor], name: str | None) -> str:
     """The generator's name in the module."""
     names = USUAL_NAMES["generator"] if name is None else (name,)
     for usual in names:
-        if any(key.startswith(f"{usual}.") for key in state):
+        if _has(state, usual):
             return usual
     there = ", ".join(sorted({key.partition(".")[0] for key in state})) or "nothing"
     raise ValueError(f"no generator is in the checkpoint under {', '.join(names)}; it has {there}: give its name.")
 
 
-def _averages(callbacks: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    """Those of `GeneratorEMA`, by names in the generator; none where the run had no average."""
-    averages = [state for key, state in callbacks.items() if key.startswith("GeneratorEMA") and state]
-    named = [callbacks.get(state_key_of("GeneratorEMA", generator=name))]
-    found = [state for state in named if state] or averages
+def _averages(content: Mapping[str, Any], name: str, checkpoint: str | Path) -> dict[str, Tensor]:
+    """Returns the averages of `GeneratorEMA`, by names in the generator; none if the run had no `GeneratorEMA`."""
+    states = content.get("callbacks", content.get(AVERAGES))
+    instead = 'weights="raw" (--weights raw) loads the generator\'s own weights'
+    if states is None:
+        raise ValueError(
+            f"{checkpoint} was saved without states of callbacks and holds no average of GeneratorEMA: {instead}."
+        )
+    averages = average_states(states)
+    named = [state for key, state in averages.items() if key.endswith(state_key_of("", generator=name))]
+    usual = next((usual for usual in USUAL_NAMES["generator"] if _has(content["state_dict"], usual)), None)
+    unnamed = [state for key, state in averages.items() if "{'generator': " not in key and name == usual]
+    found = named or unnamed
     if len(found) > 1:
         raise ValueError(f"the checkpoint has {len(found)} averages, and none is of the generator {name!r} by name.")
+    if not found and averages:
+        raise ValueError(f"{checkpoint} has averages of {', '.join(averages)}, and none of {name!r}: {instead}.")
     return dict(found[0]["averages"]) if found else {}
+
+
+def _has(state: Mapping[str, Tensor], name: str) -> bool:
+    return any(key.startswith(f"{name}.") for key in state)
 
 
 # ---- files -----------------------------------------------------------------------------------------------

@@ -70,6 +70,48 @@ def test_a_run_without_an_average_has_its_own_weights(tmp_path):
     assert torch.equal(network(NOISE), gan.generator.eval()(NOISE))
 
 
+@pytest.mark.parametrize("kind", [GeneratorEMA, type("OwnAverage", (GeneratorEMA,), {})])
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_the_average_is_in_full_and_in_weights_only_checkpoints(kind, weights_only, tmp_path):
+    ema = kind(0.9)
+    gan = trained(DynamicSparsityCallback(0.25), ema, folder=tmp_path)
+    gan.trainer.save_checkpoint(tmp_path / "end.ckpt", weights_only=weights_only)
+    network = generator()
+    export.load_generator(network, tmp_path / "end.ckpt")
+    assert all(torch.equal(network.state_dict()[name], value) for name, value in ema.averages().items())
+    export.load_generator(network, tmp_path / "end.ckpt", weights="raw")
+    own = gan.generator.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in network.state_dict().items())
+    assert not torch.equal(ema.averages()["0.weight"], own["0.weight"])
+
+
+def test_a_checkpoint_without_an_average_is_rejected_unless_the_run_had_none(tmp_path):
+    gan = trained(folder=tmp_path)
+    gan.trainer.save_checkpoint(tmp_path / "end.ckpt", weights_only=True)
+    network = generator()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(ValueError, match=r'end\.ckpt .*holds no average of GeneratorEMA: weights="raw" .* own weights'):
+        export.load_generator(network, tmp_path / "end.ckpt")
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    export.load_generator(network, tmp_path / "end.ckpt", weights="raw")
+    assert torch.equal(network(NOISE), gan.generator.eval()(NOISE))
+
+
+def test_the_average_of_another_generator_is_not_used(tmp_path):
+    class Two(ToyGAN):
+        def __init__(self):
+            super().__init__()
+            self.other = generator()
+
+    gan = trained(GeneratorEMA(0.9, generator="generator"), gan=Two(), folder=tmp_path)
+    gan.trainer.save_checkpoint(tmp_path / "named.ckpt")
+    gan = trained(GeneratorEMA(0.9), gan=Two(), folder=tmp_path)
+    gan.trainer.save_checkpoint(tmp_path / "unnamed.ckpt", weights_only=True)
+    for checkpoint in ("named.ckpt", "unnamed.ckpt"):
+        with pytest.raises(ValueError, match=r"has averages of GeneratorEMA.*, and none of 'other': weights=\"raw\""):
+            export.load_generator(generator(), tmp_path / checkpoint, name="other")
+
+
 def test_spectral_vectors_are_those_of_the_average(tmp_path):
     class Normalised(ValidatedToy):
         def __init__(self):
