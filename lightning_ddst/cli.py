@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_ddst.callbacks import DynamicSparsityCallback, InterruptCheckpoint
@@ -18,6 +20,7 @@ from lightning_ddst.callbacks.dynamic_sparsity import METHOD_ARGUMENTS
 from lightning_ddst.export.command import export
 from lightning_ddst.methods.base import METHODS, unused_arguments
 from lightning_ddst.report.plot_command import plot
+from lightning_ddst.utils.checkpoints import AtomicCheckpointIO, CheckpointError
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 """What runs where no configuration is named: DDST on handwritten digits."""
@@ -33,8 +36,11 @@ class SparseGANCLI(LightningCLI):
         parser.add_lightning_class_args(DynamicSparsityCallback, "sparsity")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Adds a checkpoint for interrupted runs to the Trainer's callbacks."""
+        """Adds a checkpoint for interrupted runs to the Trainer's callbacks, and has checkpoints written atomically."""
         trainer: Trainer = super().instantiate_trainer(**kwargs)
+        with suppress(NotImplementedError):  # ModelParallelStrategy has no checkpoint_io
+            if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one that the user chose
+                trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.callbacks.append(InterruptCheckpoint())  # type: ignore[attr-defined]
         return trainer
@@ -78,7 +84,11 @@ def main() -> None:
     elif sys.argv[1:2] == ["export"]:
         export(sys.argv[2:])
     else:
-        make_cli(sys.argv[1:])
+        try:
+            make_cli(sys.argv[1:])
+        except CheckpointError as error:
+            print(f"lightning-ddst: error: {error}", file=sys.stderr)
+            sys.exit(1)
 
 
 def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
