@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -21,6 +22,7 @@ from lightning_ddst.export.command import export
 from lightning_ddst.methods.base import METHODS, unused_arguments
 from lightning_ddst.report.plot_command import plot
 from lightning_ddst.utils.checkpoints import AtomicCheckpointIO, CheckpointError
+from lightning_ddst.utils.configurations import check_classes
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 """What runs where no configuration is named: DDST on handwritten digits."""
@@ -49,6 +51,7 @@ class SparseGANCLI(LightningCLI):
         """Makes everything; a value that is rejected ends the process with its reason, without a traceback."""
         given = self.config
         try:
+            check_classes((given[self.subcommand] if self.subcommand else given).as_dict())
             self.config = _without_unused(given, self.subcommand)  # which is what config.yaml records
             super().instantiate_classes()
         except (ValueError, OSError) as error:
@@ -100,6 +103,8 @@ def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
             ``fit``, and everything is made and left to the caller: ``trainer``, ``model`` and
             ``datamodule`` of what is returned.
     """
+    args = _with_default_config(_with_paths(args), run)
+    _check_configs(args)
     return SparseGANCLI(
         LightningModule,
         LightningDataModule,
@@ -112,7 +117,7 @@ def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
             "version": version("lightning-ddst"),
         },
         seed_everything_default=0,
-        args=_with_default_config(_with_paths(args), run),
+        args=args,
         run=run,
     )
 
@@ -125,6 +130,21 @@ def _first_reason(error: ValueError | OSError) -> ValueError | OSError:
             reason = cause
         cause = cause.__cause__ or cause.__context__
     return reason
+
+
+def _check_configs(args: Sequence[str]) -> None:
+    """Ends the process if a configuration file names a function where a class must be; its parser runs later."""
+    for place, arg in enumerate(args):
+        option, equals, value = arg.partition("=")
+        if option in ("--config", "-c"):
+            path = Path(value if equals else "".join(args[place + 1 : place + 2]))
+            with suppress(OSError, yaml.YAMLError, UnicodeDecodeError):  # which the parser reports
+                content = yaml.safe_load(path.read_text())
+                try:
+                    check_classes(content)
+                except ValueError as error:
+                    print(f"lightning-ddst: error: {path}: {error}", file=sys.stderr)
+                    sys.exit(2)
 
 
 def _with_paths(args: Sequence[str]) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ from lightning_ddst.sparsity.averaging import average_states
 from lightning_ddst.sparsity.bitpack import view_as_integers
 from lightning_ddst.sparsity.spectral import spectral_norms
 from lightning_ddst.utils import cache
-from lightning_ddst.utils.checkpoints import AVERAGES
+from lightning_ddst.utils.checkpoints import AVERAGES, find_damage
 from lightning_ddst.utils.lightning_private import state_key_of
 from lightning_ddst.utils.networks import USUAL_NAMES
 from lightning_ddst.utils.validation import check_choice
@@ -89,6 +89,8 @@ def _read(path: Path) -> Mapping[str, Any]:
     """Reads a checkpoint that has a ``state_dict``."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}.")
+    if damage := find_damage(path):
+        raise ValueError(f"{path} is damaged, or no checkpoint: {damage}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever a damaged pickle leads to
@@ -149,7 +151,8 @@ def save_compressed(generator: nn.Module, path: str | Path) -> None:
 
     Of such a tensor ``name`` there are ``name.bits``, uint8 ``(ceil(n / 8),)``, in which the entry with
     flat index i is the bit of value ``128 >> i % 8`` in byte ``i // 8``, 1 where it is not 0; and
-    ``name.values``, those entries in order. The metadata's ``shapes`` has the tensor's shape, as JSON.
+    ``name.values``, those entries in order. The metadata's ``shapes`` has the tensor's shape, as JSON, and its
+    ``digest`` a digest of the contents.
 
     Raises:
         OSError: If it cannot be written.
@@ -167,7 +170,8 @@ def save_compressed(generator: nn.Module, path: str | Path) -> None:
             tensors |= {name + _BITS: bits, name + _VALUES: held}
         else:
             tensors[name] = value
-    _save(tensors, Path(path), {"format": FORMAT, "shapes": json.dumps(shapes)})
+    metadata = {"format": FORMAT, "shapes": json.dumps(shapes)}
+    _save(tensors, Path(path), metadata | {"digest": _digest(tensors, metadata["shapes"])})
 
 
 def load_compressed(path: str | Path) -> dict[str, Tensor]:
@@ -175,7 +179,8 @@ def load_compressed(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, or of another format.
+        ValueError: If it is damaged, or of another format. Files without a digest, of an earlier version, are read if
+            their parts fit together.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}.")
@@ -183,15 +188,58 @@ def load_compressed(path: str | Path) -> dict[str, Tensor]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged header leads to
+        raise ValueError(f"{path} is damaged, or no safetensors file: {cache.first_line(error)}") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} has the format {metadata.get('format')!r}, not {FORMAT!r}.")
-    for name, shape in json.loads(metadata["shapes"]).items():
-        bits, values = tensors.pop(name + _BITS), tensors.pop(name + _VALUES)
-        present = torch.from_numpy(np.unpackbits(bits.numpy(), count=math.prod(shape)).astype(bool))
-        tensors[name] = values.new_zeros(math.prod(shape)).masked_scatter_(present, values).view(shape)
-    return tensors
+    shapes = metadata.get("shapes", "")
+    if "digest" in metadata and metadata["digest"] != _digest(tensors, shapes):
+        raise ValueError(f"{path} is damaged: its contents do not match their digest.")
+    try:
+        return _decoded(tensors, json.loads(shapes))
+    except (ValueError, KeyError) as error:  # json's and of types without integers of their size, too
+        raise ValueError(f"{path} is damaged: {cache.first_line(error)}.") from error
+
+
+def _digest(tensors: Mapping[str, Tensor], shapes: str) -> str:
+    return cache.digest(FORMAT, {name: tensors[name] for name in sorted(tensors)}, shapes)
+
+
+def _decoded(tensors: dict[str, Tensor], shapes: Any) -> dict[str, Tensor]:
+    """Puts dense tensors in the place of bits and values.
+
+    Raises:
+        ValueError: If the parts do not fit together.
+    """
+    if not isinstance(shapes, dict):
+        raise ValueError(f"shapes={shapes!r} must be a JSON object")
+    decoded = dict(tensors)
+    for name, shape in shapes.items():
+        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"the shape {shape!r} of {name!r} must be a list of sizes")
+        if name in tensors or name + _BITS not in decoded or name + _VALUES not in decoded:
+            raise ValueError(f"of {name!r} it must hold {name + _BITS!r} and {name + _VALUES!r}, and no other tensor")
+        decoded[name] = _dense(name, shape, decoded.pop(name + _BITS), decoded.pop(name + _VALUES))
+    return decoded
+
+
+def _dense(name: str, shape: list[int], bits: Tensor, values: Tensor) -> Tensor:
+    entries = math.prod(shape)
+    length = -(-entries // 8)
+    if bits.dtype != torch.uint8 or bits.shape != (length,):
+        found = f"{bits.dtype} {tuple(bits.shape)}"
+        raise ValueError(f"{name + _BITS!r} is {found} and must be {torch.uint8} {(length,)} for the shape {shape}")
+    unpacked = np.unpackbits(bits.numpy())
+    present = torch.from_numpy(unpacked[:entries].astype(bool))
+    if unpacked[entries:].any():
+        raise ValueError(f"{name + _BITS!r} has bits after its {entries} entries")
+    if values.shape != (int(present.sum()),) or not bool((view_as_integers(values) != 0).all()):
+        raise ValueError(
+            f"{name + _VALUES!r} has the shape {tuple(values.shape)} and must hold {int(present.sum())} values, none 0"
+        )
+    return values.new_zeros(entries).masked_scatter_(present, values).view(shape)
 
 
 def save_onnx(generator: nn.Module, path: str | Path, *inputs: Tensor) -> float:
@@ -269,8 +317,11 @@ def _on_cpu(
 
 
 def _state(generator: nn.Module) -> dict[str, Tensor]:
-    """The ``state_dict`` as files hold it."""
-    return {name: value.detach().cpu().contiguous() for name, value in generator.state_dict().items()}
+    """Copies the ``state_dict`` as files hold it: tied weights are separate tensors."""
+    return {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in generator.state_dict().items()
+    }
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:

@@ -44,6 +44,7 @@ _STYLE: Looks = {
     "axes.axisbelow": True,
     "grid.color": "0.9",
     "legend.fontsize": 9,
+    "text.parse_math": False,  # names of layers may hold dollar signs
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "lightning_ddst",  # the same figure is the same file
 }
