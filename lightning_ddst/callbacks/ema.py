@@ -221,7 +221,11 @@ def _extend(module: LightningModule, name: str, also: Callable[[LightningModule,
 
 
 def _averaging(module: LightningModule) -> list[GeneratorEMA]:
-    return [callback for callback in module.trainer.callbacks if isinstance(callback, GeneratorEMA)]  # type: ignore[attr-defined]
+    try:
+        callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
+    except RuntimeError:  # no Trainer has it
+        return []
+    return [callback for callback in callbacks if isinstance(callback, GeneratorEMA)]
 
 
 def _save_averages(module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -144,6 +144,7 @@ def _module_of(config: Path) -> LightningModule:
         parsed = parser.parse_object({"model": without_optimizers(content["model"])})
     except ArgumentError as error:
         raise ValueError(f"{config} describes no module: {_in_one_line(error)}") from error
+    check_classes(parsed.as_dict())  # in which names without a module are complete
     model: LightningModule = parser.instantiate_classes(parsed).model
     return model
 

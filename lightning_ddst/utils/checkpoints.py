@@ -1,5 +1,6 @@
 """Files of checkpoints: written atomically, checked when they are read."""
 
+import errno
 import io
 import os
 import time
@@ -60,7 +61,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with cache.atomic_write(path) as temporary, temporary.open("wb") as file:
                 file.write(content.getbuffer())
                 file.flush()
-                os.fsync(file.fileno())
+                _sync(file.fileno())
         except OSError as error:
             raise CheckpointError(
                 f"the checkpoint {path} cannot be written: {error.strerror or error}; an earlier file of this name is "
@@ -123,6 +124,15 @@ def _remove_abandoned(folder: Path) -> None:
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > _ABANDONED:
                 path.unlink()
+
+
+def _sync(descriptor: int) -> None:
+    """Writes a file to the disk, on file systems that can."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
 
 
 def _sync_folder(folder: Path) -> None:

@@ -113,8 +113,12 @@ def _hints(function: Any) -> dict[str, Any]:
 
 
 def _is_required(kind: Any, argument: str) -> bool:
-    parameters = inspect.signature(kind).parameters
-    return argument in parameters and parameters[argument].default is inspect.Parameter.empty
+    """Whether an argument of a class, or of the first parent that has it, has no default."""
+    for each in kind.__mro__:
+        parameters = inspect.signature(vars(each)["__init__"]).parameters if "__init__" in vars(each) else {}
+        if argument in parameters:
+            return parameters[argument].default is inspect.Parameter.empty
+    return False
 
 
 def _located(path: Any) -> Any:
@@ -130,7 +134,7 @@ def _check_made(name: str, path: Any) -> None:
     if made is None or isinstance(made, type) or not callable(made):
         return  # not callable: rejected by the parser
     returned = _hints(made).get("return")
-    if returned in (None, type(None)) or not isinstance(typing.get_origin(returned) or returned, type):
+    if returned in (None, type(None), Any, object) or not isinstance(typing.get_origin(returned) or returned, type):
         raise ValueError(f"{name}={path!r} must be a class, or a function that is annotated to return an object.")
 
 

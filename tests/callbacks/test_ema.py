@@ -425,6 +425,9 @@ def test_a_module_with_hooks_of_its_own_keeps_them_also_copied_and_pickled(tmp_p
         assert saved["mine"] == 3
         assert same(saved["generator_averages"]["GeneratorEMA"]["averages"], ema.averages())
         assert saved["generator_averages"].keys() == {"GeneratorEMA"}
+    alone: dict = {}
+    copy.deepcopy(gan).on_save_checkpoint(alone)
+    assert alone == {"mine": 3}
     toy_trainer().fit(gan, toy_data())  # without an average
     gan.trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     assert "generator_averages" not in torch.load(tmp_path / "last.ckpt", weights_only=True)

@@ -92,6 +92,17 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch) -> Non
     assert torch.equal(loaded(path), OLD["weight"])
 
 
+def test_a_file_system_without_fsync_and_a_long_name_are_written(tmp_path, monkeypatch) -> None:
+    def cannot(*_) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(checkpoints.os, "fsync", cannot)
+    path = tmp_path / f"{'x' * 250}.ckpt"
+    AtomicCheckpointIO().save_checkpoint(NEW, path)
+    assert torch.equal(loaded(path), NEW["weight"])
+    assert names(tmp_path) == [path.name]
+
+
 def test_a_file_system_that_is_full_leaves_the_earlier_checkpoint(tmp_path) -> None:
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", tmp_path], capture_output=True)
     if mounted.returncode:
