@@ -98,6 +98,16 @@ def test_a_checkpoint_without_an_average_is_rejected_unless_the_run_had_none(tmp
     assert torch.equal(network(NOISE), gan.generator.eval()(NOISE))
 
 
+def test_the_average_of_lightnings_own_callback_is_told_apart(tmp_path):
+    averaged, own = ({"G.weight": torch.full((2, 3), value), "G.bias": torch.zeros(2)} for value in (1.0, 2.0))
+    content = {"state_dict": averaged, "current_model_state": own, "averaging_state": {}, "callbacks": {}}
+    torch.save(content, tmp_path / "end.ckpt")
+    network = nn.Linear(3, 2)
+    for weights, value in (("average", 1.0), ("raw", 2.0)):
+        export.load_generator(network, tmp_path / "end.ckpt", weights=weights)
+        assert network.weight.eq(value).all()
+
+
 def test_the_average_of_another_generator_is_not_used(tmp_path):
     class Two(ToyGAN):
         def __init__(self):

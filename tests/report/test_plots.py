@@ -267,7 +267,7 @@ def test_networks_under_other_names_are_told_apart() -> None:
     assert titles == ["Density of layers, generator (gan.netG)", "Density of layers, discriminator (gan.netD)"]
 
 
-@pytest.mark.parametrize("name", ["$x_", "$x$", "a$b", "x_$", r"\frac{", "%$#", "$$", "_hidden"])
+@pytest.mark.parametrize("name", ["$x_", "$x_$", "$x$", "a$b", "x_$", r"\frac{", "%$#", "$$", "_hidden"])
 @pytest.mark.parametrize("form", ["png", "svg"])
 def test_names_with_signs_of_formulas_are_drawn_as_they_are(name: str, form: str) -> None:
     series = {f"{name}/{key}": points for key, points in (BALANCE | FLOPS).items()}
