@@ -14,8 +14,10 @@ from lightning_ddst.callbacks import (
 )
 from lightning_ddst.gan.module import GANModule
 from lightning_ddst.sparsity import growth_rule
+from lightning_ddst.utils.checkpoints import AtomicCheckpointIO
 
 __all__ = [
+    "AtomicCheckpointIO",
     "DynamicSparsityCallback",
     "GANModule",
     "GeneratorEMA",

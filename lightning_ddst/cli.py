@@ -4,13 +4,16 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_ddst.callbacks import DynamicSparsityCallback, InterruptCheckpoint
@@ -18,6 +21,8 @@ from lightning_ddst.callbacks.dynamic_sparsity import METHOD_ARGUMENTS
 from lightning_ddst.export.command import export
 from lightning_ddst.methods.base import METHODS, unused_arguments
 from lightning_ddst.report.plot_command import plot
+from lightning_ddst.utils.checkpoints import AtomicCheckpointIO, CheckpointError
+from lightning_ddst.utils.configurations import check_classes
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 """The default configuration: DDST on handwritten digits."""
@@ -33,8 +38,11 @@ class SparseGANCLI(LightningCLI):
         parser.add_lightning_class_args(DynamicSparsityCallback, "sparsity")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Adds a checkpoint for interrupted runs to the Trainer's callbacks."""
+        """Adds a checkpoint for interrupted runs to the Trainer's callbacks, and has checkpoints written atomically."""
         trainer: Trainer = super().instantiate_trainer(**kwargs)
+        with suppress(NotImplementedError):  # ModelParallelStrategy has no checkpoint_io
+            if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one that the user chose
+                trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.callbacks.append(InterruptCheckpoint())  # type: ignore[attr-defined]
         return trainer
@@ -43,6 +51,7 @@ class SparseGANCLI(LightningCLI):
         """Makes all objects; an invalid value ends the process with an error message, without a traceback."""
         given = self.config
         try:
+            check_classes((given[self.subcommand] if self.subcommand else given).as_dict())
             self.config = _without_unused(given, self.subcommand)  # config.yaml records this
             super().instantiate_classes()
         except (ValueError, OSError) as error:
@@ -78,7 +87,11 @@ def main() -> None:
     elif sys.argv[1:2] == ["export"]:
         export(sys.argv[2:])
     else:
-        make_cli(sys.argv[1:])
+        try:
+            make_cli(sys.argv[1:])
+        except CheckpointError as error:
+            print(f"lightning-ddst: error: {error}", file=sys.stderr)
+            sys.exit(1)
 
 
 def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
@@ -89,6 +102,8 @@ def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
         run: Whether to run the subcommand at the beginning of `args`. If False, `args` are those of ``fit``, and the
             objects are only made: the attributes ``trainer``, ``model`` and ``datamodule`` of the result.
     """
+    args = _with_default_config(_with_paths(args), run)
+    _check_configs(args)
     return SparseGANCLI(
         LightningModule,
         LightningDataModule,
@@ -101,7 +116,7 @@ def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
             "version": version("lightning-ddst"),
         },
         seed_everything_default=0,
-        args=_with_default_config(_with_paths(args), run),
+        args=args,
         run=run,
     )
 
@@ -114,6 +129,21 @@ def _first_reason(error: ValueError | OSError) -> ValueError | OSError:
             reason = cause
         cause = cause.__cause__ or cause.__context__
     return reason
+
+
+def _check_configs(args: Sequence[str]) -> None:
+    """Ends the process if a configuration file names a function where a class must be; its parser runs later."""
+    for place, arg in enumerate(args):
+        option, equals, value = arg.partition("=")
+        if option in ("--config", "-c"):
+            path = Path(value if equals else "".join(args[place + 1 : place + 2]))
+            with suppress(OSError, yaml.YAMLError, UnicodeDecodeError):  # which the parser reports
+                content = yaml.safe_load(path.read_text())
+                try:
+                    check_classes(content)
+                except ValueError as error:
+                    print(f"lightning-ddst: error: {path}: {error}", file=sys.stderr)
+                    sys.exit(2)
 
 
 def _with_paths(args: Sequence[str]) -> list[str]:

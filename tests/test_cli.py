@@ -308,6 +308,57 @@ def test_bad_values_end_with_a_message(option: str, message: str, tmp_path, caps
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+EVIL = {"class_path": "os.system", "init_args": {"command": "touch called"}}
+BAD_OPTIMIZER = "must be a subclass of torch.optim.Optimizer, such as torch.optim.Adam."
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("generator_optimizer", EVIL, f"generator_optimizer='os.system' {BAD_OPTIMIZER}"),
+        ("discriminator_optimizer", "os.system", f"discriminator_optimizer='os.system' {BAD_OPTIMIZER}"),
+        (
+            "generator_optimizer",
+            {"class_path": "torch.nn.Linear"},
+            f"generator_optimizer='torch.nn.Linear' {BAD_OPTIMIZER}",
+        ),
+        ("generator", EVIL, "generator='os.system' must be a class, or a function that is annotated"),
+    ],
+)
+@pytest.mark.parametrize("by", ["file", "option"])
+def test_a_function_in_the_place_of_a_class_is_never_called(
+    place: str, value: dict | str, message: str, by: str, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = yaml.safe_load(DEFAULT_CONFIG.read_text())
+    if by == "file":
+        content["model"]["init_args"][place] = value
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))
+    option = [f"--model.init_args.{place}={json.dumps(value)}"] if by == "option" else []
+    with pytest.raises(SystemExit) as end:
+        make_cli(["fit", "--config=own.yaml", *option])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    if by == "file":
+        (line,) = error.splitlines()
+        assert line.startswith("lightning-ddst: error: own.yaml: model.init_args.")
+        assert message in line
+    else:
+        assert "os.system" in error or "torch.nn.Linear" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["own.yaml"]
+
+
+@pytest.mark.parametrize("optimizer", ["lightning_ddst.gan.module.paper_adam", "torch.optim.AdamW"])
+def test_functions_that_return_optimizers_and_classes_by_name_are_allowed(optimizer: str, tmp_path) -> None:
+    content = yaml.safe_load(DEFAULT_CONFIG.read_text())
+    del content["trainer"]["callbacks"]
+    content["model"]["init_args"]["generator_optimizer"] = optimizer
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))
+    cli = make_cli(["--config", str(tmp_path / "own.yaml"), *tiny(tmp_path)], run=False)
+    (first, _), _ = cli.model.configure_optimizers()
+    assert type(first) is (torch.optim.Adam if "paper" in optimizer else torch.optim.AdamW)
+
+
 @pytest.mark.parametrize("args", [[], ["no_such_subcommand"]])
 def test_without_a_subcommand_the_usage_is_shown(args: list[str], capsys) -> None:
     with pytest.raises(SystemExit) as end:

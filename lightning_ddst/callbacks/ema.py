@@ -1,18 +1,23 @@
 """The generator's exponential moving average, used for evaluation."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from types import MethodType
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_ddst.sparsity import find_optimizers, has_updated
-from lightning_ddst.sparsity.averaging import BufferHandling, WeightAverage
+from lightning_ddst.sparsity.averaging import BufferHandling, WeightAverage, average_states
+from lightning_ddst.utils.checkpoints import AVERAGES
 from lightning_ddst.utils.compilation import uncompiled
 from lightning_ddst.utils.lightning_private import state_key
 from lightning_ddst.utils.networks import find_network
@@ -22,8 +27,9 @@ class GeneratorEMA(Callback):
     """A callback that averages the generator's weights over its updates and evaluates with the average.
 
     During validation, testing and prediction the generator has the averaged weights. Training uses its own weights,
-    which a checkpoint's ``state_dict`` holds; the callback's state holds the average. The average respects masks: see
-    `WeightAverage`.
+    which a checkpoint's ``state_dict`` holds; the callback's state holds the average. Weights-only checkpoints
+    (``ModelCheckpoint(save_weights_only=True)``) hold no states of callbacks: the average is in them under
+    ``generator_averages``. The average respects masks: see `WeightAverage`.
 
     Args:
         decay: Decay of the average, in [0, 1); the paper's is 0.999.
@@ -68,6 +74,10 @@ class GeneratorEMA(Callback):
             yield
         finally:
             self._evaluate(averaged)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Hooks into the module's saving and loading: Lightning calls no callback for weights-only checkpoints."""
+        _hook(pl_module)
 
     # ---- training --------------------------------------------------------------------------------------
 
@@ -154,3 +164,75 @@ class GeneratorEMA(Callback):
         """Restores the state returned by `state_dict`, once the generator exists."""
         if state_dict:
             self._saved = state_dict
+
+    def save_average(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the average to a weights-only checkpoint, which holds no states of callbacks."""
+        if "callbacks" not in checkpoint:
+            self.on_save_checkpoint(trainer, pl_module, checkpoint)
+            checkpoint.setdefault(AVERAGES, {})[self.state_key] = self.state_dict()
+
+    def load_average(self, trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
+        """Restores the average of a checkpoint, or forgets it: the average then restarts from the loaded weights.
+
+        Raises:
+            ValueError: In evaluation, if the checkpoint may be of a run with an average and does not hold it.
+        """
+        self._average = self._saved = None  # they are of other weights than those that are being loaded
+        states = checkpoint.get("callbacks", checkpoint.get(AVERAGES))
+        if states is not None and self.state_key in states:
+            self.load_state_dict(states[self.state_key])
+        elif trainer.state.fn != TrainerFn.FITTING:
+            averages = average_states(states or {})
+            if states is None or averages:
+                there = f"averages of {', '.join(averages)}" if averages else "no average"
+                raise ValueError(
+                    f"the checkpoint holds the generator's own weights and {there}, so {self.state_key} cannot "
+                    f"evaluate it; leave out {type(self).__name__} to evaluate the own weights."
+                )
+            rank_zero_warn(
+                f"The checkpoint is of a run without {self.state_key}: the generator's own weights are used."
+            )
+
+
+_HOOKED: "WeakSet[LightningModule]" = WeakSet()
+"""Modules whose saving and loading calls `_save_averages` and `_load_averages`."""
+
+
+def _hook(module: LightningModule) -> None:
+    """Makes a module's `on_save_checkpoint` and `on_load_checkpoint` save and load averages; only the first time."""
+    if module not in _HOOKED:
+        _HOOKED.add(module)
+        _extend(module, "on_save_checkpoint", _save_averages)
+        _extend(module, "on_load_checkpoint", _load_averages)
+
+
+def _extend(module: LightningModule, name: str, also: Callable[[LightningModule, dict[str, Any]], None]) -> None:
+    own = vars(module).get(name)
+
+    def hook(self: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if own is None:
+            getattr(type(self), name)(self, checkpoint)
+        else:
+            own(checkpoint)
+        also(self, checkpoint)
+
+    hook.__name__ = name  # a pickled module has its class's method again
+    setattr(module, name, MethodType(hook, module))
+
+
+def _averaging(module: LightningModule) -> list[GeneratorEMA]:
+    try:
+        callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
+    except RuntimeError:  # no Trainer has it
+        return []
+    return [callback for callback in callbacks if isinstance(callback, GeneratorEMA)]
+
+
+def _save_averages(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    for callback in _averaging(module):
+        callback.save_average(module.trainer, module, checkpoint)
+
+
+def _load_averages(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    for callback in _averaging(module):
+        callback.load_average(module.trainer, checkpoint)

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_ddst.export import formats as exports
 from lightning_ddst.export.benchmark import WORTHWHILE, onnx_time_ratio, sparse_linears, time_ratio
 from lightning_ddst.sparsity import compact
+from lightning_ddst.utils.configurations import check_classes, without_optimizers
 from lightning_ddst.utils.example_inputs import get_generator_inputs
 from lightning_ddst.utils.modules import eval_mode
 from lightning_ddst.utils.networks import find_network
@@ -50,6 +51,8 @@ def export(args: Sequence[str]) -> list[Path]:
     )
     given = parser.parse_args(list(args))
     try:
+        if not given.checkpoint.is_file():
+            raise FileNotFoundError(f"CKPT={given.checkpoint}: no such file.")
         config = given.config or _config_of(given.checkpoint)
         module = _module_of(config)
         generator = find_network(module, "generator", given.generator)
@@ -130,11 +133,24 @@ def _config_of(checkpoint: Path) -> Path:
 
 
 def _module_of(config: Path) -> LightningModule:
-    """Makes the module of a configuration, with new weights."""
-    content = yaml.safe_load(config.read_text())
+    """Makes the module that a configuration describes, with new weights and without optimizers."""
+    try:
+        content = yaml.safe_load(config.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{config} is not the configuration of a run: {_in_one_line(error)}") from error
     if not isinstance(content, dict) or "model" not in content:
         raise ValueError(f"{config} is not the configuration of a run: it has no model.")
+    check_classes(content["model"], "model")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningModule, "model")
-    model: LightningModule = parser.instantiate_classes(parser.parse_object({"model": content["model"]})).model
+    try:
+        parsed = parser.parse_object({"model": without_optimizers(content["model"])})
+    except ArgumentError as error:
+        raise ValueError(f"{config} describes no module: {_in_one_line(error)}") from error
+    check_classes(parsed.as_dict())  # in which names without a module are complete
+    model: LightningModule = parser.instantiate_classes(parsed).model
     return model
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).partition("Given value type:")[0].split())

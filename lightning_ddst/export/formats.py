@@ -20,13 +20,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from lightning_ddst.sparsity.averaging import average_states
 from lightning_ddst.sparsity.bitpack import view_as_integers
 from lightning_ddst.sparsity.spectral import spectral_norms
 from lightning_ddst.utils import cache
+from lightning_ddst.utils.checkpoints import AVERAGES, find_damage
 from lightning_ddst.utils.lightning_private import state_key_of
 from lightning_ddst.utils.networks import USUAL_NAMES
 from lightning_ddst.utils.validation import check_choice
@@ -51,19 +53,23 @@ def load_generator(
         generator: A network like the trained one, with other weights.
         checkpoint: Path of Lightning's checkpoint.
         name: The generator's dotted name in the trained module; by default the usual names are tried.
-        weights: "average", the average of `GeneratorEMA` if the run had one; or "raw", the generator's own weights.
+        weights: "average", those of `GeneratorEMA`, or the generator's own if the checkpoint shows that the run had no
+            `GeneratorEMA`; or "raw", the generator's own.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
-        ValueError: If the file is damaged, not a checkpoint of Lightning, or of another generator; the generator does
-            not change in this case.
+        ValueError: If the file is damaged, not a checkpoint of Lightning, of another generator, or without an average
+            of a run that may have had one; the generator does not change in this case.
     """
     check_choice("weights", weights, ("average", "raw"))
-    state, callbacks = _read(Path(checkpoint))
+    content = _read(Path(checkpoint))
+    state: Mapping[str, Tensor] = content["state_dict"]
+    if weights == "raw":  # Lightning's WeightAveraging saves its average as the state_dict
+        state = content.get("current_model_state", state)
     name = _name(state, name)
     values = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
     if weights == "average":
-        values |= _averages(callbacks, name)
+        values |= _averages(content, name, checkpoint)
     own = generator.state_dict()
     for key in sorted(own.keys() | values.keys()):
         if key not in own or key not in values or own[key].shape != values[key].shape:
@@ -79,37 +85,53 @@ def load_generator(
             spectral.refresh()  # as in evaluation: the saved vectors belong to the own weights
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """The module's state and the callbacks' states."""
+def _read(path: Path) -> Mapping[str, Any]:
+    """Reads a checkpoint that has a ``state_dict``."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}.")
+    if damage := find_damage(path):
+        raise ValueError(f"{path} is damaged, or not a checkpoint: {damage}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load may raise anything for a damaged file
         raise ValueError(f"{path} is damaged, or not a checkpoint: {cache.first_line(error)}") from error
     if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} is not a checkpoint of Lightning: it has no state_dict.")
-    return checkpoint["state_dict"], checkpoint.get("callbacks", {})
+    return checkpoint
 
 
 def _name(state: Mapping[str, Tensor], name: str | None) -> str:
     """Returns the generator's name in the module."""
     names = USUAL_NAMES["generator"] if name is None else (name,)
     for usual in names:
-        if any(key.startswith(f"{usual}.") for key in state):
+        if _has(state, usual):
             return usual
     there = ", ".join(sorted({key.partition(".")[0] for key in state})) or "nothing"
     raise ValueError(f"no generator is in the checkpoint under {', '.join(names)}; it has {there}: give its name.")
 
 
-def _averages(callbacks: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    """Returns the averages of `GeneratorEMA` by names in the generator; empty if the run had no average."""
-    averages = [state for key, state in callbacks.items() if key.startswith("GeneratorEMA") and state]
-    named = [callbacks.get(state_key_of("GeneratorEMA", generator=name))]
-    found = [state for state in named if state] or averages
+def _averages(content: Mapping[str, Any], name: str, checkpoint: str | Path) -> dict[str, Tensor]:
+    """Returns the averages of `GeneratorEMA`, by names in the generator; none if the run had no `GeneratorEMA`."""
+    states = content.get("callbacks", content.get(AVERAGES))
+    instead = 'weights="raw" (--weights raw) loads the generator\'s own weights'
+    if states is None:
+        raise ValueError(
+            f"{checkpoint} was saved without states of callbacks and holds no average of GeneratorEMA: {instead}."
+        )
+    averages = average_states(states)
+    named = [state for key, state in averages.items() if key.endswith(state_key_of("", generator=name))]
+    usual = next((usual for usual in USUAL_NAMES["generator"] if _has(content["state_dict"], usual)), None)
+    unnamed = [state for key, state in averages.items() if "{'generator': " not in key and name == usual]
+    found = named or unnamed
     if len(found) > 1:
         raise ValueError(f"the checkpoint has {len(found)} averages, but none of the generator {name!r} by name.")
+    if not found and averages:
+        raise ValueError(f"{checkpoint} has averages of {', '.join(averages)}, and none of {name!r}: {instead}.")
     return dict(found[0]["averages"]) if found else {}
+
+
+def _has(state: Mapping[str, Tensor], name: str) -> bool:
+    return any(key.startswith(f"{name}.") for key in state)
 
 
 # ---- files -----------------------------------------------------------------------------------------------
@@ -127,9 +149,10 @@ def save_dense(generator: nn.Module, path: str | Path) -> None:
 def save_compressed(generator: nn.Module, path: str | Path) -> None:
     """Writes the ``state_dict``, with bits and values instead of tensors if that is smaller.
 
-    The file then holds two tensors for ``name``. ``name.bits``, uint8 ``(ceil(n / 8),)``, marks the non-zero entries:
-    the entry with flat index i is the bit of value ``128 >> i % 8`` in byte ``i // 8``. ``name.values`` holds the
-    non-zero entries in order. The metadata's ``shapes`` holds the tensor's shape, as JSON.
+    Of such a tensor ``name`` there are ``name.bits``, uint8 ``(ceil(n / 8),)``, in which the entry with
+    flat index i is the bit of value ``128 >> i % 8`` in byte ``i // 8``, 1 where it is not 0; and
+    ``name.values``, those entries in order. The metadata's ``shapes`` has the tensor's shape, as JSON, and its
+    ``digest`` a digest of the contents.
 
     Raises:
         OSError: If the file cannot be written.
@@ -147,7 +170,8 @@ def save_compressed(generator: nn.Module, path: str | Path) -> None:
             tensors |= {name + _BITS: bits, name + _VALUES: held}
         else:
             tensors[name] = value
-    _save(tensors, Path(path), {"format": FORMAT, "shapes": json.dumps(shapes)})
+    metadata = {"format": FORMAT, "shapes": json.dumps(shapes)}
+    _save(tensors, Path(path), metadata | {"digest": _digest(tensors, metadata["shapes"])})
 
 
 def load_compressed(path: str | Path) -> dict[str, Tensor]:
@@ -155,7 +179,8 @@ def load_compressed(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, or has another format.
+        ValueError: If the file is damaged or has another format. Files without a digest, of an earlier version, are read if
+            their parts fit together.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}.")
@@ -163,15 +188,58 @@ def load_compressed(path: str | Path) -> dict[str, Tensor]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged, or not a safetensors file: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged header leads to
+        raise ValueError(f"{path} is damaged, or not a safetensors file: {cache.first_line(error)}") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} has the format {metadata.get('format')!r}, not {FORMAT!r}.")
-    for name, shape in json.loads(metadata["shapes"]).items():
-        bits, values = tensors.pop(name + _BITS), tensors.pop(name + _VALUES)
-        present = torch.from_numpy(np.unpackbits(bits.numpy(), count=math.prod(shape)).astype(bool))
-        tensors[name] = values.new_zeros(math.prod(shape)).masked_scatter_(present, values).view(shape)
-    return tensors
+    shapes = metadata.get("shapes", "")
+    if "digest" in metadata and metadata["digest"] != _digest(tensors, shapes):
+        raise ValueError(f"{path} is damaged: its contents do not match their digest.")
+    try:
+        return _decoded(tensors, json.loads(shapes))
+    except (ValueError, KeyError) as error:  # json's and of types without integers of their size, too
+        raise ValueError(f"{path} is damaged: {cache.first_line(error)}.") from error
+
+
+def _digest(tensors: Mapping[str, Tensor], shapes: str) -> str:
+    return cache.digest(FORMAT, {name: tensors[name] for name in sorted(tensors)}, shapes)
+
+
+def _decoded(tensors: dict[str, Tensor], shapes: Any) -> dict[str, Tensor]:
+    """Replaces bits and values by dense tensors.
+
+    Raises:
+        ValueError: If the parts do not fit together.
+    """
+    if not isinstance(shapes, dict):
+        raise ValueError(f"shapes={shapes!r} must be a JSON object")
+    decoded = dict(tensors)
+    for name, shape in shapes.items():
+        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"the shape {shape!r} of {name!r} must be a list of sizes")
+        if name in tensors or name + _BITS not in decoded or name + _VALUES not in decoded:
+            raise ValueError(f"of {name!r} it must hold {name + _BITS!r} and {name + _VALUES!r}, and no other tensor")
+        decoded[name] = _dense(name, shape, decoded.pop(name + _BITS), decoded.pop(name + _VALUES))
+    return decoded
+
+
+def _dense(name: str, shape: list[int], bits: Tensor, values: Tensor) -> Tensor:
+    entries = math.prod(shape)
+    length = -(-entries // 8)
+    if bits.dtype != torch.uint8 or bits.shape != (length,):
+        found = f"{bits.dtype} {tuple(bits.shape)}"
+        raise ValueError(f"{name + _BITS!r} is {found} and must be {torch.uint8} {(length,)} for the shape {shape}")
+    unpacked = np.unpackbits(bits.numpy())
+    present = torch.from_numpy(unpacked[:entries].astype(bool))
+    if unpacked[entries:].any():
+        raise ValueError(f"{name + _BITS!r} has bits after its {entries} entries")
+    if values.shape != (int(present.sum()),) or not bool((view_as_integers(values) != 0).all()):
+        raise ValueError(
+            f"{name + _VALUES!r} has the shape {tuple(values.shape)} and must hold {int(present.sum())} values, none 0"
+        )
+    return values.new_zeros(entries).masked_scatter_(present, values).view(shape)
 
 
 def save_onnx(generator: nn.Module, path: str | Path, *inputs: Tensor) -> float:
@@ -249,8 +317,11 @@ def _on_cpu(
 
 
 def _state(generator: nn.Module) -> dict[str, Tensor]:
-    """Returns the ``state_dict`` in the form of files: detached, contiguous, on the CPU."""
-    return {name: value.detach().cpu().contiguous() for name, value in generator.state_dict().items()}
+    """Copies the ``state_dict`` as files hold it: tied weights are separate tensors."""
+    return {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in generator.state_dict().items()
+    }
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:

@@ -43,6 +43,7 @@ _STYLE: Looks = {
     "axes.axisbelow": True,
     "grid.color": "0.9",
     "legend.fontsize": 9,
+    "text.parse_math": False,  # names of layers may hold dollar signs
     "svg.fonttype": "none",  # keeps text as text
     "svg.hashsalt": "lightning_ddst",  # makes files of equal figures equal
 }

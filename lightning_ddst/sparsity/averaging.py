@@ -131,3 +131,12 @@ class WeightAverage:
             for name, value in saved.items():
                 own[name].copy_(split_like(value.to(own[name].device), own[name]))
         self.updates = state["updates"]
+
+
+def average_states(states: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Returns those of several callbacks' states that `WeightAverage.state_dict` returned, by their keys."""
+    return {
+        key: state
+        for key, state in states.items()
+        if isinstance(state, Mapping) and state.keys() >= {"updates", "averages", "ages"}
+    }

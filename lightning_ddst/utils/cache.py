@@ -65,7 +65,7 @@ def check_writable(folder: Path) -> None:
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path that replaces `path` atomically at the end of the context."""
-    temporary = path.with_name(f"{path.name}.{uuid4().hex}")
+    temporary = path.with_name(f"{path.name[-50:]}.{uuid4().hex}")  # names have at most 255 bytes
     try:
         yield temporary
         os.replace(temporary, path)

@@ -1,4 +1,5 @@
 import copy
+import pickle
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -354,6 +355,105 @@ def test_a_run_may_begin_to_average_at_a_checkpoint_without_average(tmp_path) ->
     toy_trainer(GeneratorEMA(0.999), trajectory, epochs=2).fit(gan, toy_data(), one_batch(), ckpt_path=path)
     assert len(trajectory.states) == 10
     torch.testing.assert_close(gan.seen[-1]["0.weight"], trajectory.mean("0.weight"), rtol=1e-5, atol=1e-6)
+
+
+# ---- weights-only checkpoints --------------------------------------------------------------------------
+
+
+def weights_only(folder: Path, *callbacks: Callback, **settings) -> tuple[ToyGAN, Path]:
+    """A GAN, and its checkpoint as `ModelCheckpoint(save_weights_only=True)` saved it."""
+    return checkpointed(folder, *callbacks, ModelCheckpoint(save_weights_only=True), **settings)
+
+
+@pytest.mark.parametrize("evaluation", ["validate", "test", "predict"])
+@pytest.mark.parametrize("name", [None, "generator"])
+def test_a_weights_only_checkpoint_is_evaluated_with_its_average(evaluation: str, name: str | None, tmp_path) -> None:
+    ema = GeneratorEMA(0.9, generator=name)
+    gan, path = weights_only(tmp_path, ema, epochs=2)
+    saved = torch.load(path, weights_only=True)
+    assert "callbacks" not in saved
+    assert same(saved["state_dict"], copied(gan))
+    again = WatchedGAN()
+    getattr(toy_trainer(GeneratorEMA(0.9, generator=name)), evaluation)(again, one_batch(), ckpt_path=path)
+    (seen,) = again.seen
+    assert all(torch.equal(seen[name], value) for name, value in ema.averages().items())
+    assert not torch.equal(seen["0.weight"], gan.generator[0].weight)
+    assert same(copied(again), saved["state_dict"])
+
+
+def test_a_weights_only_checkpoint_saved_amid_validation_has_both_weights(tmp_path) -> None:
+    class Saving(Callback):
+        def on_validation_epoch_end(self, trainer, pl_module) -> None:
+            trainer.save_checkpoint(tmp_path / "amid.ckpt", weights_only=True)
+
+    ema, path = GeneratorEMA(0.9), Trajectory()
+    evaluated(ema, Saving(), path)
+    state = torch.load(tmp_path / "amid.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(state[f"generator.{name}"], value) for name, value in path.states[-1].items())
+    again = WatchedGAN()
+    toy_trainer(GeneratorEMA(0.9)).validate(again, one_batch(), ckpt_path=tmp_path / "amid.ckpt", verbose=False)
+    assert all(torch.equal(again.seen[0][name], value) for name, value in ema.averages().items())
+
+
+def test_two_averages_are_both_in_a_weights_only_checkpoint(tmp_path) -> None:
+    emas = [GeneratorEMA(0.9), GeneratorEMA(0.5, generator="generator")]
+    _, path = weights_only(tmp_path, *emas)
+    again = [GeneratorEMA(0.9), GeneratorEMA(0.5, generator="generator")]
+    for ema in again:
+        toy_trainer(ema).validate(WatchedGAN(), one_batch(), ckpt_path=path, verbose=False)
+    assert all(same(ema.averages(), other.averages()) for ema, other in zip(emas, again, strict=True))
+
+
+class Own(WatchedGAN):
+    def __init__(self) -> None:
+        super().__init__()
+        self.discriminator = nn.Sequential(nn.Linear(PIXELS, 32), nn.ReLU(), nn.Linear(32, 1))  # which can be pickled
+
+    def on_save_checkpoint(self, checkpoint) -> None:
+        checkpoint["mine"] = 3
+
+
+def test_a_module_with_hooks_of_its_own_keeps_them_also_copied_and_pickled(tmp_path) -> None:
+    gan = evaluated(GeneratorEMA(0.9), gan=Own())
+    for other in (gan, copy.deepcopy(gan), pickle.loads(pickle.dumps(gan))):
+        ema = GeneratorEMA(0.5)
+        seed_everything(0, verbose=False)
+        trainer = toy_trainer(ema)
+        trainer.fit(other, toy_data())
+        trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+        saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+        assert saved["mine"] == 3
+        assert same(saved["generator_averages"]["GeneratorEMA"]["averages"], ema.averages())
+        assert saved["generator_averages"].keys() == {"GeneratorEMA"}
+    alone: dict = {}
+    copy.deepcopy(gan).on_save_checkpoint(alone)
+    assert alone == {"mine": 3}
+    toy_trainer().fit(gan, toy_data())  # without an average
+    gan.trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    assert "generator_averages" not in torch.load(tmp_path / "last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("evaluation", ["validate", "test", "predict"])
+def test_a_weights_only_checkpoint_without_an_average_is_rejected_in_evaluation(evaluation: str, tmp_path) -> None:
+    _, path = weights_only(tmp_path)
+    evaluate = getattr(toy_trainer(GeneratorEMA(0.9)), evaluation)
+    with pytest.raises(ValueError, match="own weights and no average, so GeneratorEMA cannot evaluate it; leave out"):
+        evaluate(WatchedGAN(), one_batch(), ckpt_path=path)
+
+
+def test_a_checkpoint_with_another_average_is_rejected_in_evaluation(tmp_path) -> None:
+    _, path = checkpointed(tmp_path, GeneratorEMA(0.9))
+    with pytest.raises(ValueError, match=r"averages of GeneratorEMA, so GeneratorEMA\{'generator'"):
+        toy_trainer(GeneratorEMA(0.9, generator="generator")).test(WatchedGAN(), one_batch(), ckpt_path=path)
+
+
+def test_the_checkpoint_of_a_run_without_average_is_evaluated_with_its_own_weights_and_a_warning(tmp_path) -> None:
+    other, path = checkpointed(tmp_path)
+    gan, trainer = WatchedGAN(), toy_trainer(GeneratorEMA(0.9), epochs=2)
+    trainer.fit(gan, toy_data())  # its average is of other weights
+    with pytest.warns(UserWarning, match="of a run without GeneratorEMA: the generator's own weights are used"):
+        trainer.test(gan, one_batch(), ckpt_path=path)
+    assert same(gan.seen[-1], copied(other.generator))
 
 
 # ---- how it begins and ends ----------------------------------------------------------------------------

@@ -5,8 +5,12 @@ import sys
 
 import pytest
 import torch
+import yaml
 from commands import TINY
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from safetensors.torch import load_file
+from torch.optim import Adam
 
 from lightning_ddst import cli, export
 from lightning_ddst.export.command import export as export_run
@@ -89,9 +93,13 @@ def test_a_run_with_masks_of_channels_has_smaller_layers_and_prints_the_gain(tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["none.ckpt"], "there is no config.yaml in "),
-        (["none.ckpt", "--config", "run.yaml"], "there is no checkpoint none.ckpt"),
-        (["none.ckpt", "--config", "empty.yaml"], "empty.yaml is not the configuration of a run: it has no model"),
+        (["none.ckpt"], "CKPT=none.ckpt: no such file."),
+        (["none.ckpt", "--config", "run.yaml"], "CKPT=none.ckpt: no such file."),
+        (["run.yaml"], "there is no config.yaml in "),
+        (["run.yaml", "--config", "run.yaml"], "run.yaml is damaged, or not a checkpoint"),
+        (["CKPT", "--config", "bad.yaml"], "bad.yaml is not the configuration of a run: while scanning"),
+        (["CKPT", "--config", "unknown.yaml"], "unknown.yaml describes no module: Parser key"),
+        (["CKPT", "--config", "empty.yaml"], "empty.yaml is not the configuration of a run: it has no model"),
         (["CKPT", "--config", "wider.yaml"], "is of another generator than this SmallGenerator"),
         (["CKPT", "--generator", "maker"], "generator='maker' is not a submodule of GANModule"),
         (["CKPT", "--output", "file/folder"], "nothing can be written to file/folder"),
@@ -105,6 +113,8 @@ def test_bad_arguments_end_the_process_and_leave_no_file(
     (tmp_path / "run.yaml").write_text(TINY)
     (tmp_path / "wider.yaml").write_text(TINY.replace("width: 4", "width: 5"))
     (tmp_path / "empty.yaml").write_text("trainer: {}")
+    (tmp_path / "bad.yaml").write_text("model: {'")
+    (tmp_path / "unknown.yaml").write_text(TINY.replace("GANModule", "NoSuchModule"))
     (tmp_path / "file").write_text("")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(SystemExit) as error:
@@ -112,3 +122,42 @@ def test_bad_arguments_end_the_process_and_leave_no_file(
     assert error.value.code == 2
     assert message in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
+
+
+class Optimized(LightningModule):
+    """A user's own module, which needs an optimizer and a schedule."""
+
+    def __init__(
+        self, size: int, optimizer: OptimizerCallable, schedule: LRSchedulerCallable, other: OptimizerCallable = Adam
+    ) -> None:
+        super().__init__()
+        self.generator = torch.nn.Linear(size, 2)
+        self.made = (optimizer, schedule, other)
+
+
+def test_a_generator_is_exported_without_optimizers(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "users", sys.modules[__name__])
+    monkeypatch.setattr(Optimized, "__module__", "users")
+    touches = {"class_path": "torch.optim.no_such_optimizer"}
+    arguments = {"size": 3, "optimizer": touches, "schedule": touches, "other": touches}
+    config = {"model": {"class_path": "users.Optimized", "init_args": arguments}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    weight = torch.arange(6.0).view(2, 3)
+    torch.save({"state_dict": {"generator.weight": weight, "generator.bias": torch.zeros(2)}}, tmp_path / "run.ckpt")
+    path, _ = export_run([str(tmp_path / "run.ckpt"), "--weights", "raw"])
+    assert torch.equal(load_file(path)["weight"], weight)
+
+
+@pytest.mark.parametrize("place", ["generator_optimizer", "discriminator_optimizer", "generator", "loss"])
+def test_no_function_that_a_configuration_names_is_called(place, checkpoint, tmp_path, capsys):
+    content = yaml.safe_load(TINY)
+    command = {"class_path": "os.system", "init_args": {"command": f"touch {tmp_path / 'called'}"}}
+    content["model"]["init_args"][place] = command
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(SystemExit) as end:
+        export_run([str(checkpoint), "--config", str(tmp_path / "config.yaml")])
+    assert end.value.code == 2
+    message = f"error: model.init_args.{place}='os.system' must be a "
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert message in line
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]

@@ -1,6 +1,7 @@
 """The generator out of a checkpoint: as in the run's evaluation, and without this package."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,58 @@ def test_a_run_without_an_average_has_its_own_weights(tmp_path):
     network = generator()
     export.load_generator(network, tmp_path / "end.ckpt")
     assert torch.equal(network(NOISE), gan.generator.eval()(NOISE))
+
+
+@pytest.mark.parametrize("kind", [GeneratorEMA, type("OwnAverage", (GeneratorEMA,), {})])
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_the_average_is_in_full_and_in_weights_only_checkpoints(kind, weights_only, tmp_path):
+    ema = kind(0.9)
+    gan = trained(DynamicSparsityCallback(0.25), ema, folder=tmp_path)
+    gan.trainer.save_checkpoint(tmp_path / "end.ckpt", weights_only=weights_only)
+    network = generator()
+    export.load_generator(network, tmp_path / "end.ckpt")
+    assert all(torch.equal(network.state_dict()[name], value) for name, value in ema.averages().items())
+    export.load_generator(network, tmp_path / "end.ckpt", weights="raw")
+    own = gan.generator.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in network.state_dict().items())
+    assert not torch.equal(ema.averages()["0.weight"], own["0.weight"])
+
+
+def test_a_checkpoint_without_an_average_is_rejected_unless_the_run_had_none(tmp_path):
+    gan = trained(folder=tmp_path)
+    gan.trainer.save_checkpoint(tmp_path / "end.ckpt", weights_only=True)
+    network = generator()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(ValueError, match=r'end\.ckpt .*holds no average of GeneratorEMA: weights="raw" .* own weights'):
+        export.load_generator(network, tmp_path / "end.ckpt")
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    export.load_generator(network, tmp_path / "end.ckpt", weights="raw")
+    assert torch.equal(network(NOISE), gan.generator.eval()(NOISE))
+
+
+def test_the_average_of_lightnings_own_callback_is_told_apart(tmp_path):
+    averaged, own = ({"G.weight": torch.full((2, 3), value), "G.bias": torch.zeros(2)} for value in (1.0, 2.0))
+    content = {"state_dict": averaged, "current_model_state": own, "averaging_state": {}, "callbacks": {}}
+    torch.save(content, tmp_path / "end.ckpt")
+    network = nn.Linear(3, 2)
+    for weights, value in (("average", 1.0), ("raw", 2.0)):
+        export.load_generator(network, tmp_path / "end.ckpt", weights=weights)
+        assert network.weight.eq(value).all()
+
+
+def test_the_average_of_another_generator_is_not_used(tmp_path):
+    class Two(ToyGAN):
+        def __init__(self):
+            super().__init__()
+            self.other = generator()
+
+    gan = trained(GeneratorEMA(0.9, generator="generator"), gan=Two(), folder=tmp_path)
+    gan.trainer.save_checkpoint(tmp_path / "named.ckpt")
+    gan = trained(GeneratorEMA(0.9), gan=Two(), folder=tmp_path)
+    gan.trainer.save_checkpoint(tmp_path / "unnamed.ckpt", weights_only=True)
+    for checkpoint in ("named.ckpt", "unnamed.ckpt"):
+        with pytest.raises(ValueError, match=r"has averages of GeneratorEMA.*, and none of 'other': weights=\"raw\""):
+            export.load_generator(generator(), tmp_path / checkpoint, name="other")
 
 
 def test_spectral_vectors_are_those_of_the_average(tmp_path):
@@ -151,7 +204,9 @@ def test_the_format_by_hand(tmp_path):
         network.weight.copy_(torch.tensor([[0.0, 1.5, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, -2.0]]))
     export.save_compressed(network, tmp_path / "small.safetensors")
     with safe_open(tmp_path / "small.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "lightning_ddst.bitmask.1", "shapes": json.dumps({"weight": [2, 5]})}
+        metadata = file.metadata()
+        assert len(metadata.pop("digest")) == 32
+        assert metadata == {"format": "lightning_ddst.bitmask.1", "shapes": json.dumps({"weight": [2, 5]})}
         assert file.get_tensor("weight.bits").tolist() == [0b01000000, 0b01000000]
         assert file.get_tensor("weight.values").tolist() == [1.5, -2.0]
 
@@ -171,6 +226,17 @@ def test_sngan_at_ten_percent_is_within_15_percent_of_its_maskable_weights(tmp_p
     export.save_compressed(network, tmp_path / "small.safetensors")
     size = (tmp_path / "small.safetensors").stat().st_size
     assert size / (4 * sparse.total) < 0.15
+
+
+def test_tied_weights_are_held_twice(tmp_path):
+    network = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    network[1].weight = network[0].weight
+    export.save_dense(network, tmp_path / "dense.safetensors")
+    export.save_compressed(network, tmp_path / "small.safetensors")
+    for state in (load_file(tmp_path / "dense.safetensors"), export.load_compressed(tmp_path / "small.safetensors")):
+        assert state.keys() == network.state_dict().keys()
+        assert torch.equal(state["0.weight"], network[0].weight)
+        assert torch.equal(state["1.weight"], network[0].weight)
 
 
 def test_what_is_dense_is_held_as_it_is(tmp_path):
@@ -286,6 +352,92 @@ def test_files_of_another_format(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "plain")
     with pytest.raises(ValueError, match=r"has the format None, not 'lightning_ddst\.bitmask\.1'"):
         export.load_compressed(tmp_path / "plain")
+
+
+BITS = torch.tensor([0b01000000, 0b01000000], dtype=torch.uint8)
+VALUES = torch.tensor([1.5, -2.0])
+PARTS = {"weight.bits": BITS, "weight.values": VALUES}
+
+
+def written(path, parts, shapes='{"weight": [2, 5]}', **metadata):
+    """A compressed file by hand, as an earlier version without a digest wrote it."""
+    save_file(parts, path, {"format": export.FORMAT, "shapes": shapes} | metadata)
+    return path
+
+
+def test_a_file_without_a_digest_is_read(tmp_path):
+    loaded = export.load_compressed(written(tmp_path / "old", PARTS | {"bias": VALUES + 0}))
+    assert loaded["weight"].tolist() == [[0, 1.5, 0, 0, 0], [0, 0, 0, 0, -2.0]]
+    assert loaded["bias"].tolist() == [1.5, -2.0]
+    with pytest.raises(ValueError, match=r"old is damaged: its contents do not match their digest\.$"):
+        export.load_compressed(written(tmp_path / "old", PARTS, digest="0" * 32))
+
+
+@pytest.mark.parametrize(
+    ("parts", "shapes", "message"),
+    [
+        (PARTS | {"weight.values": VALUES[:1]}, None, r"'weight.values' has the shape \(1,\) and must hold 2 values"),
+        (PARTS | {"weight.values": torch.ones(3)}, None, r"shape \(3,\) and must hold 2 values, none 0"),
+        (PARTS | {"weight.values": torch.ones(1, 2)}, None, r"shape \(1, 2\) and must hold 2 values"),
+        (PARTS | {"weight.values": torch.tensor([1.5, 0.0])}, None, "must hold 2 values, none 0"),
+        (PARTS | {"weight.bits": BITS[:1].clone()}, None, r"torch.uint8 \(1,\) and must be torch.uint8 \(2,\)"),
+        (PARTS | {"weight.bits": BITS.float()}, None, r"torch.float32 \(2,\) and must be torch.uint8 \(2,\)"),
+        (PARTS | {"weight.bits": BITS + 1}, None, "'weight.bits' has bits after its 10 entries"),
+        (PARTS, '{"weight": [2, 50]}', r"and must be torch.uint8 \(13,\) for the shape \[2, 50\]"),
+        (PARTS, '{"weight": [4000000000, 4000000000, 4000000000]}', "'weight.bits' is"),
+        (PARTS, '{"weight": [-2, -5]}', r"the shape \[-2, -5\] of 'weight' must be a list of sizes"),
+        (PARTS, '{"weight": 10}', "the shape 10 of 'weight' must be"),
+        (PARTS, '{"bias": [2]}', "of 'bias' it must hold 'bias.bits' and 'bias.values', and no other"),
+        (PARTS | {"weight": VALUES + 0}, None, "of 'weight' it must hold .* and no other tensor"),
+        ({"weight.bits": BITS}, None, "of 'weight' it must hold"),
+        (PARTS, "[2, 5]", r"shapes=\[2, 5\] must be a JSON object"),
+        (PARTS, "{", "Expecting property name"),
+    ],
+)
+def test_a_compressed_file_whose_parts_do_not_fit_is_rejected(parts, shapes, message, tmp_path):
+    path = written(tmp_path / "file", parts, **({} if shapes is None else {"shapes": shapes}))
+    with pytest.raises(ValueError, match=rf"^.*file is damaged: .*{message}") as error:
+        export.load_compressed(path)
+    assert "\n" not in str(error.value)
+
+
+def flipped(content, seed, count=200):
+    """Copies of a file with one flipped bit each."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        damaged, bit = bytearray(content), rng.randrange(8 * len(content))
+        damaged[bit // 8] ^= 1 << bit % 8
+        yield bytes(damaged)
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(
+        torch.equal(value, second[name]) and value.dtype == second[name].dtype for name, value in first.items()
+    )
+
+
+def test_no_flipped_bit_gives_other_weights(tmp_path):
+    network = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 4))
+    MaskedNetwork(network, 0.2)
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    torch.save({"state_dict": {f"G.{name}": value for name, value in state.items()}}, tmp_path / "run.ckpt")
+    export.save_compressed(network, tmp_path / "small.safetensors")
+    for path in (tmp_path / "run.ckpt", tmp_path / "small.safetensors"):
+        reasons = []
+        for damaged in flipped(path.read_bytes(), seed=1):
+            path.write_bytes(damaged)
+            try:
+                if path.suffix == ".ckpt":
+                    export.load_generator(network, path, "G", weights="raw")
+                    loaded = network.state_dict()
+                else:
+                    loaded = export.load_compressed(path)
+            except ValueError as error:
+                reasons.append(str(error))
+            else:  # a bit that holds nothing
+                assert equal(loaded, state)
+        assert len(reasons) > 100
+        assert not any("\n" in reason for reason in reasons)
 
 
 def test_a_gan_modules_generator(tmp_path):

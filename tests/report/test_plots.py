@@ -267,6 +267,25 @@ def test_networks_under_other_names_are_told_apart() -> None:
     assert titles == ["Density of layers, generator (gan.netG)", "Density of layers, discriminator (gan.netD)"]
 
 
+@pytest.mark.parametrize("name", ["$x_", "$x_$", "$x$", "a$b", "x_$", r"\frac{", "%$#", "$$", "_hidden"])
+@pytest.mark.parametrize("form", ["png", "svg"])
+def test_names_with_signs_of_formulas_are_drawn_as_they_are(name: str, form: str) -> None:
+    series = {f"{name}/{key}": points for key, points in (BALANCE | FLOPS).items()}
+    series |= {
+        f"layer_density/{net}.{name}{i}.weight": [(1, 0.5), (9, 0.4)] for net in ("generator", "D") for i in "ab"
+    }
+    series |= {f"{key}{name}": points for key, points in QUALITY.items()}
+    drawn = plots.figures(series)
+    assert {"layer_densities", "quality"} < set(drawn)
+    assert len(drawn) > 2
+    for figure in drawn.values():
+        content = plots.rendered(figure, form)
+        if form == "svg":
+            assert "<defs" in content.decode()
+    labels = [label.get_text() for label in drawn["layer_densities"].axes[0].get_yticklabels()]
+    assert labels == [f"{name}a", f"{name}b"]
+
+
 @pytest.mark.parametrize("layers", [5, 60])
 def test_the_names_of_layers_are_legible_and_different(layers: int) -> None:
     deep = "a_backbone_with_a_long_name.stages_of_the_network.{}.a_long_name_for_a_single_convolution"
