@@ -329,6 +329,9 @@ class DynamicSparsityCallback(RunReadings, Callback):
         self._detach()
         self._begin(trainer, module)
         self._resumed = None  # random states and gradients stay what they are
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GeneratorEMA):
+                callback.hook(trainer, module)  # averages come after masks
         rank_zero_info("DynamicSparsityCallback: the optimizers were made anew; their steps are followed.")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

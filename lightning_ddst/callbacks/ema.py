@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_ddst.callbacks._support.checks import is_same
 from lightning_ddst.sparsity import find_optimizers, has_updated
 from lightning_ddst.sparsity.averaging import BufferHandling, WeightAverage, average_states
 from lightning_ddst.utils.checkpoints import AVERAGES
@@ -54,6 +55,7 @@ class GeneratorEMA(Callback):
         self._average: WeightAverage | None = None
         self._saved: Mapping[str, Any] | None = None
         self._handles: list[RemovableHandle] = []
+        self._optimizers: list[Optimizer] = []
         self.average_class(nn.Identity(), decay, buffers)  # checks the arguments now
 
     @property
@@ -84,6 +86,17 @@ class GeneratorEMA(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts or resumes the average, and registers hooks on the generator's optimizers, after those that mask."""
         self._prepare(pl_module)
+        self.hook(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Follows optimizers that were made anew."""
+        if not is_same(self._optimizers, trainer.optimizers):
+            self.hook(trainer, pl_module)
+
+    def hook(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Registers hooks on the present optimizers of the generator, behind all hooks that they have."""
+        self._detach()
+        self._optimizers = list(trainer.optimizers)
         generator = find_network(pl_module, "generator", self._name)
         trained = {name: p for name, p in generator.named_parameters() if p.requires_grad}
         for optimizer in find_optimizers(trained, trainer.optimizers):

@@ -179,8 +179,8 @@ def load_compressed(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged or has another format. Files without a digest, of an earlier version, are read if
-            their parts fit together.
+        ValueError: If the file is damaged or has another format. A file without a digest, of an earlier version, is
+            read if its parts fit together.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}.")
