@@ -12,7 +12,7 @@ from torch.optim import Adam, Optimizer
 from lightning_ddst.gan.augmentation import DIFF_AUGMENTS, diff_augment
 from lightning_ddst.gan.losses import LOSSES, gradient_penalty, r1_penalty
 from lightning_ddst.utils import distributed
-from lightning_ddst.utils.lightning_private import set_ddp_default
+from lightning_ddst.utils.lightning_private import recount_batches, set_ddp_default
 from lightning_ddst.utils.logging import log_scalars, logs_at
 from lightning_ddst.utils.modules import eval_mode
 from lightning_ddst.utils.validation import check_count
@@ -119,6 +119,10 @@ class GANModule(LightningModule):
         """Gives every process its own noise."""
         if distributed.is_distributed():
             torch.manual_seed(torch.initial_seed() + distributed.get_rank())
+
+    def on_train_start(self) -> None:
+        """Corrects the Trainer's count of batches where a run resumes with another batch size."""
+        recount_batches(self.trainer)
 
     # ---- generating ------------------------------------------------------------------------------------
 
