@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from lightning_ddst.gan.augmentation import DIFF_AUGMENTS, diff_augment
 from lightning_ddst.gan.losses import LOSSES, gradient_penalty, r1_penalty
+from lightning_ddst.gan.schedulers import SchedulerSteps
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.lightning_private import recount_batches, set_ddp_default
 from lightning_ddst.utils.logging import log_scalars, logs_at
@@ -29,6 +30,11 @@ class GANModule(LightningModule):
 
     Every batch makes one discriminator update; every `discriminator_steps`-th batch also makes a generator
     update. To change a step, override `discriminator_loss` or `generator_loss`.
+
+    Learning rate schedulers that a subclass returns from `configure_optimizers` are stepped, as Lightning does it in
+    automatic optimization: do not call their ``step()``. With ``"interval": "step"`` they step after the updates of
+    their own optimizer, every `frequency`-th one; with "epoch", the default, at the ends of epochs, before validation.
+    ReduceLROnPlateau reads its `monitor` among the logged metrics, after validation.
 
     Batches are images, or tuples or lists of images and labels; images are ``(batch, channels,
     ...)`` floats in the generator's range, labels int64 ``(batch,)``.
@@ -53,7 +59,8 @@ class GANModule(LightningModule):
         generator_updates: Generator updates so far.
 
     Raises:
-        ValueError: For an argument outside what is allowed.
+        ValueError: For an argument outside what is allowed; in training, for a scheduler whose `monitor` is not
+            logged, or that is stepped by other code, too.
     """
 
     def __init__(
@@ -102,12 +109,21 @@ class GANModule(LightningModule):
         self._optimizers = (generator_optimizer, discriminator_optimizer)
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[Any]]:
-        """Makes the generator's optimizer, then the discriminator's."""
+        """Makes the generator's optimizer, then the discriminator's.
+
+        Override it to return learning rate schedulers as well, in any form that Lightning allows; the module steps
+        them.
+        """
         generator_optimizer, discriminator_optimizer = self._optimizers
         return [
             generator_optimizer(self.generator.parameters()),
             discriminator_optimizer(self.discriminator.parameters()),
         ], []
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Makes the callback that steps the schedulers of an overridden `configure_optimizers`."""
+        inherited = getattr(self.configure_optimizers, "__func__", None) is GANModule.configure_optimizers
+        return [] if inherited else [SchedulerSteps(self)]
 
     # ---- several processes -----------------------------------------------------------------------------
 
@@ -170,6 +186,8 @@ class GANModule(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Updates the discriminator, and every `discriminator_steps`-th time the generator."""
+        if self.trainer.lr_scheduler_configs:
+            self._check_schedulers()
         generator_optimizer, discriminator_optimizer = self.optimizers()  # type: ignore[attr-defined]
         real, labels = self._unpacked(batch)
 
@@ -194,6 +212,13 @@ class GANModule(LightningModule):
                     self.trainer, {name: float(value) for name, value in losses.items()}, self.generator_updates
                 )
         self.log_dict(losses, prog_bar=True, logger=False)
+
+    def _check_schedulers(self) -> None:
+        if not any(isinstance(callback, SchedulerSteps) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError(
+                f"{type(self).__name__}.configure_callbacks must return [*super().configure_callbacks(), ...]: "
+                "otherwise nothing steps the learning rate schedulers."
+            )
 
     def discriminator_loss(self, real: Tensor, labels: Tensor | None) -> Tensor:
         """Computes the discriminator's loss with its penalties, for a batch of real images."""
