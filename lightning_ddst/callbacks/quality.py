@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_ddst.callbacks.ema import GeneratorEMA
-from lightning_ddst.metrics.sources import RealImages, check_range, in_turn, sampled
+from lightning_ddst.metrics.sources import PixelRange, RealImages, check_value_range, in_turn, sampled
 from lightning_ddst.metrics.statistics import LEAST, Comparison, MetricName, RealStatistics, keeps
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.cache import check_writable, digest, load_tensors, save_tensors
 from lightning_ddst.utils.lightning_private import state_key
 from lightning_ddst.utils.logging import generator_updates, log_scalars
+from lightning_ddst.utils.nested import Place
 from lightning_ddst.utils.networks import check_sample
 from lightning_ddst.utils.validation import check_choice, check_count
 
@@ -65,6 +66,12 @@ class SampleQuality(Callback):
         cache: Folder for the statistics of the real images, so that they are computed once for all runs. A file's name
             is a digest of the images and of the extractor's class, weights and ``repr``; the ``repr`` must show any
             other setting that changes the features.
+        value_range: The lowest and the highest value of pixels, of real images and samples alike, such as (0, 1) or
+            (0, 255); they are mapped to [-1, 1] for the features. By default (-1, 1), but real images without any
+            pixel below 0 are then an error, and so are such samples unless they are of about one value, or earlier
+            ones had pixels below 0: pass (0, 1), or (-1, 1) to accept them.
+        real: Place of the images in a batch of the loader: a key, an index, or a path such as "images.target". By
+            default the only floating-point tensor, or of several the only one shaped like the samples.
 
     Attributes:
         history: Every value with the number of generator updates before it, by metric as logged without ``/<name>``.
@@ -72,8 +79,9 @@ class SampleQuality(Callback):
             near it are noise.
 
     Raises:
-        ValueError: For an argument outside the allowed range; when measuring, for images outside [-1, 1] or too few
-            real images. Only tensors with 4 dimensions count as images.
+        ValueError: For an argument outside the allowed range; when measuring, for images outside `value_range`, for
+            batches whose images are missing or ambiguous, or for too few real images. The range is that of tensors
+            with 4 dimensions only.
         OSError: At the start, if `cache` cannot be written to.
     """
 
@@ -88,6 +96,8 @@ class SampleQuality(Callback):
         seed: int = 0,
         kept_features: int = 10_000,
         cache: str | Path | None = None,
+        value_range: tuple[float, float] | None = None,
+        real: Place | None = None,
     ) -> None:
         for argument, values, allowed in (("metrics", metrics, LEAST), ("generators", generators, ("average", "raw"))):
             _check_choices(argument, values, allowed)
@@ -113,6 +123,9 @@ class SampleQuality(Callback):
         self._seed = seed
         self._kept = kept_features
         self._cache = None if cache is None else Path(cache).expanduser()
+        self._value_range = check_value_range(value_range)
+        self._real = real
+        self._dark_samples = False  # whether samples had pixels below 0, in any evaluation
         self._num_features = num_features
         self._features = features.requires_grad_(False).eval()
         self._dtype = next((p.dtype for p in features.parameters()), torch.float32)
@@ -169,9 +182,13 @@ class SampleQuality(Callback):
                     own_weights.enter_context(average.own_weights())
                 samples = sampled(pl_module, total, self._batch_size, self._seed)
                 with _progress(trainer, f"{self.name}: samples", total) as step:
-                    for features in self._extracted(samples, "samples", pl_module.device):
+                    pixels = PixelRange("samples", self._value_range)
+                    for features in self._extracted(samples, pixels, pl_module.device):
                         comparison.add(features)
                         step(len(features))
+                    # A generator whose samples had dark pixels may collapse to bright ones.
+                    pixels.finish("none" if self._dark_samples else "wide")
+                    self._dark_samples |= pixels.dark
             with _progress(trainer, f"{self.name}: metrics", len(self._metrics)) as step:
                 # One process computes: every process could, but they may share one machine's cores.
                 computed = distributed.broadcast(
@@ -180,13 +197,13 @@ class SampleQuality(Callback):
             values |= {f"{metric}{suffix}": value for metric, value in computed.items()}
         return values
 
-    def _extracted(self, own: Iterator[Tensor], whose: str, device: torch.device) -> Iterator[Tensor]:
+    def _extracted(self, own: Iterator[Tensor], pixels: PixelRange, device: torch.device) -> Iterator[Tensor]:
         """Yields the features of all processes' images, given this process's share of images."""
 
         def extract(images: Tensor) -> Tensor:
             finite = images.flatten(1).isfinite().all(1)
-            check_range(images[finite], whose)
-            features: Tensor = self._features(images.to(device, self._dtype))
+            pixels.check(images[finite])
+            features: Tensor = self._features(pixels.mapped(images.to(device)).to(self._dtype))
             features = features.to(torch.promote_types(features.dtype, torch.float32))
             # An extractor may convert images to bytes, which are always finite.
             features = features.masked_fill(~finite.to(features.device)[:, None], float("nan"))
@@ -195,7 +212,7 @@ class SampleQuality(Callback):
         return (features.to(device) for features in in_turn(map(extract, own)))
 
     def _real_statistics(self, trainer: Trainer, device: torch.device) -> RealStatistics:
-        images = RealImages(trainer)
+        images = RealImages(trainer, self._real)
         known, statistics = self._reals.get(trainer.testing, (None, None))
         if statistics is None or known is None or not images.same_as(known.datasets, known.count):
             statistics = RealStatistics(self._metrics, self._num_features, self._kept, self._seed, device)
@@ -205,9 +222,11 @@ class SampleQuality(Callback):
                 statistics.load_state_dict(state)
             else:
                 with _progress(trainer, f"{self.name}: real images", images.count) as step:
-                    for features in self._extracted(images.batches(), "real images", device):
+                    pixels = PixelRange("real images", self._value_range)
+                    for features in self._extracted(images.batches(), pixels, device):
                         statistics.add(features)
                         step(len(features))
+                    pixels.finish("bright")
                 statistics.finish()
                 if path is not None and trainer.is_global_zero:
                     _try_to_save(path, statistics)
@@ -219,8 +238,10 @@ class SampleQuality(Callback):
     def _path(self, trainer: Trainer, images: RealImages) -> Path:
         assert self._cache is not None
 
+        pixels = PixelRange("real images", self._value_range)
+
         def digests(batch: Tensor) -> list[str]:
-            check_range(batch, "real images")
+            pixels.check(batch)
             return [digest(image) for image in batch.cpu()]
 
         every: list[str] = []
@@ -228,8 +249,14 @@ class SampleQuality(Callback):
             for batch in in_turn(map(digests, images.batches())):
                 every += batch
                 step(len(batch))
+        pixels.finish("bright")
         kind = type(self._features)
-        settings = ["frechet_distance" in self._metrics, (self._kept, self._seed) if keeps(self._metrics) else None]
+        settings: list[Any] = [
+            "frechet_distance" in self._metrics,
+            (self._kept, self._seed) if keeps(self._metrics) else None,
+        ]
+        if self._value_range not in (None, (-1, 1)):
+            settings.append(self._value_range)
         extractor = [f"{kind.__module__}.{kind.__qualname__}", repr(self._features), self._features.state_dict()]
         return self._cache / f"{self.name.replace('/', '_')}-{digest(every, *extractor, settings)}.pt"
 
@@ -242,10 +269,12 @@ class SampleQuality(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the measured values."""
-        return {"history": {metric: list(values) for metric, values in self.history.items()}}
+        history = {metric: list(values) for metric, values in self.history.items()}
+        return {"history": history, "dark_samples": self._dark_samples}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the state returned by `state_dict`."""
+        self._dark_samples = state_dict.get("dark_samples", False)
         self.history = {
             metric: [(updates, value) for updates, value in values] for metric, values in state_dict["history"].items()
         }

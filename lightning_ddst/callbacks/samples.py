@@ -4,6 +4,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torchvision.utils import make_grid
 
+from lightning_ddst.metrics.sources import check_below_zero, check_value_range, spans_wide
 from lightning_ddst.utils.logging import generator_updates, tensorboards
 from lightning_ddst.utils.networks import check_sample
 from lightning_ddst.utils.validation import check_count
@@ -12,25 +13,38 @@ from lightning_ddst.utils.validation import check_count
 class SampleGrid(Callback):
     """A callback that logs a grid of samples from fixed noise to TensorBoard, as ``samples``, at every validation.
 
-    The module must have ``sample(n, rng=...)``, as `GANModule` does, and return images in [-1, 1].
+    The module must have ``sample(n, rng=...)``, as `GANModule` does.
 
     Args:
         samples: Number of images.
         columns: Images per row.
         scale: Factor that enlarges small images: every pixel becomes a square of this size.
         seed: Seed of the noise.
+        value_range: The values that are shown as black and as white, such as (0, 1). By default (-1, 1), but samples
+            without any pixel below 0 are then an error, unless they are of about one value, or earlier ones had
+            pixels below 0: pass (0, 1), or (-1, 1) to accept them.
 
     Raises:
-        ValueError: If a number is not a positive integer.
+        ValueError: If a number is not a positive integer, or `value_range` not two ascending numbers; when drawing,
+            for images that look like images in [0, 1] while no range was given.
     """
 
-    def __init__(self, samples: int = 64, columns: int = 8, scale: int = 1, seed: int = 0) -> None:
+    def __init__(
+        self,
+        samples: int = 64,
+        columns: int = 8,
+        scale: int = 1,
+        seed: int = 0,
+        value_range: tuple[float, float] | None = None,
+    ) -> None:
         for name, value in (("samples", samples), ("columns", columns), ("scale", scale)):
             check_count(name, value)
         self._samples = samples
         self._columns = columns
         self._scale = scale
         self._seed = seed
+        self._value_range = check_value_range(value_range)
+        self._dark = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that the module has a method `sample`."""
@@ -41,7 +55,21 @@ class SampleGrid(Callback):
         writers = tensorboards(trainer)
         if writers:
             images = pl_module.sample(self._samples, rng=torch.Generator().manual_seed(self._seed))  # type: ignore[operator]
-            grid = make_grid(images.float(), nrow=self._columns, normalize=True, value_range=(-1, 1))
+            if self._value_range is None and not self._dark and images.dim() == 4:
+                low, high = float(images.min()), float(images.max())
+                if spans_wide(low, high):
+                    check_below_zero("samples", low, high)
+                self._dark = low < 0  # a generator that collapses later may make bright images
+            shown = self._value_range or (-1, 1)
+            grid = make_grid(images.float(), nrow=self._columns, normalize=True, value_range=shown)
             grid = grid.repeat_interleave(self._scale, 1).repeat_interleave(self._scale, 2)
             for writer in writers:
                 writer.add_image("samples", grid, generator_updates(trainer))
+
+    def state_dict(self) -> dict[str, bool]:
+        """Returns whether samples had pixels below 0."""
+        return {"dark": self._dark}
+
+    def load_state_dict(self, state_dict: dict[str, bool]) -> None:
+        """Restores the state returned by `state_dict`."""
+        self._dark = state_dict["dark"]

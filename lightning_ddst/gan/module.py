@@ -4,17 +4,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from lightning_ddst.gan.augmentation import DIFF_AUGMENTS, diff_augment
 from lightning_ddst.gan.losses import LOSSES, gradient_penalty, r1_penalty
+from lightning_ddst.gan.schedulers import SchedulerSteps
 from lightning_ddst.utils import distributed
-from lightning_ddst.utils.lightning_private import set_ddp_default
+from lightning_ddst.utils.lightning_private import recount_batches, set_ddp_default
 from lightning_ddst.utils.logging import log_scalars, logs_at
 from lightning_ddst.utils.modules import eval_mode
+from lightning_ddst.utils.nested import Place, describe_tensors, find_images, find_labels, get_tensor, tensors_in
 from lightning_ddst.utils.validation import check_count
 
 
@@ -30,8 +33,13 @@ class GANModule(LightningModule):
     Every batch makes one discriminator update; every `discriminator_steps`-th batch also makes a generator
     update. To change a step, override `discriminator_loss` or `generator_loss`.
 
-    Batches are images, or tuples or lists of images and labels; images are ``(batch, channels,
-    ...)`` floats in the generator's range, labels int64 ``(batch,)``.
+    Learning rate schedulers that a subclass returns from `configure_optimizers` are stepped, as Lightning does it in
+    automatic optimization: do not call their ``step()``. With ``"interval": "step"`` they step after the updates of
+    their own optimizer, every `frequency`-th one; with "epoch", the default, at the ends of epochs, before validation.
+    ReduceLROnPlateau reads its `monitor` among the logged metrics, after validation.
+
+    Batches are images, or any nesting of mappings, tuples, lists and dataclasses that holds images and labels; images
+    are ``(batch, channels, ...)`` floats in the generator's range, labels int64 ``(batch,)``.
 
     Args:
         generator: Module from noise ``(batch, latent_dim)``, and labels if `num_classes` is given, to images.
@@ -48,12 +56,17 @@ class GANModule(LightningModule):
         latent_dim: Size of the noise; by default ``generator.latent_dim``.
         generator_optimizer: Function from parameters to the generator's optimizer.
         discriminator_optimizer: Function from parameters to the discriminator's optimizer.
+        real: Place of the real images in a batch: a key, an index, or a path such as "images.target". By default the
+            only floating-point tensor, or of several the only one shaped like the generator's output.
+        labels: Place of the labels in a batch. By default the second entry of a list or tuple of two, else the only
+            tensor of integers with one entry per image.
 
     Attributes:
         generator_updates: Generator updates so far.
 
     Raises:
-        ValueError: For an argument outside the allowed range.
+        ValueError: For an argument outside the allowed range; in training, for a batch whose images or labels are
+            missing or ambiguous, and for a scheduler whose `monitor` is not logged, or that other code steps, too.
     """
 
     def __init__(
@@ -69,6 +82,8 @@ class GANModule(LightningModule):
         latent_dim: int | None = None,
         generator_optimizer: OptimizerCallable = paper_adam,
         discriminator_optimizer: OptimizerCallable = paper_adam,
+        real: Place | None = None,
+        labels: Place | None = None,
     ) -> None:
         super().__init__()
         self._loss = LOSSES.find("loss", loss)()
@@ -100,14 +115,26 @@ class GANModule(LightningModule):
         self._r1 = r1
         self._augment = tuple(augment)
         self._optimizers = (generator_optimizer, discriminator_optimizer)
+        self._real = real
+        self._labels = labels
+        self._image_shape: torch.Size | None = None
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[Any]]:
-        """Makes the generator's optimizer, then the discriminator's."""
+        """Makes the generator's optimizer, then the discriminator's.
+
+        Override it to return learning rate schedulers as well, in any form that Lightning allows; the module steps
+        them.
+        """
         generator_optimizer, discriminator_optimizer = self._optimizers
         return [
             generator_optimizer(self.generator.parameters()),
             discriminator_optimizer(self.discriminator.parameters()),
         ], []
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Makes the callback that steps the schedulers of an overridden `configure_optimizers`."""
+        inherited = getattr(self.configure_optimizers, "__func__", None) is GANModule.configure_optimizers
+        return [] if inherited else [SchedulerSteps(self)]
 
     # ---- several processes -----------------------------------------------------------------------------
 
@@ -119,6 +146,10 @@ class GANModule(LightningModule):
         """Gives every process its own noise."""
         if distributed.is_distributed():
             torch.manual_seed(torch.initial_seed() + distributed.get_rank())
+
+    def on_train_start(self) -> None:
+        """Corrects the Trainer's count of batches where a run resumes with another batch size."""
+        recount_batches(self.trainer)
 
     # ---- generating ------------------------------------------------------------------------------------
 
@@ -165,7 +196,9 @@ class GANModule(LightningModule):
     # ---- training --------------------------------------------------------------------------------------
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        """Updates the discriminator, and in every `discriminator_steps`-th batch the generator."""
+        """Updates the discriminator, and every `discriminator_steps`-th time the generator."""
+        if self.trainer.lr_scheduler_configs:
+            self._check_schedulers()
         generator_optimizer, discriminator_optimizer = self.optimizers()  # type: ignore[attr-defined]
         real, labels = self._unpacked(batch)
 
@@ -191,6 +224,13 @@ class GANModule(LightningModule):
                 )
         self.log_dict(losses, prog_bar=True, logger=False)
 
+    def _check_schedulers(self) -> None:
+        if not any(isinstance(callback, SchedulerSteps) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError(
+                f"{type(self).__name__}.configure_callbacks must return [*super().configure_callbacks(), ...]: "
+                "otherwise nothing steps the learning rate schedulers."
+            )
+
     def discriminator_loss(self, real: Tensor, labels: Tensor | None) -> Tensor:
         """Computes the discriminator's loss with its penalties, for a batch of real images."""
         with torch.no_grad():
@@ -213,15 +253,26 @@ class GANModule(LightningModule):
         return scores
 
     def _unpacked(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        if isinstance(batch, Tensor):
-            images, labels = batch, None
-        else:
-            images, labels = batch[0], batch[1] if len(batch) > 1 else None
+        images = find_images(batch, self._real, self._generated_shape, "GANModule")
         if self.num_classes is None:
-            labels = None
-        elif labels is None:
-            raise ValueError(f"num_classes={self.num_classes}, but the batch holds no labels.")
+            return images, None
+        labels = find_labels(batch, self._labels, images)
+        if labels is None:
+            raise ValueError(
+                f"num_classes={self.num_classes}, but the batch holds no labels, integers with one entry per image. "
+                f'Name them, GANModule(..., labels="..."), and the images, real="...". It holds '
+                f"{describe_tensors(batch)}."
+            )
         return images, labels
+
+    @torch.no_grad()
+    def _generated_shape(self) -> torch.Size:
+        """Returns the shape of one generated image, from a call that leaves no trace."""
+        if self._image_shape is None:
+            rng = torch.Generator().manual_seed(0)
+            with isolate_rng(self.device.type == "cuda"):
+                self._image_shape = self.sample(2, rng=rng).shape[1:]
+        return self._image_shape
 
     # ---- evaluation ------------------------------------------------------------------------------------
 
@@ -233,8 +284,14 @@ class GANModule(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         """Generates as many images as the batch holds."""
-        images = batch if isinstance(batch, Tensor) else batch[0]
-        return self.sample(len(images))
+        if self._real is not None:
+            return self.sample(len(get_tensor(batch, "real", self._real)))
+        sizes = [len(tensor) for _, tensor in tensors_in(batch) if tensor.dim()]
+        if not sizes:
+            raise ValueError(
+                f'real=None: the batch of type {type(batch).__name__} holds no tensor. Name the images, real="...".'
+            )
+        return self.sample(sizes[0])
 
     # ---- saving ----------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -19,10 +19,12 @@ from torch.utils.data import (
 
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.lightning_private import evaluation_loaders, transfer_batch
+from lightning_ddst.utils.nested import Place, find_images, tensors_in
 
 T = TypeVar("T")
 
-_TOLERANCE = 1e-3  # of the range of images
+_WIDE = 0.5  # span of pixels of a generator that is trained
+_TOLERANCE = 1e-3  # of values of images in [-1, 1]
 
 
 def in_turn(own: Iterator[T]) -> Iterator[T]:
@@ -40,22 +42,97 @@ def in_turn(own: Iterator[T]) -> Iterator[T]:
         yield from present
 
 
-def check_range(images: Tensor, whose: str) -> None:
-    """Checks that images ``(n, channels, height, width)`` are in [-1, 1]; accepts NaN, and tensors of other shapes.
+class PixelRange:
+    """Checks and maps the pixels of one set of images ``(n, channels, height, width)``; ignores other shapes and NaN.
 
     Args:
-        images: The images.
-        whose: Their name in the error.
+        whose: Name of the images in errors.
+        allowed: The lowest and highest value that pixels may have; None means -1 and 1.
 
-    Raises:
-        ValueError: If a pixel is outside [-1, 1].
+    Attributes:
+        dark: Whether there were pixels below 0, after `finish`.
     """
-    if images.dim() == 4 and images.numel():
+
+    def __init__(self, whose: str, allowed: tuple[float, float] | None) -> None:
+        self._whose = whose
+        self._allowed = allowed
+        self._seen: tuple[float, float] | None = None
+        self.dark = False
+
+    def check(self, images: Tensor) -> None:
+        """Checks that pixels are in the range, and remembers the lowest and the highest.
+
+        Raises:
+            ValueError: If a pixel is outside the range.
+        """
+        if images.dim() != 4 or not images.numel():
+            return
         low, high = (float(end) for end in torch.aminmax(images))
-        if low < -1 - _TOLERANCE or high > 1 + _TOLERANCE:
+        lowest, highest = self._allowed or (-1, 1)
+        tolerance = _TOLERANCE * (highest - lowest) / 2
+        if low < lowest - tolerance or high > highest + tolerance:
             raise ValueError(
-                f"{whose} have pixels from {low:.4g} to {high:.4g}; images that are compared must be in [-1, 1]."
+                f"{self._whose} have pixels from {low:.4g} to {high:.4g}; images that are compared must be in "
+                f"[{lowest:g}, {highest:g}]. If theirs is another range, give it: value_range=(low, high)."
             )
+        self._seen = (low, high) if self._seen is None else (min(low, self._seen[0]), max(high, self._seen[1]))
+
+    def finish(self, doubt: Literal["none", "bright", "wide"]) -> None:
+        """Checks the pixels of all processes' images together; every process must call it.
+
+        Args:
+            doubt: Images that are taken for images in [0, 1] where no range was given: "bright", all that have no
+                pixel below 0; "wide", only those that also span a half of [0, 1], because an untrained generator
+                makes images of about one value; "none".
+
+        Raises:
+            ValueError: For such images, and if the given range is that of bytes and all pixels are in [0, 1].
+        """
+        seen = [each for each in distributed.all_gather(self._seen) if each is not None]
+        if not seen:
+            return
+        low, high = min(low for low, _ in seen), max(high for _, high in seen)
+        self.dark = low < -_TOLERANCE
+        if self._allowed is None:
+            if doubt == "bright" or (doubt == "wide" and spans_wide(low, high)):
+                check_below_zero(self._whose, low, high)
+        elif self._allowed[1] > 2 and low >= -_TOLERANCE and high <= 1 + _TOLERANCE:
+            raise ValueError(
+                f"value_range=({self._allowed[0]:g}, {self._allowed[1]:g}) does not fit: {self._whose} have pixels "
+                f"from {low:.4g} to {high:.4g}, like images in [0, 1]. Pass value_range=(0, 1)."
+            )
+
+    def mapped(self, images: Tensor) -> Tensor:
+        """Maps images from the range to [-1, 1]."""
+        lowest, highest = self._allowed or (-1, 1)
+        if (lowest, highest) == (-1, 1):
+            return images
+        images = images if images.is_floating_point() else images.float()
+        return (images - lowest) * (2 / (highest - lowest)) - 1
+
+
+def spans_wide(low: float, high: float) -> bool:
+    """Returns whether pixels span as much as a trained generator's; those of an untrained one are about equal."""
+    return high - low >= _WIDE
+
+
+def check_below_zero(whose: str, low: float, high: float) -> None:
+    """Raises a ValueError if images that should be in [-1, 1] have no pixel below 0; accepts NaN."""
+    if low >= -_TOLERANCE:
+        raise ValueError(
+            f"{whose} have pixels from {low:.4g} to {high:.4g}, none below 0, like images in [0, 1]: pass "
+            "value_range=(0, 1). If they are images in [-1, 1], none of them darker than gray, pass "
+            "value_range=(-1, 1)."
+        )
+
+
+def check_value_range(value: tuple[float, float] | None) -> tuple[float, float] | None:
+    """Checks an argument `value_range`: None, or two finite numbers in ascending order."""
+    if value is None:
+        return None
+    if isinstance(value, str) or len(value) != 2 or not -float("inf") < value[0] < value[1] < float("inf"):
+        raise ValueError(f"value_range={value!r} must be two numbers, the lower one first, such as (0, 1) or (-1, 1).")
+    return float(value[0]), float(value[1])
 
 
 class RealImages:
@@ -68,14 +145,18 @@ class RealImages:
 
     Args:
         trainer: A Trainer that is evaluating.
+        real: Place of the images in a batch; None means the only floating-point tensor, or of several the only one
+            shaped like the module's samples.
 
     Attributes:
         datasets: The loaders' data sets.
         count: Number of images in all processes; None if unknown.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, real: Place | None = None) -> None:
         self._trainer = trainer
+        self._real = real
+        self._shape: torch.Size | None = None
         limits = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
         self._loaders = list(zip(evaluation_loaders(trainer), limits, strict=True))
         self.datasets = [getattr(loader, "dataset", loader) for loader, _ in self._loaders]
@@ -91,7 +172,20 @@ class RealImages:
             limited = shared if count is not None or limit == float("inf") else islice(shared, int(limit))
             for batch in limited:
                 batch = transfer_batch(self._trainer, batch, index)
-                yield batch if isinstance(batch, Tensor) else batch[0]
+                yield self._images(batch)
+
+    def _images(self, batch: Any) -> Tensor:
+        first = batch[0] if isinstance(batch, list | tuple) and batch else None
+        floating = any(tensor.is_floating_point() for _, tensor in tensors_in(batch))
+        if self._real is None and not floating and isinstance(first, Tensor):
+            return first  # bytes
+        return find_images(batch, self._real, self._sample_shape, "SampleQuality")
+
+    def _sample_shape(self) -> torch.Size:
+        if self._shape is None:
+            (images,) = islice(sampled(self._trainer.lightning_module, 2 * distributed.get_world_size(), 2, 0), 1)
+            self._shape = images.shape[1:]
+        return self._shape
 
     def same_as(self, datasets: list[Dataset[Any]], count: int | None) -> bool:
         """Returns whether other loaders, with these data sets and this count, return the same images."""

@@ -84,6 +84,32 @@ def resumes_mid_epoch(trainer: Trainer) -> bool:
     return loop.restarted_mid_epoch and not loop.epoch_loop.batch_progress.is_last_batch
 
 
+def recount_batches(trainer: Trainer) -> None:
+    """Corrects the number of batches before the place in the epoch, for a loader whose batches have another size now.
+
+    Lightning saves how many batches of an epoch are done, which is another number in batches of another size. It
+    would end the epoch too early, or without its validation. Call this in `on_train_start`; a second call does
+    nothing. Uses ``_TrainingEpochLoop.batch_progress`` (Lightning 1.5): public by name, but of an internal class.
+
+    Raises:
+        ValueError: If several loaders resume after different numbers of batches.
+    """
+    if not resumes_mid_epoch(trainer):
+        return
+    loaders = train_loaders(trainer)
+    counts: set[int] = {loader.resumed_batches for loader in loaders if getattr(loader, "resumed_batches", None)}
+    if len(counts) > 1:
+        raise ValueError(
+            f"batch_size: the train loaders resume after different numbers of batches, {sorted(counts)}; resume with "
+            "the batch sizes of the checkpoint, or from a checkpoint of an epoch's end."
+        )
+    for count in counts:
+        current = trainer.fit_loop.epoch_loop.batch_progress.current
+        moved = count - current.ready
+        for stage in ("ready", "started", "processed", "completed"):
+            setattr(current, stage, getattr(current, stage) + moved)
+
+
 def renew_train_iterator(trainer: Trainer) -> None:
     """Renews the iterator of the train loaders if Lightning has already made the next epoch's iterator.
 
@@ -91,7 +117,10 @@ def renew_train_iterator(trainer: Trainer) -> None:
     callbacks can restore random states. A fit that resumes in the middle of an epoch, or after its last batch, makes
     another one later. Uses ``_FitLoop._data_fetcher`` (Lightning 1.5) and ``_TrainingEpochLoop.restarted_on_last``
     (2.5).
+
+    It also corrects Lightning's count of batches, see `recount_batches`.
     """
+    recount_batches(trainer)
     loop = trainer.fit_loop
     made_later = resumes_mid_epoch(trainer) or (loop.restarted_mid_epoch and loop.epoch_loop.restarted_on_last)
     if not made_later and loop._data_fetcher is not None:

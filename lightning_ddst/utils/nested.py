@@ -1,9 +1,10 @@
 """Tensors in batches and in networks' outputs: any nesting of mappings, sequences and dataclasses."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Place = str | int
@@ -43,12 +44,98 @@ def get_entry(value: Any, place: Place) -> Any:
         KeyError: If there is no such entry.
     """
     items = {str(name): item for name, item in _items(value).items()}
+    names = getattr(value, "_fields", ()) if isinstance(value, tuple) else ()  # of a named tuple
+    items |= {name: getattr(value, name) for name in names}
     if str(place) in items:  # a key may contain dots
         return items[str(place)]
     key, _, rest = str(place).partition(".")
     if not rest or key not in items:
         raise KeyError(place)
     return get_entry(items[key], rest)
+
+
+def get_tensor(batch: Any, name: str, place: Place) -> Tensor:
+    """Returns the tensor of a batch at the place that an argument names.
+
+    Args:
+        batch: The batch.
+        name: Name of the argument, for the error.
+        place: Its value.
+
+    Raises:
+        ValueError: If there is no tensor at that place.
+    """
+    try:
+        entry = get_entry(batch, place)
+    except KeyError:
+        entry = None
+    if not isinstance(entry, Tensor):
+        raise ValueError(f"{name}={place!r} is no tensor in the batch; it holds {describe_tensors(batch)}.")
+    return entry
+
+
+def find_images(batch: Any, place: Place | None, shape: Callable[[], torch.Size], owner: str) -> Tensor:
+    """Finds the real images in a batch.
+
+    Args:
+        batch: Any nesting of mappings, sequences and dataclasses.
+        place: Place of the real images; None means the only floating-point tensor, or of several the only one of
+            the generator's shape.
+        shape: Returns the shape of one generated image; called for several floating-point tensors only.
+        owner: Name of the class with the argument `real`, for the error.
+
+    Raises:
+        ValueError: If there is no tensor at that place, or not exactly one that could be the real images.
+    """
+    if place is not None:
+        return get_tensor(batch, "real", place)
+    if isinstance(batch, Tensor):
+        return batch
+    found = {name: tensor for name, tensor in tensors_in(batch) if tensor.is_floating_point()}
+    wanted = ""
+    if len(found) > 1:
+        size = shape()
+        found = {name: tensor for name, tensor in found.items() if tensor.shape[1:] == size}
+        wanted = f" of shape (batch, {', '.join(map(str, size))}), like the generator's output,"
+    if len(found) == 1:
+        return next(iter(found.values()))
+    number = f"{len(found)} floating-point tensors" if found else "no floating-point tensor"
+    example = next(iter(found), "...")
+    raise ValueError(
+        f"real=None: the batch holds {number}{wanted} that could be the real images; name them, "
+        f'{owner}(..., real="{example}"). It holds {describe_tensors(batch)}.'
+    )
+
+
+def find_labels(batch: Any, place: Place | None, images: Tensor) -> Tensor | None:
+    """Finds the labels of a batch of images; None if there are none.
+
+    Args:
+        batch: Any nesting of mappings, sequences and dataclasses.
+        place: Place of the labels; None means the second of a list or tuple of two, else the only tensor of integers
+            with one entry per image.
+        images: The real images.
+
+    Raises:
+        ValueError: If there is no tensor at that place, or several could be the labels.
+    """
+    if place is not None:
+        return get_tensor(batch, "labels", place)
+    if isinstance(batch, list | tuple) and len(batch) == 2 and batch[0] is images and isinstance(batch[1], Tensor):
+        return batch[1]
+    found = {
+        name: tensor
+        for name, tensor in tensors_in(batch)
+        if not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+        and tensor.shape == images.shape[:1]
+        and tensor is not images
+    }
+    if len(found) > 1:
+        raise ValueError(
+            f"labels=None: any of the batch's {', '.join(found)} could be the labels; name them, GANModule(..., "
+            f'labels="{next(iter(found))}"), as real="..." names the images. It holds {describe_tensors(batch)}.'
+        )
+    return next(iter(found.values()), None)
 
 
 def _items(value: Any) -> dict[Any, Any]:

@@ -113,6 +113,41 @@ def test_drawing_leaves_training_as_it_is(tmp_path) -> None:
     assert all(torch.equal(value, expected[name]) for name, value in drawn.state_dict().items())
 
 
+class UnitPainter(Painter):
+    """Paints images in [0, 1]."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return (super().forward(z) + 1) / 2
+
+
+def unit_painting() -> GANModule:
+    gan = painting()
+    gan.generator = UnitPainter()
+    return gan
+
+
+def test_samples_from_0_to_1_are_shown_in_their_range(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"samples have pixels from 0\..*, none below 0, .*pass value_range=\(0, 1\)"):
+        grids(tmp_path / "default", SampleGrid(), gan=unit_painting())
+    expected = grids(tmp_path / "signed", SampleGrid())
+    shown = grids(tmp_path / "unit", SampleGrid(value_range=(0, 1)), gan=unit_painting())
+    assert [step for step, _ in shown] == [step for step, _ in expected]
+    for (_, image), (_, other) in zip(shown, expected, strict=True):
+        assert (image.int() - other.int()).abs().max() <= 1
+    (_, bright), *_ = grids(tmp_path / "bright", SampleGrid(value_range=(-1, 1)), gan=unit_painting())
+    assert bright[:, 4, 4].min() >= 127
+
+
+def test_samples_that_become_bright_later_are_shown(tmp_path) -> None:
+    class Brightens(GANModule):
+        def sample(self, n: int, labels: Tensor | None = None, rng: torch.Generator | None = None) -> Tensor:
+            images = super().sample(n, labels, rng)
+            return (images + 1) / 2 if self.generator_updates else images
+
+    gan = Brightens(Painter(), Judge(), generator_optimizer=SGD, discriminator_optimizer=SGD)
+    assert len(grids(tmp_path, SampleGrid(), gan=gan)) == 2
+
+
 @pytest.mark.parametrize("logger", ["none", "csv"])
 def test_without_tensorboard_nothing_is_drawn(logger: str, tmp_path) -> None:
     class Counting(GANModule):
@@ -139,3 +174,8 @@ def test_a_module_that_cannot_be_sampled_from_is_rejected() -> None:
 def test_bad_arguments_are_rejected(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name}={value} must be an integer, at least 1"):
         SampleGrid(**{name: value})
+
+
+def test_a_bad_range_is_rejected() -> None:
+    with pytest.raises(ValueError, match=r"value_range=\(1, 0\) must be two numbers, the lower one first"):
+        SampleGrid(value_range=(1, 0))

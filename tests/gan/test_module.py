@@ -1,4 +1,6 @@
 import copy
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -650,3 +652,117 @@ def test_overridden_losses_are_used() -> None:
     after = gan.state_dict()
     for name in ("generator.0.weight", "discriminator.0.weight"):
         assert not torch.equal(after[name], before[name])
+
+
+# ---- batches of other forms ----------------------------------------------------------------------------
+
+
+def seeded_gan(make=vector_gan, *args, **arguments) -> GANModule:
+    torch.manual_seed(0)
+    return make(*args, **arguments)
+
+
+@dataclass
+class Batch:
+    labels: Tensor
+    images: Tensor
+
+
+class Named(NamedTuple):
+    paths: list
+    image: Tensor
+    label: Tensor
+
+
+def loader_of(*batches) -> DataLoader:
+    return DataLoader(batches, batch_size=None)
+
+
+def others(images: Tensor) -> Tensor:
+    """Other floats that come with the images, such as attributes."""
+    return torch.zeros(len(images), 3)
+
+
+FORMS = {
+    "dict": (lambda x, y: {"path": ["a"] * len(x), "image": x, "label": y}, {}),
+    "labels first": (lambda x, y: (y, x), {}),
+    "paths first": (lambda x, y: (["a"] * len(x), x, y), {}),
+    "list": (lambda x, y: [x, ["a"] * len(x), y], {}),
+    "nested": (lambda x, y: {"views": {"a": x}, "info": [y, y.bool()]}, {}),
+    "dataclass": (lambda x, y: Batch(y, x), {}),
+    "named tuple": (lambda x, y: Named(["a"] * len(x), x, y), {}),
+    "attributes": (lambda x, y: {"attributes": others(x), "image": x, "label": y}, {}),
+    "attributes second": (lambda x, y: (x, others(x), y), {}),
+    "two images": (lambda x, y: {"a": x.flip(0), "b": x, "label": y}, {"real": "b"}),
+    "two images in a tuple": (lambda x, y: (x.flip(0), x, y), {"real": 1}),
+    "a path": (lambda x, y: {"in": [x.flip(0), x], "label": y}, {"real": "in.1"}),
+    "a name": (lambda x, y: Named(x.flip(0), x, y), {"real": "image"}),
+    "two labels": (lambda x, y: {"image": x, "index": y.flip(0), "label": y}, {"labels": "label"}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_images_and_labels_are_found_in_any_batch(form: str) -> None:
+    class Reformed(GANModule):
+        def training_step(self, batch, batch_idx) -> None:
+            super().training_step(FORMS[form][0](*batch), batch_idx)
+
+    arguments = FORMS[form][1]
+    plain = fitted(seeded_gan(conditional_gan), data=labelled_data()).state_dict()
+    reformed = fitted(seeded_gan(conditional_gan, Reformed, **arguments), data=labelled_data()).state_dict()
+    assert all(torch.equal(value, reformed[name]) for name, value in plain.items())
+
+
+@pytest.mark.parametrize(
+    ("batch", "arguments", "message"),
+    [
+        (
+            {"a": torch.zeros(8, PIXELS), "b": torch.zeros(8, PIXELS)},
+            {},
+            r'2 floating-point tensors of shape \(batch, 16\), .* GANModule\(..., real="a"\). It holds a \(8, 16\)',
+        ),
+        ((torch.zeros(8, PIXELS), torch.zeros(8, PIXELS)), {}, r'real="0"\). It holds 0 \(8, 16\) torch.float32, 1'),
+        ({"a": torch.zeros(8, 3), "b": torch.zeros(8, 4)}, {}, "no floating-point tensor of shape .*real=.* holds a"),
+        (
+            {"image": torch.zeros(8, PIXELS).byte()},
+            {},
+            r"no floating-point tensor that .*real=.*image \(8, 16\) torch.u",
+        ),
+        (["a", "b"], {}, "real=None: .* holds no tensor"),
+        ({"a": torch.zeros(8, PIXELS)}, {"real": "b"}, "real='b' is no tensor in the batch; it holds a "),
+        ({"a": ["x"], "b": torch.zeros(8, PIXELS)}, {"real": "a"}, "real='a' is no tensor in the batch; it holds b "),
+    ],
+)
+def test_batches_without_clear_images_are_rejected(batch, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fitted(vector_gan(**arguments), data=loader_of(batch))
+
+
+@pytest.mark.parametrize(
+    ("batch", "arguments", "message"),
+    [
+        (
+            {"image": torch.zeros(8, PIXELS), "a": torch.zeros(8).long(), "b": torch.zeros(8).long()},
+            {},
+            r'labels=None: any of the batch\'s a, b could be the labels; .* GANModule\(..., labels="a"\).*real=',
+        ),
+        ({"image": torch.zeros(8, PIXELS)}, {}, "num_classes=3, but the batch holds no labels.*real="),
+        ({"image": torch.zeros(8, PIXELS)}, {"labels": "label"}, "labels='label' is no tensor in the batch"),
+    ],
+)
+def test_batches_without_clear_labels_are_rejected(batch, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fitted(conditional_gan(**arguments), data=loader_of(batch))
+
+
+def test_finding_images_among_floats_leaves_no_trace() -> None:
+    data = loader_of(*((images, others(images)) for (images,) in toy_data()))
+    plain, other = (fitted(seeded_gan(), DynamicSparsityCallback(0.5), data=each) for each in (toy_data(), data))
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in plain.state_dict().items())
+
+
+def test_prediction_counts_the_images_of_any_batch() -> None:
+    data = [{"path": ["a"] * 5, "image": torch.zeros(5, PIXELS)}, (torch.zeros(3).long(), ["a"] * 3)]
+    assert [len(images) for images in toy_trainer().predict(vector_gan(), loader_of(*data))] == [5, 3]
+    data = [{"image": torch.zeros(5, PIXELS), "latents": torch.zeros(2, 4)}]
+    assert [len(images) for images in toy_trainer().predict(vector_gan(real="latents"), loader_of(*data))] == [2]

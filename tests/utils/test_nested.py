@@ -42,6 +42,7 @@ def test_places_are_keys_indices_or_paths():
     assert get_entry(value, "a.1.b") is TWO
     assert get_entry(value, 3) is get_entry(value, "3") is THREE
     assert get_entry([ONE, TWO], 1) is TWO
+    assert get_entry({"a": Pair(ONE, TWO)}, "a.y") is get_entry(Pair(ONE, TWO), 1) is TWO
     assert get_entry({"a": {"b": ONE}, "a.b": TWO}, "a.b") is TWO  # keys may have dots
     assert get_entry([{"x.png": ONE}], "0.x.png") is ONE
 
