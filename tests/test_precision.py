@@ -92,6 +92,7 @@ def ddst(**arguments: Any) -> DynamicSparsityCallback:
         "explore_interval": EXPLORE_INTERVAL,
         "probe_interval": 1,
         "growth": "seen_gradient",
+        "schedule": "constant",  # so that the last exploration, at the end of the run, replaces weights, too
     }
     return DynamicSparsityCallback(0.3, **defaults | arguments)
 
