@@ -37,6 +37,7 @@ from lightning_ddst.callbacks._support.strategies import (
 from lightning_ddst.callbacks.ema import GeneratorEMA
 from lightning_ddst.callbacks.quality import SampleQuality
 from lightning_ddst.methods import Intervals, Method, Plan, SparseTraining, make_method
+from lightning_ddst.sparsity import find_units
 from lightning_ddst.sparsity.enforcement import OptimizerState
 from lightning_ddst.sparsity.masked import Regrown
 from lightning_ddst.sparsity.units import Initial
@@ -68,7 +69,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
 
     Args:
         generator_density: The generator's density: active over maskable weights, in (0, 1]. All methods but "dense"
-            need it.
+            need it; for N:M masks it is N/M.
         discriminator_density: The discriminator's density: at the start for "dda", "ddst" and "ramp", else the one it
             keeps or reaches. By default the generator's density; 1 for "posthoc".
         method: "dense" (no masks), "static" (masks never change), "sdst" (the generator explores), "dda" (the
@@ -172,6 +173,8 @@ class DynamicSparsityCallback(RunReadings, Callback):
         stop_on_divergence: bool = False,
     ) -> None:
         arguments = dict(locals())
+        if generator_density is None and isinstance(method, str):
+            arguments["generator_density"] = find_units(granularity).fixed_density  # of N:M masks
         self.settings = make_method(method, {name: arguments[name] for name in METHOD_ARGUMENTS})
         self._masking = MaskingOptions(
             generator,

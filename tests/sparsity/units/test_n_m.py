@@ -310,3 +310,8 @@ def test_densities_that_the_pattern_does_not_have_are_rejected():
         DynamicSparsityCallback(0.5, 1.0, method="sdst", granularity="2:4")
     with pytest.raises(ValueError, match=r'granularity="2:4" has only the density 0.5, and method="ddst"'):
         DynamicSparsityCallback(0.5, method="ddst", granularity="2:4")
+
+
+def test_the_density_of_the_pattern_need_not_be_given():
+    sparsity = DynamicSparsityCallback(method="sdst", granularity="1:4")
+    assert (sparsity.generator_density, sparsity.discriminator_density) == (0.25, 0.25)
