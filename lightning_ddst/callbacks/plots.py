@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_ddst.report.runs import source
+from lightning_ddst.report.runs import find_source
 from lightning_ddst.utils.logging import generator_updates, tensorboards
 from lightning_ddst.utils.validation import check_count
 
@@ -42,17 +42,17 @@ class SparsityPlots(Callback):
             updates: Generator updates so far.
         """
         for name, value in values.items():
-            if source(name) is not None:
+            if find_source(name) is not None:
                 points = self._series.setdefault(name, [])
                 if points and points[-1][0] == updates:
                     points.pop()
                 points.append((updates, float(value)))
                 if len(points) > _MOST_POINTS:
-                    self._thin_out(source(name))
+                    self._thin_out(find_source(name))
 
     def _thin_out(self, what: str | None) -> None:
         """Reduces series that are logged together to about half the allowed points, at the same updates."""
-        together = {name: points for name, points in self._series.items() if source(name) == what}
+        together = {name: points for name, points in self._series.items() if find_source(name) == what}
         updates = sorted({update for points in together.values() for update, _ in points})
         width = (updates[-1] - updates[0]) / (_MOST_POINTS // 2)
         last_of_each = {int((update - updates[0]) / width): update for update in updates}

@@ -28,10 +28,10 @@ class ImageFiles(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self._samples[index]
-        return opened(path), label
+        return open_image(path), label
 
 
-def opened(path: str | Path) -> Image.Image:
+def open_image(path: str | Path) -> Image.Image:
     """Reads an image in its own mode; torchvision's loader converts it to RGB, which cuts 16 bits."""
     image = Image.open(path)
     image.load()
@@ -86,7 +86,7 @@ class ImageFolderDataModule(ImageDataModule):
         if paths and self._classes(folder):
             raise ValueError(f"{folder} must hold either images or subfolders of images; it holds both.")
         if self._classes(folder):
-            dataset: Dataset[Any] = ImageFolder(folder, loader=opened)
+            dataset: Dataset[Any] = ImageFolder(folder, loader=open_image)
             return dataset
         if not paths:
             raise ValueError(f"{folder} holds no images ({', '.join(IMG_EXTENSIONS)}) and no subfolders.")

@@ -207,7 +207,7 @@ class ImageDataModule(LightningDataModule):
         return torch.where(flipped[:, None, None, None], images.flip(3), images), labels
 
 
-def fitted(images: Tensor, image_size: int, channels: int) -> Tensor:
+def fit_to_size(images: Tensor, image_size: int, channels: int) -> Tensor:
     """Crops and resizes images to a size and a number of channels.
 
     torchvision's transforms round gray values down and resize bytes in other arithmetic: up to half of the pixels
@@ -266,7 +266,7 @@ class _InMemory(Dataset[Any]):
 
     def __init__(self, dataset: TensorDataset, image_size: int, channels: int) -> None:
         images, self._labels = dataset.tensors
-        self._images = torch.cat([fitted(chunk, image_size, channels) for chunk in images.split(_CHUNK)])
+        self._images = torch.cat([fit_to_size(chunk, image_size, channels) for chunk in images.split(_CHUNK)])
 
     def __len__(self) -> int:
         return len(self._images)
@@ -295,4 +295,4 @@ class _OneByOne(Dataset[Any]):
                 name = getattr(image, "filename", None) or f"image {index}"
                 raise ValueError(f"{name} must have 8 bits per channel; its mode is {image.mode}.")
             image = pil_to_tensor(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-        return fitted(image[None], self._image_size, self._channels)[0], int(label)
+        return fit_to_size(image[None], self._image_size, self._channels)[0], int(label)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from tqdm import trange
 
 from lightning_ddst.data.fashion_mnist import FashionMNISTDataModule
-from lightning_ddst.data.images import batch_of, fitted
+from lightning_ddst.data.images import batch_of, fit_to_size
 from lightning_ddst.metrics.features import FeatureExtractor, seeded
 from lightning_ddst.utils.cache import digest, load_tensors, save_tensors
 from lightning_ddst.utils.validation import check_count
@@ -161,5 +161,5 @@ def trained_fashion_cnn(
         FileNotFoundError: If Fashion-MNIST is not in `root`.
     """
     images, labels = FashionMNISTDataModule(root, image_size).make_dataset(train=True).tensors
-    images, labels = batch_of((fitted(images, image_size, 1), labels))
+    images, labels = batch_of((fit_to_size(images, image_size, 1), labels))
     return trained_classifier(images, labels, epochs, seed, cache, device)

@@ -21,7 +21,7 @@ _OF_A_PAIR = re.compile(
 _OF_SAMPLES = re.compile(rf"(?:{'|'.join(METRICS)})(?:_raw)?/.+")
 
 
-def source(name: str) -> str | None:
+def find_source(name: str) -> str | None:
     """Returns an identifier of a scalar's source, equal for scalars logged together; None if no figure shows it."""
     if found := _OF_A_PAIR.fullmatch(name):
         return f"networks {found['pair'] or ''}"
@@ -82,7 +82,7 @@ def read_run(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
     for accumulator in accumulators:
         for name in accumulator.Tags()["scalars"]:
             series.setdefault(name, {}).update({event.step: event.value for event in accumulator.Scalars(name)})
-    if all(source(name) is None for name in series):
+    if all(find_source(name) is None for name in series):
         found = f"there are {', '.join(series)}" if series else "there are no scalars at all"
         raise ValueError(
             f"the event files in {place} hold nothing that this package logs, such as density/generator or "

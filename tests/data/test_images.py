@@ -9,7 +9,7 @@ from toys import toy_trainer
 
 from lightning_ddst import GANModule, data
 from lightning_ddst.data import ImageDataModule
-from lightning_ddst.data.images import batch_of, fitted
+from lightning_ddst.data.images import batch_of, fit_to_size
 from lightning_ddst.models import SmallDiscriminator, SmallGenerator
 from lightning_ddst.utils import distributed
 
@@ -76,7 +76,7 @@ def test_floats_are_taken_as_they_are():
 
 def test_gray_is_luma():
     colours = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [10, 20, 30]], dtype=torch.uint8)
-    gray = fitted(colours[:, :, None, None], 1, 1)
+    gray = fit_to_size(colours[:, :, None, None], 1, 1)
     assert gray.dtype == torch.uint8
     # 76.245, 149.685, 29.07, 255, 18.15
     assert gray.flatten().tolist() == [76, 150, 29, 255, 18]
@@ -84,32 +84,32 @@ def test_gray_is_luma():
 
 @pytest.mark.parametrize("size", [2, 1])
 def test_the_colours_of_gray_images_are_identical(size):
-    colours = fitted(torch.tensor([[[[7, 7], [7, 7]]]], dtype=torch.uint8), size, 3)
+    colours = fit_to_size(torch.tensor([[[[7, 7], [7, 7]]]], dtype=torch.uint8), size, 3)
     assert colours.tolist() == [[[[7] * size] * size] * 3]
 
 
 def test_halving_is_antialiased():
     rows = torch.tensor([0, 70, 140, 210], dtype=torch.uint8).expand(1, 1, 4, 4)
     # A triangle of the new pixels' width: weights 3/7, 3/7 and 1/7 of what is in the image.
-    assert fitted(rows, 2, 1).tolist() == [[[[50, 160], [50, 160]]]]
-    assert fitted(rows.float() / 210, 2, 1).flatten()[:2].tolist() == pytest.approx([50 / 210, 160 / 210])
+    assert fit_to_size(rows, 2, 1).tolist() == [[[[50, 160], [50, 160]]]]
+    assert fit_to_size(rows.float() / 210, 2, 1).flatten()[:2].tolist() == pytest.approx([50 / 210, 160 / 210])
 
 
 def test_doubling_is_bilinear():
     rows = torch.tensor([0, 100], dtype=torch.uint8).expand(1, 1, 2, 2)
-    assert fitted(rows, 4, 1)[0, 0].tolist() == [[0, 25, 75, 100]] * 4
+    assert fit_to_size(rows, 4, 1)[0, 0].tolist() == [[0, 25, 75, 100]] * 4
 
 
 def test_the_middle_square_is_taken():
     wide = torch.arange(8, dtype=torch.uint8).reshape(1, 1, 2, 4)
-    assert fitted(wide, 2, 1).tolist() == [[[[1, 2], [5, 6]]]]
-    assert fitted(wide.mT, 2, 1).tolist() == [[[[1, 5], [2, 6]]]]
+    assert fit_to_size(wide, 2, 1).tolist() == [[[[1, 2], [5, 6]]]]
+    assert fit_to_size(wide.mT, 2, 1).tolist() == [[[[1, 5], [2, 6]]]]
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 4, 4), (1, 4, 4, 4), (3, 4, 4)])
 def test_other_channels_are_rejected(shape):
     with pytest.raises(ValueError, match=r"images of shape \(.*\) .*\(n, 1 or 3, height, width\)"):
-        fitted(torch.zeros(shape), 4, 3)
+        fit_to_size(torch.zeros(shape), 4, 3)
 
 
 @pytest.mark.parametrize(

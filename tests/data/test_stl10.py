@@ -6,7 +6,7 @@ import torch
 from torchvision.datasets import STL10
 
 from lightning_ddst.data import STL10DataModule
-from lightning_ddst.data.images import fitted
+from lightning_ddst.data.images import fit_to_size
 
 RNG = np.random.default_rng(0)
 IMAGES = {
@@ -61,7 +61,7 @@ def test_the_splits(root, settings, splits):
 
 def test_images_are_halved(root):
     images, _ = compared(root)
-    assert torch.equal(images, fitted(torch.tensor(IMAGES["unlabeled"]), 48, 3) / 127.5 - 1)
+    assert torch.equal(images, fit_to_size(torch.tensor(IMAGES["unlabeled"]), 48, 3) / 127.5 - 1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

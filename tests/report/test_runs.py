@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_ddst.report.runs import by_pair, of_samples, read_run, source
+from lightning_ddst.report.runs import by_pair, find_source, of_samples, read_run
 
 
 def write(folder: Path, scalars: dict[str, list[tuple[int, float]]]) -> None:
@@ -117,4 +117,4 @@ def test_metrics_come_in_their_order() -> None:
     ],
 )
 def test_names_identify_their_source(name: str, expected: str | None) -> None:
-    assert source(name) == expected
+    assert find_source(name) == expected

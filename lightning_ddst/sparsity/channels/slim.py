@@ -10,7 +10,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm as SpectralNormHook
 
 from lightning_ddst.sparsity.channels.dependency_graph import alike, floats_in
 from lightning_ddst.sparsity.channels.groups import Channels
-from lightning_ddst.sparsity.channels.structured_forward import narrowed, widen
+from lightning_ddst.sparsity.channels.structured_forward import narrow, widen
 from lightning_ddst.sparsity.channels.tracing import trace_channels
 from lightning_ddst.sparsity.maskable import TRANSPOSED_LAYERS, maskable_weights
 from lightning_ddst.utils.modules import eval_mode
@@ -58,7 +58,7 @@ def compact(network: nn.Module, *inputs: Any) -> tuple[nn.Module, int, int]:
             continue
         owner, _, attribute = name.rpartition(".")
         module = copy.get_submodule(owner)
-        small = narrowed(tensor, kept[name]).clone()
+        small = narrow(tensor, kept[name]).clone()
         if isinstance(tensor, nn.Parameter):
             module._parameters[attribute] = nn.Parameter(small, tensor.requires_grad)
         else:

@@ -13,7 +13,7 @@ Kept = Mapping[str, Mapping[int, Tensor]]
 """The remaining indices, int64, by the name of a parameter or buffer and by each dimension that gets smaller."""
 
 
-def narrowed(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+def narrow(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     """Returns the remaining part of a tensor; indices may be on any device, gradients flow to the full tensor."""
     for dim, index in kept.items():
         tensor = tensor.index_select(dim, index.to(tensor.device))
@@ -48,7 +48,7 @@ class StructuredForward:
             return self._body(*args, **kwargs)
         parameters, buffers = dict(self._network.named_parameters()), dict(self._network.named_buffers())
         held = parameters | buffers
-        cut = {name: narrowed(held[name], kept) for name, kept in self._kept.items()}
+        cut = {name: narrow(held[name], kept) for name, kept in self._kept.items()}
         output = self._body.call_with(cut, *args, **kwargs)
         for name in cut.keys() & buffers.keys():  # BatchNorm's statistics, spectral norm's vectors
             ((dim, index),) = self._kept[name].items()

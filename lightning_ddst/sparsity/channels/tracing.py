@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_ddst.sparsity.channels.dependency_graph import alike, floats_in, trace
 from lightning_ddst.sparsity.channels.groups import Channels
-from lightning_ddst.sparsity.channels.structured_forward import RawForward, narrowed
+from lightning_ddst.sparsity.channels.structured_forward import RawForward, narrow
 from lightning_ddst.sparsity.maskable import maskable_weights
 from lightning_ddst.sparsity.sharding import is_split
 from lightning_ddst.utils.modules import eval_mode
@@ -89,7 +89,7 @@ def _agrees(
         return False  # the group has only one channel
     kept = channels.kept(active)
     zeroed = _zeroed(network, drawn, channels, active)
-    cut = zeroed | {name: narrowed(zeroed[name], dims) for name, dims in kept.items()}
+    cut = zeroed | {name: narrow(zeroed[name], dims) for name, dims in kept.items()}
     try:
         there, here = (_outputs(network, tensors, inputs) for tensors in (zeroed, cut))
     except Exception:  # the user's code may use a fixed shape
