@@ -315,6 +315,8 @@ class DynamicSparsityCallback(RunReadings, Callback):
         if loads_late(trainer):
             self._begin(trainer, pl_module)
         if self._resumed is not None and self._pending is not None:
+            if self._training is not None and self._length.resume(trainer):
+                self._training.schedule(self._planned())
             self._pending.load_state_dict(self._resumed["pending_gradients"])
             resume_randomness(trainer, self._resumed["random"])
         self._resumed = None

@@ -98,6 +98,19 @@ def test_with_more_epochs_schedules_extend_over_the_new_length(method, tmp_path)
     assert all(abs(later - earlier) <= 0.16 for earlier, later in pairwise(densities))
 
 
+def test_the_new_length_counts_from_the_first_update_on(tmp_path):
+    _, checkpoint = saved_run(tmp_path, method="ramp", interval=1)
+    sparsity = DynamicSparsityCallback(0.25, method="ramp", interval=1, max_discriminator_density=0.5)
+    densities = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, *args):
+            densities.append((sparsity.plan.updates, sparsity.decisions[-1][1].reason))
+
+    toy_trainer(sparsity, Watch(), epochs=4).fit(ToyGAN(), toy_data(), ckpt_path=checkpoint)
+    assert densities[0] == (40, "52% of the run is done")  # the 21st of 40 updates
+
+
 @pytest.mark.parametrize(
     ("argument", "value"), [("interval", 7), ("explore_interval", 3), ("bounds", (0.1, 0.2)), ("growth", "random")]
 )

@@ -48,7 +48,7 @@ class RunLength:
         self.reference: int | None = None
         self._since: _Progress | None = None  # the rate is that since then
         self._middle: _Progress | None = None
-        self._seen = 0
+        self._last: _Progress | None = None  # the last observation
         self._ask_at = 0
 
     def observe(self, trainer: Trainer, updates: int) -> bool:
@@ -57,23 +57,28 @@ class RunLength:
         Returns:
             Whether the length became known or changed.
         """
-        if updates == self._seen:
+        if updates == (self._last.updates if self._last else 0):
             return False  # a batch without a generator update
-        self._seen = updates
-        timer = next((c for c in trainer.callbacks if isinstance(c, Timer)), None)  # type: ignore[attr-defined]
-        seconds = 0.0 if timer is None else timer.time_elapsed()
-        now = _Progress(updates, trainer.fit_loop.total_batch_idx + 1, trainer.global_step, seconds)
+        now = self._last = _measure_progress(trainer, updates)
         if self._since is None or self._middle is None:
             self._since = self._middle = now
             return False
         if now.updates >= 2 * self._middle.updates:
             self._since, self._middle = self._middle, now
-        return self._estimate(trainer, self._since, now, timer)
+        return now.updates >= self._ask_at and self._estimate(trainer, self._since, now)
 
-    def _estimate(self, trainer: Trainer, since: _Progress, now: _Progress, timer: Timer | None) -> bool:
-        if now.updates < self._ask_at:
+    def resume(self, trainer: Trainer) -> bool:
+        """Estimates the length of a resumed run, whose Trainer may have other limits, before its first batch.
+
+        Returns:
+            Whether the length changed.
+        """
+        if not self.known or self._since is None or self._last is None:
             return False
-        estimate = _extrapolate(trainer, since, now, None if timer is None else timer.time_remaining())
+        return self._estimate(trainer, self._since, self._last)
+
+    def _estimate(self, trainer: Trainer, since: _Progress, now: _Progress) -> bool:
+        estimate = _extrapolate(trainer, since, now)
         if distributed.is_distributed():
             self._ask_at = now.updates + now.updates // _ASKED_EVERY
             estimate = distributed.broadcast(estimate)
@@ -89,18 +94,30 @@ class RunLength:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the estimate and what it is made from; loads with ``weights_only=True``."""
-        points = {name: point and asdict(point) for name, point in (("since", self._since), ("middle", self._middle))}
+        held = {"since": self._since, "middle": self._middle, "last": self._last}
+        points = {name: point and asdict(point) for name, point in held.items()}
         lengths = {"known": self.known, "updates": self.updates, "reference": self.reference}
-        return lengths | points | {"seen": self._seen, "ask_at": self._ask_at}
+        return lengths | points | {"ask_at": self._ask_at}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the state returned by `state_dict`."""
         self.known, self.updates, self.reference = state["known"], state["updates"], state["reference"]
-        self._since, self._middle = (_Progress(**state[n]) if state[n] else None for n in ("since", "middle"))
-        self._seen, self._ask_at = state["seen"], state["ask_at"]
+        points = (_Progress(**state[name]) if state[name] else None for name in ("since", "middle", "last"))
+        self._since, self._middle, self._last = points
+        self._ask_at = state["ask_at"]
 
 
-def _extrapolate(trainer: Trainer, since: _Progress, now: _Progress, seconds_left: float | None) -> int | None:
+def _find_timer(trainer: Trainer) -> Timer | None:
+    return next((c for c in trainer.callbacks if isinstance(c, Timer)), None)  # type: ignore[attr-defined]
+
+
+def _measure_progress(trainer: Trainer, updates: int) -> _Progress:
+    timer = _find_timer(trainer)
+    seconds = 0.0 if timer is None else timer.time_elapsed()
+    return _Progress(updates, trainer.fit_loop.total_batch_idx + 1, trainer.global_step, seconds)
+
+
+def _extrapolate(trainer: Trainer, since: _Progress, now: _Progress) -> int | None:
     """Returns the number of generator updates at the limit that is reached first; None without a limit."""
     made = now.updates - since.updates
     lengths = []
@@ -111,6 +128,8 @@ def _extrapolate(trainer: Trainer, since: _Progress, now: _Progress, seconds_lef
     if (trainer.max_epochs or -1) > 0 and trainer.num_training_batches != float("inf"):
         batches = int((trainer.max_epochs or 0) * trainer.num_training_batches)
         lengths.append(now.updates + (batches - now.batches) * made // max(now.batches - since.batches, 1))
+    timer = _find_timer(trainer)
+    seconds_left = None if timer is None else timer.time_remaining()
     if seconds_left is not None and now.seconds > since.seconds:
         lengths.append(now.updates + int(seconds_left * made / (now.seconds - since.seconds)))
     return max(now.updates, min(lengths)) if lengths else None
