@@ -13,10 +13,12 @@ USUAL_NAMES = {
 }
 """Attributes to try, in order, if no name is given."""
 _WRITERS = {
+    "WeightAveraging": "does not respect changing masks: its average makes every weight that was ever active "
+    "non-zero, averages the discriminator too, and counts the steps of both optimizers.",
     "StochasticWeightAveraging": "writes averages into the weights at the end, outside the masks.",
     "ModelPruning": "replaces the weights by masked copies, which these masks do not reach.",
 }
-"""Callbacks of Lightning that change weights or how they are stored."""
+"""Callbacks of Lightning that average or change weights without the masks, and the reason to reject each."""
 
 
 def find_network(module: nn.Module, role: str, name: str | None) -> nn.Module:
@@ -77,12 +79,6 @@ def refuse_other_averages(trainer: Trainer, module: nn.Module, generator: nn.Mod
     """
     instead = "`GeneratorEMA` averages only the generator and respects masks; use it instead."
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if any(kind.__name__ == "WeightAveraging" for kind in type(callback).__mro__):
-            raise ValueError(
-                f"{type(callback).__name__} does not respect changing masks: its average makes every weight that was "
-                "ever active non-zero, averages the discriminator too, and counts the steps of both optimizers. "
-                f"{instead}"
-            )
         for kind in type(callback).__mro__:
             if kind.__name__ in _WRITERS:
                 raise ValueError(f"{type(callback).__name__} {_WRITERS[kind.__name__]} {instead}")
