@@ -10,7 +10,7 @@ import lightning_ddst
 PACKAGE = Path(lightning_ddst.__file__).parent
 ROOMS = (
     *("cli", "callbacks", "gan", "report", "export", "models", "metrics"),
-    *("data", "methods", "balance", "sparsity", "utils"),
+    *("data", "attached", "methods", "balance", "sparsity", "utils"),
 )
 FORMER = {"plots", "runs", "speed", "losses", "augmentation", "module"}
 """Former import paths, which import their new ones and are imported by nothing."""

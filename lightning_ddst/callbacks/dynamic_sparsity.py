@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_ddst.balance.ratio import Estimator
-from lightning_ddst.callbacks._support.checks import (
+from lightning_ddst.attached.checks import (
     check_checkpoint,
     check_finite_weights,
     check_separate,
@@ -22,9 +22,9 @@ from lightning_ddst.callbacks._support.checks import (
     warn_of_raw_optimizers,
 )
 from lightning_ddst.callbacks._support.folders import check_folders
-from lightning_ddst.callbacks._support.options import MaskingOptions, MeasuringOptions, list_arguments
-from lightning_ddst.callbacks._support.pending_gradients import PendingGradients
-from lightning_ddst.callbacks._support.readings import RunReadings
+from lightning_ddst.attached.options import MaskingOptions, MeasuringOptions, list_arguments
+from lightning_ddst.attached.pending_gradients import PendingGradients
+from lightning_ddst.attached.readings import RunReadings
 from lightning_ddst.callbacks._support.reporting import RunReport, hparams, write_custom_scalars
 from lightning_ddst.callbacks._support.rng import random_states, resume_randomness
 from lightning_ddst.callbacks._support.run_length import RunLength

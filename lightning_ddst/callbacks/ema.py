@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ddst.callbacks._support.checks import is_same
+from lightning_ddst.attached.checks import is_same
 from lightning_ddst.sparsity import find_optimizers, has_updated
 from lightning_ddst.sparsity.averaging import BufferHandling, WeightAverage, average_states
 from lightning_ddst.utils.checkpoints import AVERAGES
