@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim import Adam
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_ddst.callbacks.dynamic_sparsity import METHOD_ARGUMENTS
+from lightning_ddst.attached.options import METHOD_ARGUMENTS
 from lightning_ddst.methods.base import unused_arguments
 
 PIXELS = 16

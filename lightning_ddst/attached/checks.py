@@ -3,16 +3,16 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from lightning_ddst.balance import ScoresItself
-from lightning_ddst.methods import Method, SparseTraining
+from lightning_ddst.methods import Method
 from lightning_ddst.methods.masked_pair import MaskedPair
 from lightning_ddst.sparsity.sharding import local_part
+from lightning_ddst.utils import distributed
 
 
-def check_separate(pair: MaskedPair, others: Iterable[MaskedPair], module: LightningModule) -> None:
+def check_separate(pair: MaskedPair, others: Iterable[MaskedPair], module: nn.Module) -> None:
     """Checks that several pairs of one module share no weights and can be measured separately.
 
     Raises:
@@ -29,35 +29,6 @@ def check_separate(pair: MaskedPair, others: Iterable[MaskedPair], module: Light
         for role, network in other.networks.items():
             if any(id(parameter) in own for parameter in network.parameters.values()):
                 raise ValueError(f"two DynamicSparsityCallbacks mask the same {role}; each weight has one mask.")
-
-
-def check_checkpoint(saved: Mapping[str, Any], key: str, method: Method, *, needs_masks: bool) -> None:
-    """Checks that a run can resume from a checkpoint.
-
-    Args:
-        saved: The states of callbacks in the checkpoint, by their keys.
-        key: The key of the callback that resumes.
-        method: The method of the callback that resumes.
-        needs_masks: Whether the checkpoint must hold masks.
-
-    Raises:
-        ValueError: If another method's run saved the checkpoint, or it holds no masks.
-    """
-    before = saved.get(key, {}).get("method", method.name)
-    if before != method.name:
-        raise ValueError(
-            f'the checkpoint is of a run with method="{before}", and this one has method="{method.name}". To '
-            "start another run from its weights, load them into the module and fit without ckpt_path."
-        )
-    if saved.get(key) or not needs_masks:
-        return
-    others = [other for other in saved if other.startswith(key.partition("{")[0])]
-    raise ValueError(
-        f"the checkpoint holds no masks for {key}"
-        + (f", but for {', '.join(others)}. Name the same networks as in that run." if others else ".")
-        + ' To start from its dense networks, set initial_masks="magnitude"; to start from its weights with '
-        "random masks, load them into the module and fit without ckpt_path."
-    )
 
 
 _FIXED = ("generator_density", "discriminator_density", "granularity", "dense_layers", "layer_densities")
@@ -86,7 +57,7 @@ def check_settings(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None
             )
     if changed:
         words = ", ".join(f"{name}={value!r} (before: {saved.get(name)!r})" for name, value in changed.items())
-        rank_zero_warn(f"the run resumes with other settings: {words}.")
+        distributed.warn(f"the run resumes with other settings: {words}.")
 
 
 def check_finite_weights(pair: MaskedPair) -> None:
@@ -101,19 +72,21 @@ def check_finite_weights(pair: MaskedPair) -> None:
                 raise ValueError(f"the {role}'s {name!r} has values that are not finite before training starts.")
 
 
-def check_unlimited(method: Method, training: SparseTraining) -> None:
+def check_unlimited(method: Method, reason: str) -> None:
     """Checks that a method works in a run of unknown length, and warns that the exploration rate stays constant.
+
+    Args:
+        method: The method.
+        reason: Why the length is unknown.
 
     Raises:
         ValueError: If the method needs the run's length.
     """
-    unknown = (
-        "none of max_epochs, max_steps and max_time limits this run, so its length in generator updates is unknown"
-    )
+    unknown = f"{reason}, so its length in generator updates is unknown"
     if method.needs_run_length:
         raise ValueError(f'{unknown}, and method="{method.name}" needs the run\'s length.')
-    if training.mask_updates:
-        rank_zero_warn(f"{unknown}: the exploration rate stays constant.")
+    if method.mask_updates():
+        distributed.warn(f"{unknown}: the exploration rate stays constant.")
 
 
 def is_same(ones: Sequence[object], others: Sequence[object]) -> bool:
@@ -145,13 +118,3 @@ def check_unchanged(pair: MaskedPair) -> None:
                 f"something else than the optimizers wrote into inactive weights of the {role}: {', '.join(written)}. "
                 "A callback or the module does, after the step; masks and densities no longer hold."
             )
-
-
-def warn_of_raw_optimizers() -> None:
-    """Warns that Lightning does not count optimizer steps."""
-    rank_zero_warn(
-        "the generator was updated but Trainer.global_step is still 0: the training step steps torch's own "
-        "optimizers (trainer.optimizers, self.optimizers(use_pl_optimizer=False)), which Lightning does not "
-        "count. ModelCheckpoint saves nothing until the run ends, and max_steps does not end it. Step the optimizers "
-        "that self.optimizers() returns."
-    )

@@ -1,25 +1,35 @@
-"""Options of masking and measuring: they find and mask a module's two networks, and make the probe."""
+"""Options of a run: its method, and how two networks of a module are found, masked and measured."""
 
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
+import torch
 from torch import nn
 
 from lightning_ddst.balance import BalanceProbe, ScoresItself
 from lightning_ddst.balance.ratio import ESTIMATORS, Estimator
-from lightning_ddst.methods import Method, Role
+from lightning_ddst.methods import Intervals, Method, Role, make_method
 from lightning_ddst.methods.masked_pair import MaskedPair
 from lightning_ddst.sparsity import MaskedNetwork, find_units, maskable_weights
 from lightning_ddst.sparsity.enforcement import OptimizerState
 from lightning_ddst.sparsity.layer_patterns import matches, name_of_layer
 from lightning_ddst.sparsity.masked import REGROWN, Regrown
 from lightning_ddst.sparsity.units import INITIAL, Initial
+from lightning_ddst.utils import distributed
 from lightning_ddst.utils.example_inputs import infer_inputs
 from lightning_ddst.utils.nested import Place
 from lightning_ddst.utils.networks import check_not_shared, find_network, name_in
 from lightning_ddst.utils.validation import check_choice
+
+METHOD_ARGUMENTS = (
+    *("generator_density", "discriminator_density", "signal", "bounds", "delta"),
+    *("min_discriminator_density", "max_discriminator_density", "exploration_rate", "schedule"),
+)
+"""Arguments of the method; None means the method's own default."""
+UNITS_ARGUMENTS = ("growth", "distribution", "scope", "layer_floor", "layer_densities")
+"""Arguments of the granularity; None means its own default."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +194,84 @@ class MeasuringOptions:
             discriminator_output=self.discriminator_output,
             module=pair.module if isinstance(pair.module, ScoresItself) else None,
         )
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The options of a run.
+
+    Attributes:
+        method: The method with its arguments.
+        masking: Options of masking.
+        measuring: Options of measuring.
+        intervals: The requested intervals.
+        seed: Seed of the masks; None means torch's initial seed.
+
+    Raises:
+        ValueError: If options do not suit each other.
+    """
+
+    method: Method
+    masking: MaskingOptions
+    measuring: MeasuringOptions
+    intervals: Intervals
+    seed: int | None
+
+    def __post_init__(self) -> None:
+        """Checks the options together."""
+        self.masking.check_method(self.method)
+        if not self.measured and self.method.needs_balance:
+            raise ValueError(f'probe_interval=None measures no balance ratio, which method="{self.method.name}" needs.')
+
+    @classmethod
+    def of_arguments(cls, arguments: Mapping[str, Any]) -> "RunOptions":
+        """Makes the options from the flat arguments of `DynamicSparsityCallback`.
+
+        Args:
+            arguments: All arguments by name.
+
+        Raises:
+            ValueError: For an argument outside the allowed range, or one that the method or granularity does not have.
+        """
+        of_method = {name: arguments[name] for name in METHOD_ARGUMENTS}
+        if of_method["generator_density"] is None and isinstance(arguments["method"], str):
+            of_method["generator_density"] = find_units(arguments["granularity"]).fixed_density  # of N:M masks
+        method = make_method(arguments["method"], of_method)
+        units = {name: arguments[name] for name in UNITS_ARGUMENTS if arguments[name] is not None}
+        masking = {field.name: arguments[field.name] for field in fields(MaskingOptions) if field.name != "units"}
+        measuring = {field.name: arguments[field.name] for field in fields(MeasuringOptions)}
+        intervals = {field.name: arguments[field.name] for field in fields(Intervals)}
+        return cls(
+            method,
+            MaskingOptions(**masking, units=units),
+            MeasuringOptions(**measuring),
+            Intervals(**intervals),
+            arguments["seed"],
+        )
+
+    @property
+    def measured(self) -> bool:
+        """Whether the balance ratio is measured."""
+        return self.intervals.probe_interval is not None
+
+    def mask(self, module: nn.Module, saved: Mapping[str, Any] | None = None) -> MaskedPair:
+        """Masks the two networks of a module.
+
+        Args:
+            module: The module that holds both networks.
+            saved: The state returned by `MaskedPair.state_dict`, to resume from; None for new masks.
+
+        Raises:
+            ValueError: If a network is not found, or cannot be masked at its density.
+        """
+        # All processes use one seed: they hold the same weights, and must set the same ones to 0.
+        seed = distributed.broadcast(torch.initial_seed() if self.seed is None else self.seed)
+        return self.masking.mask(module, self.method, seed, saved)
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments that a resumed run is compared with; loads with ``weights_only=True``."""
+        options = (self.method, self.masking, self.measuring, self.intervals)
+        return {name: value for each in options for name, value in list_arguments(each).items()}
 
 
 def list_arguments(options: Any) -> dict[str, Any]:

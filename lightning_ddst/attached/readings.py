@@ -5,8 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_ddst.attached.hooks import AttachedTraining
+from lightning_ddst.attached.options import RunOptions
 from lightning_ddst.balance import Balance, Decision
-from lightning_ddst.methods import Intervals, Method, Plan, Role, SparseTraining
+from lightning_ddst.methods import Method, Plan, Role, SparseTraining
 from lightning_ddst.methods.base import ROLES
 from lightning_ddst.methods.masked_pair import MaskedPair, density_of, saved_masks
 from lightning_ddst.sparsity import LayerFlops, MaskedNetwork
@@ -14,17 +16,17 @@ from lightning_ddst.utils.validation import check_choice
 
 
 class RunReadings:
-    """The properties of `DynamicSparsityCallback` that can be read before, during and after a run.
+    """The properties of a sparse run that can be read before, during and after it."""
 
-    Attributes:
-        settings: The method with its arguments.
-    """
-
-    settings: Method
-    _intervals: Intervals
+    _options: RunOptions
     _pair: MaskedPair | None = None
-    _training: SparseTraining | None = None
+    _attached: AttachedTraining | None = None
     _saved: Mapping[str, Any] | None = None  # the state that fit will resume from
+
+    @property
+    def settings(self) -> Method:
+        """The method with its arguments."""
+        return self._options.method
 
     @property
     def method(self) -> str:
@@ -33,12 +35,12 @@ class RunReadings:
 
     @property
     def generator_density(self) -> float:
-        """The generator's current density; its initial density before the callback has masked it."""
+        """The generator's current density; its initial density before it is masked."""
         return self._density("generator")
 
     @property
     def discriminator_density(self) -> float:
-        """The discriminator's current density; its initial density before the callback has masked it."""
+        """The discriminator's current density; its initial density before it is masked."""
         return self._density("discriminator")
 
     def masks(self, network: Role) -> dict[str, Tensor]:
@@ -59,7 +61,7 @@ class RunReadings:
     @property
     def balance(self) -> Balance | None:
         """The balance in the current window, with its parts; None if it is not measured."""
-        if self._training is None or self._intervals.probe_interval is None:
+        if self._training is None or not self._options.measured:
             return None
         return self._training.balance
 
@@ -120,6 +122,10 @@ class RunReadings:
             return self._pair.networks[role].density
         masks = self.masks(role)
         return density_of(masks) if masks else self.settings.initial_densities[role]
+
+    @property
+    def _training(self) -> SparseTraining | None:
+        return None if self._attached is None else self._attached.training
 
     @property
     def _fitted(self) -> MaskedPair:

@@ -3,29 +3,23 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
-from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from lightning_ddst.balance.ratio import Estimator
 from lightning_ddst.attached.checks import (
-    check_checkpoint,
-    check_finite_weights,
     check_separate,
     check_settings,
     check_unchanged,
     check_unlimited,
     is_same,
-    warn_of_raw_optimizers,
 )
-from lightning_ddst.callbacks._support.folders import check_folders
-from lightning_ddst.attached.options import MaskingOptions, MeasuringOptions, list_arguments
-from lightning_ddst.attached.pending_gradients import PendingGradients
+from lightning_ddst.attached.hooks import AttachedTraining
+from lightning_ddst.attached.options import RunOptions
 from lightning_ddst.attached.readings import RunReadings
-from lightning_ddst.callbacks._support.reporting import RunReport, hparams, write_custom_scalars
+from lightning_ddst.balance.ratio import Estimator
+from lightning_ddst.callbacks._support.folders import check_folders
+from lightning_ddst.callbacks._support.reporting import TrainerReport, hparams, write_custom_scalars
 from lightning_ddst.callbacks._support.rng import random_states, resume_randomness
 from lightning_ddst.callbacks._support.run_length import RunLength
 from lightning_ddst.callbacks._support.strategies import (
@@ -34,26 +28,17 @@ from lightning_ddst.callbacks._support.strategies import (
     loads_late,
     make_unscaler,
 )
+from lightning_ddst.callbacks._support.trainer_checks import check_checkpoint, warn_of_raw_optimizers
 from lightning_ddst.callbacks.ema import GeneratorEMA
 from lightning_ddst.callbacks.quality import SampleQuality
-from lightning_ddst.methods import Intervals, Method, Plan, SparseTraining, make_method
-from lightning_ddst.sparsity import find_units
+from lightning_ddst.methods import Method, Plan, SparseTraining
 from lightning_ddst.sparsity.enforcement import OptimizerState
 from lightning_ddst.sparsity.masked import Regrown
 from lightning_ddst.sparsity.units import Initial
 from lightning_ddst.utils import distributed
-from lightning_ddst.utils.compilation import uncompiled
 from lightning_ddst.utils.lightning_private import state_key
 from lightning_ddst.utils.nested import Place
 from lightning_ddst.utils.networks import name_in, refuse_other_averages
-
-METHOD_ARGUMENTS = (
-    *("generator_density", "discriminator_density", "signal", "bounds", "delta"),
-    *("min_discriminator_density", "max_discriminator_density", "exploration_rate", "schedule"),
-)
-"""Arguments of the method; None means the method's own default."""
-UNITS_ARGUMENTS = ("growth", "distribution", "scope", "layer_floor", "layer_densities")
-"""Arguments of the granularity; None means its own default."""
 
 
 class DynamicSparsityCallback(RunReadings, Callback):
@@ -172,35 +157,12 @@ class DynamicSparsityCallback(RunReadings, Callback):
         seed: int | None = None,
         stop_on_divergence: bool = False,
     ) -> None:
-        arguments = dict(locals())
-        if generator_density is None and isinstance(method, str):
-            arguments["generator_density"] = find_units(granularity).fixed_density  # of N:M masks
-        self.settings = make_method(method, {name: arguments[name] for name in METHOD_ARGUMENTS})
-        self._masking = MaskingOptions(
-            generator,
-            discriminator,
-            granularity,
-            initial_masks,
-            regrown,
-            optimizer_state,
-            dense_layers,
-            {name: arguments[name] for name in UNITS_ARGUMENTS if arguments[name] is not None},
-        )
-        self._masking.check_method(self.settings)
-        self._measuring = MeasuringOptions(real, discriminator_output, estimator)
-        self._intervals = Intervals(interval, explore_interval, probe_interval)
-        if probe_interval is None and self.settings.needs_balance:
-            raise ValueError(f'probe_interval=None measures no balance ratio, which method="{self.method}" needs.')
-        self._seed = seed
+        self._options = RunOptions.of_arguments(locals())
         self._stop_on_divergence = stop_on_divergence
         self._length = RunLength()
-        self._report: RunReport | None = None
-        self._pending: PendingGradients | None = None
+        self._report: TrainerReport | None = None
         self._resumed: Mapping[str, Any] | None = None  # the state that fit resumes from, until training starts
         self._evaluates = False  # whether the checkpoint that is loaded is for an evaluation
-        self._handles: list[RemovableHandle] = []
-        self._batch: Any = None
-        self._in_batch = False
         self._warned_of_raw_optimizers = False
 
     # ---- attaching -----------------------------------------------------------------------------------
@@ -214,11 +176,8 @@ class DynamicSparsityCallback(RunReadings, Callback):
         Raises:
             ValueError: If a network is not found, or cannot be masked at its density.
         """
-        # All processes use one seed: they hold the same weights, and must set the same ones to 0.
-        seed = distributed.broadcast(torch.initial_seed() if self._seed is None else self._seed)
         self._pair = None
-        saved = None if self._saved is None else self._saved["networks"]
-        self._pair = self._masking.mask(module, self.settings, seed, saved)
+        self._pair = self._options.mask(module, None if self._saved is None else self._saved["networks"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that masks work under the Trainer's strategy."""
@@ -241,45 +200,28 @@ class DynamicSparsityCallback(RunReadings, Callback):
         if self._saved is not None or self._module is not pl_module:
             self.attach(pl_module)
         pair = self._fitted
-        for network in pair.networks.values():
-            if distributed.is_distributed():  # an earlier call of attach may have drawn other masks in each process
-                network.load_state_dict(distributed.broadcast(network.state_dict()))
-            network.to_weights()
-        if self._saved is None:
-            check_finite_weights(pair)
-        mask_updates = self.settings.mask_updates()
         generator = pair.networks["generator"]
-        if any("generator" in each.roles and (each.resizes or generator.density < 1) for each in mask_updates):
+        changes = [each for each in self.settings.mask_updates() if "generator" in each.roles]
+        if any(each.resizes or generator.density < 1 for each in changes):
             refuse_other_averages(trainer, pl_module, generator.network)
         others = self._others(trainer)
         check_separate(pair, [other._fitted for other in others if other._module is pl_module], pl_module)
         self._length = RunLength()
-        measured = self._intervals.probe_interval is not None
-        self._training = SparseTraining(
-            generator,
-            pair.networks["discriminator"],
+        if self._saved is not None:
+            self._length.load_state_dict(self._saved["length"])
+        self._attached = AttachedTraining(
+            pair,
+            self._options,
             trainer.optimizers,
-            mask_updates,
-            probe=self._measuring.probe(pair) if measured else None,
-            estimator=self._measuring.estimator,
             plan=self._planned(),
             unscaled=make_unscaler(trainer),
-            optimizer_state=self._masking.optimizer_state,
+            after_update=lambda rewound: self._after_update(trainer, rewound),
+            state=self._saved,
         )
-        self._pending = PendingGradients(trainer.optimizers)
-        if self._saved is not None:
-            self._training.load_state_dict(self._saved["training"])
-            self._length.load_state_dict(self._saved["length"])
-            self._training.schedule(self._planned())
-            self._saved = None
-        self._training.check_ranks()
-        for optimizer in self._training.generator_optimizers:
-            self._handles += [
-                optimizer.register_step_pre_hook(lambda stepping, *_: self._before_step(stepping)),
-                optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(trainer, stepped)),
-            ]
-        prefix, stops = self._prefix(trainer), self._stop_on_divergence
-        self._report = RunReport(self.settings, pair, self._training, prefix=prefix, measured=measured, stops=stops)
+        self._saved = None
+        self._report = TrainerReport(
+            trainer, self._options, self._attached, prefix=self._prefix(trainer), stops=self._stop_on_divergence
+        )
         if all(other._module is pl_module for other in others):  # the other pairs are attached already
             arguments = {each._prefix(trainer): each._hparams() for each in (self, *others)}
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -291,7 +233,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
         return None if self._pair is None else self._pair.module
 
     def _hparams(self) -> dict[str, float | str]:
-        return hparams(self.settings, self._masking.granularity, self._fitted.networks["generator"].growth)
+        return hparams(self.settings, self._options.masking.granularity, self._fitted.networks["generator"].growth)
 
     def _others(self, trainer: Trainer) -> list["DynamicSparsityCallback"]:
         """Returns the callbacks of the other pairs of networks."""
@@ -306,7 +248,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
 
     def _planned(self) -> Plan:
         length = self._length
-        return Plan.for_run(self._intervals, length.updates, known=length.known, reference=length.reference)
+        return Plan.for_run(self._options.intervals, length.updates, known=length.known, reference=length.reference)
 
     # ---- training --------------------------------------------------------------------------------------
 
@@ -314,10 +256,10 @@ class DynamicSparsityCallback(RunReadings, Callback):
         """Restores gradients and random states, which the Trainer would have changed earlier."""
         if loads_late(trainer):
             self._begin(trainer, pl_module)
-        if self._resumed is not None and self._pending is not None:
-            if self._training is not None and self._length.resume(trainer):
-                self._training.schedule(self._planned())
-            self._pending.load_state_dict(self._resumed["pending_gradients"])
+        if self._resumed is not None and self._attached is not None:
+            if self._length.resume(trainer):
+                self._attached.training.schedule(self._planned())
+            self._attached.pending.load_state_dict(self._resumed["pending_gradients"])
             resume_randomness(trainer, self._resumed["random"])
         self._resumed = None
 
@@ -325,7 +267,8 @@ class DynamicSparsityCallback(RunReadings, Callback):
         """Remembers the batch, which holds the real images, and follows optimizers that were made anew."""
         if self._training is not None and not is_same(self._training.optimizers, trainer.optimizers):
             self._follow_optimizers(trainer, pl_module)
-        self._batch, self._in_batch = batch, True
+        if self._attached is not None:
+            self._attached.begin_batch(batch)
 
     def _follow_optimizers(self, trainer: Trainer, module: LightningModule) -> None:
         length = self._length.state_dict()
@@ -344,54 +287,38 @@ class DynamicSparsityCallback(RunReadings, Callback):
         if self._training is not None:
             check_unchanged(self._fitted)
 
-    @uncompiled
-    def _before_step(self, optimizer: Optimizer) -> None:
-        if self._training is not None and self._in_batch:
-            self._training.before_step(optimizer)
-
-    @uncompiled
-    def _after_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
-        if self._training is None or not self._in_batch:
-            return  # loading an FSDP2 checkpoint also steps the optimizers
-        rewinds = self._training.rewinds
-        if self._training.after_step(optimizer, self._batch):
-            self._after_update(trainer, self._training.rewinds > rewinds)
-
     def _after_update(self, trainer: Trainer, rewound: bool) -> None:
-        assert self._training is not None
         if rewound:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, GeneratorEMA):
-                    callback.restart(self._training.network("generator").network)
+                    callback.restart(self._fitted.networks["generator"].network)
         if self._report is not None:
-            self._report.after_update(trainer)
+            self._report.after_update()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Follows the run's length, as the Trainer's progress tells it."""
-        self._batch, self._in_batch = None, False
-        if self._training is None:
+        if self._attached is None:
             return
-        rewinds = self._training.rewinds
-        if self._training.after_batch(batch):
-            self._after_update(trainer, self._training.rewinds > rewinds)
-        if self._training.updates and not trainer.global_step and not self._warned_of_raw_optimizers:
+        self._attached.end_batch(batch)
+        training = self._attached.training
+        if training.updates and not trainer.global_step and not self._warned_of_raw_optimizers:
             self._warned_of_raw_optimizers = True
             warn_of_raw_optimizers()
-        self._follow_length(trainer, self._training)
+        self._follow_length(trainer, training)
 
     def _follow_length(self, trainer: Trainer, training: SparseTraining) -> None:
         was_known = self._length.known
         if self._length.observe(trainer, training.updates):
             training.schedule(self._planned())
             if not was_known and self._length.updates is None:
-                check_unlimited(self.settings, training)
+                check_unlimited(self.settings, "none of max_epochs, max_steps and max_time limits this run")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes a summary of the run so far to TensorBoard."""
         if self._report is not None:
-            self._report.after_epoch(trainer)
+            self._report.after_epoch()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Pauses counting operations: evaluation is not training."""
@@ -406,7 +333,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the operations of each layer and removes every hook."""
         if self._report is not None:
-            self._report.after_fit(trainer)
+            self._report.after_fit()
         self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -414,40 +341,26 @@ class DynamicSparsityCallback(RunReadings, Callback):
         self._detach()
 
     def _detach(self) -> None:
-        self._batch, self._in_batch, self._report = None, False, None
-        if self._training is not None:
-            self._training.detach()
-        if self._pending is not None:
-            self._pending.remove()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._report = None
+        if self._attached is not None:
+            self._attached.detach()
 
     # ---- saving ----------------------------------------------------------------------------------------
 
     @property
     def state_key(self) -> str:
         """Key of the state; it holds the networks' names if they were given, so several pairs do not collide."""
-        named = {role: name for role, name in self._masking.names.items() if name is not None}
+        named = {role: name for role, name in self._options.masking.names.items() if name is not None}
         return state_key(self, **named) if named else super().state_key
-
-    def _arguments(self) -> dict[str, Any]:
-        options = (self.settings, self._masking, self._measuring, self._intervals)
-        return {name: value for each in options for name, value in list_arguments(each).items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns masks, counters, the balance window and every random state; loads with ``weights_only=True``."""
         if self._saved is not None:
             return dict(self._saved)
-        if self._training is None or self._pending is None or self._pair is None:
+        if self._attached is None or self._pair is None:
             return {}
-        return {
-            "method": self.method,
-            "settings": self._arguments(),
-            "networks": self._pair.state_dict(),
-            "training": self._training.state_dict(),
+        return self._attached.state_dict() | {
             "length": self._length.state_dict(),
-            "pending_gradients": self._pending.state_dict(),
             "random": distributed.all_gather(random_states()),
         }
 
@@ -455,10 +368,10 @@ class DynamicSparsityCallback(RunReadings, Callback):
         """Rejects a checkpoint without masks for this callback, unless ``initial_masks="magnitude"``."""
         self._evaluates = trainer.state.fn != "fit"
         if not self._evaluates:
-            needs_masks = self._masking.initial_masks != "magnitude"
+            needs_masks = self._options.masking.initial_masks != "magnitude"
             saved = checkpoint.get("callbacks", {})
             check_checkpoint(saved, self.state_key, self.settings, needs_masks=needs_masks)
-            check_settings(saved.get(self.state_key, {}).get("settings", {}), self._arguments())
+            check_settings(saved.get(self.state_key, {}).get("settings", {}), self._options.arguments())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the state returned by `state_dict` when fitting starts.
@@ -469,4 +382,4 @@ class DynamicSparsityCallback(RunReadings, Callback):
             return
         self._saved = state_dict
         self._resumed = None if self._evaluates else state_dict
-        self._pair, self._training = None, None
+        self._pair, self._attached = None, None

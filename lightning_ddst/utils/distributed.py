@@ -1,5 +1,6 @@
 """Communication between the processes that train a GAN; with a single process, these functions do nothing."""
 
+import warnings
 from typing import Any, TypeVar
 
 import torch
@@ -62,3 +63,9 @@ def check_same(what: str, value: object) -> None:
     if any(other != values[0] for other in values):
         shown = "; ".join(f"rank {number}: {other}" for number, other in enumerate(values))
         raise RuntimeError(f"{what} must be the same in every process, and is not: {shown}.")
+
+
+def warn(message: str) -> None:
+    """Warns in the first process only."""
+    if get_rank() == 0:
+        warnings.warn(message, stacklevel=2)

@@ -1,4 +1,4 @@
-"""Reports of a run: scalars, reasons of decisions, warnings, and pages of TensorBoard."""
+"""Reports of a run to a Trainer's loggers, and pages of TensorBoard."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,10 +8,11 @@ from typing import Any, TypeAlias
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_ddst.attached.hooks import AttachedTraining
+from lightning_ddst.attached.options import RunOptions
+from lightning_ddst.attached.report import RunReport
 from lightning_ddst.balance import Decision
-from lightning_ddst.balance.controller import ACTIONS
 from lightning_ddst.methods import Method, Resize, SparseTraining
-from lightning_ddst.methods.masked_pair import MaskedPair
 from lightning_ddst.sparsity import GROWTH_RULES, LayerFlops
 from lightning_ddst.sparsity.growth import GrowthRule
 from lightning_ddst.utils.logging import log_scalars, logs_at, tensorboards
@@ -23,53 +24,46 @@ _NUMBERS = ("balance/ratio", "density/discriminator", "flops/training_ratio")
 """Final numbers of a run, next to its sample quality."""
 _VERBS = {"grow": "grown", "prune": "pruned", "explore": "explored", "hold": "left as it was", "undecided": "undecided"}
 _BECAUSE = {"grow": " because it was too weak", "prune": " because it was too strong"}
-_WARN_AFTER, _WARN_WINDOW = 7, 10
-"""A warning follows if this many of the last decisions would have pruned D at its minimum density."""
 
 
-class RunReport:
-    """A reporter that logs the sparse training of one pair of networks.
+class TrainerReport(RunReport):
+    """A reporter that logs through a Trainer's loggers, and writes texts to TensorBoard.
 
     Args:
-        method: The method.
-        pair: The two networks.
-        training: The training.
+        trainer: The Trainer.
+        options: The options of the run.
+        attached: The training.
         prefix: Prefix of every logged name; empty if there is only one pair.
-        measured: Whether the balance ratio is measured.
         stops: Whether the run ends when training has broken down.
     """
 
     def __init__(
-        self, method: Method, pair: MaskedPair, training: SparseTraining, *, prefix: str, measured: bool, stops: bool
+        self, trainer: Trainer, options: RunOptions, attached: AttachedTraining, *, prefix: str, stops: bool
     ) -> None:
-        self._method = method
-        self._pair = pair
-        self._training = training
+        super().__init__(options, attached, stops=stops)
+        self._trainer = trainer
+        self._method = options.method
         self._prefix = prefix
-        self._measured = measured
-        self._stops = stops
-        self._decisions = len(training.decisions)
-        self._divergences = len(training.divergence.reports)
-        self._warned = self._warned_of_flops = False
+        self._warned_of_flops = False
 
-    def after_update(self, trainer: Trainer) -> None:
-        """Logs a generator update if logging is due or a decision was made, and warns about problems."""
-        training = self._training
-        line_is_due = logs_at(trainer, training.updates)
-        if line_is_due:
-            training.divergence.finite(training.updates)
-        self._warn_of_divergence(trainer)
-        new, self._decisions = training.decisions[self._decisions :], len(training.decisions)
-        if not new and not line_is_due:
-            return
-        values = {f"{self._prefix}{name}": value for name, value in self.scalars().items()}
-        log_scalars(trainer, values, training.updates)
-        for update, decision in new:
-            self._write(trainer, "decision/reason", f"{decision.action}: {decision.reason}", update)
-        if new and not self._warned:
-            self._warn_of_bounds()
+    def line_is_due(self, update: int) -> bool:
+        """Returns whether the Trainer logs at this generator update."""
+        return logs_at(self._trainer, update)
 
-    def after_epoch(self, trainer: Trainer) -> None:
+    def log(self, values: Mapping[str, float], update: int) -> None:
+        """Logs scalars to every logger and recorder of the run."""
+        log_scalars(self._trainer, {f"{self._prefix}{name}": value for name, value in values.items()}, update)
+
+    def write(self, name: str, text: str, update: int) -> None:
+        """Writes a text to TensorBoard."""
+        for writer in tensorboards(self._trainer):
+            writer.add_text(f"{self._prefix}{name}", text, update)
+
+    def stop(self) -> None:
+        """Ends the run after this batch."""
+        self._trainer.should_stop = True
+
+    def after_epoch(self) -> None:
         """Writes a summary of the run so far to TensorBoard."""
         if self._training.updates > 2 and not self._training.flops.total.dense and not self._warned_of_flops:
             self._warned_of_flops = True
@@ -78,62 +72,12 @@ class RunReport:
                 "module bypass the layers' hooks: compile the two networks instead of the whole module."
             )
         words = summary_markdown(self._method, self._training)
-        self._write(trainer, "about/what_happened", words, self._training.updates)
+        self.write("about/what_happened", words, self._training.updates)
 
-    def after_fit(self, trainer: Trainer) -> None:
+    def after_fit(self) -> None:
         """Writes the operations of each layer to TensorBoard."""
         if ledger := self._pair.by_full_name(self._training.flops.layers):
-            self._write(trainer, "flops/ledger", _ledger_markdown(ledger), self._training.updates)
-
-    def scalars(self) -> dict[str, float]:
-        """Returns the current scalars by name."""
-        training = self._training
-        values: dict[str, float] = {}
-        if self._measured and (balance := training.balance).samples:
-            parts = ("alpha", "beta", "real", "fake", "real_sign")
-            values |= {f"balance/{part}": getattr(balance, part) for part in parts}
-            if balance.ratio is not None:
-                values["balance/ratio"] = balance.ratio
-            for update in training.mask_updates:
-                values |= update.readings(training)
-        for role, network in self._pair.networks.items():
-            values[f"density/{role}"] = network.density
-            values[f"density/{role}_target"] = network.target
-            values |= {f"coverage/{role}": network.coverage, f"overlap/{role}": network.overlap}
-            densities = self._pair.layer_densities(role)
-            values |= {f"layer_density/{name}": density for name, density in densities.items()}
-        if any(update.resizes for update in training.mask_updates):
-            actions = [decision.action for _, decision in training.decisions]
-            values |= {f"decision/{action}": float(actions.count(action)) for action in ACTIONS}
-        if (flops := training.flops.total).dense:
-            values |= {"flops/training_ratio": flops.ratio, "flops/measuring_ratio": flops.probes / flops.dense}
-        return values
-
-    def _write(self, trainer: Trainer, name: str, text: str, update: int) -> None:
-        for writer in tensorboards(trainer):
-            writer.add_text(f"{self._prefix}{name}", text, update)
-
-    def _warn_of_divergence(self, trainer: Trainer) -> None:
-        reports = self._training.divergence.reports
-        new, self._divergences = reports[self._divergences :], len(reports)
-        for update, message in new:
-            trainer.should_stop |= self._stops
-            rank_zero_warn(f"at generator update {update}: {message}{' The run stops.' if self._stops else ''}")
-            self._write(trainer, "divergence", message, update)
-
-    def _warn_of_bounds(self) -> None:
-        last = self._training.decisions[-_WARN_WINDOW:]
-        at_floor = [(update, decision.reason) for update, decision in last if decision.at_floor]
-        if len(at_floor) < _WARN_AFTER:
-            return
-        self._warned = True
-        update, reason = at_floor[-1]
-        rank_zero_warn(
-            f"at generator update {update}: {reason}; so it was in {len(at_floor)} of the last {_WARN_WINDOW} "
-            "decisions. If the signal stays on one side of its bounds at any density of the discriminator, the bounds "
-            'do not fit the GAN and keep the discriminator too sparse to learn. bounds="auto" and method="ramp" do not '
-            "depend on the signal's level."
-        )
+            self.write("flops/ledger", _ledger_markdown(ledger), self._training.updates)
 
 
 def layout(prefixes: Sequence[str], metrics: Sequence[str]) -> Layout:

@@ -1,0 +1,149 @@
+"""Hooks that connect sparse training with the optimizers of a GAN, whichever loop steps them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_ddst.attached.checks import check_finite_weights
+from lightning_ddst.attached.options import RunOptions
+from lightning_ddst.attached.pending_gradients import PendingGradients
+from lightning_ddst.methods import Plan, SparseTraining
+from lightning_ddst.methods.masked_pair import MaskedPair
+from lightning_ddst.sparsity.dense_gradients import Unscaled
+from lightning_ddst.utils import distributed
+from lightning_ddst.utils.compilation import uncompiled
+
+
+class AttachedTraining:
+    """Sparse training whose hooks see every step of the generator's optimizers.
+
+    A training loop calls `begin_batch` before every training step and `end_batch` after it. In between, the steps of
+    the generator's optimizers are generator updates.
+
+    Args:
+        pair: The two masked networks.
+        options: The options of the run.
+        optimizers: The optimizers of both networks, always in the same order.
+        plan: The intervals.
+        unscaled: Function that copies a gradient and removes the loss scale (fp16).
+        after_update: Called after every generator update, with whether it restored the initial weights.
+        between: Called when an optimizer of the generator steps outside a training step.
+        state: The state returned by `state_dict`, to resume from.
+
+    Attributes:
+        pair: The two masked networks.
+        training: The training.
+        pending: The gradients that wait for a step.
+
+    Raises:
+        ValueError: If a maskable weight is in none of the optimizers, or a new run starts from a weight that is not
+            finite.
+    """
+
+    def __init__(
+        self,
+        pair: MaskedPair,
+        options: RunOptions,
+        optimizers: Sequence[Optimizer],
+        *,
+        plan: Plan,
+        unscaled: Unscaled = torch.clone,
+        after_update: Callable[[bool], None],
+        between: Callable[[], None] | None = None,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.pair = pair
+        self._options = options
+        self._after_update: Callable[[bool], None] | None = after_update
+        self._between = between
+        self._batch: Any = None
+        self._in_batch = False
+        for network in pair.networks.values():
+            if distributed.is_distributed():  # each process may have drawn other masks
+                network.load_state_dict(distributed.broadcast(network.state_dict()))
+            network.to_weights()
+        if state is None:
+            check_finite_weights(pair)
+        self.training = SparseTraining(
+            pair.networks["generator"],
+            pair.networks["discriminator"],
+            optimizers,
+            options.method.mask_updates(),
+            probe=options.measuring.probe(pair) if options.measured else None,
+            estimator=options.measuring.estimator,
+            plan=plan,
+            unscaled=unscaled,
+            optimizer_state=options.masking.optimizer_state,
+        )
+        self.pending = PendingGradients(optimizers)
+        self._handles: list[RemovableHandle] = []
+        try:
+            if state is not None:
+                self.training.load_state_dict(state["training"])
+                self.training.schedule(plan)
+            self.training.check_ranks()
+        except BaseException:
+            self.detach()
+            raise
+        for optimizer in self.training.generator_optimizers:
+            self._handles += [
+                optimizer.register_step_pre_hook(lambda stepping, *_: self._before_step(stepping)),
+                optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(stepped)),
+            ]
+
+    def begin_batch(self, batch: Any) -> None:
+        """Starts a training step; the batch holds the real images."""
+        self._batch, self._in_batch = batch, True
+
+    def end_batch(self, batch: Any) -> None:
+        """Ends a training step."""
+        self.abandon_batch()
+        rewinds = self.training.rewinds
+        if self.training.after_batch(batch):
+            self._report_update(rewinds)
+
+    def abandon_batch(self) -> None:
+        """Ends a training step that raised an error."""
+        self._batch, self._in_batch = None, False
+
+    @uncompiled
+    def _before_step(self, optimizer: Optimizer) -> None:
+        if self._in_batch:
+            self.training.before_step(optimizer)
+        elif self._between is not None:
+            self._between()
+
+    @uncompiled
+    def _after_step(self, optimizer: Optimizer) -> None:
+        if not self._in_batch:
+            return  # loading an FSDP2 checkpoint also steps the optimizers
+        rewinds = self.training.rewinds
+        if self.training.after_step(optimizer, self._batch):
+            self._report_update(rewinds)
+
+    def _report_update(self, rewinds: int) -> None:
+        if self._after_update is not None:
+            self._after_update(self.training.rewinds > rewinds)
+
+    def detach(self) -> None:
+        """Removes every hook from the networks and optimizers."""
+        self.abandon_batch()
+        self.training.detach()
+        self.pending.remove()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._after_update = self._between = None  # they may hold what cannot be pickled
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns masks, counters, the balance window and pending gradients; loads with ``weights_only=True``."""
+        return {
+            "method": self._options.method.name,
+            "settings": self._options.arguments(),
+            "networks": self.pair.state_dict(),
+            "training": self.training.state_dict(),
+            "pending_gradients": self.pending.state_dict(),
+        }

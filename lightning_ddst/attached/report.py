@@ -1,0 +1,109 @@
+"""Reports of a run: scalars, reasons of decisions, and warnings."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from lightning_ddst.attached.hooks import AttachedTraining
+from lightning_ddst.attached.options import RunOptions
+from lightning_ddst.balance.controller import ACTIONS
+from lightning_ddst.utils import distributed
+
+_WARN_AFTER, _WARN_WINDOW = 7, 10
+"""A warning follows if this many of the last decisions would have pruned D at its minimum density."""
+
+
+class RunReport(ABC):
+    """A reporter of the sparse training of one pair of networks; subclasses define where to.
+
+    Args:
+        options: The options of the run.
+        attached: The training.
+        stops: Whether the run ends when training has broken down.
+    """
+
+    def __init__(self, options: RunOptions, attached: AttachedTraining, *, stops: bool) -> None:
+        self._pair = attached.pair
+        self._training = attached.training
+        self._measured = options.measured
+        self._stops = stops
+        self._decisions = len(self._training.decisions)
+        self._divergences = len(self._training.divergence.reports)
+        self._warned = False
+
+    @abstractmethod
+    def line_is_due(self, update: int) -> bool:
+        """Returns whether scalars are logged at this generator update, decisions aside."""
+
+    @abstractmethod
+    def log(self, values: Mapping[str, float], update: int) -> None:
+        """Logs scalars by name, after a number of generator updates."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Ends the run."""
+
+    def write(self, name: str, text: str, update: int) -> None:  # noqa: B027 -- most logs take no text
+        """Writes a text."""
+
+    def after_update(self) -> None:
+        """Logs a generator update if logging is due or a decision was made, and warns about problems."""
+        training = self._training
+        line_is_due = self.line_is_due(training.updates)
+        if line_is_due:
+            training.divergence.finite(training.updates)
+        self._warn_of_divergence()
+        new, self._decisions = training.decisions[self._decisions :], len(training.decisions)
+        if not new and not line_is_due:
+            return
+        self.log(self.scalars(), training.updates)
+        for update, decision in new:
+            self.write("decision/reason", f"{decision.action}: {decision.reason}", update)
+        if new and not self._warned:
+            self._warn_of_bounds()
+
+    def scalars(self) -> dict[str, float]:
+        """Returns the current scalars by name."""
+        training = self._training
+        values: dict[str, float] = {}
+        if self._measured and (balance := training.balance).samples:
+            parts = ("alpha", "beta", "real", "fake", "real_sign")
+            values |= {f"balance/{part}": getattr(balance, part) for part in parts}
+            if balance.ratio is not None:
+                values["balance/ratio"] = balance.ratio
+            for update in training.mask_updates:
+                values |= update.readings(training)
+        for role, network in self._pair.networks.items():
+            values[f"density/{role}"] = network.density
+            values[f"density/{role}_target"] = network.target
+            values |= {f"coverage/{role}": network.coverage, f"overlap/{role}": network.overlap}
+            densities = self._pair.layer_densities(role)
+            values |= {f"layer_density/{name}": density for name, density in densities.items()}
+        if any(update.resizes for update in training.mask_updates):
+            actions = [decision.action for _, decision in training.decisions]
+            values |= {f"decision/{action}": float(actions.count(action)) for action in ACTIONS}
+        if (flops := training.flops.total).dense:
+            values |= {"flops/training_ratio": flops.ratio, "flops/measuring_ratio": flops.probes / flops.dense}
+        return values
+
+    def _warn_of_divergence(self) -> None:
+        reports = self._training.divergence.reports
+        new, self._divergences = reports[self._divergences :], len(reports)
+        for update, message in new:
+            if self._stops:
+                self.stop()
+            distributed.warn(f"at generator update {update}: {message}{' The run stops.' if self._stops else ''}")
+            self.write("divergence", message, update)
+
+    def _warn_of_bounds(self) -> None:
+        last = self._training.decisions[-_WARN_WINDOW:]
+        at_floor = [(update, decision.reason) for update, decision in last if decision.at_floor]
+        if len(at_floor) < _WARN_AFTER:
+            return
+        self._warned = True
+        update, reason = at_floor[-1]
+        distributed.warn(
+            f"at generator update {update}: {reason}; so it was in {len(at_floor)} of the last {_WARN_WINDOW} "
+            "decisions. If the signal stays on one side of its bounds at any density of the discriminator, the bounds "
+            'do not fit the GAN and keep the discriminator too sparse to learn. bounds="auto" and method="ramp" do not '
+            "depend on the signal's level."
+        )
