@@ -1,4 +1,4 @@
-"""Trains sparse GANs in PyTorch Lightning by Double Dynamic Sparse Training (DDST)."""
+"""Trains sparse GANs in PyTorch and Lightning by Double Dynamic Sparse Training (DDST)."""
 
 from importlib.metadata import version
 
@@ -13,8 +13,10 @@ from lightning_ddst.callbacks import (
     SparsityPlots,
 )
 from lightning_ddst.gan.module import GANModule
+from lightning_ddst.loop import SparseLoop, sparsify
 from lightning_ddst.sparsity import growth_rule
 from lightning_ddst.utils.checkpoints import AtomicCheckpointIO
+from lightning_ddst.utils.rng import random_states, set_random_states
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -25,8 +27,12 @@ __all__ = [
     "RunSummary",
     "SampleGrid",
     "SampleQuality",
+    "SparseLoop",
     "SparsityPlots",
     "control_signal",
     "growth_rule",
+    "random_states",
+    "set_random_states",
+    "sparsify",
 ]
 __version__ = version("lightning-ddst")

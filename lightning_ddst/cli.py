@@ -16,8 +16,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_ddst.callbacks import DynamicSparsityCallback, InterruptCheckpoint
 from lightning_ddst.attached.options import METHOD_ARGUMENTS
+from lightning_ddst.callbacks import DynamicSparsityCallback, InterruptCheckpoint
 from lightning_ddst.export.command import export
 from lightning_ddst.methods.base import METHODS, unused_arguments
 from lightning_ddst.report.plot_command import plot

@@ -9,7 +9,7 @@ import lightning_ddst
 
 PACKAGE = Path(lightning_ddst.__file__).parent
 ROOMS = (
-    *("cli", "callbacks", "gan", "report", "export", "models", "metrics"),
+    *("cli", "loop", "callbacks", "gan", "report", "export", "models", "metrics"),
     *("data", "attached", "methods", "balance", "sparsity", "utils"),
 )
 FORMER = {"plots", "runs", "speed", "losses", "augmentation", "module"}

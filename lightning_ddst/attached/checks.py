@@ -31,6 +31,27 @@ def check_separate(pair: MaskedPair, others: Iterable[MaskedPair], module: nn.Mo
                 raise ValueError(f"two DynamicSparsityCallbacks mask the same {role}; each weight has one mask.")
 
 
+def check_method(saved: Mapping[str, Any], method: Method) -> None:
+    """Checks that a state is of a run with the same method.
+
+    Args:
+        saved: The state that a run saved; may be empty.
+        method: The method of the run that resumes.
+
+    Raises:
+        ValueError: If the run had another method.
+    """
+    before = saved.get("method", method.name)
+    if before != method.name:
+        raise ValueError(
+            f'the checkpoint is of a run with method="{before}", and this one has method="{method.name}". {_RESTART}'
+        )
+
+
+_RESTART = (
+    "To start another run from its weights, load only these; in a Trainer, load them into the module and fit without "
+    "ckpt_path."
+)
 _FIXED = ("generator_density", "discriminator_density", "granularity", "dense_layers", "layer_densities")
 """Arguments that decide which weights are masked, and how many; a run keeps them."""
 
@@ -52,8 +73,8 @@ def check_settings(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None
     for name in _FIXED:
         if name in changed:
             raise ValueError(
-                f"{name}={changed[name]!r}: the run of the checkpoint has {name}={saved.get(name)!r}, and keeps it. To "
-                "start another run from its weights, load them into the module and fit without ckpt_path."
+                f"{name}={changed[name]!r}: the run of the checkpoint has {name}={saved.get(name)!r}, and keeps it. "
+                f"{_RESTART}"
             )
     if changed:
         words = ", ".join(f"{name}={value!r} (before: {saved.get(name)!r})" for name, value in changed.items())
@@ -72,17 +93,16 @@ def check_finite_weights(pair: MaskedPair) -> None:
                 raise ValueError(f"the {role}'s {name!r} has values that are not finite before training starts.")
 
 
-def check_unlimited(method: Method, reason: str) -> None:
+def check_unlimited(method: Method, unknown: str) -> None:
     """Checks that a method works in a run of unknown length, and warns that the exploration rate stays constant.
 
     Args:
         method: The method.
-        reason: Why the length is unknown.
+        unknown: The sentence that explains why the length is unknown.
 
     Raises:
         ValueError: If the method needs the run's length.
     """
-    unknown = f"{reason}, so its length in generator updates is unknown"
     if method.needs_run_length:
         raise ValueError(f'{unknown}, and method="{method.name}" needs the run\'s length.')
     if method.mask_updates():
@@ -105,16 +125,16 @@ def check_unchanged(pair: MaskedPair) -> None:
         for name, parameter in network.parameters.items():
             if present.get(name) is not parameter:
                 raise RuntimeError(
-                    f"the {role}'s weight {name!r} was replaced since fitting started, so its mask is of another "
-                    "weight. Change layers before fitting, or fit again with a new DynamicSparsityCallback."
+                    f"the {role}'s weight {name!r} was replaced since it was masked, so its mask is of another "
+                    "weight. Change layers before training starts."
                 )
         if added := network.unmasked():
             raise RuntimeError(
-                f"the {role} has weights that came since fitting started and have no mask: {', '.join(added)}. Add "
-                "layers before fitting, or name them in dense_layers."
+                f"the {role} has weights that came since it was masked and have no mask: {', '.join(added)}. Add "
+                "layers before training starts, or name them in dense_layers."
             )
         if written := network.written():
             raise RuntimeError(
                 f"something else than the optimizers wrote into inactive weights of the {role}: {', '.join(written)}. "
-                "A callback or the module does, after the step; masks and densities no longer hold."
+                "A callback, the module or the loop does, after the step; masks and densities no longer hold."
             )

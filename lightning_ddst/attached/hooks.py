@@ -30,7 +30,6 @@ class AttachedTraining:
         plan: The intervals.
         unscaled: Function that copies a gradient and removes the loss scale (fp16).
         after_update: Called after every generator update, with whether it restored the initial weights.
-        between: Called when an optimizer of the generator steps outside a training step.
         state: The state returned by `state_dict`, to resume from.
 
     Attributes:
@@ -52,13 +51,11 @@ class AttachedTraining:
         plan: Plan,
         unscaled: Unscaled = torch.clone,
         after_update: Callable[[bool], None],
-        between: Callable[[], None] | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
         self.pair = pair
         self._options = options
         self._after_update: Callable[[bool], None] | None = after_update
-        self._between = between
         self._batch: Any = None
         self._in_batch = False
         for network in pair.networks.values():
@@ -113,8 +110,6 @@ class AttachedTraining:
     def _before_step(self, optimizer: Optimizer) -> None:
         if self._in_batch:
             self.training.before_step(optimizer)
-        elif self._between is not None:
-            self._between()
 
     @uncompiled
     def _after_step(self, optimizer: Optimizer) -> None:
@@ -136,7 +131,7 @@ class AttachedTraining:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._after_update = self._between = None  # they may hold what cannot be pickled
+        self._after_update = None  # it may hold what cannot be pickled
 
     def state_dict(self) -> dict[str, Any]:
         """Returns masks, counters, the balance window and pending gradients; loads with ``weights_only=True``."""

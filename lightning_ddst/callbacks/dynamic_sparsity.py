@@ -20,7 +20,6 @@ from lightning_ddst.attached.readings import RunReadings
 from lightning_ddst.balance.ratio import Estimator
 from lightning_ddst.callbacks._support.folders import check_folders
 from lightning_ddst.callbacks._support.reporting import TrainerReport, hparams, write_custom_scalars
-from lightning_ddst.callbacks._support.rng import random_states, resume_randomness
 from lightning_ddst.callbacks._support.run_length import RunLength
 from lightning_ddst.callbacks._support.strategies import (
     check_backward_passes,
@@ -39,6 +38,9 @@ from lightning_ddst.utils import distributed
 from lightning_ddst.utils.lightning_private import state_key
 from lightning_ddst.utils.nested import Place
 from lightning_ddst.utils.networks import name_in, refuse_other_averages
+from lightning_ddst.utils.rng import random_states, resume_randomness
+
+_UNLIMITED = "none of max_epochs, max_steps and max_time limits this run, so its length in generator updates is unknown"
 
 
 class DynamicSparsityCallback(RunReadings, Callback):
@@ -313,7 +315,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
         if self._length.observe(trainer, training.updates):
             training.schedule(self._planned())
             if not was_known and self._length.updates is None:
-                check_unlimited(self.settings, "none of max_epochs, max_steps and max_time limits this run")
+                check_unlimited(self.settings, _UNLIMITED)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes a summary of the run so far to TensorBoard."""

@@ -16,6 +16,17 @@ _AVERAGE_DECAY = 0.9
 """Decay of the averaged dense gradient, per update of the network."""
 
 
+def unscale_by(scaler: Any) -> Unscaled:
+    """Returns a function that copies a gradient and removes the loss scale of fp16.
+
+    Args:
+        scaler: The GradScaler that scales the loss; None if there is none.
+    """
+    if scaler is None:
+        return torch.clone
+    return lambda gradient: gradient / scaler.scale(torch.ones((), device=gradient.device))
+
+
 class DenseGradients:
     """The gradients of a network's weights before masking, kept only when growth will need them.
 

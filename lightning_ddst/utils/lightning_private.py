@@ -30,6 +30,16 @@ def state_key_of(kind: str, **facts: Any) -> str:
     return f"{kind}{facts!r}"
 
 
+def fabric_strategy(wrapped: Any) -> Any:
+    """Returns the strategy of a module or optimizer that `Fabric.setup` returned; None for anything else.
+
+    Uses ``_FabricModule._strategy`` and ``_FabricOptimizer._strategy`` (Lightning 2.0): neither has a public name for
+    it, and a plain loop need not hand over its Fabric object.
+    """
+    of_fabric = any(kind.__name__ in ("_FabricModule", "_FabricOptimizer") for kind in type(wrapped).__mro__)
+    return wrapped._strategy if of_fabric else None
+
+
 def set_ddp_default(trainer: Trainer, name: str, value: Any) -> None:
     """Sets an argument of DistributedDataParallel unless the user did; does nothing for other strategies.
 

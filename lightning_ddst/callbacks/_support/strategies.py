@@ -1,12 +1,10 @@
 """Checks of Lightning's strategies, and the gradient scale of mixed precision."""
 
-from collections.abc import Callable
-
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+
+from lightning_ddst.sparsity.dense_gradients import Unscaled, unscale_by
 
 
 def check_strategy(trainer: Trainer) -> None:
@@ -52,9 +50,6 @@ def check_backward_passes(trainer: Trainer) -> None:
         )
 
 
-def make_unscaler(trainer: Trainer) -> Callable[[Tensor], Tensor]:
+def make_unscaler(trainer: Trainer) -> Unscaled:
     """Returns a function that copies a gradient and removes the loss scale of fp16, if there is one."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None:
-        return torch.clone
-    return lambda gradient: gradient / scaler.scale(torch.ones((), device=gradient.device))
+    return unscale_by(getattr(trainer.precision_plugin, "scaler", None))

@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_ddst.attached.checks import check_method
 from lightning_ddst.methods import Method
 
 
@@ -20,12 +21,7 @@ def check_checkpoint(saved: Mapping[str, Any], key: str, method: Method, *, need
     Raises:
         ValueError: If another method's run saved the checkpoint, or it holds no masks.
     """
-    before = saved.get(key, {}).get("method", method.name)
-    if before != method.name:
-        raise ValueError(
-            f'the checkpoint is of a run with method="{before}", and this one has method="{method.name}". To '
-            "start another run from its weights, load them into the module and fit without ckpt_path."
-        )
+    check_method(saved.get(key, {}), method)
     if saved.get(key) or not needs_masks:
         return
     others = [other for other in saved if other.startswith(key.partition("{")[0])]

@@ -1,0 +1,492 @@
+"""Sparse training without a Trainer: in a plain PyTorch loop, or with Lightning Fabric."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from types import TracebackType
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_ddst.attached.checks import check_method, check_settings, check_unchanged, check_unlimited
+from lightning_ddst.attached.hooks import AttachedTraining
+from lightning_ddst.attached.options import RunOptions
+from lightning_ddst.attached.readings import RunReadings
+from lightning_ddst.attached.report import RunReport
+from lightning_ddst.callbacks import DynamicSparsityCallback
+from lightning_ddst.methods import Plan
+from lightning_ddst.sparsity import find_optimizers, find_units, has_updated
+from lightning_ddst.sparsity.averaging import WeightAverage
+from lightning_ddst.sparsity.dense_gradients import unscale_by
+from lightning_ddst.sparsity.sharding import is_split
+from lightning_ddst.utils import distributed
+from lightning_ddst.utils.compilation import uncompiled
+from lightning_ddst.utils.lightning_private import fabric_strategy
+from lightning_ddst.utils.nested import tensors_in
+from lightning_ddst.utils.validation import check_count
+
+Log = Callable[[dict[str, float], int], object]
+"""A function of scalars by name and of the generator updates so far."""
+_CHECKED_EVERY = 1000
+"""Training steps after which the weights are compared with the masks again, which waits for the device."""
+_WRAPPERS = ("_FabricModule", "DistributedDataParallel")
+"""Classes that wrap a network, which is their attribute ``module``."""
+_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+"""Strategies of Fabric that keep parameters in one piece."""
+_SPARSIFIED: "WeakSet[nn.Module]" = WeakSet()
+"""The networks that are trained sparsely at present."""
+
+
+def sparsify(
+    generator: nn.Module,
+    discriminator: nn.Module,
+    optimizers: Iterable[Optimizer],
+    *,
+    length: int | None = None,
+    balance_scores: Callable[[Any], tuple[Tensor, Tensor]] | None = None,
+    example_inputs: Any = None,
+    ema_decay: float | None = None,
+    scaler: Any = None,
+    log: Log | None = None,
+    log_every: int = 50,
+    **arguments: Any,
+) -> "SparseLoop":
+    """Trains a GAN sparsely in a loop of your own.
+
+    It masks both networks at once. From then on, wrap each training step in `SparseLoop.step`. Everything that
+    `DynamicSparsityCallback` does in a Trainer happens here, too, with the same arguments.
+
+    Args:
+        generator: The generator; also one that `Fabric.setup` or DistributedDataParallel returned.
+        discriminator: The discriminator, likewise.
+        optimizers: The optimizers of both, in any order, but always in the same one. They are found by the parameters
+            they hold.
+        length: Generator updates of the whole run. The default intervals and the decay of the drop fraction depend on
+            it. None if it is unknown: the drop fraction then stays constant, and methods that need a length are
+            rejected.
+        balance_scores: Function that returns the discriminator's scores of real and of generated images for a batch,
+            for GANs whose calls cannot be recorded; see `lightning_ddst.balance.ScoresItself`.
+        example_inputs: Example input of the generator: a tensor, or a tuple of its arguments. Masks of whole channels
+            need it.
+        ema_decay: Decay of an average of the generator's weights that respects its masks, in [0, 1); None keeps none.
+        scaler: The GradScaler of fp16; Fabric's own is found by itself.
+        log: Function that logs scalars, called as ``log(values, update)`` in the first process: ``fabric.log_dict``,
+            ``wandb.log``, or one of yours. The names are those that the callback logs.
+        log_every: Generator updates between two calls of `log`. Decisions are always logged.
+        **arguments: The arguments of `DynamicSparsityCallback`, with its defaults and checks: ``generator_density``,
+            ``method``, ``interval``, ``real``, ``granularity`` and so on. In patterns of layers the networks are named
+            "generator" and "discriminator".
+
+    Returns:
+        The sparse training.
+
+    Raises:
+        TypeError: For an argument that does not exist.
+        ValueError: For an argument outside the allowed range, a weight that no optimizer updates, a network that
+            cannot be masked at these densities, or one that is trained sparsely already.
+
+    Example::
+
+        sparse = sparsify(generator, discriminator, [opt_g, opt_d], generator_density=0.1, length=100_000)
+        for real in loader:
+            with sparse.step(real):
+                train_discriminator(real)
+                train_generator(real)
+    """
+    try:
+        bound = inspect.signature(DynamicSparsityCallback).bind(**arguments)
+    except TypeError as error:
+        raise TypeError(f"sparsify() {error}.") from None
+    bound.apply_defaults()
+    options = RunOptions.of_arguments(bound.arguments)
+    if length is not None:
+        check_count("length", length)
+    check_count("log_every", log_every)
+    given = list(optimizers)
+    found = [_unwrap_optimizer(optimizer) for optimizer in given]
+    scaler = scaler or next(filter(None, (_scaler_of(each) for each in given)), None)
+    networks = _Networks(_unwrap(generator, "generator"), _unwrap(discriminator, "discriminator"))
+    if balance_scores is not None:
+        networks.balance_scores = balance_scores  # type: ignore[assignment]
+    if example_inputs is not None:
+        networks.example_input_array = example_inputs
+    elif find_units(options.masking.granularity).needs_inputs:
+        raise ValueError(
+            f'example_inputs=None: granularity="{options.masking.granularity}" needs an example of the generator\'s '
+            "input, such as example_inputs=torch.zeros(2, 128)."
+        )
+    return SparseLoop(
+        networks,
+        found,
+        options,
+        length=length,
+        ema_decay=ema_decay,
+        scaler=scaler,
+        log=log,
+        log_every=log_every,
+        stops=bound.arguments["stop_on_divergence"],
+    )
+
+
+class SparseLoop(RunReadings):
+    """Sparse training in a loop that the user writes; `sparsify` makes it.
+
+    Its readings (`masks`, `generator_density`, `balance_ratio`, `decisions`, `flops_ratio` and so on) are those of
+    `DynamicSparsityCallback`; names of weights begin with "generator." or "discriminator.". As a context manager it
+    calls `close` at the end.
+
+    Args:
+        networks: The two networks.
+        optimizers: Their optimizers.
+        options: The options of the run.
+        length: Generator updates of the run; None if it is unknown.
+        ema_decay: Decay of the generator's average; None keeps none.
+        scaler: The GradScaler of fp16, or None.
+        log: Function that logs scalars.
+        log_every: Generator updates between two calls of `log`.
+        stops: Whether `should_stop` is set when training has broken down.
+
+    Attributes:
+        should_stop: Whether training has broken down and `stop_on_divergence` was requested: end the loop.
+    """
+
+    def __init__(
+        self,
+        networks: "_Networks",
+        optimizers: list[Optimizer],
+        options: RunOptions,
+        *,
+        length: int | None,
+        ema_decay: float | None,
+        scaler: Any,
+        log: Log | None,
+        log_every: int,
+        stops: bool,
+    ) -> None:
+        self._networks = networks
+        self._optimizers = optimizers
+        self._options = options
+        self._length = length
+        self._unscaled = unscale_by(scaler)
+        self._log = log
+        self._log_every = log_every
+        self._stops = stops
+        self._ema_decay = ema_decay
+        self.should_stop = False
+        self._steps = 0
+        self._inside = False
+        self._handles: list[RemovableHandle] = []
+        for role, network in networks.named_children():
+            if network in _SPARSIFIED:
+                raise ValueError(f"the {role} is trained sparsely already: call close() of its training first.")
+        if length is None:
+            check_unlimited(self.settings, "length=None, so the run's length in generator updates is unknown")
+        self._unmasked: _Values | None = _Values(networks)
+        self._attach(None)
+        self._unmasked.mark()
+
+    def _attach(self, state: Mapping[str, Any] | None) -> AttachedTraining:
+        self._pair = self._options.mask(self._networks, None if state is None else state["networks"])
+        self._attached = AttachedTraining(
+            self._pair,
+            self._options,
+            self._optimizers,
+            plan=Plan.for_run(self._options.intervals, self._length, known=True),
+            unscaled=self._unscaled,
+            after_update=self._after_update,
+            state=state,
+        )
+        self._attached.training.flops.pause()
+        self._report = _LoopReport(self, self._options, self._attached, self._log, self._log_every, stops=self._stops)
+        self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in self._optimizers]
+        self._average = self._make_average()
+        if self._average is not None and state is not None and state["average"] is not None:
+            self._average.load_state_dict(state["average"])
+        self._hook_average()
+        _SPARSIFIED.update(self._networks.children())
+        return self._attached
+
+    # ---- around a step -----------------------------------------------------------------------------
+
+    @contextmanager
+    def step(self, batch: Any) -> Iterator[None]:
+        """Trains on one batch inside the context.
+
+        Everything that belongs to the training step must be inside: the calls of both networks, the backward passes,
+        and the steps of their optimizers.
+
+        Args:
+            batch: The batch, as the step uses it: on the networks' device, after every change of the images. Any
+                nesting of mappings, sequences and dataclasses, with the real images at `real`.
+
+        Raises:
+            RuntimeError: If the training is closed or in a step already; if weights were replaced, or inactive ones
+                written to; at a generator update, if BR cannot be measured.
+        """
+        attached = self._open()
+        if self._inside:
+            raise RuntimeError("step(batch) was called inside another step(batch).")
+        self._check(batch)
+        self._inside = True
+        attached.training.flops.resume()
+        attached.begin_batch(batch)
+        try:
+            yield
+            attached.end_batch(batch)
+        finally:
+            attached.abandon_batch()
+            attached.training.flops.pause()
+            self._inside = False
+
+    def _open(self) -> AttachedTraining:
+        if self._attached is None or not self._handles:
+            raise RuntimeError("the sparse training is closed: call sparsify(...) again.")
+        return self._attached
+
+    def _check(self, batch: Any) -> None:
+        if self._steps == 0:
+            self._unmasked = None  # frees it
+            for network in self._fitted.networks.values():
+                network.to_weights()
+            _check_device(batch, self._networks)
+        if self._steps % _CHECKED_EVERY == 0:
+            check_unchanged(self._fitted)
+        self._steps += 1
+
+    @uncompiled
+    def _before_step(self, *_: Any) -> None:
+        if not self._inside:
+            raise RuntimeError(
+                "an optimizer stepped outside step(batch), where nothing is counted: write `with sparse.step(batch):` "
+                "around the whole training step."
+            )
+
+    def _after_update(self, rewound: bool) -> None:
+        if rewound:
+            self._average = self._make_average()
+        self._report.after_update()
+
+    # ---- the average -------------------------------------------------------------------------------
+
+    def averages(self) -> dict[str, Tensor]:
+        """Returns the averaged weights and buffers by their names in the generator.
+
+        Raises:
+            ValueError: If there is no average, ``ema_decay=None``.
+        """
+        return self._needed_average().values()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Gives the generator the averaged weights inside the context, for samples and evaluation.
+
+        Raises:
+            ValueError: If there is no average, ``ema_decay=None``.
+            RuntimeError: Inside `step`.
+        """
+        average = self._needed_average()
+        if self._inside:
+            raise RuntimeError("averaged() was called inside step(batch), which trains the generator's own weights.")
+        average.swap()
+        try:
+            yield
+        finally:
+            average.swap()
+
+    def _needed_average(self) -> WeightAverage:
+        if self._average is None:
+            raise ValueError("ema_decay=None keeps no average: call sparsify(..., ema_decay=0.999).")
+        return self._average
+
+    def _make_average(self) -> WeightAverage | None:
+        return None if self._ema_decay is None else WeightAverage(self._networks.generator, self._ema_decay)
+
+    def _hook_average(self) -> None:
+        """Registers hooks on the generator's optimizers, behind those that mask."""
+        trained = {name: p for name, p in self._networks.generator.named_parameters() if p.requires_grad}
+
+        @uncompiled
+        def update(optimizer: Optimizer, *_: Any) -> None:
+            if self._average is not None and has_updated(trained, optimizer):
+                self._average.update()
+
+        for optimizer in find_optimizers(trained, self._optimizers) if self._average is not None else ():
+            self._handles.append(optimizer.register_step_post_hook(update))
+
+    # ---- saving and closing ------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns masks, counters, the balance window and the average; loads with ``weights_only=True``.
+
+        For an exact resume, also save the networks, the optimizers, `random_states`, and where the loader is.
+        """
+        assert self._attached is not None
+        average = None if self._average is None else self._average.state_dict()
+        return self._attached.state_dict() | {"average": average}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores the state returned by `state_dict`, to resume a run.
+
+        Load the states of networks and optimizers before or after it, and the random states last.
+
+        Args:
+            state: The state.
+
+        Raises:
+            ValueError: If the state is of a run with another method, density, granularity or choice of layers.
+            RuntimeError: If the training is closed or in a step.
+        """
+        attached = self._open()
+        if self._inside:
+            raise RuntimeError("load_state_dict was called inside step(batch).")
+        check_method(state, self.settings)
+        check_settings(state["settings"], self._options.arguments())
+        if self._unmasked is not None:
+            self._unmasked.restore()
+        self._detach(attached)
+        self._attach(state).pending.load_state_dict(state["pending_gradients"])
+        self._steps = 0
+
+    def close(self) -> None:
+        """Ends sparse training: removes every hook; readings and masks stay."""
+        if self._attached is not None:
+            self._detach(self._attached)
+
+    def _detach(self, attached: AttachedTraining) -> None:
+        attached.detach()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        _SPARSIFIED.difference_update(self._networks.children())
+
+    def __enter__(self) -> "SparseLoop":
+        """Returns the training itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Ends sparse training."""
+        self.close()
+
+
+class _LoopReport(RunReport):
+    """Logs by the user's function."""
+
+    def __init__(
+        self,
+        loop: SparseLoop,
+        options: RunOptions,
+        attached: AttachedTraining,
+        log: Log | None,
+        every: int,
+        stops: bool,
+    ) -> None:
+        super().__init__(options, attached, stops=stops)
+        self._loop = loop
+        self._log = log
+        self._every = every
+
+    def line_is_due(self, update: int) -> bool:
+        return update % self._every == 0
+
+    def log(self, values: Mapping[str, float], update: int) -> None:
+        if self._log is not None and distributed.get_rank() == 0:
+            self._log(dict(values), update)
+
+    def stop(self) -> None:
+        self._loop.should_stop = True
+
+
+class _Networks(nn.Module):
+    """Holds both networks under their usual names; its mode and device are not used."""
+
+    def __init__(self, generator: nn.Module, discriminator: nn.Module) -> None:
+        super().__init__()
+        self.generator = generator
+        self.discriminator = discriminator
+
+
+class _Values:
+    """The weights and buffers before the first masks, so that a run that resumes can undo these.
+
+    Args:
+        module: A module whose tensors will be changed.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._before = {name: tensor.clone() for name, tensor in self._tensors()}
+        self._after: dict[str, Tensor] = {}
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        named = chain(self._module.named_parameters(), self._module.named_buffers())
+        return ((name, tensor.detach()) for name, tensor in named)
+
+    def mark(self) -> None:
+        """Remembers the present values, of the tensors that changed."""
+        self._after = {n: tensor.clone() for n, tensor in self._tensors() if not torch.equal(tensor, self._before[n])}
+        self._before = {name: self._before[name] for name in self._after}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Restores the values of tensors that nothing has written to since `mark`."""
+        for name, tensor in self._tensors():
+            if name in self._after and torch.equal(tensor, self._after[name].to(tensor.device)):
+                tensor.copy_(self._before[name])
+
+
+# ---- wrapped networks and optimizers -------------------------------------------------------------------
+
+
+def _unwrap(network: Any, role: str) -> nn.Module:
+    """Returns the network inside Fabric's wrapper and DistributedDataParallel."""
+    if (strategy := fabric_strategy(network)) is not None:
+        kinds = {kind.__name__ for kind in type(strategy).__mro__}
+        if kinds.isdisjoint(_STRATEGIES) or "DeepSpeedStrategy" in kinds:
+            raise ValueError(
+                f"Fabric's {type(strategy).__name__} keeps the {role}'s parameters in a form that cannot be masked "
+                'here: use Fabric(strategy="ddp") or a single device.'
+            )
+    while type(network).__name__ in _WRAPPERS:
+        network = network.module
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{role}={network!r} must be a torch.nn.Module.")
+    whole = type(network).__name__ not in ("DataParallel", "FullyShardedDataParallel")
+    if not whole or any(is_split(parameter) for parameter in network.parameters()):
+        raise ValueError(
+            f"the {role} is split or copied over devices by {type(network).__name__}, which cannot be masked here: use "
+            "DistributedDataParallel."
+        )
+    return network
+
+
+def _unwrap_optimizer(optimizer: Any) -> Optimizer:
+    """Returns torch's own optimizer, whose hooks every step calls."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"optimizers must be a list of torch.optim.Optimizer, and one is {type(optimizer).__name__}.")
+    return optimizer
+
+
+def _scaler_of(optimizer: Any) -> Any:
+    """Returns the GradScaler of an optimizer's Fabric, or None."""
+    strategy = fabric_strategy(optimizer)
+    return None if strategy is None else getattr(strategy.precision, "scaler", None)
+
+
+def _check_device(batch: Any, networks: nn.Module) -> None:
+    """Rejects a batch that was not moved to the networks' device."""
+    device = next(networks.parameters()).device
+    found = {tensor.device for _, tensor in tensors_in(batch) if tensor.is_floating_point()}
+    if found and device not in found:
+        raise ValueError(
+            f"the batch of step(batch) is on {next(iter(found))}, and the networks are on {device}: move the batch "
+            "first."
+        )
