@@ -2,18 +2,20 @@
 
 import copy
 import warnings
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.plugins import MixedPrecision
+from lightning.fabric.strategies import DataParallelStrategy
 from lightning.pytorch import seed_everything
 from test_resume import METHODS
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DataParallel
 from torch.optim import SGD, Adam
-from toys import LATENT, PIXELS, ToyGAN, toy_data, toy_trainer, trained
+from toys import LATENT, PIXELS, ToyGAN, toy_data, toy_trainer
 
 from lightning_ddst import (
     DynamicSparsityCallback,
@@ -23,7 +25,6 @@ from lightning_ddst import (
     set_random_states,
     sparsify,
 )
-from lightning_ddst.sparsity.averaging import WeightAverage
 
 SETTINGS = {"generator_density": 0.3, "interval": 5, "explore_interval": 4, "bounds": (0.2, 0.3), "delta": 0.1}
 
@@ -248,6 +249,7 @@ class FabricLoop(PlainLoop):
     def __init__(self, fabric=None, **settings):
         seed_everything(0, verbose=False)
         self.fabric = fabric or Fabric(accelerator="cpu", devices=1)
+        self.fabric.launch()
         gan = ToyGAN()
         self.generator, self.discriminator = gan.networks()
         wrapped = [self.fabric.setup(*each) for each in zip(gan.networks(), gan.configure_optimizers(), strict=True)]
@@ -293,14 +295,6 @@ def test_fabric_trains_as_a_plain_loop_and_saves_and_loads_the_masks(tmp_path):
     assert_same_end(whole, resumed.train(start=9))
 
 
-class HalfPrecision(FabricLoop):
-    """Keeps the generator's gradients as growth sees them."""
-
-    def step(self, real):
-        super().step(real)
-        self.scores = self.sparse.balance
-
-
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_fabrics_half_precision(precision):
     loop = FabricLoop(Fabric(accelerator="cpu", devices=1, precision=precision), **SETTINGS)
@@ -311,6 +305,34 @@ def test_fabrics_half_precision(precision):
     for name, mask in loop.sparse.masks("generator").items():
         weight = loop.generator.get_parameter(name.removeprefix("generator."))
         assert not weight[~mask].any()
+
+
+class Scaling(MixedPrecision):
+    """Only scales the loss."""
+
+    def forward_context(self):
+        return nullcontext()
+
+    def convert_input(self, data):
+        return data
+
+
+def test_fabrics_loss_scale_does_not_change_what_grows():
+    def train(interval):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, growth_factor=2.0, growth_interval=interval)
+        precision = Scaling("16-mixed", "cpu", scaler)
+        loop = FabricLoop(Fabric(accelerator="cpu", devices=1, plugins=precision), growth="momentum", **SETTINGS)
+        return loop.train()
+
+    assert_alike(of(train(1000)), of(train(3)))  # powers of 2 change no digit
+
+
+def test_a_strategy_that_copies_or_splits_networks_is_rejected():
+    fabric = Fabric(accelerator="cpu", devices=1)
+    networks = [fabric.setup(network) for network in ToyGAN().networks()]
+    networks[0]._strategy = DataParallelStrategy()
+    with pytest.raises(ValueError, match=r"DataParallelStrategy.*Fabric\(strategy=\"ddp\"\)"):
+        sparsify(*networks, [], **SETTINGS)
 
 
 @pytest.mark.parametrize("growth", ["gradient", "momentum"])
@@ -341,3 +363,217 @@ def test_a_loss_scale_does_not_change_what_grows(growth):
     plain.scaler, scaled.scaler = None, scaler
     assert_alike(of(plain.train()), of(scaled.train()))
     assert scaler.get_scale() == 2.0**16
+
+
+# ---- networks and measurements -----------------------------------------------------------------------
+
+
+def test_masks_are_there_at_once_and_close_leaves_the_networks_alone():
+    loop = PlainLoop(method="static", generator_density=0.25, discriminator_density=0.5)
+    with loop.sparse as sparse:
+        assert isinstance(sparse, SparseLoop)
+        for role, network in (("generator", loop.generator), ("discriminator", loop.discriminator)):
+            masks = sparse.masks(role)
+            density = {"generator": 0.25, "discriminator": 0.5}[role]
+            total = sum(mask.numel() for mask in masks.values())
+            assert sum(int(mask.sum()) for mask in masks.values()) == round(density * total)
+            assert all(name.startswith(f"{role}.") for name in masks)
+            for name, parameter in network.named_parameters():
+                if (mask := masks.get(f"{role}.{name}")) is not None:
+                    assert not parameter[~mask].any()
+        loop.train(end=3)
+        assert sparse.generator_updates == 3
+    loop.step(*next(iter(loop.data)))  # dense from here on
+    assert loop.generator[0].weight[~sparse.masks("generator")["generator.0.weight"]].any()
+    assert sparse.generator_updates == 3
+    with pytest.raises(RuntimeError, match=r"closed.*sparsify"), sparse.step([]):
+        pass
+
+
+def test_a_network_is_sparsified_once_at_a_time():
+    loop = PlainLoop(**SETTINGS)
+    with pytest.raises(ValueError, match=r"the generator is trained sparsely already"):
+        sparsify(loop.generator, loop.discriminator, loop.optimizers, length=20, **SETTINGS)
+    loop.sparse.close()
+    sparsify(loop.generator, loop.discriminator, loop.optimizers, length=20, **SETTINGS).close()
+
+
+class Unseen(PlainLoop):
+    """The generator is not called itself."""
+
+    def __init__(self, **settings):
+        super().__init__(balance_scores=self.scores, **settings)
+
+    def scores(self, batch):
+        return self.discriminator(batch[0]), self.discriminator(self.generator.forward(torch.zeros(4, LATENT)))
+
+    def step(self, real):
+        generator_optimizer, discriminator_optimizer = self.optimizers
+        z = torch.zeros(4, LATENT)
+        (self.discriminator(self.generator.forward(z).detach()) - self.discriminator(real)[:4]).mean().backward()
+        discriminator_optimizer.step()
+        discriminator_optimizer.zero_grad()
+        self.generator.zero_grad()
+        with torch.random.fork_rng():
+            before = [scores.mean().item() for scores in self.scores([real])]
+        loss = -self.discriminator(self.generator.forward(z)).mean()
+        loss.backward()
+        generator_optimizer.step()
+        with torch.random.fork_rng():
+            after = self.scores([real])[1].mean().item()
+        self.expected = (after - before[1]) / (before[0] - before[1])
+
+
+def test_scores_of_a_function_are_measured():
+    loop = Unseen(**SETTINGS | {"interval": 1, "probe_interval": 1})
+    loop.generator[1], loop.discriminator[2] = nn.Identity(), nn.Identity()  # no state of calls, and no noise
+    loop.train(end=1)
+    assert loop.sparse.balance_ratio == pytest.approx(loop.expected, abs=1e-4)
+
+
+def test_steps_of_several_optimizers_of_the_generator_are_one_update():
+    loop = PlainLoop(**SETTINGS)
+    loop.sparse.close()
+    first, last = (Adam(loop.generator[place].parameters(), lr=1e-2) for place in (0, 3))
+    rest = Adam(loop.generator[1].parameters(), lr=1e-2)
+
+    class All:
+        def zero_grad(self):
+            loop.generator.zero_grad()
+
+        def step(self):
+            first.step()
+            rest.step()
+            last.step()
+
+    optimizers = [last, rest, loop.optimizers[1], first]
+    loop.sparse = sparsify(loop.generator, loop.discriminator, optimizers, length=20, ema_decay=0.5, **SETTINGS)
+    loop.optimizers = [All(), loop.optimizers[1]]
+    assert loop.train().sparse.generator_updates == 20
+    assert loop.sparse.measurements == 20
+
+
+def test_the_average_respects_masks_and_is_lent_to_the_generator():
+    loop = PlainLoop(ema_decay=0.5, **SETTINGS).train()
+    own = copy.deepcopy(loop.generator.state_dict())
+    with loop.sparse.averaged():
+        for name, value in loop.sparse.averages().items():
+            assert torch.equal(loop.generator.state_dict()[name], value)
+        for name, mask in loop.sparse.masks("generator").items():
+            assert not loop.generator.get_parameter(name.removeprefix("generator."))[~mask].any()
+        assert not torch.equal(loop.generator[0].weight, own["0.weight"])
+    assert all(torch.equal(value, own[name]) for name, value in loop.generator.state_dict().items())
+    with pytest.raises(ValueError, match="ema_decay=None"):
+        PlainLoop(**SETTINGS).sparse.averages()
+
+
+def test_calls_outside_a_step_are_no_training():
+    whole, sampling = PlainLoop(**SETTINGS).train(), PlainLoop(**SETTINGS)
+    batches = list(sampling.data)
+    seed_everything(1, verbose=False)
+    for batch in batches:
+        with sampling.sparse.step(batch):
+            sampling.step(*batch)
+        with torch.no_grad(), torch.random.fork_rng():
+            sampling.generator.eval()(torch.randn(50, LATENT))
+            sampling.generator.train()
+    assert sampling.sparse.flops_ledger == whole.sparse.flops_ledger != {}
+
+
+def test_a_copy_of_the_generator_is_an_ordinary_network():
+    loop = PlainLoop(**SETTINGS).train(end=3)
+    twin = copy.deepcopy(loop.generator)
+    loop.train(start=3)
+    assert loop.sparse.generator_updates == 20
+    weight = twin[0].weight
+    twin(torch.randn(4, LATENT)).sum().backward()
+    SGD(twin.parameters(), lr=1.0).step()
+    assert weight[~loop.sparse.masks("generator")["generator.0.weight"]].any()
+
+
+def test_a_run_that_breaks_down_asks_to_stop():
+    loop = PlainLoop(**SETTINGS, stop_on_divergence=True)
+    loop.generator[0].bias.data.fill_(float("nan"))
+    with pytest.warns(UserWarning, match=r"weights of the generator.*not finite.*The run stops"):
+        loop.train(end=4)
+    assert loop.sparse.should_stop
+
+
+# ---- errors ------------------------------------------------------------------------------------------
+
+
+def test_a_step_outside_of_the_context_is_rejected_before_it_changes_a_weight():
+    loop = PlainLoop(**SETTINGS)
+    batch = next(iter(loop.data))
+    before = copy.deepcopy(loop.discriminator.state_dict())
+    with pytest.raises(RuntimeError, match=r"with sparse\.step\(batch\)"):
+        loop.step(*batch)
+    assert torch.equal(
+        before["3.parametrizations.weight.original"], loop.discriminator[3].parametrizations.weight.original
+    )
+    with pytest.raises(RuntimeError, match="inside another"), loop.sparse.step(batch), loop.sparse.step(batch):
+        pass
+    with pytest.raises(RuntimeError, match="inside"), loop.sparse.step(batch):
+        loop.sparse.load_state_dict({})
+
+
+def test_a_step_that_raises_is_abandoned():
+    loop, whole = PlainLoop(**SETTINGS), PlainLoop(**SETTINGS).train()
+    with suppress(KeyError), loop.sparse.step(next(iter(loop.data))):
+        raise KeyError
+    assert_alike(of(whole), of(loop.train()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"generator_densty": 0.1}, TypeError, "generator_densty"),
+        ({}, ValueError, "generator_density is missing"),
+        ({"generator_density": 2.0}, ValueError, "generator_density=2.0"),
+        ({"generator_density": 0.1, "length": 0}, ValueError, "length=0"),
+        ({"generator_density": 0.1, "log_every": 0}, ValueError, "log_every=0"),
+        ({"generator_density": 0.1, "method": "imp", "length": None}, ValueError, r'length=None.*method="imp"'),
+        ({"generator_density": 0.1, "ema_decay": 1.0}, ValueError, r"decay=1.0"),
+        ({"generator_density": 0.1, "granularity": "channel"}, ValueError, "example_inputs=None"),
+        ({"generator_density": 0.1, "probe_interval": None}, ValueError, "probe_interval=None"),
+        ({"generator_density": 0.1, "dense_layers": ["encoder.*"]}, ValueError, r"dense_layers: 'encoder.\*'"),
+    ],
+)
+def test_arguments_are_checked(settings, error, message):
+    with pytest.raises(error, match=message) as raised:
+        PlainLoop(**settings)
+    assert "\n" not in str(raised.value)
+
+
+def test_optimizers_and_networks_are_checked():
+    generator, discriminator = ToyGAN().networks()
+    first, second = (Adam(network.parameters()) for network in (generator, discriminator))
+    for optimizers, message in (([first], "no optimizer updates"), ([first, second, "Adam"], "one is str")):
+        with pytest.raises(ValueError, match=message):
+            sparsify(generator, discriminator, optimizers, length=20, **SETTINGS)
+    for network, message in ((DataParallel(generator), "DataParallel"), (generator.parameters(), "must be a torch.nn")):
+        with pytest.raises(ValueError, match=message):
+            sparsify(network, discriminator, [first, second], length=20, **SETTINGS)
+    sparsify(generator, discriminator, [first, second], length=20, **SETTINGS)  # errors leave nothing behind
+
+
+def test_an_unknown_length_keeps_the_exploration_rate_with_a_warning():
+    with pytest.warns(UserWarning, match="length=None"):
+        loop = PlainLoop(length=None, generator_density=0.3)
+    assert (loop.sparse.plan.interval, loop.sparse.plan.explore_interval) == (1000, 500)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PlainLoop(length=None, generator_density=0.3, method="static")
+
+
+def test_weights_that_something_else_writes_are_noticed():
+    loop = PlainLoop(**SETTINGS)
+    loop.generator[0].weight.data.fill_(1.0)
+    with pytest.raises(RuntimeError, match=r"inactive weights of the generator: 0\.weight"):
+        loop.train(end=1)
+
+
+def test_the_scores_must_be_found():
+    loop = PlainLoop(**SETTINGS)
+    with pytest.raises(RuntimeError, match="balance ratio cannot be measured"), loop.sparse.step([]):
+        loop.step(torch.randn(8, PIXELS))

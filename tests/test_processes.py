@@ -97,6 +97,13 @@ def test_gradients_of_several_backward_passes_are_reduced_and_add_up(results):
     assert len({checksums for _, checksums, *_ in first["seen"]}) >= 3
 
 
+def test_a_loop_with_fabric_trains_under_ddp(results):
+    first, second = results("fabric")
+    assert_alike(first, second)
+    assert first["seen"][-1][0] == 10  # updates: each process has half the batches
+    assert len({checksums for _, checksums, *_ in first["seen"]}) >= 3
+
+
 def test_a_mask_that_differs_stops_the_run(results):
     for message in results("tampering"):
         assert message.startswith(

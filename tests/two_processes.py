@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from crashes import assert_resumed_alike
+from lightning.fabric import Fabric
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
+from test_loop import FabricLoop
 from test_resume import METHODS, SETTINGS, images, resumable, small_gan
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -248,6 +250,38 @@ def crash_sharded(folder: Path) -> Any:
     return True
 
 
+class NoisyFabricLoop(FabricLoop):
+    """Every process draws noise of its own."""
+
+    def step(self, real: torch.Tensor) -> None:
+        if self.sparse.generator_updates == 0:
+            torch.manual_seed(RANK)
+        super().step(real)
+        networks = self.sparse.networks()
+        active = [each.active == sum(int(mask.sum()) for mask in each.masks.values()) for each in networks.values()]
+        clean = not any(each.written() for each in networks.values())
+        checksums = tuple(each.checksum for each in networks.values())
+        decisions = self.sparse.decisions[-1:]
+        self.seen.append((self.sparse.generator_updates, checksums, decisions, self.sparse.balance, active, clean))
+
+
+def fabric(folder: Path) -> Any:
+    loop = NoisyFabricLoop(
+        Fabric(accelerator="cpu", devices=2, strategy="ddp"),
+        generator_density=0.3,
+        bounds=(0.2, 0.3),
+        interval=5,
+        explore_interval=4,
+        delta=0.1,
+        seed=RANK,
+    )
+    loop.seen = []
+    loop.train()
+    networks = {"generator": loop.generator, "discriminator": loop.discriminator}
+    values = {f"{role}.{n}": v.clone() for role, net in networks.items() for n, v in net.state_dict().items()}
+    return {"weights": values, "seen": loop.seen}
+
+
 def distance(folder: Path) -> Any:
     seed_everything(0, verbose=False)
     gan = small_gan()
@@ -268,6 +302,7 @@ CASES = {
     "exact momentum": lambda folder: exact(2, "momentum"),
     "GANModule ddp": lambda folder: gan_module(folder, "ddp"),
     "accumulated": accumulated,
+    "fabric": fabric,
     "tampering": lambda folder: error_of(
         lambda: train(ToyGAN(), toy_data(), DynamicSparsityCallback(0.3, explore_interval=5), Tampering())
     ),

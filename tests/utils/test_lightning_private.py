@@ -2,8 +2,11 @@ import ast
 from pathlib import Path
 
 import pytest
+from lightning.fabric import Fabric
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 from toys import ToyGAN, toy_data, toy_trainer
 
@@ -43,7 +46,7 @@ def test_the_search_finds_what_it_looks_for():
     assert private_uses(source) == ["_FitLoop", "_data_fetcher"]
     assert set(private_uses((PACKAGE / "utils/lightning_private.py").read_text())) == {
         *("_generate_state_key", "_ddp_kwargs", "_evaluation_loop", "_combined_loader", "_on_before_batch_transfer"),
-        *("restarted_mid_epoch", "restarted_on_last", "_data_fetcher"),
+        *("restarted_mid_epoch", "restarted_on_last", "_data_fetcher", "_strategy"),
     }
 
 
@@ -76,6 +79,15 @@ def test_an_argument_of_ddp_is_set_unless_the_user_did(given, expected):
     trainer = toy_trainer(strategy=strategy)
     lightning_private.set_ddp_default(trainer, "find_unused_parameters", True)
     assert strategy._ddp_kwargs == {"find_unused_parameters": expected}
+
+
+def test_the_strategy_of_fabrics_wrappers():
+    fabric = Fabric(accelerator="cpu", devices=1)
+    network = nn.Linear(1, 1)
+    optimizer = SGD(network.parameters())
+    for plain, wrapped in zip((network, optimizer), fabric.setup(network, optimizer), strict=True):
+        assert lightning_private.fabric_strategy(wrapped) is fabric.strategy
+        assert lightning_private.fabric_strategy(plain) is None
 
 
 def test_other_strategies_are_left_alone():
