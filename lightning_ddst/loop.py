@@ -187,7 +187,12 @@ class SparseLoop(RunReadings):
         if length is None:
             check_unlimited(self.settings, "length=None, so the run's length in generator updates is unknown")
         self._unmasked: _Values | None = _Values(networks)
-        self._attach(None)
+        try:
+            self._attach(None)
+        except BaseException:
+            self._unmasked.mark()
+            self._unmasked.restore()
+            raise
         self._unmasked.mark()
 
     def _attach(self, state: Mapping[str, Any] | None) -> AttachedTraining:

@@ -12,6 +12,7 @@ from lightning_ddst.attached.options import RunOptions
 from lightning_ddst.attached.pending_gradients import PendingGradients
 from lightning_ddst.methods import Plan, SparseTraining
 from lightning_ddst.methods.masked_pair import MaskedPair
+from lightning_ddst.sparsity import find_optimizers
 from lightning_ddst.sparsity.dense_gradients import Unscaled
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.compilation import uncompiled
@@ -62,6 +63,8 @@ class AttachedTraining:
             if distributed.is_distributed():  # each process may have drawn other masks
                 network.load_state_dict(distributed.broadcast(network.state_dict()))
             network.to_weights()
+        for network in pair.networks.values():
+            find_optimizers(network.parameters, optimizers)  # raises before hooks are registered
         if state is None:
             check_finite_weights(pair)
         self.training = SparseTraining(

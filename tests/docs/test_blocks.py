@@ -22,6 +22,7 @@ from lightning_ddst.cli import DEFAULT_CONFIG
 from lightning_ddst.gan.augmentation import DIFF_AUGMENTS
 from lightning_ddst.gan.losses import LOSSES
 from lightning_ddst.methods import METHODS
+from lightning_ddst.methods.masked_pair import density_of, saved_masks
 from lightning_ddst.sparsity import DISTRIBUTIONS, GROWTH_RULES, SCHEDULES
 
 pytest.importorskip("onnxruntime", reason="the pages' commands write ONNX files, with the extra onnx")
@@ -170,19 +171,40 @@ def names(beside_a_run: Path) -> dict[str, Any]:
     sparse = quiet_trainer(callbacks=[DynamicSparsityCallback(0.2)])
     sparse.fit(gan, data)
     sparse.save_checkpoint("last.ckpt")
-    return {
+    return of_a_loop() | {
         "torch": torch,
         "Trainer": quiet_trainer,
         "DynamicSparsityCallback": DynamicSparsityCallback,
         "MyGAN": ToyGAN,
         "gan": gan,
         "my_gan": gan,
-        "generator": ToyGAN().generator,
         "noise": torch.randn(4, LATENT),
         "data": data,
         "my_data": data,
         "trainer": quiet_trainer(max_epochs=2, callbacks=[DynamicSparsityCallback(0.2)]),
     }
+
+
+def of_a_loop() -> dict[str, Any]:
+    """Networks, optimizers, data and steps of a plain loop."""
+    gan = ToyGAN()
+    generator, discriminator = gan.networks()
+    optimizers = dict(zip(("opt_g", "opt_d"), gan.configure_optimizers(), strict=True))
+
+    def train_discriminator(real: torch.Tensor) -> None:
+        optimizers["opt_d"].zero_grad()
+        fake = generator(torch.randn(len(real), LATENT)).detach()
+        (discriminator(fake) - discriminator(real)).tanh().mean().backward()
+        optimizers["opt_d"].step()
+
+    def train_generator(real: torch.Tensor) -> None:
+        optimizers["opt_g"].zero_grad()
+        (-discriminator(generator(torch.randn(len(real), LATENT)))).mean().backward()
+        optimizers["opt_g"].step()
+
+    steps = {"train_discriminator": train_discriminator, "train_generator": train_generator}
+    networks = {"generator": generator, "discriminator": discriminator}
+    return networks | optimizers | steps | {"loader": [real for (real,) in toy_data(20)], "epochs": 1}
 
 
 def executed(page: str, names: dict[str, Any]) -> dict[str, Any]:
@@ -218,6 +240,12 @@ def check_attach(names: dict[str, Any]) -> None:
     assert (real.shape, fake.shape) == ((5, 1), (5, 1))
 
 
+def check_loops(names: dict[str, Any]) -> None:
+    assert names["logged"].keys() >= {5, 10, 15, 20}
+    loaded = torch.load("last.ckpt", weights_only=True)["sparse"]
+    assert density_of(saved_masks(loaded["networks"], "generator")) == pytest.approx(0.1, abs=1e-2)
+
+
 def check_extending(names: dict[str, Any]) -> None:
     for sparsity in (names["as_object"], names["by_name"]):
         assert sparsity.settings == names["GMP"](generator_density=0.3)
@@ -240,6 +268,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "README.md": check_readme,
     "docs/attach.md": check_attach,
     "docs/extending.md": check_extending,
+    "docs/loops.md": check_loops,
 }
 
 
