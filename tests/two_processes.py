@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_package import replace_package
+
+replace_package()
+
 from crashes import assert_resumed_alike
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
 from test_resume import METHODS, SETTINGS, images, resumable, small_gan
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 from toys import LATENT, PIXELS, ToyGAN, for_method, toy_data
 
@@ -118,8 +121,10 @@ class ShardedGAN(ExactGAN):
     """Its parameters are split over processes (FSDP2)."""
 
     def configure_model(self) -> None:
+        from torch.distributed.fsdp import fully_shard  # torch 2.6
+
         for network in self.networks():
-            if not isinstance(network, FSDPModule):
+            if not hasattr(network, "reshard"):
                 fully_shard(network, mesh=self.device_mesh["data_parallel"])
 
 

@@ -4,9 +4,12 @@ from collections.abc import Callable
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+
+from lightning_ddst.utils.lightning_packages import is_a
+
+_SUPPORTED = ("DDPStrategy", "SingleDeviceStrategy", "ModelParallelStrategy")
 
 
 def check_strategy(trainer: Trainer) -> None:
@@ -16,8 +19,7 @@ def check_strategy(trainer: Trainer) -> None:
         ValueError: Unless the strategy is a single device, DistributedDataParallel, or ModelParallelStrategy (FSDP2).
     """
     strategy = trainer.strategy
-    known = isinstance(strategy, DDPStrategy | SingleDeviceStrategy | ModelParallelStrategy)
-    if not known or isinstance(strategy, DeepSpeedStrategy):
+    if not any(is_a(strategy, name) for name in _SUPPORTED) or is_a(strategy, "DeepSpeedStrategy"):
         raise ValueError(
             f"{type(strategy).__name__} keeps parameters in a form that cannot be masked: use "
             'Trainer(strategy="ddp_find_unused_parameters_true"), ModelParallelStrategy with fully_shard, or a single '
@@ -38,7 +40,8 @@ def check_backward_passes(trainer: Trainer) -> None:
             parallelism splits layers.
     """
     strategy = trainer.strategy
-    if isinstance(strategy, ModelParallelStrategy) and (parts := strategy.device_mesh["tensor_parallel"].size()) > 1:
+    meshes = getattr(strategy, "device_mesh", None) if is_a(strategy, "ModelParallelStrategy") else None
+    if meshes is not None and (parts := meshes["tensor_parallel"].size()) > 1:
         raise ValueError(
             f"tensor_parallel_size={parts} splits single layers' arithmetic, which measuring BR does not support: "
             "use ModelParallelStrategy(tensor_parallel_size=1, data_parallel_size=...)."
