@@ -18,6 +18,7 @@ def replace_package() -> None:
     if not OTHER or sys.modules.get("lightning.pytorch") is sys.modules.get("pytorch_lightning", 0):
         return
     import lightning
+
     import lightning_ddst
 
     for module in walk_packages(lightning_ddst.__path__, "lightning_ddst."):

@@ -1,5 +1,8 @@
 """A GAN of a user's own, small enough for a test to train it in a second."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from lightning_ddst.methods.base import unused_arguments
 
 PIXELS = 16
 LATENT = 8
+WEIGHTS_ONLY = {"weights_only": True} if "weights_only" in signature(Trainer.fit).parameters else {}
+"""The argument of `Trainer.fit`, which came with Lightning 2.6."""
 
 
 class ToyGAN(LightningModule):
@@ -52,6 +57,14 @@ class ToyGAN(LightningModule):
 
     def configure_optimizers(self) -> list[Adam]:
         return [Adam(network.parameters(), lr=1e-2, betas=(0.0, 0.9)) for network in self.networks()]
+
+
+@contextmanager
+def toggled(module: LightningModule, optimizer: Any) -> Iterator[None]:
+    """Lightning's `toggled_optimizer`, which came with 2.6."""
+    module.toggle_optimizer(optimizer)
+    yield
+    module.untoggle_optimizer(optimizer)
 
 
 def toy_data(batches: int = 10, batch_size: int = 8) -> DataLoader[tuple[Tensor, ...]]:
