@@ -2,14 +2,12 @@
 
 import os
 
+import lightning_package  # noqa: F401  # which replaces lightning.pytorch if asked to
 import torch
 from hypothesis import settings
-from lightning_package import replace_package
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 torch.set_num_threads(1)
 
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
-
-replace_package()

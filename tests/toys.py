@@ -23,8 +23,8 @@ WEIGHTS_ONLY = {"weights_only": True} if "weights_only" in signature(Trainer.fit
 """The argument of `Trainer.fit`, which came with Lightning 2.6."""
 
 
-class ToyGAN(LightningModule):
-    """Hinge loss, discriminator first; knows nothing of this package."""
+class Toy:
+    """A ToyGAN without its base class, the LightningModule of either package."""
 
     def __init__(self, names: tuple[str, str] = ("generator", "discriminator")) -> None:
         super().__init__()
@@ -57,6 +57,10 @@ class ToyGAN(LightningModule):
 
     def configure_optimizers(self) -> list[Adam]:
         return [Adam(network.parameters(), lr=1e-2, betas=(0.0, 0.9)) for network in self.networks()]
+
+
+class ToyGAN(Toy, LightningModule):
+    """Hinge loss, discriminator first; knows nothing of this package."""
 
 
 @contextmanager

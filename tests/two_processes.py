@@ -10,11 +10,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning_package  # noqa: F401  # which replaces lightning.pytorch if asked to
 import torch
-from lightning_package import replace_package
-
-replace_package()
-
 from crashes import assert_resumed_alike
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
