@@ -2,6 +2,7 @@
 
 import os
 
+import lightning_package  # noqa: F401  # which replaces lightning.pytorch if asked to
 import torch
 from hypothesis import settings
 

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import Optimizer
+from toys import WEIGHTS_ONLY
 
 from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA
 from lightning_ddst.data import DigitsDataModule
@@ -64,7 +65,7 @@ def main(folder: Path, updates: int) -> None:
     )
     saved = sorted(folder.glob("step=*.ckpt"), key=lambda path: path.stat().st_mtime)
     data = DigitsDataModule(batch_size=16, batches_per_epoch=700)
-    trainer.fit(gan, data, ckpt_path=saved[-1] if saved else None, weights_only=True)
+    trainer.fit(gan, data, ckpt_path=saved[-1] if saved else None, **WEIGHTS_ONLY)
     weights = {name: value.clone() for name, value in gan.state_dict().items()}
     masks = {**sparsity.masks("generator"), **sparsity.masks("discriminator")}
     decisions = [(update, decision.action) for update, decision in sparsity.decisions]

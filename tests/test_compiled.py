@@ -24,6 +24,8 @@ from toys import LATENT, PIXELS, ToyGAN, toy_data, toy_trainer
 from lightning_ddst import DynamicSparsityCallback
 from lightning_ddst.models import SNGANDiscriminator
 
+pytestmark = pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch 2.6")
+
 EPOCHS, UPDATES = 3, 30
 INTERVAL, EXPLORE_INTERVAL = 6, 5
 SETTLED = 4

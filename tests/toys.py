@@ -1,5 +1,8 @@
 """A GAN of a user's own, small enough for a test to train it in a second."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,12 @@ from lightning_ddst.methods.base import unused_arguments
 
 PIXELS = 16
 LATENT = 8
+WEIGHTS_ONLY = {"weights_only": True} if "weights_only" in signature(Trainer.fit).parameters else {}
+"""The argument of `Trainer.fit`, which came with Lightning 2.6."""
 
 
-class ToyGAN(LightningModule):
-    """Hinge loss, discriminator first; knows nothing of this package."""
+class Toy:
+    """A ToyGAN without its base class, the LightningModule of either package."""
 
     def __init__(self, names: tuple[str, str] = ("generator", "discriminator")) -> None:
         super().__init__()
@@ -52,6 +57,18 @@ class ToyGAN(LightningModule):
 
     def configure_optimizers(self) -> list[Adam]:
         return [Adam(network.parameters(), lr=1e-2, betas=(0.0, 0.9)) for network in self.networks()]
+
+
+class ToyGAN(Toy, LightningModule):
+    """Hinge loss, discriminator first; knows nothing of this package."""
+
+
+@contextmanager
+def toggled(module: LightningModule, optimizer: Any) -> Iterator[None]:
+    """Lightning's `toggled_optimizer`, which came with 2.6."""
+    module.toggle_optimizer(optimizer)
+    yield
+    module.untoggle_optimizer(optimizer)
 
 
 def toy_data(batches: int = 10, batch_size: int = 8) -> DataLoader[tuple[Tensor, ...]]:

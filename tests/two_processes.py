@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning_package  # noqa: F401  # which replaces lightning.pytorch if asked to
 import torch
 from crashes import assert_resumed_alike
 from lightning.fabric import Fabric
@@ -18,7 +19,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from test_loop import FabricLoop
 from test_resume import METHODS, SETTINGS, images, resumable, small_gan
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 from toys import LATENT, PIXELS, ToyGAN, for_method, toy_data
 
@@ -120,8 +120,10 @@ class ShardedGAN(ExactGAN):
     """Its parameters are split over processes (FSDP2)."""
 
     def configure_model(self) -> None:
+        from torch.distributed.fsdp import fully_shard  # torch 2.6
+
         for network in self.networks():
-            if not isinstance(network, FSDPModule):
+            if not hasattr(network, "reshard"):
                 fully_shard(network, mesh=self.device_mesh["data_parallel"])
 
 

@@ -9,7 +9,6 @@ from weakref import WeakSet
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -194,7 +193,7 @@ class GeneratorEMA(Callback):
         states = checkpoint.get("callbacks", checkpoint.get(AVERAGES))
         if states is not None and self.state_key in states:
             self.load_state_dict(states[self.state_key])
-        elif trainer.state.fn != TrainerFn.FITTING:
+        elif trainer.state.fn != "fit":
             averages = average_states(states or {})
             if states is None or averages:
                 there = f"averages of {', '.join(averages)}" if averages else "no average"

@@ -8,7 +8,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_ddst.utils.lightning_packages import package_of
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -69,7 +70,7 @@ class InterruptCheckpoint(Callback):
         trainer.save_checkpoint(self.path)
         rank_zero_info(f"The interrupted run is saved; resume with --ckpt_path {self.path}")
         if self._signal == signal.SIGTERM:
-            raise SIGTERMException(128 + signal.SIGTERM)
+            raise package_of(trainer).utilities.exceptions.SIGTERMException(128 + signal.SIGTERM)
         raise KeyboardInterrupt
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

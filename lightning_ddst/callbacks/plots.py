@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_ddst.report.runs import find_source
 from lightning_ddst.utils.logging import generator_updates, tensorboards
@@ -69,7 +68,7 @@ class SparsityPlots(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws after every `every_n_validations`-th validation."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._validations += 1
             if self._validations % self._every == 0:
                 self._draw(trainer)

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -156,7 +155,7 @@ class SampleQuality(Callback):
         for metric, value in values.items():
             self.history.setdefault(metric, []).append((updates, value))
         named = {f"{metric}/{self.name}": value for metric, value in values.items()}
-        fitting = trainer.state.fn == TrainerFn.FITTING
+        fitting = trainer.state.fn == "fit"
         if fitting:
             log_scalars(trainer, named, updates)
         if not trainer.sanity_checking:

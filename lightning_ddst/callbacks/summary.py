@@ -2,11 +2,11 @@
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_ddst.callbacks.dynamic_sparsity import DynamicSparsityCallback
 from lightning_ddst.callbacks.quality import SampleQuality
 from lightning_ddst.methods.base import ROLES
+from lightning_ddst.utils.lightning_packages import is_a
 from lightning_ddst.utils.logging import tensorboards
 
 
@@ -28,7 +28,8 @@ class RunSummary(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Prints the table of an interrupted run."""
-        if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.state.fn == "fit":
+        interrupted = isinstance(exception, KeyboardInterrupt) or is_a(exception, "SIGTERMException")
+        if interrupted and trainer.state.fn == "fit":
             self._print(trainer)
 
     @rank_zero_only

@@ -1,7 +1,8 @@
 """The base class for GANs with two optimizers."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -27,47 +28,14 @@ def paper_adam(params: Any) -> Optimizer:
     return Adam(params, lr=2e-4, betas=(0.0, 0.9), fused=True)
 
 
-class GANModule(LightningModule):
-    """A generator and a discriminator, trained in turn by manual optimization.
+if TYPE_CHECKING:
+    _Module = LightningModule
+else:
+    _Module = object
 
-    Every batch makes one discriminator update; every `discriminator_steps`-th batch also makes a generator
-    update. To change a step, override `discriminator_loss` or `generator_loss`.
 
-    Learning rate schedulers that a subclass returns from `configure_optimizers` are stepped, as Lightning does it in
-    automatic optimization: do not call their ``step()``. With ``"interval": "step"`` they step after the updates of
-    their own optimizer, every `frequency`-th one; with "epoch", the default, at the ends of epochs, before validation.
-    ReduceLROnPlateau reads its `monitor` among the logged metrics, after validation.
-
-    Batches are images, or any nesting of mappings, tuples, lists and dataclasses that holds images and labels; images
-    are ``(batch, channels, ...)`` floats in the generator's range, labels int64 ``(batch,)``.
-
-    Args:
-        generator: Module from noise ``(batch, latent_dim)``, and labels if `num_classes` is given, to images.
-        discriminator: Module from images, and labels if `num_classes` is given, to scores.
-        loss: "hinge", "non-saturating", "wasserstein", "least-squares", or another key of
-            `lightning_ddst.gan.losses.LOSSES`.
-        discriminator_steps: Discriminator updates per generator update.
-        gradient_penalty: Weight of the gradient penalty; by default 10 with the Wasserstein loss, else 0.
-        r1: Weight of the R1 penalty.
-        augment: Random augmentations of all images that the discriminator is trained on, real and generated
-            (DiffAugment): a list of "color", "translation", "cutout", or other keys of
-            `lightning_ddst.gan.augmentation.DIFF_AUGMENTS`. The balance ratio is measured without them.
-        num_classes: Number of classes of a conditional GAN; None for an unconditional GAN.
-        latent_dim: Size of the noise; by default ``generator.latent_dim``.
-        generator_optimizer: Function from parameters to the generator's optimizer.
-        discriminator_optimizer: Function from parameters to the discriminator's optimizer.
-        real: Place of the real images in a batch: a key, an index, or a path such as "images.target". By default the
-            only floating-point tensor, or of several the only one shaped like the generator's output.
-        labels: Place of the labels in a batch. By default the second entry of a list or tuple of two, else the only
-            tensor of integers with one entry per image.
-
-    Attributes:
-        generator_updates: Generator updates so far.
-
-    Raises:
-        ValueError: For an argument outside the allowed range; in training, for a batch whose images or labels are
-            missing or ambiguous, and for a scheduler whose `monitor` is not logged, or that other code steps, too.
-    """
+class GANMixin(_Module):
+    """All of `GANModule`, for a LightningModule of either package: the base class that follows in a subclass."""
 
     def __init__(
         self,
@@ -133,7 +101,7 @@ class GANModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Makes the callback that steps the schedulers of an overridden `configure_optimizers`."""
-        inherited = getattr(self.configure_optimizers, "__func__", None) is GANModule.configure_optimizers
+        inherited = getattr(self.configure_optimizers, "__func__", None) is GANMixin.configure_optimizers
         return [] if inherited else [SchedulerSteps(self)]
 
     # ---- several processes -----------------------------------------------------------------------------
@@ -202,7 +170,7 @@ class GANModule(LightningModule):
         generator_optimizer, discriminator_optimizer = self.optimizers()  # type: ignore[attr-defined]
         real, labels = self._unpacked(batch)
 
-        with self.toggled_optimizer(discriminator_optimizer):
+        with self._toggled(discriminator_optimizer):
             loss = self.discriminator_loss(real, labels)
             discriminator_optimizer.zero_grad()
             self.manual_backward(loss)
@@ -211,7 +179,7 @@ class GANModule(LightningModule):
         losses = {"loss/discriminator": loss.detach()}
 
         if self._discriminator_updates % self._discriminator_steps == 0:
-            with self.toggled_optimizer(generator_optimizer):
+            with self._toggled(generator_optimizer):
                 loss = self.generator_loss(real)
                 generator_optimizer.zero_grad()
                 self.manual_backward(loss)
@@ -223,6 +191,15 @@ class GANModule(LightningModule):
                     self.trainer, {name: float(value) for name, value in losses.items()}, self.generator_updates
                 )
         self.log_dict(losses, prog_bar=True, logger=False)
+
+    @contextmanager
+    def _toggled(self, optimizer: Any) -> Iterator[None]:
+        # LightningModule.toggled_optimizer is the same, from Lightning 2.6 on.
+        self.toggle_optimizer(optimizer)
+        try:
+            yield
+        finally:
+            self.untoggle_optimizer(optimizer)
 
     def _check_schedulers(self) -> None:
         if not any(isinstance(callback, SchedulerSteps) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
@@ -302,3 +279,46 @@ class GANModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the counts of updates."""
         self.generator_updates, self._discriminator_updates = checkpoint.get("gan_updates", (0, 0))
+
+
+class GANModule(GANMixin, LightningModule):
+    """A generator and a discriminator, trained in turn by manual optimization.
+
+    Every batch makes one discriminator update; every `discriminator_steps`-th batch also makes a generator
+    update. To change a step, override `discriminator_loss` or `generator_loss`.
+
+    Learning rate schedulers that a subclass returns from `configure_optimizers` are stepped, as Lightning does it in
+    automatic optimization: do not call their ``step()``. With ``"interval": "step"`` they step after the updates of
+    their own optimizer, every `frequency`-th one; with "epoch", the default, at the ends of epochs, before validation.
+    ReduceLROnPlateau reads its `monitor` among the logged metrics, after validation.
+
+    Batches are images, or any nesting of mappings, tuples, lists and dataclasses that holds images and labels; images
+    are ``(batch, channels, ...)`` floats in the generator's range, labels int64 ``(batch,)``.
+
+    Args:
+        generator: Module from noise ``(batch, latent_dim)``, and labels if `num_classes` is given, to images.
+        discriminator: Module from images, and labels if `num_classes` is given, to scores.
+        loss: "hinge", "non-saturating", "wasserstein", "least-squares", or another key of
+            `lightning_ddst.gan.losses.LOSSES`.
+        discriminator_steps: Discriminator updates per generator update.
+        gradient_penalty: Weight of the gradient penalty; by default 10 with the Wasserstein loss, else 0.
+        r1: Weight of the R1 penalty.
+        augment: Random augmentations of all images that the discriminator is trained on, real and generated
+            (DiffAugment): a list of "color", "translation", "cutout", or other keys of
+            `lightning_ddst.gan.augmentation.DIFF_AUGMENTS`. The balance ratio is measured without them.
+        num_classes: Number of classes of a conditional GAN; None for an unconditional GAN.
+        latent_dim: Size of the noise; by default ``generator.latent_dim``.
+        generator_optimizer: Function from parameters to the generator's optimizer.
+        discriminator_optimizer: Function from parameters to the discriminator's optimizer.
+        real: Place of the real images in a batch: a key, an index, or a path such as "images.target". By default the
+            only floating-point tensor, or of several the only one shaped like the generator's output.
+        labels: Place of the labels in a batch. By default the second entry of a list or tuple of two, else the only
+            tensor of integers with one entry per image.
+
+    Attributes:
+        generator_updates: Generator updates so far.
+
+    Raises:
+        ValueError: For an argument outside the allowed range; in training, for a batch whose images or labels are
+            missing or ambiguous, and for a scheduler whose `monitor` is not logged, or that other code steps, too.
+    """

@@ -3,31 +3,38 @@
 All functions return other tensors unchanged.
 """
 
+from typing import TYPE_CHECKING, TypeGuard
+
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:  # public from torch 2.5 on
+    from torch.distributed.tensor import DTensor
 
 
-def is_split(tensor: Tensor) -> bool:
+def is_split(tensor: Tensor) -> TypeGuard["DTensor"]:
     """Returns whether a tensor is sharded over processes."""
-    return isinstance(tensor, DTensor)
+    return hasattr(tensor, "placements")
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gathers the full tensor; every process must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_split(tensor) else tensor
 
 
 @torch.no_grad()
 def local_part(tensor: Tensor) -> Tensor:
     """Returns this process's part of a tensor, which shares its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_split(tensor) else tensor
 
 
 def split_like(tensor: Tensor, like: Tensor) -> Tensor:
     """Shards a full tensor like another one; every process must call this with the same tensor."""
-    return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
+    if not is_split(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements)
 
 
 def copy_like(tensor: Tensor, like: Tensor) -> Tensor:
@@ -38,5 +45,5 @@ def copy_like(tensor: Tensor, like: Tensor) -> Tensor:
 def reshard(network: nn.Module) -> None:
     """Makes the network's next forward pass gather its weights again, after they have changed."""
     for module in network.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+        if hasattr(module, "unshard") and callable(reshard_module := getattr(module, "reshard", None)):
+            reshard_module()  # torch's FSDPModule

@@ -89,7 +89,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         local = Path(path).expanduser()
         if not _is_url(path) and local.is_file() and (damage := find_damage(local)):
             raise CheckpointError(f"the checkpoint {path} is damaged: {damage}.")
-        return super().load_checkpoint(path, map_location, weights_only)
+        asked = {} if weights_only is None else {"weights_only": weights_only}  # an argument from Lightning 2.6 on
+        return super().load_checkpoint(path, map_location, **asked)
 
 
 def find_damage(path: Path) -> str | None:

@@ -17,9 +17,15 @@ def is_compiled(network: nn.Module) -> bool:
 
 
 def run_eagerly(network: nn.Module) -> AbstractContextManager[Any]:
-    """Runs a compiled network eagerly inside the context, so that other calls than training's do not recompile it."""
+    """Runs a compiled network eagerly inside the context, so that other calls than training's do not recompile it.
+
+    Raises:
+        RuntimeError: For a compiled network before torch 2.6, which has no such context.
+    """
     if not is_compiled(network):
         return nullcontext()
+    if not hasattr(torch.compiler, "set_stance"):
+        raise RuntimeError(f"a compiled {type(network).__name__} needs torch 2.6; this is {torch.__version__}.")
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
 

@@ -7,7 +7,8 @@ Lightning breaks one file. `tests/utils/test_lightning_private.py` checks both.
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.strategies import DDPStrategy
+
+from lightning_ddst.utils.lightning_packages import is_a
 
 
 def state_key(callback: Callback, **facts: Any) -> str:
@@ -50,8 +51,9 @@ def set_ddp_default(trainer: Trainer, name: str, value: Any) -> None:
         name: The argument.
         value: Its value.
     """
-    if isinstance(trainer.strategy, DDPStrategy):
-        trainer.strategy._ddp_kwargs.setdefault(name, value)
+    strategy: Any = trainer.strategy
+    if is_a(strategy, "DDPStrategy"):
+        strategy._ddp_kwargs.setdefault(name, value)
 
 
 def evaluation_loaders(trainer: Trainer) -> list[Any]:

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+
+from lightning_ddst.utils.lightning_packages import is_a
 
 
 @runtime_checkable
@@ -47,4 +48,5 @@ def generator_updates(trainer: Trainer) -> int:
 
 def tensorboards(trainer: Trainer) -> list[Any]:
     """Returns the TensorBoard writers of the run, for text and images; empty with other loggers."""
-    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    loggers: list[Any] = trainer.loggers
+    return [logger.experiment for logger in loggers if is_a(logger, "TensorBoardLogger")]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from crashes import History, Signal
 from lightning.pytorch import seed_everything
-from toys import ToyGAN, toy_data, toy_trainer
+from toys import WEIGHTS_ONLY, ToyGAN, toy_data, toy_trainer
 
 from lightning_ddst import DynamicSparsityCallback, InterruptCheckpoint, RunSummary
 from lightning_ddst.data import ResumableLoader
@@ -32,7 +32,7 @@ def fit(folder, *callbacks, resume=None, epochs=3):
     )
     loader = ResumableLoader(toy_data().dataset, 8, 10)
     try:
-        trainer.fit(gan, loader, ckpt_path=resume, weights_only=True)
+        trainer.fit(gan, loader, ckpt_path=resume, **WEIGHTS_ONLY)
     except SystemExit as ending:
         return gan, history.batches, interrupt.path, ending.code
     return gan, history.batches, interrupt.path, None

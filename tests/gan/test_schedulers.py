@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 from torch.utils.data import DataLoader
-from toys import LATENT, PIXELS, toy_data, toy_trainer
+from toys import LATENT, PIXELS, toggled, toy_data, toy_trainer
 
 from lightning_ddst import DynamicSparsityCallback, GANModule
 from lightning_ddst.data import ResumableLoader
@@ -185,7 +185,7 @@ def test_a_training_step_of_its_own_steps_the_schedulers_too() -> None:
                 (discriminator, lambda real: self.discriminator_loss(real, None)),
                 (discriminator, lambda real: self.discriminator_loss(real, None)),
             ):
-                with self.toggled_optimizer(optimizer):
+                with toggled(self, optimizer):
                     optimizer.zero_grad()
                     self.manual_backward(compute(batch[0]))
                     optimizer.step()

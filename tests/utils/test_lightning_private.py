@@ -5,6 +5,7 @@ import pytest
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
@@ -75,7 +76,7 @@ def test_state_keys_of_two_callbacks_of_a_class_differ():
 
 @pytest.mark.parametrize(("given", "expected"), [({}, True), ({"find_unused_parameters": False}, False)])
 def test_an_argument_of_ddp_is_set_unless_the_user_did(given, expected):
-    strategy = lightning_private.DDPStrategy(**given)
+    strategy = DDPStrategy(**given)
     trainer = toy_trainer(strategy=strategy)
     lightning_private.set_ddp_default(trainer, "find_unused_parameters", True)
     assert strategy._ddp_kwargs == {"find_unused_parameters": expected}

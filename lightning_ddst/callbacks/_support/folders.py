@@ -4,9 +4,9 @@ import shutil
 from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_ddst.utils import cache
+from lightning_ddst.utils.lightning_packages import is_a
 
 _COPIES = 5
 """Copies of the weights in a checkpoint: weights, two moments of Adam, an average, initial weights."""
@@ -24,8 +24,9 @@ def check_folders(trainer: Trainer, module: LightningModule) -> None:
     if trainer.loggers and trainer.log_dir is not None:
         needed[Path(trainer.log_dir)] = _LOGS
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
-            needed[Path(callback.dirpath)] = _COPIES * weights + _LOGS
+        dirpath = getattr(callback, "dirpath", None)
+        if is_a(callback, "ModelCheckpoint") and dirpath is not None:
+            needed[Path(dirpath)] = _COPIES * weights + _LOGS
     for folder, size in needed.items():
         if "://" not in str(folder) and trainer.is_global_zero:
             _check_folder(folder, size)

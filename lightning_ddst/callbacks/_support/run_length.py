@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 
 from lightning_ddst.utils import distributed
+from lightning_ddst.utils.lightning_packages import is_a
 
 _CORRECTED_BEYOND = 0.1
 """Relative change of the length beyond which default intervals are derived anew."""
@@ -108,7 +109,7 @@ class RunLength:
 
 
 def _find_timer(trainer: Trainer) -> Timer | None:
-    return next((c for c in trainer.callbacks if isinstance(c, Timer)), None)  # type: ignore[attr-defined]
+    return next((c for c in trainer.callbacks if is_a(c, "Timer")), None)  # type: ignore[attr-defined]
 
 
 def _measure_progress(trainer: Trainer, updates: int) -> _Progress:

@@ -1,10 +1,12 @@
 """Checks of Lightning's strategies, and the gradient scale of mixed precision."""
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_ddst.sparsity.dense_gradients import Unscaled, unscale_by
+from lightning_ddst.utils.lightning_packages import is_a
+
+_SUPPORTED = ("DDPStrategy", "SingleDeviceStrategy", "ModelParallelStrategy")
 
 
 def check_strategy(trainer: Trainer) -> None:
@@ -14,8 +16,7 @@ def check_strategy(trainer: Trainer) -> None:
         ValueError: Unless the strategy is a single device, DistributedDataParallel, or ModelParallelStrategy (FSDP2).
     """
     strategy = trainer.strategy
-    known = isinstance(strategy, DDPStrategy | SingleDeviceStrategy | ModelParallelStrategy)
-    if not known or isinstance(strategy, DeepSpeedStrategy):
+    if not any(is_a(strategy, name) for name in _SUPPORTED) or is_a(strategy, "DeepSpeedStrategy"):
         raise ValueError(
             f"{type(strategy).__name__} keeps parameters in a form that cannot be masked: use "
             'Trainer(strategy="ddp_find_unused_parameters_true"), ModelParallelStrategy with fully_shard, or a single '
@@ -36,7 +37,8 @@ def check_backward_passes(trainer: Trainer) -> None:
             parallelism splits layers.
     """
     strategy = trainer.strategy
-    if isinstance(strategy, ModelParallelStrategy) and (parts := strategy.device_mesh["tensor_parallel"].size()) > 1:
+    meshes = getattr(strategy, "device_mesh", None) if is_a(strategy, "ModelParallelStrategy") else None
+    if meshes is not None and (parts := meshes["tensor_parallel"].size()) > 1:
         raise ValueError(
             f"tensor_parallel_size={parts} splits single layers' arithmetic, which measuring BR does not support: "
             "use ModelParallelStrategy(tensor_parallel_size=1, data_parallel_size=...)."
