@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_ddst.balance.ratio import Estimator
+from lightning_ddst.balance.scores import ScorePlaces
 from lightning_ddst.callbacks._support.checks import (
     check_checkpoint,
     check_finite_weights,
@@ -19,7 +20,9 @@ from lightning_ddst.callbacks._support.checks import (
     check_unchanged,
     check_unlimited,
     is_same,
+    tell_of_unused_discriminator,
     warn_of_raw_optimizers,
+    warn_of_unused_discriminator,
 )
 from lightning_ddst.callbacks._support.folders import check_folders
 from lightning_ddst.callbacks._support.options import MaskingOptions, MeasuringOptions, list_arguments
@@ -45,7 +48,7 @@ from lightning_ddst.utils import distributed
 from lightning_ddst.utils.compilation import uncompiled
 from lightning_ddst.utils.lightning_private import state_key
 from lightning_ddst.utils.nested import Place
-from lightning_ddst.utils.networks import name_in, refuse_other_averages
+from lightning_ddst.utils.networks import Name, name_in, refuse_other_averages
 
 METHOD_ARGUMENTS = (
     *("generator_density", "discriminator_density", "signal", "bounds", "delta"),
@@ -96,11 +99,18 @@ class DynamicSparsityCallback(RunReadings, Callback):
             `interval`.
         probe_interval: Generator updates between measurements of BR. "auto" makes 50 to 100 measurements per decision,
             or one per update where `interval` is shorter; None measures nothing.
-        generator: Dotted name of the generator in the module; by default the usual names are tried.
-        discriminator: Dotted name of the discriminator; by default the usual names are tried.
+        generator: Dotted name of the generator in the module, or a list of the names of its parts, which share one
+            density. By default the usual names are tried, in the module and in its submodules.
+        discriminator: Dotted name of the discriminator, or a list of the names of several (``["mpd", "msd"]``), which
+            share one density; a score is the mean over their mean scores. By default the usual names are tried.
         real: Place of the real images in the batch: a key, an index, or a path of them such as "images.target". By
-            default its one floating-point tensor that is shaped like the generator's output.
-        discriminator_output: Place of the scores in the discriminator's output; by default its first tensor.
+            default its one floating-point tensor that is shaped like the images that the discriminator takes, or else
+            has as many values per image and is shown to it with its axes moved or reshaped.
+        discriminator_output: Place of the scores in the discriminator's output: a key, an index (-1 is the last), or a
+            path in which "*" stands for every entry, as in "*.-1"; several scores count by the mean of their means. By
+            default its only floating-point tensor. ``{"real": 0, "fake": 1}`` for a discriminator that scores real and
+            generated images in one call; ``{"difference": ""}`` if that call returns one score of how much more real
+            the real images look.
         dense_layers: Layers of either network that stay dense and outside its density: patterns of their names in the
             module (``"generator.to_rgb"``, ``"*.attention.*"``), or class names (``"Linear"``).
         layer_densities: Densities of single layers, in (0, 1], by such patterns; the first match counts. These layers
@@ -152,10 +162,10 @@ class DynamicSparsityCallback(RunReadings, Callback):
         interval: int | None = None,
         explore_interval: int | None = None,
         probe_interval: int | Literal["auto"] | None = "auto",
-        generator: str | None = None,
-        discriminator: str | None = None,
+        generator: Name | None = None,
+        discriminator: Name | None = None,
         real: Place | None = None,
-        discriminator_output: Place | None = None,
+        discriminator_output: ScorePlaces | None = None,
         dense_layers: Sequence[str] = (),
         layer_densities: Mapping[str, float] | None = None,
         initial_masks: Initial = "random",
@@ -202,6 +212,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
         self._batch: Any = None
         self._in_batch = False
         self._warned_of_raw_optimizers = False
+        self._told_of_unused_discriminator = False
 
     # ---- attaching -----------------------------------------------------------------------------------
 
@@ -363,6 +374,9 @@ class DynamicSparsityCallback(RunReadings, Callback):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, GeneratorEMA):
                     callback.restart(self._training.network("generator").network)
+        if not (self._training.discriminator_used or self._told_of_unused_discriminator):
+            self._told_of_unused_discriminator = True
+            tell_of_unused_discriminator()
         if self._report is not None:
             self._report.after_update(trainer)
 
@@ -405,6 +419,8 @@ class DynamicSparsityCallback(RunReadings, Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the operations of each layer and removes every hook."""
+        if self._training is not None and self._training.updates and not self._training.discriminator_used:
+            warn_of_unused_discriminator(self._training.updates)
         if self._report is not None:
             self._report.after_fit(trainer)
         self._detach()

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_ddst.balance import ScoresItself
 from lightning_ddst.methods import Method, SparseTraining
@@ -154,4 +154,20 @@ def warn_of_raw_optimizers() -> None:
         "optimizers (trainer.optimizers, self.optimizers(use_pl_optimizer=False)), which Lightning does not "
         "count. ModelCheckpoint saves nothing until the run ends, and max_steps does not end it. Step the optimizers "
         "that self.optimizers() returns."
+    )
+
+
+def tell_of_unused_discriminator() -> None:
+    """Tells that the generator is being trained without the discriminator."""
+    rank_zero_info(
+        "DynamicSparsityCallback: the generator is trained without the discriminator so far, so the balance ratio is "
+        "undecided; measuring starts when the discriminator is called or trained."
+    )
+
+
+def warn_of_unused_discriminator(updates: int) -> None:
+    """Warns at the end of a run that the discriminator was never used."""
+    rank_zero_warn(
+        f"the discriminator was neither called nor trained in {updates} generator updates, so the balance ratio was "
+        "never measured, and nothing was decided by it."
     )
