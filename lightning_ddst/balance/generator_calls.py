@@ -106,9 +106,18 @@ class GeneratorCalls:
     def find_source(self, value: Tensor) -> Generated | None:
         """Returns the call that made a tensor, found by autograd's graph; None if gradients do not reach one."""
         sources = [made for made, is_image in self._find_nearest(value) if is_image]
+        if not sources and value.grad_fn is not None:  # writing into a view makes other nodes than the marked one
+            storage = value.untyped_storage().data_ptr()
+            shared = [made for made in reversed(self.calls) if made.fake.untyped_storage().data_ptr() == storage]
+            sources = shared if shared and self._reaches_weights(value) else []
         complete = [made for made in sources if made.inputs is not None]
         self.incomplete |= bool(sources) and not complete
         return complete[0] if complete else None
+
+    def _reaches_weights(self, value: Tensor) -> bool:
+        """Returns whether gradients flow from a tensor to the generator: a detached copy has the same memory."""
+        weights = {id(parameter) for parameter in self._generator.parameters()}
+        return any(id(getattr(node, "variable", None)) in weights for node in walk_graph(value))
 
     def _find_nearest(self, value: Tensor) -> list[tuple[Generated, bool]]:
         """Returns the calls at the nearest node that has any, the innermost first, and whether it made their images."""

@@ -116,7 +116,7 @@ class BalanceProbe:
     def _forget(self) -> None:
         self._recorder.clear()
         self._before: dict[nn.Parameter, Tensor] = {}  # the weights before the update
-        self._versions: tuple[int, list[int]] = (-1, [])  # of the networks' weights then
+        self._versions = (-1, [-1 for _ in self._parts])  # of the networks' weights then
 
     # ---- the measurement -------------------------------------------------------------------------
 
@@ -163,12 +163,11 @@ class BalanceProbe:
         """Returns whether the discriminator was called, trained, or given gradients since the last update."""
         if self._recorder.scored or self._expected is None:
             return True
-        trained = get_weights_version(self._discriminator)
-        if self._versions[1]:
-            trained = sum(self._versions[1])  # the update itself may change its weights
+        known = self._versions[0] >= 0  # the update itself may change the discriminator's weights
+        version = sum(self._versions[1]) if known else get_weights_version(self._discriminator)
         # Before its first step it has no gradients, unless a loss of the generator came through it.
         has_gradients = any(parameter.grad is not None for parameter in self._discriminator.parameters())
-        return trained != self._expected or (not self.used and has_gradients)
+        return version != self._expected or (not self.used and has_gradients)
 
     def _score_calls(self, batch: Any, in_use: bool) -> list["_Scores"]:
         if not in_use:

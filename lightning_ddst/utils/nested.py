@@ -71,7 +71,7 @@ def get_entry(value: Any, place: Place) -> Any:
     Raises:
         KeyError: If there is not exactly one such entry.
     """
-    entries = find_entries(value, place)
+    entries = find_entries(value, place) if str(place) else []
     if len(entries) != 1:
         raise KeyError(place)
     return entries[0]

@@ -111,7 +111,7 @@ def find_network(module: nn.Module, role: str, name: Name | None) -> nn.Module:
         return next(iter(found.values()))
     raise ValueError(
         f"no {role} was found in {type(module).__name__} or its submodules under the usual names "
-        f'{", ".join(USUAL_NAMES[role])}: pass its dotted name, {role}="...", or the names of its parts. It has '
+        f'{", ".join(USUAL_NAMES[role])}: pass its dotted name, {role}="...". It has '
         f"{_submodules(module)}."
     )
 

@@ -452,6 +452,8 @@ class EncoderApart(Autoencoder):
 class ReturnsATuple(GAN):
     """The first tensor is the score."""
 
+    arguments: ClassVar = {"discriminator_output": 0}
+
     def make_networks(self) -> None:
         class WithFeatures(Discriminator):
             def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
