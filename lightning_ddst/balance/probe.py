@@ -54,8 +54,8 @@ class BalanceProbe:
     Where the discriminator has several parts, a score is the mean over the parts' mean scores, each on the images that
     the part takes. Where a part returns several scores, its mean score is the mean of their means.
 
-    Until the discriminator is called or trained (while the generator is trained without it), and at later updates
-    since whose predecessor it was neither called nor trained, nothing is measured.
+    While the generator is trained without the discriminator, nothing is measured: until the discriminator is called or
+    trained, and at later updates before which it was not called since its own last update.
 
     Args:
         generator: The generator; `SeveralParts` if it is not one module.
@@ -87,6 +87,7 @@ class BalanceProbe:
         self._module = module
         self._reader = ScoreReader.of_argument(discriminator_output)
         self._real = [RealImages(real, one_call=discriminator_output is not None) for _ in self._parts]
+        self._measured = False  # whether calls were seen by which the generator was trained
         self._expected: int | None = None  # the version of the discriminator's weights after the last update
         self._recorder = CallRecorder(generator, discriminator, self._reader)
         self._forget()
@@ -116,7 +117,7 @@ class BalanceProbe:
     def _forget(self) -> None:
         self._recorder.clear()
         self._before: dict[nn.Parameter, Tensor] = {}  # the weights before the update
-        self._versions = (-1, [-1 for _ in self._parts])  # of the networks' weights then
+        self._versions: tuple[int, list[int]] | None = None  # of the networks' weights then
 
     # ---- the measurement -------------------------------------------------------------------------
 
@@ -137,7 +138,7 @@ class BalanceProbe:
 
         Returns:
             ``(4,)``: the mean scores of real images, of fakes before and of fakes after the update, and the mean sign
-            of the real images' scores. None if the discriminator was not used since the last update, or the order of
+            of the real images' scores. None if the generator was trained without the discriminator, or the order of
             the real images' axes is not known yet.
 
         Raises:
@@ -163,20 +164,33 @@ class BalanceProbe:
         """Returns whether the discriminator was called, trained, or given gradients since the last update."""
         if self._recorder.scored or self._expected is None:
             return True
-        known = self._versions[0] >= 0  # the update itself may change the discriminator's weights
-        version = sum(self._versions[1]) if known else get_weights_version(self._discriminator)
+        version = sum(self._part_versions())
         # Before its first step it has no gradients, unless a loss of the generator came through it.
         has_gradients = any(parameter.grad is not None for parameter in self._discriminator.parameters())
         return version != self._expected or (not self.used and has_gradients)
 
-    def _score_calls(self, batch: Any, in_use: bool) -> list["_Scores"]:
+    def _part_versions(self) -> list[int]:
+        """Returns the versions of the discriminator's weights before the update, which may change them, too."""
+        return [get_weights_version(part) for part in self._parts] if self._versions is None else self._versions[1]
+
+    def _is_gap(self, in_use: bool) -> bool:
+        """Returns whether the generator was updated without the discriminator, not by calls that cannot be seen."""
         if not in_use:
+            return True
+        if not self._measured:
+            return False
+        versions = self._part_versions()
+        return not any(scored.version == versions[scored.part] for scored in self._recorder.scored)
+
+    def _score_calls(self, batch: Any, in_use: bool) -> list["_Scores"]:
+        if not any(map(self._recorder.has_generator_step, range(len(self._parts)))) and self._is_gap(in_use):
             return []
         steps = [self._recorder.find_generator_step(part) for part in range(len(self._parts))]
         calls = [self._find_call_on_real(batch, step) for step in steps]
         found = [(step, call) for step, call in zip(steps, calls, strict=True) if call is not None]
         if len(found) < len(steps):
             return []
+        self._measured = True
         with swap_weights(self._before):
             real = [self._discriminate(call, step, self._reader.read_real) for step, call in found]
             before = self._score_before(steps)
@@ -208,7 +222,7 @@ class BalanceProbe:
 
     def _score_before(self, steps: Sequence[Adversarial]) -> list[list[Tensor]]:
         """Returns the fakes' scores from training, or scores them again if weights or fakes have changed since."""
-        generator, parts = self._versions
+        generator, parts = self._versions or (-1, self._part_versions())
         # Compiled calls may round differently from the eager calls of the other scores.
         compiled = is_compiled(self._generator) or is_compiled(self._discriminator)
         again = [
@@ -271,11 +285,12 @@ class BalanceProbe:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the results of the checks so far; loads with ``weights_only=True``."""
-        return {"used": self.used or self._is_in_use(), "real": [images.state_dict() for images in self._real]}
+        used = self.used or self._is_in_use()
+        return {"used": used, "measured": self._measured, "real": [images.state_dict() for images in self._real]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the state returned by `state_dict`."""
-        self.used = state["used"]
+        self.used, self._measured = state["used"], state["measured"]
         for images, saved in zip(self._real, state["real"], strict=True):
             images.load_state_dict(saved)
 

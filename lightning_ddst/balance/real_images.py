@@ -201,7 +201,7 @@ def find_call_on_real(
                 return earlier.call
     values: dict[int | str, Any] = {step.place: real.to(step.argument.dtype)}
     others = {name: value for name, value in tensors_in(batch) if value.data_ptr() != source.data_ptr()}
-    held = {value.untyped_storage().data_ptr() for value in others.values()}
+    held = {value.untyped_storage().data_ptr() for value in (source, *others.values())}
     for place, value in step.call.tensors():
         per_image = value.dim() and len(value) == len(step.argument)
         # A condition that came from the batch also belongs to the real images.

@@ -52,8 +52,8 @@ def test_indices_may_be_negative_and_asterisks_stand_for_every_entry():
     assert get_entry(value, "0.-1") is get_entry(value, "-2.1") is TWO
     assert get_entry(value, "-1.a.-1.y") is TWO
     assert get_entry(value, "1.*.0") is THREE  # one entry
-    assert [int(entry) for entry in find_entries(value[:1] + [[THREE]], "*.*")] == [1, 2, 3]
-    assert [int(entry) for entry in find_entries(value[:1] + [[THREE]], "*.-1")] == [2, 3]
+    assert [int(entry) for entry in find_entries([*value[:1], [THREE]], "*.*")] == [1, 2, 3]
+    assert [int(entry) for entry in find_entries([*value[:1], [THREE]], "*.-1")] == [2, 3]
     assert find_entries(ONE, "") == [ONE]
     with pytest.raises(KeyError):
         find_entries(value, "*.a")  # the first has none
