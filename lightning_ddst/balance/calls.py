@@ -80,11 +80,13 @@ class Scored:
         call: The arguments.
         version: The version of the discriminator's weights.
         part: Number of the part of the discriminator that was called.
+        trains: Whether gradients were enabled, so that the call may train a network.
     """
 
     call: Call
     version: int
     part: int = field(default=0, kw_only=True)
+    trains: bool = field(default=True, kw_only=True)
 
 
 @dataclass(frozen=True)

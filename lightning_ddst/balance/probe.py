@@ -162,7 +162,7 @@ class BalanceProbe:
 
     def _is_in_use(self) -> bool:
         """Returns whether the discriminator was called, trained, or given gradients since the last update."""
-        if self._recorder.scored or self._expected is None:
+        if any(scored.trains for scored in self._recorder.scored) or self._expected is None:
             return True
         version = sum(self._part_versions())
         # Before its first step it has no gradients, unless a loss of the generator came through it.
@@ -180,7 +180,7 @@ class BalanceProbe:
         if not self._measured:
             return False
         versions = self._part_versions()
-        return not any(scored.version == versions[scored.part] for scored in self._recorder.scored)
+        return not any(each.trains and each.version == versions[each.part] for each in self._recorder.scored)
 
     def _score_calls(self, batch: Any, in_use: bool) -> list["_Scores"]:
         if not any(map(self._recorder.has_generator_step, range(len(self._parts)))) and self._is_gap(in_use):

@@ -165,7 +165,7 @@ class CallRecorder:
         kept = call.detached() if call.versions() == self._argument_versions else self._arguments
         found = None if self._state is None else self._find_images(call)
         if self._state is None or found is None:
-            self.scored.append(Scored(kept, version, part=part))
+            self.scored.append(Scored(kept, version, part=part, trains=torch.is_grad_enabled()))
             return
         place, value, made, order = found
         scores = self._reader.read(output)

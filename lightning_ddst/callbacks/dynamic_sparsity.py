@@ -108,9 +108,9 @@ class DynamicSparsityCallback(RunReadings, Callback):
             has as many values per image and is shown to it with its axes moved or reshaped.
         discriminator_output: Place of the scores in the discriminator's output: a key, an index (-1 is the last), or a
             path in which an asterisk stands for every entry, as in ``"*.-1"``; several scores count by the mean of
-            their means. By default its only floating-point tensor. ``{"real": 0, "fake": 1}`` for a discriminator that scores real and
-            generated images in one call; ``{"difference": ""}`` if that call returns one score of how much more real
-            the real images look.
+            their means. By default its only floating-point tensor. ``{"real": 0, "fake": 1}`` for a discriminator that
+            scores real and generated images in one call; ``{"difference": ""}`` if that call returns one score of how
+            much more real the real images look.
         dense_layers: Layers of either network that stay dense and outside its density: patterns of their names in the
             module (``"generator.to_rgb"``, ``"*.attention.*"``), or class names (``"Linear"``).
         layer_densities: Densities of single layers, in (0, 1], by such patterns; the first match counts. These layers

@@ -185,7 +185,7 @@ class SparseTraining:
         probed = self._measure(batch)
         needed = [role in self._enforcers and self._enforcers[role].gradients.needed for role in self._networks]
         self.flops.updated(probed=probed, dense_gradients=needed)
-        if self._probe is not None and is_due(self.updates, self.plan.interval) and self.discriminator_used:
+        if self._probe is not None and is_due(self.updates, self.plan.interval) and self.balance.samples:
             self.divergence.look_at(self.balance, self.updates)
         self._change_masks()
         self._expect_next()

@@ -797,6 +797,13 @@ class PretrainingOfAnEpoch(Pretraining):
     alone: ClassVar = {*range(BATCHES)}
 
 
+class PretrainingWithValidation(Pretraining):
+    """Validation calls the discriminator all the while."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.discriminator(batch[0])
+
+
 class PretrainingGeneratorFirst(Pretraining):
     first = "generator"
 
@@ -836,6 +843,7 @@ class PretrainingWithScoresGeneratorFirst(PretrainingWithScores):
     [
         (Pretraining, 3),
         (PretrainingGeneratorFirst, 3),
+        (PretrainingWithValidation, 3),
         (PretrainingWithScores, 4),
         (PretrainingWithScoresGeneratorFirst, 4),
     ],
@@ -844,7 +852,11 @@ def test_updates_without_the_discriminator_are_not_measured(
     pattern: type[Pretraining], measured: int, recwarn: pytest.WarningsRecorder
 ) -> None:
     callback = static(pattern)
-    gan = fitted(pattern, callback)
+    seed_everything(0, verbose=False)
+    gan = pattern()
+    data = DataLoader(Images(lambda x, label: (x, label), IMAGE), batch_size=BATCH)
+    evaluates = pattern is PretrainingWithValidation
+    toy_trainer(callback, val_check_interval=1).fit(gan, data, data if evaluates else None)
     assert callback.generator_updates == BATCHES
     assert callback.measurements == callback.balance.samples == len(gan.by_hand) == measured
     real, old, new = torch.tensor(gan.by_hand).double().mean(0).tolist()
