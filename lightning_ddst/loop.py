@@ -360,6 +360,7 @@ class SparseLoop(RunReadings):
     def close(self) -> None:
         """Ends sparse training: removes every hook; readings and masks stay."""
         if self._attached is not None:
+            self._report.after_run()
             self._detach(self._attached)
 
     def _detach(self, attached: AttachedTraining) -> None:

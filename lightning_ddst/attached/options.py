@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_ddst.balance import BalanceProbe, ScoresItself
 from lightning_ddst.balance.ratio import ESTIMATORS, Estimator
+from lightning_ddst.balance.scores import ScorePlaces, ScoreReader
 from lightning_ddst.methods import Intervals, Method, Role, make_method
 from lightning_ddst.methods.masked_pair import MaskedPair
 from lightning_ddst.sparsity import MaskedNetwork, find_units, maskable_weights
@@ -20,7 +21,7 @@ from lightning_ddst.sparsity.units import INITIAL, Initial
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.example_inputs import infer_inputs
 from lightning_ddst.utils.nested import Place
-from lightning_ddst.utils.networks import check_not_shared, find_network, name_in
+from lightning_ddst.utils.networks import Name, SeveralParts, check_not_shared, find_network, prefix_in
 from lightning_ddst.utils.validation import check_choice
 
 METHOD_ARGUMENTS = (
@@ -37,8 +38,8 @@ class MaskingOptions:
     """Options of masking that do not depend on the method.
 
     Attributes:
-        generator: Dotted name of the generator in the module; None tries the usual names.
-        discriminator: Dotted name of the discriminator; None tries the usual names.
+        generator: Dotted name of the generator in the module, or the names of its parts; None tries the usual names.
+        discriminator: Dotted name of the discriminator, or the names of its parts; None tries the usual names.
         granularity: Unit of the masks, a key of `lightning_ddst.sparsity.UNITS` or "N:M".
         initial_masks: "random" or "magnitude".
         regrown: "keep" or "reset".
@@ -50,8 +51,8 @@ class MaskingOptions:
         ValueError: For an argument outside the allowed range, or one that the granularity does not have.
     """
 
-    generator: str | None
-    discriminator: str | None
+    generator: Name | None
+    discriminator: Name | None
     granularity: str
     initial_masks: Initial
     regrown: Regrown
@@ -69,9 +70,10 @@ class MaskingOptions:
         find_units(self.granularity).check_options(self.granularity, self.units)
 
     @property
-    def names(self) -> dict[Role, str | None]:
-        """The given names of both networks; None where none was given."""
-        return {"generator": self.generator, "discriminator": self.discriminator}
+    def names(self) -> dict[Role, str | list[str] | None]:
+        """The given names of both networks, a list for several parts; None where none was given."""
+        given: dict[Role, Name | None] = {"generator": self.generator, "discriminator": self.discriminator}
+        return {role: name if name is None or isinstance(name, str) else list(name) for role, name in given.items()}
 
     def check_method(self, method: Method) -> None:
         """Checks that a method's densities suit the granularity.
@@ -112,12 +114,19 @@ class MaskingOptions:
         self._check_patterns(module, found)
         inputs: Sequence[Sequence[Any]] = ((), ())
         if find_units(self.granularity).needs_inputs:
+            for role, network in found.items():
+                if isinstance(network, SeveralParts):
+                    raise ValueError(
+                        f'{role}={list(network.part_names)} with granularity="{self.granularity}": such masks need a '
+                        "network of one module, which can be called."
+                    )
             inputs = infer_inputs(module, found["generator"])
         networks: dict[Role, MaskedNetwork] = {}
         for offset, (role, network) in enumerate(found.items()):
             density = method.initial_densities[role]
             # Several pairs get different masks.
-            of_name = zlib.crc32((self.names[role] or "").encode())
+            name = self.names[role] or ""
+            of_name = zlib.crc32((name if isinstance(name, str) else "+".join(name)).encode())
             try:
                 networks[role] = MaskedNetwork(
                     network,
@@ -127,7 +136,7 @@ class MaskingOptions:
                     initial=self.initial_masks,
                     regrown=self.regrown,
                     dense_layers=self.dense_layers,
-                    name=name_in(module, network),
+                    name=prefix_in(module, network),
                     seed=seed % 2**62 + offset + 2 * of_name,
                     state=None if saved is None else saved[role],
                     **self.units,
@@ -150,7 +159,7 @@ class MaskingOptions:
         if not any(patterns.values()):
             return
         layers = {
-            name_of_layer(name_in(module, network), name): layer
+            name_of_layer(prefix_in(module, network), name): layer
             for network in found.values()
             for weight in maskable_weights(network)
             for name, layer in weight.layers.items()
@@ -170,19 +179,21 @@ class MeasuringOptions:
 
     Attributes:
         real: Place of the real images in the batch; None finds them by their shape.
-        discriminator_output: Place of the scores in the discriminator's output; None means its first tensor.
+        discriminator_output: Place of the scores in the discriminator's output, or places by kind of image; None means
+            its only floating-point tensor.
         estimator: Estimator of the balance ratio over a window, one of `ESTIMATORS`.
 
     Raises:
-        ValueError: For an unknown estimator.
+        ValueError: For an unknown estimator, or unknown kinds of images.
     """
 
     real: Place | None
-    discriminator_output: Place | None
+    discriminator_output: ScorePlaces | None
     estimator: Estimator
 
     def __post_init__(self) -> None:
-        """Checks the estimator."""
+        """Checks the arguments."""
+        ScoreReader.of_argument(self.discriminator_output)
         check_choice("estimator", self.estimator, ESTIMATORS)
 
     def probe(self, pair: MaskedPair) -> BalanceProbe:

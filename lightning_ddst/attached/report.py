@@ -3,6 +3,8 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
+from lightning.fabric.utilities import rank_zero_info
+
 from lightning_ddst.attached.hooks import AttachedTraining
 from lightning_ddst.attached.options import RunOptions
 from lightning_ddst.balance.controller import ACTIONS
@@ -28,7 +30,7 @@ class RunReport(ABC):
         self._stops = stops
         self._decisions = len(self._training.decisions)
         self._divergences = len(self._training.divergence.reports)
-        self._warned = False
+        self._warned = self._told_of_unused = False
 
     @abstractmethod
     def line_is_due(self, update: int) -> bool:
@@ -52,6 +54,7 @@ class RunReport(ABC):
         if line_is_due:
             training.divergence.finite(training.updates)
         self._warn_of_divergence()
+        self._tell_of_unused_discriminator()
         new, self._decisions = training.decisions[self._decisions :], len(training.decisions)
         if not new and not line_is_due:
             return
@@ -60,6 +63,14 @@ class RunReport(ABC):
             self.write("decision/reason", f"{decision.action}: {decision.reason}", update)
         if new and not self._warned:
             self._warn_of_bounds()
+
+    def after_run(self) -> None:
+        """Warns if the discriminator was never used."""
+        if self._training.updates and not self._training.discriminator_used:
+            distributed.warn(
+                f"the discriminator was neither called nor trained in {self._training.updates} generator updates, so "
+                "the balance ratio was never measured, and nothing was decided by it."
+            )
 
     def scalars(self) -> dict[str, float]:
         """Returns the current scalars by name."""
@@ -93,6 +104,15 @@ class RunReport(ABC):
                 self.stop()
             distributed.warn(f"at generator update {update}: {message}{' The run stops.' if self._stops else ''}")
             self.write("divergence", message, update)
+
+    def _tell_of_unused_discriminator(self) -> None:
+        if self._told_of_unused or self._training.discriminator_used:
+            return
+        self._told_of_unused = True
+        rank_zero_info(
+            "lightning_ddst: the generator is trained without the discriminator so far, so the balance ratio is "
+            "undecided; measuring starts when the discriminator is called or trained."
+        )
 
     def _warn_of_bounds(self) -> None:
         last = self._training.decisions[-_WARN_WINDOW:]

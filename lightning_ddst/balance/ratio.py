@@ -12,6 +12,8 @@ ESTIMATORS = ("ratio_of_means", "mean_of_ratios")
 
 _CLEARLY = 2.0
 """Number of standard errors by which the mean of alpha must exceed 0."""
+_MISSING = float("inf")
+"""Mean sign, which else is in [-1, 1], in place of a measurement at which the discriminator was not used."""
 _ROUNDING = 1e-5
 """Relative deviation up to which mean scores count as equal."""
 
@@ -90,10 +92,17 @@ class BalanceWindow:
         self._samples[self._added % len(self._samples)] = measurement.detach()
         self._added += 1
 
+    def add_missing(self) -> None:
+        """Takes the place of a measurement at which the discriminator was not used, so that older ones leave."""
+        if self._added:
+            self.add(self._samples.new_full((4,), _MISSING))
+
     def read(self) -> Balance:
         """Computes the balance over the window; waits for the device."""
-        count = min(self._added, len(self._samples))
-        real, fake, fake_after, real_sign = self._samples[:count].double().cpu().unbind(1)
+        measured = self._samples[: min(self._added, len(self._samples))].double().cpu()
+        measured = measured[measured[:, 3] != _MISSING]
+        count = len(measured)
+        real, fake, fake_after, real_sign = measured.unbind(1)
         alpha, beta = real - fake, fake_after - fake
         ratio, reason = None, self._undecided(alpha, beta)
         if not reason:
@@ -107,7 +116,7 @@ class BalanceWindow:
 
     def _undecided(self, alpha: Tensor, beta: Tensor) -> str:
         if not len(alpha):
-            return "nothing was measured yet"
+            return "nothing was measured" if self._added else "nothing was measured yet"
         if not (alpha.isfinite().all() and beta.isfinite().all()):
             return "a score is not finite"
         error = float(alpha.std() / len(alpha) ** 0.5) if len(alpha) > 1 else 0.0

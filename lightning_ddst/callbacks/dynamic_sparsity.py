@@ -18,6 +18,7 @@ from lightning_ddst.attached.hooks import AttachedTraining
 from lightning_ddst.attached.options import RunOptions
 from lightning_ddst.attached.readings import RunReadings
 from lightning_ddst.balance.ratio import Estimator
+from lightning_ddst.balance.scores import ScorePlaces
 from lightning_ddst.callbacks._support.folders import check_folders
 from lightning_ddst.callbacks._support.reporting import TrainerReport, hparams, write_custom_scalars
 from lightning_ddst.callbacks._support.run_length import RunLength
@@ -37,7 +38,7 @@ from lightning_ddst.sparsity.units import Initial
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.lightning_private import state_key
 from lightning_ddst.utils.nested import Place
-from lightning_ddst.utils.networks import name_in, refuse_other_averages
+from lightning_ddst.utils.networks import Name, name_in, refuse_other_averages
 from lightning_ddst.utils.rng import random_states, resume_randomness
 
 _UNLIMITED = "none of max_epochs, max_steps and max_time limits this run, so its length in generator updates is unknown"
@@ -83,11 +84,18 @@ class DynamicSparsityCallback(RunReadings, Callback):
             `interval`.
         probe_interval: Generator updates between measurements of BR. "auto" makes 50 to 100 measurements per decision,
             or one per update where `interval` is shorter; None measures nothing.
-        generator: Dotted name of the generator in the module; by default the usual names are tried.
-        discriminator: Dotted name of the discriminator; by default the usual names are tried.
+        generator: Dotted name of the generator in the module, or a list of the names of its parts, which share one
+            density. By default the usual names are tried, in the module and in its submodules.
+        discriminator: Dotted name of the discriminator, or a list of the names of several (``["mpd", "msd"]``), which
+            share one density; a score is the mean over their mean scores. By default the usual names are tried.
         real: Place of the real images in the batch: a key, an index, or a path of them such as "images.target". By
-            default its one floating-point tensor that is shaped like the generator's output.
-        discriminator_output: Place of the scores in the discriminator's output; by default its first tensor.
+            default its one floating-point tensor that is shaped like the images that the discriminator takes, or else
+            has as many values per image and is shown to it with its axes moved or reshaped.
+        discriminator_output: Place of the scores in the discriminator's output: a key, an index (-1 is the last), or a
+            path in which an asterisk stands for every entry, as in ``"*.-1"``; several scores count by the mean of
+            their means. By default its only floating-point tensor. ``{"real": 0, "fake": 1}`` for a discriminator that
+            scores real and generated images in one call; ``{"difference": ""}`` if that call returns one score of how
+            much more real the real images look.
         dense_layers: Layers of either network that stay dense and outside its density: patterns of their names in the
             module (``"generator.to_rgb"``, ``"*.attention.*"``), or class names (``"Linear"``).
         layer_densities: Densities of single layers, in (0, 1], by such patterns; the first match counts. These layers
@@ -139,10 +147,10 @@ class DynamicSparsityCallback(RunReadings, Callback):
         interval: int | None = None,
         explore_interval: int | None = None,
         probe_interval: int | Literal["auto"] | None = "auto",
-        generator: str | None = None,
-        discriminator: str | None = None,
+        generator: Name | None = None,
+        discriminator: Name | None = None,
         real: Place | None = None,
-        discriminator_output: Place | None = None,
+        discriminator_output: ScorePlaces | None = None,
         dense_layers: Sequence[str] = (),
         layer_densities: Mapping[str, float] | None = None,
         initial_masks: Initial = "random",
@@ -335,7 +343,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the operations of each layer and removes every hook."""
         if self._report is not None:
-            self._report.after_fit()
+            self._report.after_run()
         self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -20,7 +20,7 @@ from lightning_ddst.sparsity.averaging import BufferHandling, WeightAverage, ave
 from lightning_ddst.utils.checkpoints import AVERAGES
 from lightning_ddst.utils.compilation import uncompiled
 from lightning_ddst.utils.lightning_private import state_key
-from lightning_ddst.utils.networks import find_network
+from lightning_ddst.utils.networks import Name, find_network, is_same_network
 
 
 class GeneratorEMA(Callback):
@@ -35,7 +35,8 @@ class GeneratorEMA(Callback):
         decay: Decay of the average, in [0, 1); the paper's is 0.999.
         buffers: "average" averages BatchNorm's statistics like weights; "copy" evaluates with the generator's current
             statistics.
-        generator: Dotted name of the generator in the module; by default the usual names are tried.
+        generator: Dotted name of the generator in the module, or a list of the names of its parts; by default the usual
+            names are tried.
 
     Attributes:
         average_class: Class of the average; a subclass of `GeneratorEMA` may set another subclass of `WeightAverage`.
@@ -46,10 +47,12 @@ class GeneratorEMA(Callback):
 
     average_class: ClassVar[type[WeightAverage]] = WeightAverage
 
-    def __init__(self, decay: float = 0.999, buffers: BufferHandling = "average", generator: str | None = None) -> None:
+    def __init__(
+        self, decay: float = 0.999, buffers: BufferHandling = "average", generator: Name | None = None
+    ) -> None:
         self._decay = decay
         self._buffers: BufferHandling = buffers
-        self._name = generator
+        self._name = generator if generator is None or isinstance(generator, str) else list(generator)
         self._generator: nn.Module | None = None
         self._average: WeightAverage | None = None
         self._saved: Mapping[str, Any] | None = None
@@ -63,7 +66,10 @@ class GeneratorEMA(Callback):
         return super().state_key if self._name is None else state_key(self, generator=self._name)
 
     def averages(self) -> dict[str, Tensor]:
-        """Returns the averaged weights and buffers by their names in the generator; empty before the first average."""
+        """Returns the averaged weights and buffers by their names in the generator; empty before the first average.
+
+        Those of a generator of several parts have their names in the module.
+        """
         return {} if self._average is None else self._average.values()
 
     @contextmanager
@@ -103,7 +109,7 @@ class GeneratorEMA(Callback):
 
     def restart(self, generator: nn.Module) -> None:
         """Restarts the average from the current weights if it averages this generator."""
-        if self._generator is generator:
+        if is_same_network(self._generator, generator):
             self._average = self.average_class(generator, self._decay, self._buffers)
 
     @uncompiled
@@ -114,7 +120,7 @@ class GeneratorEMA(Callback):
 
     def _prepare(self, pl_module: LightningModule) -> None:
         generator = find_network(pl_module, "generator", self._name)
-        begun = self._average is not None and self._average.updates > 0 and self._generator is generator
+        begun = self._average is not None and self._average.updates > 0 and is_same_network(self._generator, generator)
         if self._saved is None and begun:
             return
         with torch.inference_mode(False):  # evaluation may come before training

@@ -67,7 +67,7 @@ def load_generator(
     if weights == "raw":  # Lightning's WeightAveraging saves its average as the state_dict
         state = content.get("current_model_state", state)
     name = _name(state, name)
-    values = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+    values = _part(state, name)
     if weights == "average":
         values |= _averages(content, name, checkpoint)
     own = generator.state_dict()
@@ -103,9 +103,9 @@ def _read(path: Path) -> Mapping[str, Any]:
 def _name(state: Mapping[str, Tensor], name: str | None) -> str:
     """Returns the generator's name in the module."""
     names = USUAL_NAMES["generator"] if name is None else (name,)
-    for usual in names:
-        if _has(state, usual):
-            return usual
+    found = _usual_name(state) if name is None else name
+    if found is not None and _has(state, found):
+        return found
     there = ", ".join(sorted({key.partition(".")[0] for key in state})) or "nothing"
     raise ValueError(f"no generator is in the checkpoint under {', '.join(names)}; it has {there}: give its name.")
 
@@ -120,14 +120,30 @@ def _averages(content: Mapping[str, Any], name: str, checkpoint: str | Path) -> 
         )
     averages = average_states(states)
     named = [state for key, state in averages.items() if key.endswith(state_key_of("", generator=name))]
-    usual = next((usual for usual in USUAL_NAMES["generator"] if _has(content["state_dict"], usual)), None)
+    usual = _usual_name(content["state_dict"])
     unnamed = [state for key, state in averages.items() if "{'generator': " not in key and name == usual]
-    found = named or unnamed
+    parts = [{"averages": _part(state["averages"], name)} for key, state in averages.items() if "': [" in key]
+    found = named or unnamed or [state for state in parts if state["averages"]]  # of a generator of several parts
     if len(found) > 1:
         raise ValueError(f"the checkpoint has {len(found)} averages, but none of the generator {name!r} by name.")
     if not found and averages:
         raise ValueError(f"{checkpoint} has averages of {', '.join(averages)}, and none of {name!r}: {instead}.")
     return dict(found[0]["averages"]) if found else {}
+
+
+def _usual_name(state: Mapping[str, Tensor]) -> str | None:
+    """Returns the name under which `find_network` finds the generator: in the module, or else in one submodule."""
+    usual = USUAL_NAMES["generator"]
+    children = sorted({key.partition(".")[0] for key in state})
+    own = [name for name in usual if _has(state, name)]
+    inside = [next((f"{child}.{name}" for name in usual if _has(state, f"{child}.{name}")), None) for child in children]
+    found = own[:1] or [name for name in inside if name is not None]
+    return found[0] if len(found) == 1 else None
+
+
+def _part(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Returns the entries of one submodule, by their names in it."""
+    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
 
 
 def _has(state: Mapping[str, Tensor], name: str) -> bool:

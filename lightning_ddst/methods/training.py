@@ -117,6 +117,11 @@ class SparseTraining:
         return min(self.updates / self.plan.updates, 1.0) if self.plan.updates else 0.0
 
     @property
+    def discriminator_used(self) -> bool:
+        """Whether the discriminator was called or trained so far, as far as the balance ratio depends on it."""
+        return self._probe is None or self._probe.used
+
+    @property
     def balance(self) -> Balance:
         """The balance over the window, which is computed once per update; this waits for the device."""
         if self._balance is None:
@@ -180,7 +185,7 @@ class SparseTraining:
         probed = self._measure(batch)
         needed = [role in self._enforcers and self._enforcers[role].gradients.needed for role in self._networks]
         self.flops.updated(probed=probed, dense_gradients=needed)
-        if self._probe is not None and is_due(self.updates, self.plan.interval):
+        if self._probe is not None and is_due(self.updates, self.plan.interval) and self.balance.samples:
             self.divergence.look_at(self.balance, self.updates)
         self._change_masks()
         self._expect_next()
@@ -205,8 +210,14 @@ class SparseTraining:
         if self._probe is None or not self._probe.watching:
             return False
         with self.flops.probing():
-            scores = distributed.all_reduce_mean(self._probe.after_update(batch))
-        if is_due(self.updates, self.plan.probe_interval):
+            scores = self._probe.after_update(batch)
+        due = is_due(self.updates, self.plan.probe_interval)
+        if scores is None:
+            if due:
+                self.window.add_missing()
+            return False
+        scores = distributed.all_reduce_mean(scores)
+        if due:
             self.window.add(scores)
             self.measurements += 1
         return True
@@ -232,8 +243,9 @@ class SparseTraining:
         """Starts or stops recording, depending on the needs of the next update."""
         coming = self.updates + 1
         if self._probe is not None:
-            # Always records the first update, so that errors of measuring appear at once.
-            self._probe.watching = not self._probe.checked or is_due(coming, self.plan.probe_interval)
+            # Always records the first update with the discriminator, so that errors of measuring appear at once.
+            unknown = not (self._probe.checked and self._probe.used)
+            self._probe.watching = unknown or is_due(coming, self.plan.probe_interval)
         for role, enforcer in self._enforcers.items():
             enforcer.gradients.recording = any(
                 update.grows and role in update.roles and (update.pending or update.due(coming, self.plan))
@@ -269,7 +281,7 @@ class SparseTraining:
         return {
             "updates": self.updates,
             "measurements": self.measurements,
-            "checked": self._probe is not None and self._probe.checked,
+            "probe": None if self._probe is None else self._probe.state_dict(),
             "decisions": [(update, asdict(decision)) for update, decision in self.decisions],
             "mask_updates": [{"pending": each.pending, "state": each.state_dict()} for each in self.mask_updates],
             "plan": asdict(self.plan),
@@ -283,8 +295,8 @@ class SparseTraining:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the state returned by `state_dict`."""
         self.updates, self.measurements, self.rewinds = state["updates"], state["measurements"], state["rewinds"]
-        if self._probe is not None:
-            self._probe.checked = state["checked"]
+        if self._probe is not None and state.get("probe") is not None:
+            self._probe.load_state_dict(state["probe"])
         self.decisions = [(update, Decision(**decision)) for update, decision in state["decisions"]]
         for mask_update, saved in zip(self.mask_updates, state["mask_updates"], strict=True):
             mask_update.pending = saved["pending"]

@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 Place = str | int
-"""Place of an entry: a key or an index, or a path of them, ``"images.target"`` or ``"0.image"``."""
+"""Place of an entry: a key or an index, or a path of them, ``"images.target"`` or ``"0.image"``.
+
+Indices may be negative (``-1`` is the last entry), ``*`` in a path stands for every entry (``"*.-1"``: the last entry
+of each), and the empty path for the value itself.
+"""
 
 
 def tensors_in(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -37,21 +41,40 @@ def describe_tensors(value: Any) -> str:
     return ", ".join(described) or "no tensor"
 
 
+def find_entries(value: Any, place: Place) -> list[Any]:
+    """Returns the entries at a place: several if its path holds ``*``, otherwise one.
+
+    Raises:
+        KeyError: If there is no such entry, or one of those that ``*`` stands for lacks it.
+    """
+    path = str(place)
+    if not path:
+        return [value]
+    items = {str(name): item for name, item in _items(value).items()}
+    named = dict(items)
+    if isinstance(value, list | tuple):
+        named |= {str(i - len(value)): item for i, item in enumerate(value)}
+        named |= {name: getattr(value, name) for name in getattr(value, "_fields", ())}  # of a named tuple
+    if path in named:  # a key may contain dots
+        return [named[path]]
+    key, _, rest = path.partition(".")
+    if key == "*" and items:
+        return [entry for item in items.values() for entry in find_entries(item, rest)]
+    if not rest or key not in named:
+        raise KeyError(place)
+    return find_entries(named[key], rest)
+
+
 def get_entry(value: Any, place: Place) -> Any:
     """Returns the entry at a place.
 
     Raises:
-        KeyError: If there is no such entry.
+        KeyError: If there is not exactly one such entry.
     """
-    items = {str(name): item for name, item in _items(value).items()}
-    names = getattr(value, "_fields", ()) if isinstance(value, tuple) else ()  # of a named tuple
-    items |= {name: getattr(value, name) for name in names}
-    if str(place) in items:  # a key may contain dots
-        return items[str(place)]
-    key, _, rest = str(place).partition(".")
-    if not rest or key not in items:
+    entries = find_entries(value, place) if str(place) else []
+    if len(entries) != 1:
         raise KeyError(place)
-    return get_entry(items[key], rest)
+    return entries[0]
 
 
 def get_tensor(batch: Any, name: str, place: Place) -> Tensor:

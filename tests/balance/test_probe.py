@@ -78,12 +78,12 @@ class LinearDiscriminator(nn.Module):
 class Measured:
     """A linear GAN in training; each generator update is measured, and computed by hand for comparison."""
 
-    def __init__(self, generator=None, discriminator=None):
+    def __init__(self, generator=None, discriminator=None, **options):
         self.generator = generator or LinearGenerator()
         self.discriminator = discriminator or LinearDiscriminator()
         self.of_generator = torch.optim.SGD(self.generator.parameters(), LEARNING_RATE)
         self.of_discriminator = torch.optim.SGD(self.discriminator.parameters(), LEARNING_RATE)
-        self.probe = BalanceProbe(self.generator, self.discriminator)
+        self.probe = BalanceProbe(self.generator, self.discriminator, **options)
         self.probe.watching = True
         self.measured, self.expected = [], []
 
@@ -384,18 +384,18 @@ class Wrapped(LinearDiscriminator):
 
 
 @pytest.mark.parametrize(
-    ("wrap", "first"),
+    ("wrap", "place", "first"),
     [
-        (lambda score: (score, score * 7 + 100), lambda output: output[0]),
-        (lambda score: [[score], "features"], lambda output: output[0][0]),
-        (lambda score: {"score": score, "features": score + 100}, lambda output: output["score"]),
-        (lambda score: score.squeeze(1), lambda output: output),
-        (lambda score: score.view(-1, 1, 1, 1).expand(-1, 1, 4, 4), lambda output: output),
+        (lambda score: (score, score * 7 + 100), 0, lambda output: output[0]),
+        (lambda score: [[score], "features"], None, lambda output: output[0][0]),
+        (lambda score: {"features": score + 100, "score": score}, "score", lambda output: output["score"]),
+        (lambda score: score.squeeze(1), None, lambda output: output),
+        (lambda score: score.view(-1, 1, 1, 1).expand(-1, 1, 4, 4), None, lambda output: output),
     ],
     ids=["tuple", "nested list", "dict", "flat", "patches"],
 )
-def test_the_score_is_the_mean_of_the_first_tensor(wrap, first):
-    gan = Measured(discriminator=Wrapped(wrap))
+def test_the_score_is_the_mean_of_the_tensor_at_its_place(wrap, place, first):
+    gan = Measured(discriminator=Wrapped(wrap), discriminator_output=place)
     real, z = drawn(BATCH, PIXELS, seed=1) + 1, drawn(BATCH, NOISE, step=1)
     gan.step_generator(-first(gan.discriminator(gan.generator(z))).mean(), real, real, z)
     gan.check(1)
@@ -962,8 +962,8 @@ def test_a_probe_that_was_removed_measures_nothing():
     generator, discriminator, probe = watched()
     probe.remove()
     discriminator(generator(drawn(BATCH, NOISE)))
-    with pytest.raises(RuntimeError, match="no call of the generator"):
-        probe.after_update(drawn(BATCH, PIXELS))
+    assert probe.after_update(drawn(BATCH, PIXELS)) is None
+    assert not probe.used
 
 
 def test_a_module_that_gives_scores_itself_is_not_watched():
@@ -983,6 +983,8 @@ def test_a_module_that_gives_scores_itself_is_not_watched():
     assert not module.generator._forward_hooks
     real, z = drawn(BATCH, PIXELS, seed=2), drawn(BATCH, NOISE, seed=1)
     probe.watching = True
+    assert probe.after_update(real) is None  # while the discriminator is not used
+    module.discriminator.linear.bias.grad = torch.ones(1).double()
     probe.before_update(module.generator.parameters())
     expected = [module.discriminator.by_hand(real), module.discriminator.by_hand(module.generator.by_hand(z))]
     with torch.no_grad():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lightning_ddst.balance.calls import Adversarial, Call, Generated, Scored
 from lightning_ddst.balance.real_images import (
     ImageArgument,
     check_shown,
@@ -13,7 +14,6 @@ from lightning_ddst.balance.real_images import (
     find_real_images,
     is_rescaled,
 )
-from lightning_ddst.balance.recorder import Adversarial, Call, Generated, Scored
 
 SHAPE = torch.Size([2])
 
@@ -165,7 +165,7 @@ def test_labels_of_fakes_that_are_joined_with_others_are_rejected():
 def test_it_is_seen_whether_the_training_step_changes_fakes(argument, as_it_is, changes):
     fake = torch.rand(4, 2) + 1
     argument = ImageArgument.of_step(generator_step(fake, argument(fake), as_it_is=as_it_is))
-    assert argument == ImageArgument(0, SHAPE, changes)
+    assert argument == ImageArgument(0, SHAPE, changes, SHAPE)
 
 
 def test_shown_are_parts_of_images_as_many_as_the_real_ones_and_no_fakes():
@@ -177,7 +177,7 @@ def test_shown_are_parts_of_images_as_many_as_the_real_ones_and_no_fakes():
         Call((torch.rand(1, 2),), {}),  # too few
         Call((), {"x": real}),
     ]
-    shown = ImageArgument(0, SHAPE, False).find_shown(
+    shown = ImageArgument(0, SHAPE, False, SHAPE).find_shown(
         real, [generator_step(fake).made], [Scored(call, 0) for call in calls]
     )
     assert [part.tolist() for part in shown] == [[[1, 1], [2, 2]], [[2, 2], [3, 3]]]
@@ -196,8 +196,8 @@ def test_shown_are_parts_of_images_as_many_as_the_real_ones_and_no_fakes():
 def test_images_shown_as_they_are_or_augmented_are_no_mistake(show, as_they_are):
     torch.manual_seed(0)
     real = torch.rand(8, 2)
-    assert check_shown([torch.rand(8, 2), show(real)], real, (real,)) == as_they_are
-    assert not check_shown([], real, (real,))
+    assert check_shown([torch.rand(8, 2), show(real)], real, (real,)) == ((1,) if as_they_are else None)
+    assert check_shown([], real, (real,)) is None
 
 
 def test_images_that_are_rescaled_are_rejected():
@@ -208,7 +208,7 @@ def test_images_that_are_rescaled_are_rejected():
 
 def test_fakes_that_are_changed_alone_are_rejected():
     real = torch.rand(8, 2)
-    assert not check_shown([], real, real, changes_fakes=True)  # the real ones may still come
+    assert check_shown([], real, real, changes_fakes=True) is None  # the real ones may still come
     with pytest.raises(RuntimeError, match="changes what the generator returns"):
         check_shown([real], real, real, changes_fakes=True)
 
@@ -245,4 +245,4 @@ def test_channels_that_the_training_step_normalises_are_rejected(joined):
     shown = (real - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.1]).view(3, 1, 1)
     scored = Scored(Call((torch.cat([shown, torch.rand(4, 3, 5, 5)]) if joined else shown,), {}), 0)
     with pytest.raises(RuntimeError, match="shifts and scales the batch's images"):
-        check_shown(ImageArgument(0, real.shape[1:], False).find_shown(real, [], [scored]), real, real)
+        check_shown(ImageArgument(0, real.shape[1:], False, real.shape[1:]).find_shown(real, [], [scored]), real, real)

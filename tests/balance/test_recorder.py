@@ -8,16 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_ddst.balance.recorder import (
-    Adversarial,
-    Call,
-    CallRecorder,
-    Generated,
-    average,
-    get_scores,
-    get_weights_version,
-    walk_graph,
-)
+from lightning_ddst.balance.calls import Adversarial, Call, Generated, get_weights_version, walk_graph
+from lightning_ddst.balance.recorder import CallRecorder
+from lightning_ddst.balance.scores import ScoreReader
 
 NOISE, PIXELS = 3, 2
 
@@ -34,7 +27,7 @@ class Discriminator(nn.Linear):
 
 def recorded(generator=None, discriminator=None, **options):
     generator, discriminator = generator or Generator(), discriminator or Discriminator()
-    recorder = CallRecorder(generator, discriminator, **options)
+    recorder = CallRecorder(generator, discriminator, ScoreReader(**options))
     recorder.attach()
     recorder.recording = True
     return generator, discriminator, recorder
@@ -252,9 +245,12 @@ class OfBoth(Discriminator):
 
 def test_a_score_that_does_not_depend_on_the_fake_is_rejected():
     generator, discriminator, _ = recorded(discriminator=OfBoth())
+    with pytest.raises(RuntimeError, match=r'2 floating-point tensors.*`discriminator_output="0"`.*; it returns 0 \(4'):
+        discriminator(torch.randn(4, PIXELS), generator(torch.randn(4, NOISE)))
+    generator, discriminator, _ = recorded(discriminator=OfBoth(), place=0)
     with pytest.raises(RuntimeError, match=r"`discriminator_output=\.\.\.`; it returns 0 \(4"):
         discriminator(torch.randn(4, PIXELS), generator(torch.randn(4, NOISE)))
-    generator, discriminator, recorder = recorded(discriminator=OfBoth(), discriminator_output=1)
+    generator, discriminator, recorder = recorded(discriminator=OfBoth(), place=1)
     _, scores = discriminator(torch.randn(4, PIXELS), generator(torch.randn(4, NOISE)))
     step = recorder.find_generator_step()
     assert (step.place, step.score) == (1, scores.mean())
@@ -266,7 +262,7 @@ def test_the_error_names_what_returns_no_tensor():
             return "nothing"
 
     generator, discriminator, _ = recorded(discriminator=Silent())
-    with pytest.raises(TypeError, match="no tensor in what a network returned: str"):
+    with pytest.raises(RuntimeError, match="no floating-point tensor in what the discriminator returns"):
         discriminator(generator(torch.randn(4, NOISE)))
 
 
@@ -328,25 +324,3 @@ def test_the_version_of_weights_grows_with_every_change():
         network.weight.mul_(2)
         network.bias.add_(1)
     assert get_weights_version(network) == before + 2
-
-
-@pytest.mark.parametrize(("place", "value"), [(None, 1), (0, 1), ("1.features", 2)])
-def test_scores_are_at_their_place(place, value):
-    output = [torch.tensor(1), {"features": torch.tensor(2)}]
-    assert get_scores(output, place) == value
-
-
-@pytest.mark.parametrize("place", [2, "features", "1.scores"])
-def test_the_error_names_missing_scores(place):
-    output = [torch.ones(2), {"features": torch.ones(3)}]
-    named = rf"discriminator_output={place!r} .* 0 \(2,\) torch.float32, 1.features \(3,\)"
-    with pytest.raises(RuntimeError, match=named):
-        get_scores(output, place)
-
-
-def test_half_precision_is_averaged_in_32_bits_and_double_in_64():
-    scores = torch.tensor([1.0, 2.0**-9], requires_grad=True)  # their sum has 10 bits
-    assert average(scores.bfloat16()) == (1 + 2.0**-9) / 2
-    assert average(scores.bfloat16()).dtype == torch.float32
-    assert average(scores.double()).dtype == torch.float64
-    assert not average(scores).requires_grad

@@ -98,6 +98,59 @@ def test_a_checkpoint_without_an_average_is_rejected_unless_the_run_had_none(tmp
     assert torch.equal(network(NOISE), gan.generator.eval()(NOISE))
 
 
+class ToyOfParts(ToyGAN):
+    """The generator's two halves are its parts; both are held by a submodule."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.ModuleDict({"encoder": self.generator[:3], "decoder": self.generator[3:]})
+        del self.generator
+
+    def networks(self):
+        return lambda z: self.model["decoder"](self.model["encoder"](z)), self.discriminator
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(network.parameters(), lr=1e-2) for network in (self.model, self.discriminator)]
+
+
+def test_parts_of_a_generator_are_loaded_one_by_one(tmp_path):
+    parts = ["model.encoder", "model.decoder"]
+    ema = GeneratorEMA(0.9, generator=parts)
+    gan = trained(DynamicSparsityCallback(0.25, generator=parts), ema, gan=ToyOfParts(), folder=tmp_path)
+    gan.trainer.save_checkpoint(tmp_path / "end.ckpt")
+    encoder, decoder = generator()[:3], generator()[3:]
+    for name, part in zip(parts, (encoder, decoder), strict=True):
+        export.load_generator(part, tmp_path / "end.ckpt", name)
+        averages = {key.removeprefix(f"{name}."): value for key, value in ema.averages().items() if name in key}
+        assert len(averages) == len(part.state_dict()) - (part is encoder)  # no average of the count of batches
+        assert all(torch.equal(part.state_dict()[key], value) for key, value in averages.items())
+        export.load_generator(part, tmp_path / "end.ckpt", name, weights="raw")
+        own = gan.get_submodule(name).state_dict()
+        assert all(torch.equal(value, own[key]) for key, value in part.state_dict().items())
+    with pytest.raises(
+        ValueError, match=r"no generator is in the checkpoint under generator, .*; it has discr.*, model"
+    ):
+        export.load_generator(generator(), tmp_path / "end.ckpt")
+
+
+def test_a_generator_is_found_in_a_submodule(tmp_path):
+    class Nested(ToyGAN):
+        def __init__(self):
+            super().__init__()
+            self.model = nn.ModuleDict({"net_g": self.generator})
+            del self.generator
+
+        def networks(self):
+            return self.model["net_g"], self.discriminator
+
+    ema = GeneratorEMA(0.9)
+    gan = trained(DynamicSparsityCallback(0.25), ema, gan=Nested(), folder=tmp_path)
+    gan.trainer.save_checkpoint(tmp_path / "end.ckpt")
+    network = generator()
+    export.load_generator(network, tmp_path / "end.ckpt")
+    assert all(torch.equal(network.state_dict()[name], value) for name, value in ema.averages().items())
+
+
 def test_the_average_of_lightnings_own_callback_is_told_apart(tmp_path):
     averaged, own = ({"G.weight": torch.full((2, 3), value), "G.bias": torch.zeros(2)} for value in (1.0, 2.0))
     content = {"state_dict": averaged, "current_model_state": own, "averaging_state": {}, "callbacks": {}}

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_ddst.utils.nested import describe_tensors, get_entry, get_first_tensor, tensors_in
+from lightning_ddst.utils.nested import describe_tensors, find_entries, get_entry, get_first_tensor, tensors_in
 
 ONE, TWO, THREE = torch.tensor(1), torch.tensor(2), torch.tensor(3)
 Pair = namedtuple("Pair", ["x", "y"])
@@ -47,7 +47,19 @@ def test_places_are_keys_indices_or_paths():
     assert get_entry([{"x.png": ONE}], "0.x.png") is ONE
 
 
-@pytest.mark.parametrize("place", ["b", "a.2", "a.1.b.0", "a.-1", "", 0])
+def test_indices_may_be_negative_and_asterisks_stand_for_every_entry():
+    value = [[ONE, TWO], {"a": (THREE, Pair(ONE, TWO))}]
+    assert get_entry(value, "0.-1") is get_entry(value, "-2.1") is TWO
+    assert get_entry(value, "-1.a.-1.y") is TWO
+    assert get_entry(value, "1.*.0") is THREE  # one entry
+    assert [int(entry) for entry in find_entries([*value[:1], [THREE]], "*.*")] == [1, 2, 3]
+    assert [int(entry) for entry in find_entries([*value[:1], [THREE]], "*.-1")] == [2, 3]
+    assert find_entries(ONE, "") == [ONE]
+    with pytest.raises(KeyError):
+        find_entries(value, "*.a")  # the first has none
+
+
+@pytest.mark.parametrize("place", ["b", "a.2", "a.1.b.0", "a.-3", "", 0, "a.*"])
 def test_a_place_where_nothing_is_raises(place):
     with pytest.raises(KeyError):
         get_entry({"a": [ONE, {"b": TWO}]}, place)

@@ -1,7 +1,8 @@
 import pytest
+import torch
 from torch import nn
 
-from lightning_ddst.utils.networks import USUAL_NAMES, find_network
+from lightning_ddst.utils.networks import USUAL_NAMES, find_network, get_parts, is_same_network, name_in, prefix_in
 
 
 def holding(**networks: nn.Module) -> nn.Module:
@@ -53,3 +54,57 @@ def test_where_nothing_is_found_the_error_names_the_names_tried_and_those_that_e
         find_network(holding(maker=nn.Linear(1, 1), judge=nn.Linear(1, 1)), "generator", None)
     with pytest.raises(ValueError, match=r"It has no submodules\."):
         find_network(nn.Module(), "generator", None)
+
+
+def test_usual_names_are_found_in_submodules_too() -> None:
+    network = nn.Linear(1, 1)
+    module = holding(extra=nn.Identity(), model=holding(net_g=network, D=nn.Linear(1, 1)))
+    assert find_network(module, "generator", None) is network
+    module.generator = nn.Linear(1, 1)  # those of the module itself come first
+    assert find_network(module, "generator", None) is module.generator
+
+
+def test_usual_names_in_several_submodules_are_listed() -> None:
+    network = nn.Linear(1, 1)
+    module = holding(model=holding(G=network), average=holding(generator=nn.Linear(1, 1)))
+    with pytest.raises(ValueError, match=r'generator: model\.G, average\.generator; .*generator="model\.G"'):
+        find_network(module, "generator", None)
+    same = holding(model=holding(G=network), average=holding(generator=network))
+    assert find_network(same, "generator", None) is network
+
+
+def test_several_parts_are_one_network_with_the_names_of_the_module() -> None:
+    encoder, decoder = nn.Linear(2, 3), nn.Sequential(nn.Linear(3, 2))
+    model = holding(encoder=encoder, other=nn.Linear(5, 5))
+    module = holding(model=model, decoder=decoder)
+    network = find_network(module, "generator", ["decoder", "model.encoder"])
+    assert get_parts(network) == (decoder, encoder)
+    assert {name: tuple(p.shape) for name, p in network.named_parameters()} == {
+        "decoder.0.weight": (2, 3),
+        "decoder.0.bias": (2,),
+        "model.encoder.weight": (3, 2),
+        "model.encoder.bias": (3,),
+    }
+    assert (name_in(module, network), prefix_in(module, network)) == ("decoder+model.encoder", "")
+    assert prefix_in(module, encoder) == name_in(module, encoder) == "model.encoder"
+    again = find_network(module, "generator", ("decoder", "model.encoder"))
+    assert is_same_network(network, again)
+    assert not is_same_network(network, find_network(module, "generator", ["model.encoder", "model.other"]))
+    assert find_network(module, "generator", ["decoder"]) is decoder
+    with pytest.raises(NotImplementedError):
+        network(torch.ones(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["mpd", "mpd"], "'mpd' holds 'mpd'"),
+        (["mpd", "mpd.0"], "'mpd' holds 'mpd.0'"),
+        (["mpd.0", "mpd"], "'mpd' holds 'mpd.0'"),
+        (["mpd", "msd"], "discriminator='msd' is not a submodule"),
+        ([], "must name at least one"),
+    ],
+)
+def test_parts_that_overlap_or_do_not_exist_are_rejected(names: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_network(holding(mpd=nn.Sequential(nn.Linear(1, 1))), "discriminator", names)

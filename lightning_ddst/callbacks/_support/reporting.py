@@ -74,8 +74,9 @@ class TrainerReport(RunReport):
         words = summary_markdown(self._method, self._training)
         self.write("about/what_happened", words, self._training.updates)
 
-    def after_fit(self) -> None:
-        """Writes the operations of each layer to TensorBoard."""
+    def after_run(self) -> None:
+        """Writes the operations of each layer to TensorBoard, too."""
+        super().after_run()
         if ledger := self._pair.by_full_name(self._training.flops.layers):
             self.write("flops/ledger", _ledger_markdown(ledger), self._training.updates)
 
