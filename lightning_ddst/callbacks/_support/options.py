@@ -1,7 +1,7 @@
 """Options of masking and measuring: they find and mask a module's two networks, and make the probe."""
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
@@ -11,9 +11,10 @@ from lightning_ddst.balance import BalanceProbe, ScoresItself
 from lightning_ddst.balance.ratio import ESTIMATORS, Estimator
 from lightning_ddst.methods import Method, Role
 from lightning_ddst.methods.masked_pair import MaskedPair
-from lightning_ddst.sparsity import MaskedNetwork, find_units, maskable_weights
+from lightning_ddst.sparsity import MaskableWeight, MaskedNetwork, find_units, maskable_weights
 from lightning_ddst.sparsity.enforcement import OptimizerState
 from lightning_ddst.sparsity.layer_patterns import matches, name_of_layer
+from lightning_ddst.sparsity.maskable import MaskedParameters, all_weights, matched_parameters
 from lightning_ddst.sparsity.masked import REGROWN, Regrown
 from lightning_ddst.sparsity.units import INITIAL, Initial
 from lightning_ddst.utils.example_inputs import infer_inputs
@@ -34,6 +35,7 @@ class MaskingOptions:
         regrown: "keep" or "reset".
         optimizer_state: "reset" or "keep".
         dense_layers: Patterns of layers that stay dense.
+        masked_parameters: Dimensions of outputs and of inputs by patterns of further parameters that are masked.
         units: Arguments of the granularity that were given, by name.
 
     Raises:
@@ -47,6 +49,7 @@ class MaskingOptions:
     regrown: Regrown
     optimizer_state: OptimizerState
     dense_layers: Sequence[str]
+    masked_parameters: MaskedParameters | None
     units: Mapping[str, Any]
 
     def __post_init__(self) -> None:
@@ -117,6 +120,7 @@ class MaskingOptions:
                     initial=self.initial_masks,
                     regrown=self.regrown,
                     dense_layers=self.dense_layers,
+                    masked_parameters=self._declared(network, name_in(module, network)),
                     name=name_in(module, network),
                     seed=seed % 2**62 + offset + 2 * of_name,
                     state=None if saved is None else saved[role],
@@ -132,26 +136,35 @@ class MaskingOptions:
         return MaskedPair(module, networks)
 
     def _check_patterns(self, module: nn.Module, found: Mapping[Role, nn.Module]) -> None:
-        """Rejects patterns that match no layer."""
-        patterns = {
-            "dense_layers": self.dense_layers,
-            "layer_densities": list(self.units.get("layer_densities") or {}),
-        }
-        if not any(patterns.values()):
-            return
-        layers = {
-            name_of_layer(name_in(module, network), name): layer
-            for network in found.values()
-            for weight in maskable_weights(network)
-            for name, layer in weight.layers.items()
-        }
-        for argument, given in patterns.items():
-            for pattern in given:
-                if not any(matches(pattern, name, layer) for name, layer in layers.items()):
-                    raise ValueError(
-                        f"{argument}: {pattern!r} matches no layer; there are {', '.join(layers)}, and classes "
-                        f"{', '.join(sorted({type(layer).__name__ for layer in layers.values()}))}."
-                    )
+        """Rejects patterns that match nothing."""
+        networks = {name_in(module, network): network for network in found.values()}
+        for pattern in self.masked_parameters or {}:
+            if not any(pattern in self._declared(network, name) for name, network in networks.items()):
+                raise ValueError(f"masked_parameters: {pattern!r} matches no parameter of either network.")
+        if self.dense_layers:
+            named = [(name, places) for name, each in networks.items() for _, _, places in all_weights(each)]
+            _check_match("dense_layers", self.dense_layers, named)
+        if densities := self.units.get("layer_densities"):
+            named = [(name, w.places) for name, each in networks.items() for w in self._maskable(each, name)]
+            _check_match("layer_densities", densities, named)
+
+    def _declared(self, network: nn.Module, name: str) -> MaskedParameters:
+        """Returns the part of `masked_parameters` that is about a network of this name."""
+        return matched_parameters(self.masked_parameters or {}, network, name)
+
+    def _maskable(self, network: nn.Module, name: str) -> list[MaskableWeight]:
+        return maskable_weights(network, self._declared(network, name), dense_layers=self.dense_layers, name=name)
+
+
+def _check_match(argument: str, patterns: Iterable[str], named: Iterable[tuple[str, Mapping[str, nn.Module]]]) -> None:
+    """Checks that every pattern matches a layer, given layers by name for each name of a network."""
+    layers = {name_of_layer(name, layer_name): layer for name, places in named for layer_name, layer in places.items()}
+    for pattern in patterns:
+        if not any(matches(pattern, name, layer) for name, layer in layers.items()):
+            raise ValueError(
+                f"{argument}: {pattern!r} matches no layer; there are {', '.join(layers)}, and classes "
+                f"{', '.join(sorted({type(layer).__name__ for layer in layers.values()}))}."
+            )
 
 
 @dataclass(frozen=True)
