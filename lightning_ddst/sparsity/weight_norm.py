@@ -86,8 +86,10 @@ class WeightNorm:
         moved = scores if self.dim is None else scores.movedim(self.dim, 0)
         rows = moved.reshape(self.groups, -1)
         marks = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, rows.argmax(1, keepdim=True), True)
-        moved = marks.view(moved.shape)
-        return moved if self.dim is None else moved.movedim(0, self.dim)
+        best: Tensor = marks.view(moved.shape)
+        if self.dim is not None:
+            best = best.movedim(0, self.dim)
+        return best
 
     def best_active(self, mask: Tensor) -> Tensor:
         """Marks the active entry of every group that is never pruned, the largest."""
@@ -103,4 +105,5 @@ def group_lengths(v: Tensor, dim: int | None) -> Tensor:
     """Returns the norm of every group of v, with its dimensions kept; float32 or wider."""
     others: Sequence[int] = [i for i in range(v.dim()) if i != dim]
     dtype = torch.promote_types(v.dtype, torch.float32)
-    return torch.linalg.vector_norm(v.detach(), dim=others, keepdim=True, dtype=dtype)
+    lengths: Tensor = torch.linalg.vector_norm(v.detach(), dim=others, keepdim=True, dtype=dtype)
+    return lengths

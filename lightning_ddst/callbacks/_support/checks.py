@@ -125,8 +125,8 @@ def tell_masked_share(pair: MaskedPair) -> None:
                 for name, parameter in largest
             )
             rank_zero_warn(
-                f"only {shares[role]:.1%} of the {role}'s weights are maskable, and its density counts these alone. The "
-                f"largest that stay dense: {names}. To mask them, name their dimensions in "
+                f"only {shares[role]:.1%} of the {role}'s weights are maskable, and its density counts these alone. "
+                f"The largest that stay dense: {names}. To mask them, name their dimensions in "
                 "masked_parameters={pattern: (out_dim, in_dim)}; to leave them dense, name them in dense_layers."
             )
     told = " and ".join(f"{share:.1%} of the {role}'s" for role, share in shares.items())
