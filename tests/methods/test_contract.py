@@ -35,15 +35,8 @@ def is_possible(method, granularity):
     return not fixed or not (kind.starts_dense or any(update.resizes for update in kind.mask_updates()))
 
 
-CELLS = [
-    *(
-        (method, granularity, ToyGAN)
-        for method in METHODS
-        for granularity in DENSITIES
-        if is_possible(method, granularity)
-    ),
-    *((method, "weight", OtherLayersGAN) for method in ("ddst", "posthoc", "imp")),
-]
+CELLS = [(m, g, ToyGAN) for m in METHODS for g in DENSITIES if is_possible(m, g)]
+CELLS += [(method, "weight", OtherLayersGAN) for method in ("ddst", "posthoc", "imp")]
 IMPOSSIBLE = [(m, g) for m in METHODS for g in DENSITIES if not is_possible(m, g)]
 
 
