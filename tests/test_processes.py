@@ -75,11 +75,18 @@ def test_masks_decisions_and_weights_are_the_same_at_every_update(results, case)
     assert all(balance.samples for balance in balances)
 
 
-@pytest.mark.parametrize("growth", ["gradient", "momentum"])
-def test_one_process_and_two_make_the_same_mask_changes(results, growth):
-    changes = two_processes.exact(1, growth)
+@pytest.mark.parametrize(
+    ("case", "arguments"),
+    [
+        ("gradient", ("gradient",)),
+        ("momentum", ("momentum",)),
+        ("weight norm", ("momentum", two_processes.NormedGAN)),
+    ],
+)
+def test_one_process_and_two_make_the_same_mask_changes(results, case, arguments):
+    changes = two_processes.exact(1, *arguments)
     assert len(changes) >= 4  # as drawn, and three changes
-    for masks in results(f"exact {growth}"):
+    for masks in results(f"exact {case}"):
         for own, other in zip(changes[:4], masks[:4], strict=True):
             assert all(torch.equal(mask, other[name]) for name, mask in own.items())
 
@@ -126,6 +133,12 @@ def test_parameters_that_are_split_over_processes_get_the_same_masks(results, gr
     assert len(changes) >= 4
     for own, masks in zip(changes[:4], first["masks"][:4], strict=True):
         assert all(torch.equal(mask, masks[name]) for name, mask in own.items())
+
+
+@NEEDS_FSDP2
+def test_weight_norm_that_is_split_over_processes_is_rejected(results):
+    for message in results("sharded weight norm"):
+        assert message.startswith("ValueError: generator with generator_density=0.3: Layer '0' has weight norm")
 
 
 @NEEDS_FSDP2

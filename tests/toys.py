@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.optim import Adam
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -69,6 +69,41 @@ def toggled(module: LightningModule, optimizer: Any) -> Iterator[None]:
     module.toggle_optimizer(optimizer)
     yield
     module.untoggle_optimizer(optimizer)
+
+
+class OwnLinear(nn.Module):
+    """A layer of a user's own with a bare weight that is scaled at run time, as in StyleGAN2."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.weight.shape[1] ** -0.5)
+
+
+class Recurrent(nn.Module):
+    """Reads a vector as a sequence of four steps."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(inputs // 4, 8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x.unflatten(1, (4, -1)))[0].flatten(1)
+
+
+class OtherLayersGAN(ToyGAN):
+    """Weight norm, a recurrent layer and a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = nn.Sequential(
+            weight_norm(nn.Linear(LATENT, 16)), nn.ReLU(), Recurrent(16), OwnLinear(32, PIXELS)
+        )
+        self.discriminator = nn.Sequential(
+            weight_norm(nn.Linear(PIXELS, 32)), nn.ReLU(), nn.Dropout(0.1), weight_norm(nn.Linear(32, 1), dim=1)
+        )
 
 
 def toy_data(batches: int = 10, batch_size: int = 8) -> DataLoader[tuple[Tensor, ...]]:

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from test_loop import FabricLoop
 from test_resume import METHODS, SETTINGS, images, resumable, small_gan
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, TensorDataset
 from toys import LATENT, PIXELS, ToyGAN, for_method, toy_data
 
@@ -116,6 +117,15 @@ class ExactGAN(ToyGAN):
         generator_optimizer.step()
 
 
+class NormedGAN(ExactGAN):
+    """Its layers have weight norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for network in self.networks():
+            network[0], network[2] = weight_norm(network[0]), weight_norm(network[2])
+
+
 class ShardedGAN(ExactGAN):
     """Its parameters are split over processes (FSDP2)."""
 
@@ -158,13 +168,17 @@ def exact_data(processes: int) -> ResumableLoader:
     return ResumableLoader(TensorDataset(real, z), batch_size=8 // processes, batches=16, seed=3)
 
 
-def exact(processes: int, growth: str) -> list[dict[str, torch.Tensor]]:
+class ShardedNormedGAN(NormedGAN):
+    configure_model = ShardedGAN.configure_model
+
+
+def exact(processes: int, growth: str, make: type[ExactGAN] = ExactGAN) -> list[dict[str, torch.Tensor]]:
     seed_everything(0, verbose=False)
     changes = ChangesOfMasks()
     sparsity = DynamicSparsityCallback(
         0.3, bounds=(0.2, 0.3), interval=5, explore_interval=4, delta=0.1, growth=growth, seed=2
     )
-    gan = ExactGAN()
+    gan = make()
     if processes == 2:
         train(gan, exact_data(2), sparsity, changes, max_epochs=1)
     else:
@@ -302,6 +316,7 @@ CASES = {
     "methods momentum": lambda folder: methods(folder, growth="momentum"),
     "exact gradient": lambda folder: exact(2, "gradient"),
     "exact momentum": lambda folder: exact(2, "momentum"),
+    "exact weight norm": lambda folder: exact(2, "momentum", NormedGAN),
     "GANModule ddp": lambda folder: gan_module(folder, "ddp"),
     "accumulated": accumulated,
     "fabric": fabric,
@@ -321,6 +336,11 @@ if FSDP2:
         "sharded gradient": lambda folder: sharded("gradient"),
         "sharded momentum": lambda folder: sharded("momentum"),
         "crash sharded": crash_sharded,
+        "sharded weight norm": lambda folder: error_of(
+            lambda: train(
+                ShardedNormedGAN(), toy_data(), DynamicSparsityCallback(0.3), strategy=ModelParallelStrategy(2, 1)
+            )
+        ),
         "tensor parallel": lambda folder: error_of(
             lambda: train(ShardedGAN(), toy_data(), DynamicSparsityCallback(0.3), strategy=ModelParallelStrategy(1, 2))
         ),

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lightning.fabric.utilities import rank_zero_info
 from torch import nn
 
 from lightning_ddst.balance import ScoresItself
@@ -52,7 +53,10 @@ _RESTART = (
     "To start another run from its weights, load only these; in a Trainer, load them into the module and fit without "
     "ckpt_path."
 )
-_FIXED = ("generator_density", "discriminator_density", "granularity", "dense_layers", "layer_densities")
+_FIXED = (
+    *("generator_density", "discriminator_density", "granularity"),
+    *("dense_layers", "masked_parameters", "layer_densities"),
+)
 """Arguments that decide which weights are masked, and how many; a run keeps them."""
 
 
@@ -91,6 +95,35 @@ def check_finite_weights(pair: MaskedPair) -> None:
         for name, parameter in network.network.named_parameters():
             if not bool(local_part(parameter.detach()).isfinite().all()):
                 raise ValueError(f"the {role}'s {name!r} has values that are not finite before training starts.")
+
+
+_TELLING = 0.9
+"""Share of a network's weights that can be masked, below which a warning names others."""
+_NAMED = 5
+
+
+def tell_masked_share(pair: MaskedPair) -> None:
+    """Prints the share of each network's weights that can be masked; warns if it is below 90 %.
+
+    Weights are parameters of two or more dimensions, without those of layers in ``dense_layers``.
+    """
+    shares = {}
+    for role, network in pair.networks.items():
+        dense = network.dense_weights()
+        shares[role] = network.total / (network.total + sum(parameter.numel() for parameter in dense.values()))
+        if shares[role] < _TELLING:
+            largest = sorted(dense.items(), key=lambda named: -named[1].numel())[:_NAMED]
+            names = ", ".join(
+                f"{name!r} {tuple(parameter.shape)}{'' if parameter.requires_grad else ' (frozen)'}"
+                for name, parameter in largest
+            )
+            distributed.warn(
+                f"only {shares[role]:.1%} of the {role}'s weights are maskable, and its density counts these alone. "
+                f"The largest that stay dense: {names}. To mask them, name their dimensions in "
+                "masked_parameters={pattern: (out_dim, in_dim)}; to leave them dense, name them in dense_layers."
+            )
+    told = " and ".join(f"{share:.1%} of the {role}'s" for role, share in shares.items())
+    rank_zero_info(f"lightning_ddst: {told} weights can be masked.")
 
 
 def check_unlimited(method: Method, unknown: str) -> None:

@@ -1,21 +1,23 @@
 """Options of a run: its method, and how two networks of a module are found, masked and measured."""
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 import torch
 from torch import nn
 
+from lightning_ddst.attached.checks import tell_masked_share
 from lightning_ddst.balance import BalanceProbe, ScoresItself
 from lightning_ddst.balance.ratio import ESTIMATORS, Estimator
 from lightning_ddst.balance.scores import ScorePlaces, ScoreReader
 from lightning_ddst.methods import Intervals, Method, Role, make_method
 from lightning_ddst.methods.masked_pair import MaskedPair
-from lightning_ddst.sparsity import MaskedNetwork, find_units, maskable_weights
+from lightning_ddst.sparsity import MaskableWeight, MaskedNetwork, find_units, maskable_weights
 from lightning_ddst.sparsity.enforcement import OptimizerState
 from lightning_ddst.sparsity.layer_patterns import matches, name_of_layer
+from lightning_ddst.sparsity.maskable import MaskedParameters, all_weights, matched_parameters
 from lightning_ddst.sparsity.masked import REGROWN, Regrown
 from lightning_ddst.sparsity.units import INITIAL, Initial
 from lightning_ddst.utils import distributed
@@ -45,6 +47,7 @@ class MaskingOptions:
         regrown: "keep" or "reset".
         optimizer_state: "reset" or "keep".
         dense_layers: Patterns of layers that stay dense.
+        masked_parameters: Dimensions of outputs and of inputs by patterns of further parameters that are masked.
         units: Arguments of the granularity that were given, by name.
 
     Raises:
@@ -58,6 +61,7 @@ class MaskingOptions:
     regrown: Regrown
     optimizer_state: OptimizerState
     dense_layers: Sequence[str]
+    masked_parameters: MaskedParameters | None
     units: Mapping[str, Any]
 
     def __post_init__(self) -> None:
@@ -136,6 +140,7 @@ class MaskingOptions:
                     initial=self.initial_masks,
                     regrown=self.regrown,
                     dense_layers=self.dense_layers,
+                    masked_parameters=self._declared(network, prefix_in(module, network)),
                     name=prefix_in(module, network),
                     seed=seed % 2**62 + offset + 2 * of_name,
                     state=None if saved is None else saved[role],
@@ -151,26 +156,35 @@ class MaskingOptions:
         return MaskedPair(module, networks)
 
     def _check_patterns(self, module: nn.Module, found: Mapping[Role, nn.Module]) -> None:
-        """Rejects patterns that match no layer."""
-        patterns = {
-            "dense_layers": self.dense_layers,
-            "layer_densities": list(self.units.get("layer_densities") or {}),
-        }
-        if not any(patterns.values()):
-            return
-        layers = {
-            name_of_layer(prefix_in(module, network), name): layer
-            for network in found.values()
-            for weight in maskable_weights(network)
-            for name, layer in weight.layers.items()
-        }
-        for argument, given in patterns.items():
-            for pattern in given:
-                if not any(matches(pattern, name, layer) for name, layer in layers.items()):
-                    raise ValueError(
-                        f"{argument}: {pattern!r} matches no layer; there are {', '.join(layers)}, and classes "
-                        f"{', '.join(sorted({type(layer).__name__ for layer in layers.values()}))}."
-                    )
+        """Rejects patterns that match nothing."""
+        networks = [(prefix_in(module, network), network) for network in found.values()]
+        for pattern in self.masked_parameters or {}:
+            if not any(pattern in self._declared(network, name) for name, network in networks):
+                raise ValueError(f"masked_parameters: {pattern!r} matches no parameter of either network.")
+        if self.dense_layers:
+            named = [(name, places) for name, each in networks for _, _, places in all_weights(each)]
+            _check_match("dense_layers", self.dense_layers, named)
+        if densities := self.units.get("layer_densities"):
+            named = [(name, w.places) for name, each in networks for w in self._maskable(each, name)]
+            _check_match("layer_densities", densities, named)
+
+    def _declared(self, network: nn.Module, name: str) -> MaskedParameters:
+        """Returns the part of `masked_parameters` that is about a network of this name."""
+        return matched_parameters(self.masked_parameters or {}, network, name)
+
+    def _maskable(self, network: nn.Module, name: str) -> list[MaskableWeight]:
+        return maskable_weights(network, self._declared(network, name), dense_layers=self.dense_layers, name=name)
+
+
+def _check_match(argument: str, patterns: Iterable[str], named: Iterable[tuple[str, Mapping[str, nn.Module]]]) -> None:
+    """Checks that every pattern matches a layer, given layers by name for each name of a network."""
+    layers = {name_of_layer(name, layer_name): layer for name, places in named for layer_name, layer in places.items()}
+    for pattern in patterns:
+        if not any(matches(pattern, name, layer) for name, layer in layers.items()):
+            raise ValueError(
+                f"{argument}: {pattern!r} matches no layer; there are {', '.join(layers)}, and classes "
+                f"{', '.join(sorted({type(layer).__name__ for layer in layers.values()}))}."
+            )
 
 
 @dataclass(frozen=True)
@@ -266,7 +280,7 @@ class RunOptions:
         return self.intervals.probe_interval is not None
 
     def mask(self, module: nn.Module, saved: Mapping[str, Any] | None = None) -> MaskedPair:
-        """Masks the two networks of a module.
+        """Masks the two networks of a module, and prints which share of their weights can be masked.
 
         Args:
             module: The module that holds both networks.
@@ -277,7 +291,9 @@ class RunOptions:
         """
         # All processes use one seed: they hold the same weights, and must set the same ones to 0.
         seed = distributed.broadcast(torch.initial_seed() if self.seed is None else self.seed)
-        return self.masking.mask(module, self.method, seed, saved)
+        pair = self.masking.mask(module, self.method, seed, saved)
+        tell_masked_share(pair)
+        return pair
 
     def arguments(self) -> dict[str, Any]:
         """Returns the arguments that a resumed run is compared with; loads with ``weights_only=True``."""

@@ -47,10 +47,11 @@ _UNLIMITED = "none of max_epochs, max_steps and max_time limits this run, so its
 class DynamicSparsityCallback(RunReadings, Callback):
     """Trains a GAN sparsely: Double Dynamic Sparse Training (DDST) and the methods it is compared with.
 
-    Add it to the Trainer of a GAN with manual optimization. It masks the weights of both networks' Linear, Conv and
-    ConvTranspose layers, explores the generator's mask, measures the balance ratio (BR) around generator updates, and
-    resizes the discriminator's mask to keep BR between two bounds ("Double Dynamic Sparse Training for GANs", 2022;
-    "Balanced Training for Sparse GANs", NeurIPS 2023, arXiv 2302.14670). Every interval counts generator updates.
+    Add it to the Trainer of a GAN with manual optimization. It masks the weights of both networks (those of linear,
+    convolutional, recurrent and attention layers, and of layers of your own: see `maskable_weights`), explores the
+    generator's mask, measures the balance ratio (BR) around generator updates, and resizes the discriminator's mask to
+    keep BR between two bounds ("Double Dynamic Sparse Training for GANs", 2022; "Balanced Training for Sparse GANs",
+    NeurIPS 2023, arXiv 2302.14670). Every interval counts generator updates.
 
     Masks of single weights simulate unstructured sparsity: inactive weights are exactly 0, and dense kernels do the
     arithmetic. With masks of whole channels, training computes without the inactive ones.
@@ -100,6 +101,9 @@ class DynamicSparsityCallback(RunReadings, Callback):
             module (``"generator.to_rgb"``, ``"*.attention.*"``), or class names (``"Linear"``).
         layer_densities: Densities of single layers, in (0, 1], by such patterns; the first match counts. These layers
             keep their densities, and the other layers of their network share the rest.
+        masked_parameters: Further parameters to mask, in layers of your own: their dimensions of outputs and of inputs
+            by patterns of their names in the module (``{"generator.*.kernel": (0, 1)}``). Parameters with "weight" in
+            their name are found without it; see `maskable_weights`.
         initial_masks: "random", or "magnitude" to prune the present weights when fitting starts, for a GAN that was
             trained dense and loaded.
         granularity: Unit of the masks: single "weight"s, whole "channel"s, or "N:M" (such as "2:4"): N of every M
@@ -153,6 +157,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
         discriminator_output: ScorePlaces | None = None,
         dense_layers: Sequence[str] = (),
         layer_densities: Mapping[str, float] | None = None,
+        masked_parameters: Mapping[str, tuple[int, int]] | None = None,
         initial_masks: Initial = "random",
         granularity: str = "weight",
         growth: str | None = None,

@@ -35,7 +35,7 @@ def allocate(
     shapes: Sequence[Shape],
     density: float,
     distribution: str = "erk",
-    floor: int = 1,
+    floor: int | Sequence[int] = 1,
     given: Mapping[int, int] | None = None,
 ) -> list[int]:
     """Distributes a network's active weights over its layers.
@@ -43,10 +43,10 @@ def allocate(
     Layers whose share would exceed their size are dense; the others share the difference.
 
     Args:
-        shapes: Shape of each layer's weight, with at least two dimensions.
+        shapes: Shape of each layer's weight: outputs, inputs, and the sizes of the kernel.
         density: Active weights over all weights, in (0, 1].
         distribution: A key of `DISTRIBUTIONS`.
-        floor: Smallest count of a layer, at least 1; a smaller layer is dense.
+        floor: Smallest count of a layer, or of each, at least 1; a smaller layer is dense.
         given: Fixed counts by the layer's index; the other layers share the rest.
 
     Returns:
@@ -59,12 +59,13 @@ def allocate(
     relative_density = DISTRIBUTIONS.find("distribution", distribution)
     sizes = [math.prod(shape) for shape in shapes]
     given = given or {}
-    lower = [given.get(i, min(floor, size)) for i, size in enumerate(sizes)]
+    floors = [floor] * len(sizes) if isinstance(floor, int) else floor
+    lower = [given.get(i, min(floors[i], size)) for i, size in enumerate(sizes)]
     upper = [given.get(i, size) for i, size in enumerate(sizes)]
     total = round(density * sum(sizes))
     if total < sum(lower):
         raise ValueError(
-            f"density={density} leaves {total} active weights for {len(sizes)} layers, less than {floor} per layer"
+            f"density={density} leaves {total} active weights for {len(sizes)} layers, less than {_needed(floors)}"
             f"{f' and the {sum(given.values())} of given densities' if given else ''}; "
             f"it must be at least {_rounded_up(sum(lower) / sum(sizes)):.3g} here."
         )
@@ -75,6 +76,12 @@ def allocate(
         )
     shares = [relative_density(shape) * size for shape, size in zip(shapes, sizes, strict=True)]
     return apportion(shares, total, lower, upper)
+
+
+def _needed(floors: Sequence[int]) -> str:
+    if len(set(floors)) == 1:
+        return f"{floors[0]} per layer"
+    return f"the {sum(floors)} that they need (one for every norm of a layer with weight norm)"
 
 
 def _rounded_up(value: float) -> float:

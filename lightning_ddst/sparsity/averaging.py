@@ -6,8 +6,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ddst.sparsity.sharding import full_tensor, reshard, split_like
+from lightning_ddst.sparsity.sharding import full_tensor, is_split, reshard, split_like
 from lightning_ddst.sparsity.spectral import spectral_norms
+from lightning_ddst.sparsity.stored_tensors import weight_norms
+from lightning_ddst.sparsity.weight_norm import group_lengths, rescale
 from lightning_ddst.utils.validation import check_choice
 
 BufferHandling = Literal["average", "copy"]
@@ -19,7 +21,8 @@ class WeightAverage:
     A parameter's average is the plain mean of its values for the first ``1 / (1 - decay)`` updates, and exponential
     from then on. In parameters of two or more dimensions every entry has its own age. An entry that is exactly 0 is
     inactive or has just grown: its average is 0 and restarts with its next value. So inactive weights are 0 in the
-    average, and past zeros do not bias the average of grown weights.
+    average, and past zeros do not bias the average of grown weights. Under weight norm, where v is averaged like this,
+    the average of g is scaled with it.
 
     Args:
         network: The network; only `swap` changes its parameters.
@@ -50,6 +53,9 @@ class WeightAverage:
         self._averages = {name: values[name].detach().clone() for name in names}
         self._ages = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items() if p.dim() > 1}
         self._swapped = False
+        named = {id(parameter): name for name, parameter in parameters.items()}
+        norms = [norm for norm in weight_norms(network) if not is_split(norm.v)]  # whose weights have no masks
+        self._norms = [(named[id(norm.g)], named[id(norm.v)], norm.dim) for norm in norms]
 
     def _live(self) -> dict[str, Tensor]:
         # Looked up every time: moving a module replaces its buffers.
@@ -62,6 +68,7 @@ class WeightAverage:
         decay = min(self._decay, self.updates / (self.updates + 1))
         self.updates += 1
         live = self._live()
+        self._rescale_norms(live)
         for name, average in self._averages.items():
             value = live[name]
             if name in self._vectors:
@@ -70,6 +77,14 @@ class WeightAverage:
                 self.update_weight(average, value, age, decay)
             else:
                 average.lerp_(value, 1 - decay)
+
+    def _rescale_norms(self, live: Mapping[str, Tensor]) -> None:
+        """Scales averages of weight norm's g where v was pruned, as `MaskedNetwork` scales g itself."""
+        for g, v, dim in self._norms:
+            average = self._averages[v]
+            pruned = torch.where(live[v] == 0, 0, average)
+            lengths = (group_lengths(each, dim).view_as(live[g]) for each in (average, pruned))
+            rescale(self._averages[g], *lengths)
 
     def update_weight(self, average: Tensor, value: Tensor, age: Tensor, decay: float) -> None:
         """Updates the average of a parameter of two or more dimensions; override it for another rule.

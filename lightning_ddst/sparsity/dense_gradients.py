@@ -30,6 +30,8 @@ def unscale_by(scaler: Any) -> Unscaled:
 class DenseGradients:
     """The gradients of a network's weights before masking, kept only when growth will need them.
 
+    Under weight norm they are the gradients of the effective weight.
+
     Gradients of several backward passes add up as in ``parameter.grad``, and restart when ``parameter.grad`` is
     cleared. With several processes, the mean over processes is kept.
 
@@ -66,6 +68,8 @@ class DenseGradients:
         adds = name in self._accumulated and grad is not None and not self._cleared(name, grad)
         if self.needed or adds:
             gradient = self._unscaled(gradient.detach())
+            if (norm := self._weights[name].norm) is not None:
+                gradient = norm.effective_gradient(gradient)
             if adds:
                 gradient += self._accumulated[name]
             self._incoming[name] = gradient

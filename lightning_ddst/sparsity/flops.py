@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ddst.sparsity.maskable import TRANSPOSED_LAYERS, MaskableWeight, channel_dim
+from lightning_ddst.sparsity.maskable import MASKABLE_LAYERS, TRANSPOSED_LAYERS, MaskableWeight, channel_dim
 from lightning_ddst.sparsity.masked import MaskedNetwork
 from lightning_ddst.utils.compilation import run_eagerly, uncompiled
 from lightning_ddst.utils.modules import remove_hooks
@@ -44,6 +44,7 @@ class OpCounter:
             layer.register_forward_hook(partial(self._forward, weight), with_kwargs=True)
             for weight in self._weights
             for layer in weight.layers.values()
+            if isinstance(layer, MASKABLE_LAYERS)
         ]
         with remove_hooks(handles):
             yield

@@ -28,10 +28,11 @@ class Layer:
     """The input of a growth rule: one layer.
 
     Attributes:
-        weight: The masked weight, before any normalization.
+        weight: The masked weight: the effective one under weight norm, the one before normalization under spectral
+            norm.
         mask: Bool, of the weight's shape; true where active.
-        gradient: The dense gradient, of the weight's shape: the last update's or, for rules with ``"average"``, the
-            exponential moving average over updates. Empty for rules that need no gradient.
+        gradient: The dense gradient of that weight, of its shape: the last update's or, for rules with ``"average"``,
+            the exponential moving average over updates. Empty for rules that need no gradient.
         generator: CPU random generator for rules that draw random numbers.
     """
 

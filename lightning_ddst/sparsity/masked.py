@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_ddst.sparsity.bitpack import choose_chunk, count_bits, pack_bits, view_as_integers
 from lightning_ddst.sparsity.growth import GrowthRule
 from lightning_ddst.sparsity.layer_patterns import first_match
-from lightning_ddst.sparsity.maskable import MaskableWeight, maskable_weights
+from lightning_ddst.sparsity.maskable import MaskableWeight, MaskedParameters, all_weights, maskable_weights
 from lightning_ddst.sparsity.sharding import is_split, local_part, reshard, split_like
 from lightning_ddst.sparsity.units import Units, find_units
 from lightning_ddst.sparsity.units.base import INITIAL, ByTensor, Gradients, Initial
@@ -27,7 +27,8 @@ class MaskedNetwork:
     """A network whose maskable weights are partly inactive.
 
     The network keeps its modules and parameter names; only values change. Weights that become inactive are set to 0.
-    `MaskEnforcer` keeps them at 0 while an optimizer trains.
+    `MaskEnforcer` keeps them at 0 while an optimizer trains. Under weight norm v is masked, and g is scaled so that the
+    effective weights of active entries stay what they are.
 
     Args:
         network: The module to sparsify.
@@ -38,7 +39,9 @@ class MaskedNetwork:
             the same rules as later.
         regrown: Treatment of units that an exploration prunes and grows again: "keep" keeps their value and optimizer
             state, as RigL's reference code does; "reset" restarts them.
-        dense_layers: Layers that stay dense and do not count in any density: patterns as in `matches`.
+        dense_layers: Layers that stay dense and do not count in any density: patterns as in `matches`. These layers may
+            be computed in ways that cannot be masked.
+        masked_parameters: Further parameters to mask, as in `maskable_weights`.
         name: The network's name, which precedes its layers' names when patterns are compared.
         seed: Seed of all random choices.
         state: A state returned by `state_dict` for a network of the same shapes; its masks replace the random ones.
@@ -70,6 +73,7 @@ class MaskedNetwork:
         initial: Initial = "random",
         regrown: Regrown = "reset",
         dense_layers: Sequence[str] = (),
+        masked_parameters: MaskedParameters | None = None,
         name: str = "",
         seed: int = 0,
         state: Mapping[str, Any] | None = None,
@@ -80,11 +84,12 @@ class MaskedNetwork:
         units.check_options(granularity, options)
         check_choice("initial", initial, INITIAL)
         check_choice("regrown", regrown, REGROWN)
-        maskable = maskable_weights(network)
-        free = [weight for weight in maskable if first_match(dense_layers, weight.layers, name) is None]
+        self.network = network
+        self._name, self._dense_layers, self._masked_parameters = name, dense_layers, masked_parameters
+        maskable = self._maskable()
+        free = [weight for weight in maskable if not self._is_named_dense(weight.places)]
         if not free:
             raise ValueError(f"dense_layers={list(dense_layers)} leaves nothing to mask.")
-        self.network = network
         if any(weight.parameter.requires_grad for weight in free):  # else the whole network is frozen for the moment
             free = [weight for weight in free if weight.parameter.requires_grad]
         self.weights: dict[str, MaskableWeight] = {weight.name: weight for weight in free if units.accepts(weight)}
@@ -174,7 +179,25 @@ class MaskedNetwork:
     def unmasked(self) -> list[str]:
         """Returns the names of maskable weights that came after the masks were made."""
         known = self.weights.keys() | self._left_dense
-        return [weight.name for weight in maskable_weights(self.network) if weight.name not in known]
+        return [weight.name for weight in self._maskable() if weight.name not in known]
+
+    def dense_weights(self) -> dict[str, nn.Parameter]:
+        """Returns the parameters of two or more dimensions without a mask that `dense_layers` does not name, by name.
+
+        The norms g of weight norm are left out: only effective weights count.
+        """
+        named = {weight.name for weight in self._maskable() if self._is_named_dense(weight.places)}
+        return {
+            name: parameter
+            for name, parameter, places in all_weights(self.network)
+            if name not in self.weights and name not in named and not self._is_named_dense(places)
+        }
+
+    def _maskable(self) -> list[MaskableWeight]:
+        return maskable_weights(self.network, self._masked_parameters, dense_layers=self._dense_layers, name=self._name)
+
+    def _is_named_dense(self, places: Mapping[str, nn.Module]) -> bool:
+        return first_match(self._dense_layers, places, self._name) is not None
 
     def written(self) -> list[str]:
         """Returns the names of weights that are not 0 somewhere where they are inactive; waits for the device."""
@@ -309,9 +332,12 @@ class MaskedNetwork:
 
     def _zero_inactive(self) -> None:
         for name, weight in self.weights.items():
+            before = None if weight.norm is None else weight.norm.lengths()
             # Bypasses autograd's version counter: a mask change at a generator update may precede the backward pass of
             # a discriminator loss computed earlier.
             zero_where_inactive(weight.parameter.data, self.local_mask(name))
+            if weight.norm is not None and before is not None:
+                weight.norm.rescale(before)
         reshard(self.network)
 
     # ---- saving --------------------------------------------------------------------------------

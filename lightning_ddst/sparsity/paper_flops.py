@@ -32,7 +32,8 @@ def published_flops(network: nn.Module, *inputs: Tensor, densities: Mapping[str,
     Raises:
         ValueError: If a name in `densities` is not a maskable weight of the network.
     """
-    weights = {layer: weight for weight in maskable_weights(network) for layer in weight.layers.values()}
+    maskable = [weight for weight in maskable_weights(network) if weight.tensor == "weight"]
+    weights = {layer: weight for weight in maskable for layer in weight.layers.values()}
     densities = densities or {}
     if unknown := densities.keys() - {weight.name for weight in weights.values()}:
         raise ValueError(f"densities: {min(unknown)!r} is no maskable weight of {type(network).__name__}.")

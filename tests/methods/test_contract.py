@@ -7,7 +7,7 @@ import torch
 from commands import parsed
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from toys import ToyGAN, toy_data, toy_trainer
+from toys import OtherLayersGAN, ToyGAN, toy_data, toy_trainer
 
 from lightning_ddst import DynamicSparsityCallback
 from lightning_ddst.methods import METHODS, make_method
@@ -35,7 +35,8 @@ def is_possible(method, granularity):
     return not fixed or not (kind.starts_dense or any(update.resizes for update in kind.mask_updates()))
 
 
-CELLS = [(method, granularity) for method in METHODS for granularity in DENSITIES if is_possible(method, granularity)]
+CELLS = [(m, g, ToyGAN) for m in METHODS for g in DENSITIES if is_possible(m, g)]
+CELLS += [(method, "weight", OtherLayersGAN) for method in ("ddst", "posthoc", "imp")]
 IMPOSSIBLE = [(m, g) for m in METHODS for g in DENSITIES if not is_possible(m, g)]
 
 
@@ -57,6 +58,10 @@ class EveryStep(Callback):
             assert network.active == sum(int(mask.sum()) for mask in masks.values())
             assert network.active == sum(network.allocation(network.target).values())
             self.densities.add((role, network.target))
+            for weight in network.weights.values():
+                effective = weight.effective()
+                assert effective.isfinite().all()
+                assert not effective[~network.masks[weight.name]].any()
             for name, mask in masks.items():
                 inactive = parameters[name][~mask]
                 assert not inactive.any()
@@ -65,12 +70,12 @@ class EveryStep(Callback):
                     assert value.dim() == 0 or not value[~mask].any()
 
 
-@pytest.mark.parametrize(("method", "granularity"), CELLS)
-def test_counts_are_exact_and_inactive_weights_zero_after_every_step(method, granularity):
+@pytest.mark.parametrize(("method", "granularity", "make"), CELLS)
+def test_counts_are_exact_and_inactive_weights_zero_after_every_step(method, granularity, make):
     sparsity = made(method, granularity)
     check = EveryStep(sparsity)
     seed_everything(0, verbose=False)
-    toy_trainer(sparsity, check, epochs=3).fit(ToyGAN(), toy_data())
+    toy_trainer(sparsity, check, epochs=3).fit(make(), toy_data())
     assert check.steps == 60
     settings = sparsity.settings
     for role in ROLES:
@@ -92,22 +97,22 @@ class StopAt(Callback):
             raise Stop
 
 
-def run(folder, sparsity, *callbacks, ckpt_path=None):
+def run(folder, make, sparsity, *callbacks, ckpt_path=None):
     seed_everything(0, verbose=False)
-    gan = ToyGAN()
+    gan = make()
     toy_trainer(sparsity, *callbacks, epochs=3, enable_checkpointing=True, default_root_dir=folder).fit(
         gan, toy_data(), ckpt_path=ckpt_path
     )
     return gan, sparsity
 
 
-@pytest.mark.parametrize(("method", "granularity"), CELLS)
-def test_a_killed_run_resumes_bit_for_bit(method, granularity, tmp_path):
-    gan, whole = run(tmp_path, made(method, granularity), ModelCheckpoint(tmp_path / "whole"))
+@pytest.mark.parametrize(("method", "granularity", "make"), CELLS)
+def test_a_killed_run_resumes_bit_for_bit(method, granularity, make, tmp_path):
+    gan, whole = run(tmp_path, make, made(method, granularity), ModelCheckpoint(tmp_path / "whole"))
     saving = ModelCheckpoint(tmp_path / "killed", filename="last")
     with pytest.raises(Stop):
-        run(tmp_path, made(method, granularity), saving, StopAt())
-    resumed_gan, resumed = run(tmp_path, made(method, granularity), ckpt_path=tmp_path / "killed" / "last.ckpt")
+        run(tmp_path, make, made(method, granularity), saving, StopAt())
+    resumed_gan, resumed = run(tmp_path, make, made(method, granularity), ckpt_path=tmp_path / "killed" / "last.ckpt")
     expected = gan.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in resumed_gan.state_dict().items())
     for role in ROLES:

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm as spectral_norm_hook
+from torch.nn.utils import weight_norm as weight_norm_hook
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
+from lightning_ddst.sparsity import MaskedNetwork
 from lightning_ddst.sparsity.averaging import WeightAverage
 
 
@@ -124,6 +126,20 @@ def test_a_network_with_nothing_to_mask_is_averaged_all_the_same() -> None:
         fill(network.weight, value)
         average.update()
     assert average.values()["weight"].item() == pytest.approx(2)
+
+
+@pytest.mark.parametrize("norm", [weight_norm_hook, weight_norm], ids=["old", "new"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_pruning_keeps_the_averages_of_other_effective_weights_under_weight_norm(norm) -> None:
+    network = norm(nn.Linear(2, 1, bias=False))
+    g, v = network.parameters()
+    fill(g, 10.0)
+    fill(v, 3.0, 4.0)  # the effective weight is (6, 8)
+    average = WeightAverage(network, 0.9)
+    average.update()
+    MaskedNetwork(network, 0.5, initial="magnitude")
+    average.update()
+    assert [value.tolist() for value in average.values().values()] == [[[8.0]], [[0.0, 4.0]]]
 
 
 # ---- swapping ------------------------------------------------------------------------------------------

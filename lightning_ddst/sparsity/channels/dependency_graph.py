@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from lightning_ddst.sparsity.channels.groups import Channels
 from lightning_ddst.sparsity.channels.structured_forward import RawForward
-from lightning_ddst.sparsity.maskable import MaskableWeight, channel_dim, maskable_weights
+from lightning_ddst.sparsity.maskable import MaskableWeight, channel_dim, layer_weights
 from lightning_ddst.utils.modules import remove_hooks
 
 _NORMS = (nn.modules.batchnorm._NormBase,)
@@ -31,7 +31,7 @@ class DependencyGraph:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.weights: dict[str, MaskableWeight] = {weight.name: weight for weight in maskable_weights(network)}
+        self.weights: dict[str, MaskableWeight] = {weight.name: weight for weight in layer_weights(network)}
         self.others = {n: m for n, m in network.named_modules() if isinstance(m, _NORMS + _EMBEDDINGS)}
         self._names = {id(t): name for name, t in [*network.named_parameters(), *network.named_buffers()]}
         self._sizes: dict[Axis, int] = {}

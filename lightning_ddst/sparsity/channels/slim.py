@@ -12,7 +12,7 @@ from lightning_ddst.sparsity.channels.dependency_graph import alike, floats_in
 from lightning_ddst.sparsity.channels.groups import Channels
 from lightning_ddst.sparsity.channels.structured_forward import narrow, widen
 from lightning_ddst.sparsity.channels.tracing import trace_channels
-from lightning_ddst.sparsity.maskable import TRANSPOSED_LAYERS, maskable_weights
+from lightning_ddst.sparsity.maskable import TRANSPOSED_LAYERS, layer_weights
 from lightning_ddst.utils.modules import eval_mode
 
 _DIFFERS = 1e-3
@@ -72,7 +72,7 @@ def compact(network: nn.Module, *inputs: Any) -> tuple[nn.Module, int, int]:
 
 def _read(network: nn.Module, channels: Channels) -> Tensor:
     """Returns the channels that some weight reads, at least one per group; bool ``(channels,)``."""
-    weights = maskable_weights(network)
+    weights = layer_weights(network)
     active = torch.ones(sum(channels.sizes), dtype=torch.bool)
     while True:
         read = torch.zeros_like(active)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_ddst.sparsity.channels.dependency_graph import alike, floats_in, trace
 from lightning_ddst.sparsity.channels.groups import Channels
 from lightning_ddst.sparsity.channels.structured_forward import RawForward, narrow
-from lightning_ddst.sparsity.maskable import maskable_weights
+from lightning_ddst.sparsity.maskable import layer_weights
 from lightning_ddst.sparsity.sharding import is_split
 from lightning_ddst.utils.modules import eval_mode
 
@@ -123,7 +123,7 @@ def _zeroed(network: nn.Module, drawn: Mapping[str, Tensor], channels: Channels,
     """Returns the parameters with 0 at weights of inactive channels, and buffers that fit them."""
     tensors, buffers = dict(drawn), dict(network.named_buffers())
     names = {id(buffer): name for name, buffer in buffers.items()}
-    for weight in maskable_weights(network):
+    for weight in layer_weights(network):
         tensor = drawn[weight.name]
         tensor = tensors[weight.name] = tensor * channels.mask(weight.name, tensor.shape, active).to(tensor.device)
         for spectral in weight.spectral:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from lightning_ddst.sparsity.growth import GROWTH_RULES, Layer
 from lightning_ddst.sparsity.maskable import MaskableWeight
 from lightning_ddst.sparsity.selection import Key, count_true, select
-from lightning_ddst.sparsity.sharding import full_tensor
 from lightning_ddst.utils import validation
 from lightning_ddst.utils.registry import Registry
 
@@ -156,7 +155,8 @@ class Units(ABC):
 
     def limits(self, numbers: Sequence[int]) -> dict[str, int]:
         """Returns the largest number of units to prune in each tensor on the way to these numbers."""
-        return dict(self.counts)
+        least = {name: weight.least for name, weight in self.weights.items()}
+        return {key: count - least.get(key, 0) for key, count in self.counts.items()}
 
     # ---- changes -------------------------------------------------------------------------------
 
@@ -166,7 +166,7 @@ class Units(ABC):
 
     def magnitudes(self) -> ByTensor:
         """Returns values; units with the smallest absolute values are pruned first."""
-        weights = {name: full_tensor(weight.parameter.detach()) for name, weight in self.weights.items()}
+        weights = {name: weight.effective() for name, weight in self.weights.items()}
         for name, weight in weights.items():
             check_finite(f"the weights of {name!r}", weight)
         return weights
@@ -180,7 +180,7 @@ class Units(ABC):
                 if gradients is None or name not in gradients:
                     raise ValueError(f"gradients must hold the dense gradient of {name!r} for this growth rule.")
                 gradient = gradients[name]
-            layer = Layer(full_tensor(weight.parameter.detach()), self.masks[name], gradient, self._generator)
+            layer = Layer(weight.effective(), self.masks[name], gradient, self._generator)
             scores[name] = self.growth_rule.score(layer)
             check_finite(f"the growth rule's scores of {name!r}", scores[name])
         return scores
@@ -199,7 +199,7 @@ class Units(ABC):
         pruned: ByTensor = {}
         for pool, number in zip(self.pools, numbers, strict=True):
             if number:
-                values, active = ([held[key] for key in pool] for held in (magnitudes, self.active))
+                values, active = [magnitudes[key] for key in pool], [self._prunable(key) for key in pool]
                 marks, counts = select(values, active, number, [limits[key] for key in pool], _smallness)
                 pruned |= self._flip(pool, marks, [-count for count in counts])
         self.update_masks()
@@ -235,6 +235,17 @@ class Units(ABC):
     def count_weights(self, without: ByTensor) -> int:
         """Returns the number of weights that are active also without the marked units."""
         return sum(self.layer_counts.values()) - sum(map(count_true, without.values()))
+
+    def _prunable(self, key: str) -> Tensor:
+        """Marks the active units that may be pruned: under weight norm all but the largest of every norm."""
+        weight, active = self.weights.get(key), self.active[key]
+        return active if weight is None or weight.norm is None else active & ~weight.norm.best_active(active)
+
+    def _random_scores(self, name: str) -> Tensor:
+        """Draws scores of the first random mask of a weight; the highest of every norm of weight norm is above all."""
+        scores = torch.rand(self.weights[name].parameter.shape, generator=self._generator)
+        norm = self.weights[name].norm
+        return scores if norm is None else scores + norm.best(scores)
 
     @property
     def _growth_key(self) -> Key:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ddst.sparsity.channels.tracing import trace_channels
-from lightning_ddst.sparsity.maskable import MaskableWeight, maskable_weights
+from lightning_ddst.sparsity.maskable import MaskableWeight, layer_weights
 from lightning_ddst.sparsity.selection import largest
 from lightning_ddst.sparsity.units.base import (
     UNITS,
@@ -62,7 +62,7 @@ class ChannelUnits(Units):
         growth: str = "random",
     ) -> None:
         super().__init__(network, weights, generator, inputs=inputs, name=name, growth=growth)
-        dense = [weight.name for weight in maskable_weights(network) if weight.name not in weights]
+        dense = [weight.name for weight in layer_weights(network) if weight.name not in weights]
         self._channels = trace_channels(network, *inputs, whole=dense)
         self._path = _path(self._channels.sizes)
         self._all = torch.ones(sum(self._channels.sizes), dtype=torch.bool)
@@ -70,6 +70,11 @@ class ChannelUnits(Units):
         self.pools = [[key] for key in self.active]
         self.masks |= {key: all_active(weight.parameter) for key, weight in weights.items()}
         self.update_masks()
+
+    @classmethod
+    def accepts(cls, weight: MaskableWeight) -> bool:
+        """Returns whether it is a weight of Linear, Conv or ConvTranspose layers without weight norm."""
+        return weight.is_of_layer
 
     def begin(self, density: float, initial: Initial) -> None:
         """Draws the channels of each group, or keeps those of largest magnitude."""

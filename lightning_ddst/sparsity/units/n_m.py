@@ -21,7 +21,8 @@ class NMUnits(Units):
     A group holds the weights by which one output (at one position of a kernel) reads M consecutive inputs. This is the
     layout of NVIDIA's sparse tensor cores for 2:4 (Mishra et al. 2021, "Accelerating Sparse Deep Neural Networks"),
     and of SR-STE (Zhou et al. 2021, "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch").
-    Layers whose number of inputs is not divisible by M stay dense and do not count in the density, which is N / M.
+    Layers whose number of inputs is not divisible by M, or whose weight norm has a norm for every input, stay dense and
+    do not count in the density, which is N / M.
 
     In an exploration each layer prunes its share of active weights of smallest magnitude, in any groups. Then each
     group grows as many weights as it lost, those with the highest scores among its inactive ones. So the number of
@@ -44,19 +45,19 @@ class NMUnits(Units):
 
     @classmethod
     def accepts(cls, weight: MaskableWeight) -> bool:
-        """Returns whether the inputs of every output are divisible by M."""
+        """Returns whether the inputs of every output are divisible by M, and no norm is of a single input."""
         layer = next(iter(weight.layers.values()))
         groups = layer.groups if isinstance(layer, TRANSPOSED_LAYERS) else 1  # others hold one group's inputs
-        return weight.parameter.shape[_in_dim(weight)] // groups % cls.m == 0
+        of_inputs = weight.norm is not None and weight.norm.dim == weight.in_dim  # all of whose weights may be pruned
+        return weight.parameter.shape[weight.in_dim] // groups % cls.m == 0 and not of_inputs
 
     def begin(self, density: float, initial: Initial) -> None:
         """Draws N weights of every group, or keeps the N of largest magnitude."""
         self.check_density("density", density)
         magnitudes = None if initial == "random" else self.magnitudes()
         for name, weight in self.weights.items():
-            shape, device = weight.parameter.shape, weight.parameter.device
             if magnitudes is None:
-                scores = torch.rand(shape, generator=self._generator).to(device)
+                scores = self._random_scores(name).to(weight.parameter.device)
             else:
                 scores = magnitudes[name].abs()
             self.masks[name] = self._mark(name, self._grouped(name, scores), self.n)
@@ -99,7 +100,7 @@ class NMUnits(Units):
 
     def _grouped(self, name: str, values: Tensor) -> Tensor:
         """Returns a view of a weight-shaped tensor with the groups' M inputs as last dimension."""
-        grouped: Tensor = values.movedim(_in_dim(self.weights[name]), -1).unflatten(-1, (-1, self.m))
+        grouped: Tensor = values.movedim(self.weights[name].in_dim, -1).unflatten(-1, (-1, self.m))
         return grouped
 
     def _mark(self, name: str, scores: Tensor, numbers: Tensor | int) -> Tensor:
@@ -107,11 +108,7 @@ class NMUnits(Units):
         order = scores.argsort(dim=-1, descending=True, stable=True)
         best = (torch.arange(self.m, device=scores.device) < numbers).expand_as(order)
         marks = torch.zeros_like(best).scatter(-1, order, best)
-        return marks.flatten(-2).movedim(-1, _in_dim(self.weights[name])).contiguous()
-
-
-def _in_dim(weight: MaskableWeight) -> int:
-    return 1 - weight.out_dim
+        return marks.flatten(-2).movedim(-1, self.weights[name].in_dim).contiguous()
 
 
 @cache

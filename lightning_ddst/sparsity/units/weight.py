@@ -73,10 +73,16 @@ class WeightUnits(Units):
         self._distribution = distribution
         self._layer_floor = layer_floor
         self._given: dict[str, int] = {}
+        self._least = {key: max(1, weight.least) for key, weight in weights.items()}
         densities = layer_densities or {}
         for key, weight in weights.items():
-            if (pattern := first_match(densities, weight.layers, name)) is not None:
+            if (pattern := first_match(densities, weight.places, name)) is not None:
                 self._given[key] = max(1, round(densities[pattern] * self._sizes[key]))
+                if self._given[key] < self._least[key]:
+                    raise ValueError(
+                        f"layer_densities[{pattern!r}]={densities[pattern]} leaves {self._given[key]} active weights "
+                        f"to {key!r}; its weight norm needs {self._least[key]}, one for every norm."
+                    )
         if scope == "global":
             free = [key for key in weights if key not in self._given]
             self.pools = [*([free] if free else []), *([key] for key in self._given)]
@@ -87,7 +93,7 @@ class WeightUnits(Units):
         for name, weight in self.weights.items():
             mask = all_active(weight.parameter)
             if initial == "random" and counts[name] < mask.numel():
-                mask = largest(torch.rand(mask.shape, generator=self._generator), counts[name]).to(mask.device)
+                mask = largest(self._random_scores(name), counts[name]).to(mask.device)
             self.masks[name] = mask
         if initial == "random":
             self.counts |= counts
@@ -103,7 +109,7 @@ class WeightUnits(Units):
         density = self.reachable(density)
         total = round(density * self._total)
         grows = total >= sum(self.counts.values())
-        lower = [count if grows or key in self._given else 1 for key, count in self.counts.items()]
+        lower = [count if grows or key in self._given else self._least[key] for key, count in self.counts.items()]
         upper = [self._sizes[key] if grows and key not in self._given else n for key, n in self.counts.items()]
         shares = [float(count) for count in self.allocation(density).values()]
         counts = dict(zip(self.counts, apportion(shares, total, lower, upper), strict=True))
@@ -111,23 +117,27 @@ class WeightUnits(Units):
 
     def allocation(self, density: float) -> dict[str, int]:
         """Returns the counts of the distribution."""
-        shapes = [weight.parameter.shape for weight in self.weights.values()]
+        shapes = [weight.fans for weight in self.weights.values()]
         given = {i: self._given[key] for i, key in enumerate(self.weights) if key in self._given}
-        return dict(zip(self.weights, allocate(shapes, density, self._distribution, given=given), strict=True))
+        floors = list(self._least.values())
+        return dict(zip(self.weights, allocate(shapes, density, self._distribution, floors, given), strict=True))
 
     def reachable(self, density: float) -> float:
         """Returns the nearest density that layers with given densities allow."""
         if not self._given:
             return density
         given = sum(self._given.values())
-        free = [size for key, size in self._sizes.items() if key not in self._given]
-        return min(max(density, (given + len(free)) / self._total), (given + sum(free)) / self._total)
+        least, size = (
+            sum(number for key, number in numbers.items() if key not in self._given)
+            for numbers in (self._least, self._sizes)
+        )
+        return min(max(density, (given + least) / self._total), (given + size) / self._total)
 
     def limits(self, numbers: Sequence[int]) -> dict[str, int]:
-        """Returns limits that leave the floor to layers that compete, and one weight to the others."""
+        """Returns limits that leave the floor to layers that compete, and one weight (for each norm) to the others."""
         allocation = self.allocation(sum(numbers) / self._total)
         floors = {
-            key: max(1, int(self._layer_floor * allocation[key])) if len(pool) > 1 else 1
+            key: max(self._least[key], int(self._layer_floor * allocation[key]) if len(pool) > 1 else 0)
             for pool in self.pools
             for key in pool
         }
