@@ -190,6 +190,7 @@ class SparseLoop(RunReadings):
         try:
             self._attach(None)
         except BaseException:
+            self.close()
             self._unmasked.mark()
             self._unmasked.restore()
             raise

@@ -570,6 +570,8 @@ def test_optimizers_and_networks_are_checked():
     for optimizers, message in (([first], "no optimizer updates"), ([first, second, "Adam"], "one is str")):
         with pytest.raises(ValueError, match=message):
             sparsify(generator, discriminator, optimizers, length=20, **SETTINGS)
+    with pytest.raises(ValueError, match=r"decay=1\.5"):
+        sparsify(generator, discriminator, [first, second], length=20, ema_decay=1.5, **SETTINGS)
     for network, message in ((DataParallel(generator), "DataParallel"), (generator.parameters(), "must be a torch.nn")):
         with pytest.raises(ValueError, match=message):
             sparsify(network, discriminator, [first, second], length=20, **SETTINGS)
