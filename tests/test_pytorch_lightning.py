@@ -15,6 +15,7 @@ import lightning.pytorch
 import pytest
 import pytorch_lightning
 import torch
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_processes import assert_alike, results_of
 from torch import nn
@@ -32,6 +33,7 @@ from lightning_ddst import (
 )
 from lightning_ddst import pytorch_lightning as ours
 from lightning_ddst.data import ResumableLoader
+from lightning_ddst.export.command import export
 from lightning_ddst.models import SmallDiscriminator, SmallGenerator
 
 PACKAGES = {"lightning.pytorch": lightning.pytorch, "pytorch_lightning": pytorch_lightning}
@@ -254,8 +256,6 @@ CONFIG = """
 trainer:
   max_epochs: 1
   accelerator: cpu
-  logger: false
-  enable_checkpointing: false
   enable_progress_bar: false
   enable_model_summary: false
   callbacks:
@@ -277,10 +277,11 @@ data:
 """
 
 
-def test_its_command_line_takes_them(tmp_path):
+def test_its_command_line_takes_them_and_what_it_saved_is_exported(tmp_path, monkeypatch):
     from pytorch_lightning.cli import LightningCLI
 
-    path = tmp_path / "config.yaml"
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "mine.yaml"
     path.write_text(CONFIG)
     cli = LightningCLI(
         pytorch_lightning.LightningModule,
@@ -288,11 +289,15 @@ def test_its_command_line_takes_them(tmp_path):
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
-        save_config_callback=None,
         args=["fit", "--config", str(path)],
     )
     assert cli.trainer.callbacks[0].generator_updates == 3
     assert cli.trainer.callbacks[0].generator_density == pytest.approx(0.3, abs=1e-3)
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    export([str(checkpoint), "--formats", "dense"])
+    (exported,) = tmp_path.rglob("generator.safetensors")
+    weights = cli.model.generator.state_dict()
+    assert weights.keys() == load_file(exported).keys()
 
 
 # ---- two processes ---------------------------------------------------------------------------------------

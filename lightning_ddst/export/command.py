@@ -142,7 +142,9 @@ def _module_of(config: Path) -> LightningModule:
         raise ValueError(f"{config} is not the configuration of a run: it has no model.")
     check_classes(content["model"], "model")
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(LightningModule, "model")
+    import pytorch_lightning  # imported here: it takes a second
+
+    parser.add_subclass_arguments((LightningModule, pytorch_lightning.LightningModule), "model")
     try:
         parsed = parser.parse_object({"model": without_optimizers(content["model"])})
     except ArgumentError as error:
