@@ -82,7 +82,9 @@ def get_scores(output: Any, place: Place | None) -> list[Tensor]:
     returned = f"it returns {describe_tensors(output)}"
     if not scores:
         named = "there is" if place is None else f"discriminator_output={place!r} is"
-        raise cannot_measure(f"{named} no floating-point tensor in what the discriminator returns; {returned}")
+        raise cannot_measure(
+            f"{named} no tensor of floating-point numbers in what the discriminator returns; {returned}"
+        )
     if place is None and len(scores) > 1:
         first = next(name for name, tensor in tensors_in(output) if tensor.is_floating_point())
         raise cannot_measure(

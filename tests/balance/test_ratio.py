@@ -288,3 +288,24 @@ def test_what_was_saved_does_not_change_with_the_window():
     again = BalanceWindow(2)
     again.load_state_dict(state)
     assert again.read().ratio == 1 / 3
+
+
+def test_missing_measurements_let_older_ones_leave():
+    window = BalanceWindow(3)
+    window.add_missing()
+    assert window.read().reason == "nothing was measured yet"
+    window.add(torch.tensor([4.0, 2.0, 3.0, 1.0]))
+    window.add_missing()
+    window.add(torch.tensor([4.0, 0.0, 1.0, -1.0]))
+    balance = window.read()
+    assert (balance.samples, balance.real, balance.fake, balance.ratio, balance.real_sign) == (2, 4, 1, 1 / 3, 0)
+    again = BalanceWindow(3)
+    again.load_state_dict(window.state_dict())
+    again.add_missing()
+    assert (again.read().samples, again.read().fake, again.read().ratio) == (1, 0, 0.25)
+    for _ in range(2):
+        again.add_missing()
+    balance = again.read()
+    assert (balance.samples, balance.ratio, balance.reason) == (0, None, "nothing was measured")
+    assert not balance.scores_are_constant
+    assert not balance.at_chance

@@ -262,7 +262,7 @@ def test_the_error_names_what_returns_no_tensor():
             return "nothing"
 
     generator, discriminator, _ = recorded(discriminator=Silent())
-    with pytest.raises(RuntimeError, match="no floating-point tensor in what the discriminator returns"):
+    with pytest.raises(RuntimeError, match="no tensor of floating-point numbers in what the discriminator returns"):
         discriminator(generator(torch.randn(4, NOISE)))
 
 

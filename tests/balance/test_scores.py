@@ -56,7 +56,7 @@ def test_the_error_names_missing_scores(place: Any) -> None:
     named = r" .* 0 \(2,\) torch.float32, 1.features \(3,\)"
     with pytest.raises(RuntimeError) as caught:
         get_scores(output, place)
-    assert f"discriminator_output={place!r} is no floating-point tensor" in str(caught.value)
+    assert f"discriminator_output={place!r} is no tensor of floating-point numbers" in str(caught.value)
     assert "0 (2,) torch.float32, 1.features (3,)" in str(caught.value), named
 
 
