@@ -235,8 +235,12 @@ class DynamicSparsityCallback(RunReadings, Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Masks the networks and registers hooks on them and their optimizers."""
         if not loads_late(trainer):
-            self._begin(trainer, pl_module)
-            tell_masked_share(self._fitted)
+            self._start(trainer, pl_module)
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer, pl_module)
+        assert self._training is not None
+        tell_masked_share(self._fitted, self._training)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_backward_passes(trainer)
@@ -321,8 +325,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restores gradients and random states, which the Trainer would have changed earlier."""
         if loads_late(trainer):
-            self._begin(trainer, pl_module)
-            tell_masked_share(self._fitted)
+            self._start(trainer, pl_module)
         if self._resumed is not None and self._pending is not None:
             if self._training is not None and self._length.resume(trainer):
                 self._training.schedule(self._planned())
