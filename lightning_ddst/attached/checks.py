@@ -7,7 +7,7 @@ from lightning.fabric.utilities import rank_zero_info
 from torch import nn
 
 from lightning_ddst.balance import ScoresItself
-from lightning_ddst.methods import Method
+from lightning_ddst.methods import Method, SparseTraining
 from lightning_ddst.methods.masked_pair import MaskedPair
 from lightning_ddst.sparsity.sharding import local_part
 from lightning_ddst.utils import distributed
@@ -97,13 +97,14 @@ def check_finite_weights(pair: MaskedPair) -> None:
                 raise ValueError(f"the {role}'s {name!r} has values that are not finite before training starts.")
 
 
-_TELLING = 0.9
+_WARN_BELOW = 0.9
 """Share of a network's weights that can be masked, below which a warning names others."""
 _NAMED = 5
+"""Number of weights that the warning names."""
 
 
-def tell_masked_share(pair: MaskedPair) -> None:
-    """Prints the share of each network's weights that can be masked; warns if it is below 90 %.
+def tell_masked_share(pair: MaskedPair, training: SparseTraining) -> None:
+    """Prints the share of each network's weights that can be masked; warns if it is below 90 % of a network with masks.
 
     Weights are parameters of two or more dimensions, without those of layers in ``dense_layers``.
     """
@@ -111,7 +112,7 @@ def tell_masked_share(pair: MaskedPair) -> None:
     for role, network in pair.networks.items():
         dense = network.dense_weights()
         shares[role] = network.total / (network.total + sum(parameter.numel() for parameter in dense.values()))
-        if shares[role] < _TELLING:
+        if shares[role] < _WARN_BELOW and training.is_masked(role):
             largest = sorted(dense.items(), key=lambda named: -named[1].numel())[:_NAMED]
             names = ", ".join(
                 f"{name!r} {tuple(parameter.shape)}{'' if parameter.requires_grad else ' (frozen)'}"

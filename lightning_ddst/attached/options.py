@@ -8,7 +8,6 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from lightning_ddst.attached.checks import tell_masked_share
 from lightning_ddst.balance import BalanceProbe, ScoresItself
 from lightning_ddst.balance.ratio import ESTIMATORS, Estimator
 from lightning_ddst.balance.scores import ScorePlaces, ScoreReader
@@ -280,7 +279,7 @@ class RunOptions:
         return self.intervals.probe_interval is not None
 
     def mask(self, module: nn.Module, saved: Mapping[str, Any] | None = None) -> MaskedPair:
-        """Masks the two networks of a module, and prints which share of their weights can be masked.
+        """Masks the two networks of a module.
 
         Args:
             module: The module that holds both networks.
@@ -291,9 +290,7 @@ class RunOptions:
         """
         # All processes use one seed: they hold the same weights, and must set the same ones to 0.
         seed = distributed.broadcast(torch.initial_seed() if self.seed is None else self.seed)
-        pair = self.masking.mask(module, self.method, seed, saved)
-        tell_masked_share(pair)
-        return pair
+        return self.masking.mask(module, self.method, seed, saved)
 
     def arguments(self) -> dict[str, Any]:
         """Returns the arguments that a resumed run is compared with; loads with ``weights_only=True``."""

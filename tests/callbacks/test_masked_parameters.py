@@ -180,3 +180,7 @@ def test_attention_and_recurrent_layers_train_with_their_masks():
     parameters = dict(gan.named_parameters())
     assert not any(parameters[name][~mask].any() for name, mask in masks.items())
     assert sparsity.networks()["generator"].coverage > 0.4
+
+
+def test_a_dense_run_needs_no_warning(caplog):
+    assert Said(ProjectedGAN(), caplog, method="dense").warnings == []

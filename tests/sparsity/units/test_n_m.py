@@ -315,3 +315,11 @@ def test_densities_that_the_pattern_does_not_have_are_rejected():
 def test_the_density_of_the_pattern_need_not_be_given():
     sparsity = DynamicSparsityCallback(method="sdst", granularity="1:4")
     assert (sparsity.generator_density, sparsity.discriminator_density) == (0.25, 0.25)
+
+
+def test_groups_lie_along_the_declared_inputs():
+    layer = nn.Module()
+    layer.kernel = nn.Parameter(torch.randn(3, 8, 5))
+    sparse = MaskedNetwork(layer, 0.5, granularity="2:4", masked_parameters={"kernel": (2, 1)})
+    (mask,) = sparse.masks.values()
+    assert (mask.movedim(1, -1).reshape(3, 5, 2, 4).sum(-1) == 2).all()

@@ -518,3 +518,10 @@ def test_first_masks_by_magnitude_layer_by_layer_have_the_distributions_counts()
     for mask in sparse.masks.values():
         size = mask.numel()
         assert mask.flatten().tolist() == [False] * (size // 2) + [True] * (size // 2)
+
+
+def test_erk_counts_outputs_inputs_and_the_kernel_of_a_modulated_convolution_once():
+    modulated = nn.Module()
+    modulated.weight = nn.Parameter(torch.randn(1, 4, 2, 3, 3))
+    sparse = MaskedNetwork(nn.Sequential(modulated, nn.Linear(4, 6)), 22 / 96)
+    assert sparse.layer_counts == {"0.weight": 12, "1.weight": 10}  # 4 + 2 + 3 + 3 and 6 + 4
