@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_ddst.balance import BalanceProbe, ScoresItself
@@ -101,13 +102,16 @@ class MaskingOptions:
         check_not_shared(found)
         self._check_patterns(module, found)
         inputs: Sequence[Sequence[Any]] = ((), ())
-        if find_units(self.granularity).needs_inputs:
+        units = find_units(self.granularity)
+        if units.needs_inputs:
             inputs = infer_inputs(module, found["generator"])
         networks: dict[Role, MaskedNetwork] = {}
         for offset, (role, network) in enumerate(found.items()):
             density = method.initial_densities[role]
             # Several pairs get different masks.
             of_name = zlib.crc32((self.names[role] or "").encode())
+            # Images keep their channels; features that a discriminator returns do not.
+            narrows = {"narrow_features": role == "discriminator"} if "narrow_features" in units.options else {}
             try:
                 networks[role] = MaskedNetwork(
                     network,
@@ -121,9 +125,12 @@ class MaskingOptions:
                     seed=seed % 2**62 + offset + 2 * of_name,
                     state=None if saved is None else saved[role],
                     **self.units,
+                    **narrows,
                 )
             except ValueError as error:
                 raise ValueError(f"{role} with {role}_density={density}: {error}") from error
+            if remarks := networks[role].units.remarks():
+                rank_zero_info(f"{role}: {remarks}")
         for role, density in method.lowest_densities.items():
             try:
                 networks[role].allocation(density)

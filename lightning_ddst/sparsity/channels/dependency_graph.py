@@ -11,7 +11,6 @@ from torch.nn.utils import parametrize
 from lightning_ddst.sparsity.channels.groups import Channels
 from lightning_ddst.sparsity.channels.marking import Arrival, Marking, Pairs, find_pairs, is_injective
 from lightning_ddst.sparsity.maskable import MASKABLE_LAYERS, MaskableWeight, maskable_weights
-from lightning_ddst.sparsity.reparametrized import weight_norms
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)
 """Modules with one entry per channel: BatchNorm, InstanceNorm, GroupNorm, PReLU. All but GroupNorm do not mix them."""
@@ -50,9 +49,6 @@ class DependencyGraph:
                 self.join((name, 0), (name, 0), ((i, i - i % together) for i in range(module.num_channels)))
             if parametrize.is_parametrized(module):  # such as an embedding under spectral norm
                 self.fix((name, 0), f"{type(module).__name__} {name!r} has a parametrization")
-        for norm in weight_norms(network):
-            if (stored := self._names[id(norm.direction)]) in self.weights and norm.dim in (0, 1):
-                self.fix((stored, norm.dim), "weight norm divides by the norm of every channel")
 
     def _add(self, axis: Axis, size: int) -> None:
         self._starts[axis], self._sizes[axis] = len(self._parents), size
@@ -249,7 +245,9 @@ def _bare_parameters(network: nn.Module, links: DependencyGraph) -> Iterator[str
         builtin = type(module).__module__.startswith("torch.") and not isinstance(module, _CONTAINERS)
         if not builtin and not isinstance(module, MASKABLE_LAYERS):
             for name, parameter in module.named_parameters(owner, recurse=False):
-                if id(parameter) not in known and parameter.numel() > 1 and parameter.is_floating_point():
+                # Others, such as (outputs, inputs) or (outputs, inputs, 3, 3), are weights, which mix channels.
+                constant = parameter.dim() in (1, 3) or (1 < parameter.dim() < 5 and len(parameter) == 1)
+                if constant and parameter.numel() > 1 and id(parameter) not in known:
                     yield name
 
 

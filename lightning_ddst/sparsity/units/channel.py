@@ -94,7 +94,7 @@ class ChannelUnits(Units):
         if wanted < (least := self._weights_at(0)) - 1e-6:
             raise ValueError(
                 f"density={density} leaves less than one channel per group; "
-                f"it must be at least {least / self._total:.4g}.{self.remarks()}"
+                f"it must be at least {least / self._total:.4g}. {self.remarks()}".strip()
             )
         low, high = 0, len(self._path) - 1
         while low < high:  # finds the first step that is not below
@@ -209,7 +209,7 @@ class ChannelUnits(Units):
     def remarks(self) -> str:
         """Returns a text that names the layers whose channels all stay, with the reasons."""
         whole = describe_whole(self._channels.whole)
-        return f" All channels of these layers stay: {whole}." if whole else ""
+        return f"All channels of these layers stay: {whole}." if whole else ""
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the active channels."""
