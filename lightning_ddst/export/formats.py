@@ -11,7 +11,7 @@ The last two hold computations, so their layers can be smaller: see `lightning_d
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -64,6 +64,8 @@ def load_generator(
             of a run that may have had one; the generator does not change in this case.
     """
     check_choice("weights", weights, ("average", "raw"))
+    if name is not None and not isinstance(name, str):
+        raise ValueError(f"name={name!r} must be one name: load the parts of a generator one by one.")
     content = _read(Path(checkpoint))
     state: Mapping[str, Tensor] = content["state_dict"]
     if weights == "raw":  # Lightning's WeightAveraging saves its average as the state_dict
@@ -330,9 +332,7 @@ def save_program(generator: nn.Module, path: str | Path, *inputs: Any, output: P
     with torch.no_grad(), _written(Path(path)) as temporary:
         buffer = BytesIO()
         try:
-            program = torch.export.export(
-                computation.network, computation.example, dynamic_shapes=computation.shapes
-            )
+            program = torch.export.export(computation.network, computation.example, dynamic_shapes=computation.shapes)
             torch.export.save(program, buffer)
         except Exception as error:  # torch may raise anything for the user's network
             raise ValueError(

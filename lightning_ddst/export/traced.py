@@ -150,7 +150,9 @@ def find_output(returned: Any, output: Place | None, kind: str) -> str:
             entry = None
         if isinstance(entry, Tensor):
             return str(output)
-        raise ValueError(f"output={output!r} is no tensor that {kind} returns; it returns {describe_tensors(returned)}.")
+        raise ValueError(
+            f"output={output!r} is no tensor that {kind} returns; it returns {describe_tensors(returned)}."
+        )
     example = f", such as output={next(iter(found))!r}" if found else ""
     raise ValueError(
         f"output=None: {kind} returns {len(found)} tensors, and one is written; name it{example}. "

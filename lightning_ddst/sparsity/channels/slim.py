@@ -20,9 +20,7 @@ _DIFFERS = 1e-3
 
 
 @torch.no_grad()
-def compact(
-    network: nn.Module, *inputs: Any, narrow_features: bool = False
-) -> tuple[nn.Module, int, int]:
+def compact(network: nn.Module, *inputs: Any, narrow_features: bool = False) -> tuple[nn.Module, int, int]:
     """Copies a network without the channels that only weights of 0 read.
 
     A network with masks of whole channels loses all inactive channels; one with masks of single weights loses those
