@@ -1,4 +1,4 @@
-"""Generators as computations: one output tensor, example inputs on the CPU, and reasons why torch cannot export them."""
+"""Generators as computations with one output tensor, and the reasons why torch cannot export them."""
 
 import re
 from collections.abc import Sequence

@@ -64,7 +64,7 @@ def fold_weight_norm(network: nn.Module) -> None:
 
 
 def fold_all(network: nn.Module) -> None:
-    """Replaces every parametrized tensor, and those of both spectral norms, by a plain parameter of its value, in place.
+    """Replaces every tensor under a parametrization or a spectral norm by a plain parameter of its value, in place.
 
     Args:
         network: A module in evaluation mode.

@@ -104,7 +104,7 @@ class MaskingOptions:
         inputs: Sequence[Sequence[Any]] = ((), ())
         units = find_units(self.granularity)
         if units.needs_inputs:
-            inputs = infer_inputs(module, found["generator"])
+            inputs = infer_inputs(module, found["generator"], found["discriminator"])
         networks: dict[Role, MaskedNetwork] = {}
         for offset, (role, network) in enumerate(found.items()):
             density = method.initial_densities[role]
