@@ -96,13 +96,13 @@ def _make_plain(module: nn.Module, name: str, value: Tensor) -> None:
     class.
     """
     if parametrize.is_parametrized(module, name):
-        kind, chains = type(module), module.parametrizations
+        kind, plain, chains = type(module), parametrize.type_before_parametrizations(module), module.parametrizations
         del chains[name]  # type: ignore[operator, union-attr]
         if chains:
             held = {key: of for key, of in vars(kind).items() if key not in (name, "__dict__", "__weakref__")}
             module.__class__ = type(kind.__name__, kind.__bases__, held)
         else:
-            module.__class__ = parametrize.type_before_parametrizations(module)
+            module.__class__ = plain
             del module._modules["parametrizations"]
     else:
         for key, hook in list(module._forward_pre_hooks.items()):

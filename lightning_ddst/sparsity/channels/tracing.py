@@ -56,6 +56,8 @@ def trace_channels(
             raise ValueError(
                 f"the channels of {kind} cannot be traced: called with {_described(inputs)}, it fails: {error}"
             ) from error
+        if not floats_in(RawForward(network)(*inputs)):
+            raise ValueError(f"the channels of {kind} cannot be traced: it returns no tensor that could be compared.")
         for name in whole:
             links.keep_whole(name)
         channels = links.channels()
