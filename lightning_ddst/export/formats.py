@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lightning_ddst.export.traced import FIXED_BATCH, Computation
+from lightning_ddst.export.traced import Computation
 from lightning_ddst.sparsity.averaging import average_states
 from lightning_ddst.sparsity.bitpack import view_as_integers
 from lightning_ddst.sparsity.reparametrized import copy_network, fold_weight_norm, weight_norms
@@ -256,7 +256,8 @@ def save_onnx(generator: nn.Module, path: str | Path, *inputs: Any, output: Plac
     Args:
         generator: Module from `inputs` to images, or to a tuple, list, mapping or dataclass that holds them.
         path: Path of the file.
-        inputs: Example arguments; the first dimension of each tensor is the batch, whose size stays free.
+        inputs: Example arguments; the first dimension of each tensor is the batch, whose size stays free, or a warning
+            tells that the generator's code fixes it.
         output: The place of the images in what the generator returns: a key, an index, or a path such as "0.image";
             None means the only tensor.
 
@@ -303,7 +304,7 @@ def save_onnx(generator: nn.Module, path: str | Path, *inputs: Any, output: Plac
         except Exception as error:  # of onnxruntime's own classes
             raise ValueError(f"onnxruntime cannot run {kind}: {cache.first_line(error)}") from error
         if any(isinstance(size, int) for each in known for size in each.shape[:1]):
-            raise ValueError(f"{refusal}: {FIXED_BATCH}.")
+            computation.warn_of_fixed_batch()
         difference = float(np.abs(there - computation.images.numpy()).max())
         if not difference <= _ONNX_DIFFERS:  # also rejects NaN
             raise ValueError(
@@ -321,7 +322,8 @@ def save_program(generator: nn.Module, path: str | Path, *inputs: Any, output: P
     Args:
         generator: Module from `inputs` to images, or to a tuple, list, mapping or dataclass that holds them.
         path: Path of the file; its name ends in ".pt2".
-        inputs: Example arguments; the first dimension of each tensor is the batch, whose size stays free.
+        inputs: Example arguments; the first dimension of each tensor is the batch, whose size stays free, or a warning
+            tells that the generator's code fixes it.
         output: The place of the images in what the generator returns, as in `save_onnx`.
 
     Raises:
@@ -332,8 +334,7 @@ def save_program(generator: nn.Module, path: str | Path, *inputs: Any, output: P
     with torch.no_grad(), _written(Path(path)) as temporary:
         buffer = BytesIO()
         try:
-            program = torch.export.export(computation.network, computation.example, dynamic_shapes=computation.shapes)
-            torch.export.save(program, buffer)
+            torch.export.save(computation.to_program(), buffer)
         except Exception as error:  # torch may raise anything for the user's network
             raise ValueError(
                 f"{type(generator).__name__} cannot be written as a program: {computation.why_not(error)}."

@@ -6,7 +6,9 @@ from inspect import Parameter, signature
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from lightning_ddst.sparsity.reparametrized import copy_network, fold_weight_norm
 from lightning_ddst.utils.cache import first_line
@@ -15,8 +17,6 @@ from lightning_ddst.utils.nested import Place, describe_tensors, get_entry, tens
 
 _UNKNOWN_OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)'")
 _FIXED_SIZE, _BRANCH = "Constraints violated", "data-dependent"
-
-FIXED_BATCH = "its code works with the batch size of the example only"
 
 
 class OneOutput(nn.Module):
@@ -59,7 +59,7 @@ class Computation:
 
     @torch.no_grad()
     def __init__(self, generator: nn.Module, inputs: Sequence[Any], output: Place | None) -> None:
-        kind = type(generator).__name__
+        self._kind = kind = type(generator).__name__
         self.network: nn.Module = copy_network(generator).cpu().eval()
         fold_weight_norm(self.network)
         self.example = tuple(i.detach().cpu() if isinstance(i, Tensor) else i for i in inputs)
@@ -88,6 +88,26 @@ class Computation:
         return (named + more)[: len(self.example)]
 
     @torch.no_grad()
+    def to_program(self) -> ExportedProgram:
+        """Returns the network as a program, for any batch size if its code allows that, else with a warning."""
+        try:
+            return torch.export.export(self.network, self.example, dynamic_shapes=self.shapes)
+        except Exception as error:  # torch may raise anything for the user's network
+            if _FIXED_SIZE not in str(error):
+                raise
+        program = torch.export.export(self.network, self.example)
+        self.warn_of_fixed_batch()
+        return program
+
+    def warn_of_fixed_batch(self) -> None:
+        """Warns that a file works with one batch size only."""
+        size = next(len(value) for value in self.tensors.values() if value.dim())
+        rank_zero_warn(
+            f"the code of {self._kind} depends on the batch size, as grouped convolutions with groups=len(x) do, so the "
+            f"file works with batches of {size} only, the size of the example inputs."
+        )
+
+    @torch.no_grad()
     def is_random(self) -> bool:
         """Returns whether the network returns other images when it is called again."""
         again: Tensor = self.network(*self.example)
@@ -98,8 +118,6 @@ class Computation:
         causes = [error]
         while isinstance(cause := causes[-1].__cause__, Exception):
             causes.append(cause)
-        if any(_FIXED_SIZE in str(cause) for cause in causes):
-            return FIXED_BATCH
         if unknown := _UNKNOWN_OPERATOR.search(str(causes[-1])):
             operator = unknown[1].replace("aten.", "")
             return f"ONNX has no operator for torch's {operator}{self._layer_with(unknown[1])}"
@@ -111,8 +129,7 @@ class Computation:
     def _layer_with(self, operator: str) -> str:
         """Returns a text that names the first layer with an operator; empty if none is found."""
         try:
-            program = torch.export.export(self.network, self.example, dynamic_shapes=self.shapes)
-            nodes = list(program.run_decompositions().graph.nodes)
+            nodes = list(self.to_program().run_decompositions().graph.nodes)
         except Exception:  # torch may raise anything for the user's network
             return ""
         modules = dict(self.network.named_modules())

@@ -216,9 +216,9 @@ def _follow(marking: Marking, source: str) -> tuple[list[tuple[Arrival, Pairs]],
     """Returns where a layer's channels arrive, and whether they are mixed.
 
     Scales and shifts that one layer computes for the same channels (AdaIN), and gates (GLU), would mix their marks, so
-    halves of the channels are followed one after the other if all at once are mixed. A mixture of one is not seen.
+    halves of the channels are followed one after the other if all at once are mixed.
     """
-    for parts in (1, 2) if marking.size(source) >= 4 else (1,):
+    for parts in range(1, marking.most_parts(source) + 1):
         found, mixed = [], False
         for part in range(parts):
             for arrival in marking.from_layer(source, part, parts):

@@ -74,6 +74,10 @@ class Marking:
         """Returns the number of channels that a layer computes."""
         return self.shapes[source][0][channel_dim(self._layers[source])]
 
+    def most_parts(self, source: str) -> int:
+        """Returns in how many parts a layer's channels can be followed: a mixture of a single channel is not seen."""
+        return 2 if self.size(source) >= 4 else 1
+
     def from_layer(self, source: str, part: int = 0, parts: int = 1) -> list[Arrival]:
         """Returns where the channels that a layer computes arrive, or one of several equal parts of them."""
         codes = _codes(self.size(source))
@@ -124,10 +128,9 @@ class Marking:
         modules = [module for module in self._network.modules() if module is not self._network]
         hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules]
         with remove_hooks([*hooks, *(module.register_forward_hook(after) for module in modules)]):
-            for part in (0, 1):
-                self.from_layer(source, part, 2)
-                if found:
-                    break
+            parts = self.most_parts(source)
+            for part in range(parts):
+                self.from_layer(source, part, parts)
         return f"{describe_module(self._network, [*found, self._network][0])} mixes channels"
 
     def _mark(self, source: str, codes: Tensor, name: str, output: Tensor) -> Tensor:
