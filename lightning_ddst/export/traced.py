@@ -77,7 +77,7 @@ class Computation:
             raise ValueError(f"{kind} cannot be called with its example inputs: {first_line(error)}") from error
         place = find_output(returned, output, kind)
         if place:  # else the output is the tensor itself
-            self.network = OneOutput(self.network, place)
+            self.network = OneOutput(self.network, place).eval()
             self.shapes = (shapes,)
         self.images: Tensor = get_entry(returned, place) if place else returned
 
@@ -103,8 +103,8 @@ class Computation:
         """Warns that a file works with one batch size only."""
         size = next(len(value) for value in self.tensors.values() if value.dim())
         rank_zero_warn(
-            f"the code of {self._kind} depends on the batch size, as grouped convolutions with groups=len(x) do, so the "
-            f"file works with batches of {size} only, the size of the example inputs."
+            f"the code of {self._kind} depends on the batch size, as grouped convolutions with groups=len(x) do, so "
+            f"the file works with batches of {size} only, the size of the example inputs."
         )
 
     @torch.no_grad()
