@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lightning_ddst.export.traced import Computation
 from lightning_ddst.sparsity.averaging import average_states
 from lightning_ddst.sparsity.bitpack import view_as_integers
-from lightning_ddst.sparsity.reparametrized import copy_network, fold_weight_norm, weight_norms
+from lightning_ddst.sparsity.reparametrized import copy_network, fold_weight_norm, has_weight_norm
 from lightning_ddst.sparsity.spectral import spectral_norms
 from lightning_ddst.utils import cache
 from lightning_ddst.utils.checkpoints import AVERAGES, find_damage
@@ -344,7 +344,7 @@ def save_program(generator: nn.Module, path: str | Path, *inputs: Any, output: P
 
 def _state(generator: nn.Module) -> dict[str, Tensor]:
     """Copies the ``state_dict`` as files hold it: weight norm is folded in, tied weights are separate tensors."""
-    if any(weight_norms(generator)):
+    if has_weight_norm(generator):
         generator = copy_network(generator)
         fold_weight_norm(generator)
     return {

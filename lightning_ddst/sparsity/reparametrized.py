@@ -50,6 +50,11 @@ def weight_norms(network: nn.Module) -> Iterator[WeightNorm]:
                 yield WeightNorm(module, hook.name, module.get_parameter(f"{hook.name}_v"), hook.dim)
 
 
+def has_weight_norm(network: nn.Module) -> bool:
+    """Returns whether a tensor of a network is under weight norm."""
+    return any(True for _ in weight_norms(network))
+
+
 def fold_weight_norm(network: nn.Module) -> None:
     """Replaces every tensor under weight norm by a plain parameter of its value, in place.
 
