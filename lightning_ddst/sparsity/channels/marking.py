@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lightning_ddst.sparsity.channels.structured_forward import RawForward
-from lightning_ddst.sparsity.maskable import channel_dim
+from lightning_ddst.sparsity.maskable import MASKABLE_LAYERS, channel_dim
 from lightning_ddst.utils.modules import remove_hooks
 from lightning_ddst.utils.nested import tensors_in
 
@@ -131,7 +132,9 @@ class Marking:
             parts = self.most_parts(source)
             for part in range(parts):
                 self.from_layer(source, part, parts)
-        return f"{describe_module(self._network, [*found, self._network][0])} mixes channels"
+        mixer = [*found, self._network][0]
+        verb = "reads them under weight norm" if isinstance(mixer, MASKABLE_LAYERS) else "mixes channels"
+        return f"{describe_module(self._network, mixer)} {verb}"
 
     def _mark(self, source: str, codes: Tensor, name: str, output: Tensor) -> Tensor:
         """Marks the output of one layer."""
@@ -211,7 +214,8 @@ def floats_in(output: Any) -> list[Tensor]:
 def describe_module(network: nn.Module, module: nn.Module) -> str:
     """Returns a text that names a part of a network, such as "LayerNorm 'norm'", or the network's own code."""
     name = next(name for name, part in network.named_modules() if part is module)
-    return f"{type(module).__name__} {name!r}" if name else f"the code of {type(module).__name__}"
+    kind = parametrize.type_before_parametrizations(module).__name__
+    return f"{kind} {name!r}" if name else f"the code of {kind}"
 
 
 def _codes(number: int) -> Tensor:
