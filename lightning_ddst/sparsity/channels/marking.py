@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from lightning_ddst.sparsity.channels.structured_forward import RawForward
 from lightning_ddst.sparsity.maskable import MASKABLE_LAYERS, channel_dim
+from lightning_ddst.sparsity.reparametrized import has_weight_norm
 from lightning_ddst.utils.modules import remove_hooks
 from lightning_ddst.utils.nested import tensors_in
 
@@ -133,7 +134,8 @@ class Marking:
             for part in range(parts):
                 self.from_layer(source, part, parts)
         mixer = [*found, self._network][0]
-        verb = "reads them under weight norm" if isinstance(mixer, MASKABLE_LAYERS) else "mixes channels"
+        normed = isinstance(mixer, MASKABLE_LAYERS) and has_weight_norm(mixer)
+        verb = "reads them under weight norm" if normed else "mixes channels"
         return f"{describe_module(self._network, mixer)} {verb}"
 
     def _mark(self, source: str, codes: Tensor, name: str, output: Tensor) -> Tensor:

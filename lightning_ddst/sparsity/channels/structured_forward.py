@@ -31,7 +31,8 @@ class StructuredForward:
     The network keeps its full parameters and buffers. They are cut at every call, gradients flow to the full
     parameters (0 at removed entries), and updates of buffers are written to the full buffers. So optimizers,
     checkpoints and gradient synchronization are not affected. In evaluation mode the full network computes, and its
-    output is the same, bit for bit, as without this package.
+    output is the same, bit for bit, as without this package. Features that a network returns have the remaining
+    channels in training mode, and all channels in evaluation mode.
 
     Args:
         network: The network whose ``forward`` is replaced.

@@ -111,9 +111,8 @@ def _disagreement(
     kept, returned = channels.kept(active), channels.kept_outputs(active)
     zeroed = _zeroed(network, drawn, channels, active)
     cut = zeroed | {name: narrow(zeroed[name], dims) for name, dims in kept.items()}
-    there = _outputs(network, zeroed, inputs)
     try:
-        here = _outputs(network, cut, inputs)
+        there, here = (_outputs(network, tensors, inputs) for tensors in (zeroed, cut))
     except Exception as error:  # the user's code may use a fixed shape
         place = find_raising_module(network, error)
         return f"without some of them {describe_module(network, place)} fails: {first_line(error)}"
