@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 import torch
+from lightning.fabric.utilities import rank_zero_info
 from torch import nn
 
 from lightning_ddst.balance import BalanceProbe, ScoresItself
@@ -116,20 +117,23 @@ class MaskingOptions:
         check_not_shared(found)
         self._check_patterns(module, found)
         inputs: Sequence[Sequence[Any]] = ((), ())
-        if find_units(self.granularity).needs_inputs:
+        units = find_units(self.granularity)
+        if units.needs_inputs:
             for role, network in found.items():
                 if isinstance(network, SeveralParts):
                     raise ValueError(
                         f'{role}={list(network.part_names)} with granularity="{self.granularity}": such masks need a '
                         "network of one module, which can be called."
                     )
-            inputs = infer_inputs(module, found["generator"])
+            inputs = infer_inputs(module, found["generator"], found["discriminator"])
         networks: dict[Role, MaskedNetwork] = {}
         for offset, (role, network) in enumerate(found.items()):
             density = method.initial_densities[role]
             # Several pairs get different masks.
             name = self.names[role] or ""
             of_name = zlib.crc32((name if isinstance(name, str) else "+".join(name)).encode())
+            # Images keep their channels; features that a discriminator returns do not.
+            narrows = {"narrow_features": role == "discriminator"} if "narrow_features" in units.options else {}
             try:
                 networks[role] = MaskedNetwork(
                     network,
@@ -144,9 +148,12 @@ class MaskingOptions:
                     seed=seed % 2**62 + offset + 2 * of_name,
                     state=None if saved is None else saved[role],
                     **self.units,
+                    **narrows,
                 )
             except ValueError as error:
                 raise ValueError(f"{role} with {role}_density={density}: {error}") from error
+            if remarks := networks[role].units.remarks():
+                rank_zero_info(f"{role}: {remarks}")
         for role, density in method.lowest_densities.items():
             try:
                 networks[role].allocation(density)

@@ -5,10 +5,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_ddst.sparsity.reparametrized import fold_weight_norm
 from lightning_ddst.utils.modules import eval_mode, remove_hooks
 
 _TURNS = 15
@@ -40,19 +42,21 @@ class SparseLinear(nn.Module):
         return product.view(*x.shape[:-1], -1)
 
 
-def sparse_linears(network: nn.Module, *inputs: Tensor) -> dict[str, float]:
+def sparse_linears(network: nn.Module, *inputs: Any) -> dict[str, float]:
     """Replaces the Linear layers of a network that are faster as sparse tensors, for inference.
 
-    Layers under spectral norm and layers of a `MultiheadAttention` do not change.
+    Weights under weight norm become plain weights. Layers under spectral norm and layers of a `MultiheadAttention` do
+    not change.
 
     Args:
-        network: The network; it changes in place, and computes the same up to rounding.
+        network: The network; it changes in place, and computes the same up to rounding. It may return anything.
         inputs: Its later arguments: the speed depends on the batch, the device and the number of threads.
 
     Returns:
         Sparse time over dense time of each Linear layer by name, from medians of alternating measurements. Layers below
         0.95 were replaced.
     """
+    fold_weight_norm(network)
     layers = {name: layer for name, layer in network.named_modules() if type(layer) is nn.Linear}
     seen: dict[str, Tensor] = {}
 
@@ -86,8 +90,10 @@ def time_ratio(one: Callable[[], object], other: Callable[[], object]) -> float:
     return statistics.median(seconds[0][1:]) / statistics.median(seconds[1][1:])
 
 
-def onnx_time_ratio(path: str | Path, generator: nn.Module, *inputs: Tensor) -> float:
+def onnx_time_ratio(path: str | Path, generator: nn.Module, *inputs: Any) -> float:
     """Returns the time of an ONNX file under onnxruntime over the generator's time in torch, with equal threads.
+
+    The file of a generator that returns several tensors holds one, and torch computes all of them.
 
     Args:
         path: A file of `lightning_ddst.export.formats.save_onnx`.
@@ -99,7 +105,8 @@ def onnx_time_ratio(path: str | Path, generator: nn.Module, *inputs: Tensor) -> 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    fed = {known.name: value.numpy() for known, value in zip(session.get_inputs(), inputs, strict=True)}
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    fed = {known.name: value.numpy() for known, value in zip(session.get_inputs(), tensors, strict=True)}
     with eval_mode(generator):
         return time_ratio(lambda: session.run(None, fed), lambda: generator(*inputs))
 

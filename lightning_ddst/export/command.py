@@ -1,7 +1,6 @@
 """The command ``lightning-ddst export``: writes a run's generator to files that do not need this package."""
 
-from collections.abc import Callable, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,7 +11,9 @@ from torch import nn
 
 from lightning_ddst.export import formats as exports
 from lightning_ddst.export.benchmark import WORTHWHILE, onnx_time_ratio, sparse_linears, time_ratio
+from lightning_ddst.export.traced import Computation
 from lightning_ddst.sparsity import compact
+from lightning_ddst.sparsity.reparametrized import copy_network
 from lightning_ddst.utils.configurations import check_classes, without_optimizers
 from lightning_ddst.utils.example_inputs import get_generator_inputs
 from lightning_ddst.utils.modules import eval_mode
@@ -49,22 +50,37 @@ def export(args: Sequence[str]) -> list[Path]:
     parser.add_argument(
         "--generator", metavar="NAME", help="its name in the module (default: the usual names are tried)"
     )
+    parser.add_argument(
+        "--generator_output",
+        metavar="NAME",
+        help="place of the images in what it returns, such as image or 0, for onnx and program (default: the only "
+        "tensor)",
+    )
     given = parser.parse_args(list(args))
     try:
         if not given.checkpoint.is_file():
             raise FileNotFoundError(f"CKPT={given.checkpoint}: no such file.")
         config = given.config or _config_of(given.checkpoint)
-        module = _module_of(config)
+        content = _read(config)
+        if given.generator is None and (parts := _parts(content)):
+            raise ValueError(
+                f"the run's generator has several parts, {', '.join(parts)}: export one after the other, with "
+                f"--generator {parts[0]} and so on."
+            )
+        module = _module_of(config, content)
         generator = find_network(module, "generator", given.generator)
         exports.load_generator(generator, given.checkpoint, given.generator, given.weights)
         folder: Path = given.output or config.parent / "export"
         inputs = _example(module, needed=bool({"onnx", "program"} & {*given.formats}))
         small, found = _smaller(generator, inputs)
+        output: str | None = given.generator_output
+        if {"onnx", "program"} & {*given.formats}:
+            Computation(small, inputs, output)  # before anything is written
         writers: dict[str, tuple[str, Callable[[Path], object]]] = {
             "dense": ("generator.safetensors", lambda path: exports.save_dense(generator, path)),
             "compressed": ("generator.compressed.safetensors", lambda path: exports.save_compressed(generator, path)),
-            "onnx": ("generator.onnx", lambda path: exports.save_onnx(small, path, *inputs)),
-            "program": ("generator.pt2", lambda path: exports.save_program(small, path, *inputs)),
+            "onnx": ("generator.onnx", lambda path: exports.save_onnx(small, path, *inputs, output=output)),
+            "program": ("generator.pt2", lambda path: exports.save_program(small, path, *inputs, output=output)),
         }
         paths = []
         dense = sum(value.numel() * value.element_size() for value in generator.state_dict().values())
@@ -114,7 +130,7 @@ def _smaller(generator: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, li
 
 def _linears(generator: nn.Module, inputs: Sequence[Any]) -> str:
     """Returns a text about Linear layers that run faster as sparse tensors."""
-    ratios = sparse_linears(deepcopy(generator), *inputs) if inputs else {}
+    ratios = sparse_linears(copy_network(generator), *inputs) if inputs else {}
     faster = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items() if ratio < WORTHWHILE)
     if not faster:
         return "nothing else is faster: dense kernels multiply zeros, and no Linear layer gains as a sparse tensor"
@@ -132,14 +148,27 @@ def _config_of(checkpoint: Path) -> Path:
     raise FileNotFoundError(f"there is no config.yaml in {places}: name the run's with --config.")
 
 
-def _module_of(config: Path) -> LightningModule:
-    """Makes the module that a configuration describes, with new weights and without optimizers."""
+def _read(config: Path) -> dict[str, Any]:
+    """Reads the configuration of a run."""
     try:
         content = yaml.safe_load(config.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{config} is not the configuration of a run: {_in_one_line(error)}") from error
     if not isinstance(content, dict) or "model" not in content:
         raise ValueError(f"{config} is not the configuration of a run: it has no model.")
+    return content
+
+
+def _parts(content: Mapping[str, Any]) -> list[str]:
+    """Returns the names of a generator's parts in a configuration, of `--sparsity.generator` or a callback's."""
+    callbacks = (content.get("trainer") or {}).get("callbacks") or []
+    arguments = [content.get("sparsity"), *(c.get("init_args") for c in callbacks if isinstance(c, dict))]
+    given = [each["generator"] for each in arguments if isinstance(each, dict) and each.get("generator")]
+    return next((list(map(str, names)) for names in given if isinstance(names, list)), [])
+
+
+def _module_of(config: Path, content: Mapping[str, Any]) -> LightningModule:
+    """Makes the module that a configuration describes, with new weights and without optimizers."""
     check_classes(content["model"], "model")
     parser = ArgumentParser(exit_on_error=False)
     import pytorch_lightning  # imported here: it takes a second

@@ -11,9 +11,8 @@ The last two hold computations, so their layers can be smaller: see `lightning_d
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
@@ -24,12 +23,15 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from lightning_ddst.export.traced import Computation
 from lightning_ddst.sparsity.averaging import average_states
 from lightning_ddst.sparsity.bitpack import view_as_integers
+from lightning_ddst.sparsity.reparametrized import copy_network, fold_weight_norm, has_weight_norm
 from lightning_ddst.sparsity.spectral import spectral_norms
 from lightning_ddst.utils import cache
 from lightning_ddst.utils.checkpoints import AVERAGES, find_damage
 from lightning_ddst.utils.lightning_private import state_key_of
+from lightning_ddst.utils.nested import Place
 from lightning_ddst.utils.networks import USUAL_NAMES
 from lightning_ddst.utils.validation import check_choice
 
@@ -62,6 +64,8 @@ def load_generator(
             of a run that may have had one; the generator does not change in this case.
     """
     check_choice("weights", weights, ("average", "raw"))
+    if name is not None and not isinstance(name, str):
+        raise ValueError(f"name={name!r} must be one name: load the parts of a generator one by one.")
     content = _read(Path(checkpoint))
     state: Mapping[str, Tensor] = content["state_dict"]
     if weights == "raw":  # Lightning's WeightAveraging saves its average as the state_dict
@@ -156,6 +160,8 @@ def _has(state: Mapping[str, Tensor], name: str) -> bool:
 def save_dense(generator: nn.Module, path: str | Path) -> None:
     """Writes the ``state_dict`` to a safetensors file.
 
+    Weights under weight norm are written as plain weights, which load after `fold_weight_norm(generator)`.
+
     Raises:
         OSError: If the file cannot be written.
     """
@@ -168,7 +174,7 @@ def save_compressed(generator: nn.Module, path: str | Path) -> None:
     Of such a tensor ``name`` there are ``name.bits``, uint8 ``(ceil(n / 8),)``, in which the entry with
     flat index i is the bit of value ``128 >> i % 8`` in byte ``i // 8``, 1 where it is not 0; and
     ``name.values``, those entries in order. The metadata's ``shapes`` has the tensor's shape, as JSON, and its
-    ``digest`` a digest of the contents.
+    ``digest`` a digest of the contents. Weights under weight norm are written as in `save_dense`.
 
     Raises:
         OSError: If the file cannot be written.
@@ -258,20 +264,26 @@ def _dense(name: str, shape: list[int], bits: Tensor, values: Tensor) -> Tensor:
     return values.new_zeros(entries).masked_scatter_(present, values).view(shape)
 
 
-def save_onnx(generator: nn.Module, path: str | Path, *inputs: Tensor) -> float:
+def save_onnx(generator: nn.Module, path: str | Path, *inputs: Any, output: Place | None = None) -> float:
     """Writes the generator in evaluation mode as an ONNX file, and compares onnxruntime's images with torch's.
 
+    Weights under weight norm are written as plain weights.
+
     Args:
-        generator: Module from `inputs` to images.
+        generator: Module from `inputs` to images, or to a tuple, list, mapping or dataclass that holds them.
         path: Path of the file.
-        inputs: Example arguments; their first dimension is the batch, whose size stays free.
+        inputs: Example arguments; the first dimension of each tensor is the batch, whose size stays free, or a warning
+            tells that the generator's code fixes it.
+        output: The place of the images in what the generator returns: a key, an index, or a path such as "0.image";
+            None means the only tensor.
 
     Returns:
         The largest difference of a pixel from torch's, for images in [-1, 1]; at most 1e-3.
 
     Raises:
         ImportError: If onnx, onnxruntime and onnxscript are missing: install ``lightning-ddst[onnx]``.
-        ValueError: If the generator cannot be expressed in ONNX, or its images differ by more.
+        ValueError: If the generator cannot be expressed in ONNX, its images differ by more or are random, or `output`
+            names no tensor.
         OSError: If the file cannot be written.
     """
     try:
@@ -279,61 +291,78 @@ def save_onnx(generator: nn.Module, path: str | Path, *inputs: Tensor) -> float:
         import onnxscript  # noqa: F401 -- torch's exporter needs it
     except ImportError as error:
         raise ImportError(f"{error}: for ONNX install lightning-ddst[onnx].") from error
-    generator, example, shapes = _on_cpu(generator, inputs)
+    kind = type(generator).__name__
+    computation = Computation(generator, inputs, output)
+    refusal = f"{kind} cannot be written for ONNX"
+    if computation.is_random():
+        raise ValueError(
+            f"{refusal}: its images are random in evaluation mode, so they cannot be compared. Pass the noise as an "
+            "argument."
+        )
     with torch.no_grad(), _written(Path(path)) as temporary:
         try:
-            program = torch.onnx.export(generator, example, dynamo=True, dynamic_shapes=shapes, verbose=False)
+            program = torch.onnx.export(
+                computation.network,
+                computation.example,
+                dynamo=True,
+                dynamic_shapes=computation.shapes,
+                input_names=list(computation.tensors),
+                verbose=False,
+            )
             assert program is not None
             program.save(temporary)
         except Exception as error:  # the exporter may raise anything for the user's network
-            raise ValueError(
-                f"{type(generator).__name__} cannot be written for ONNX: {cache.first_line(error)}"
-            ) from error
-        session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
-        fed = {known.name: value.numpy() for known, value in zip(session.get_inputs(), example, strict=True)}
-        difference = float(np.abs(session.run(None, fed)[0] - generator(*example).numpy()).max())
+            raise ValueError(f"{refusal}: {computation.why_not(error)}.") from error
+        try:
+            session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
+            known = session.get_inputs()
+            there = session.run(None, {each.name: computation.tensors[each.name].numpy() for each in known})[0]
+        except Exception as error:  # of onnxruntime's own classes
+            raise ValueError(f"onnxruntime cannot run {kind}: {cache.first_line(error)}") from error
+        if any(isinstance(size, int) for each in known for size in each.shape[:1]):
+            computation.warn_of_fixed_batch()
+        difference = float(np.abs(there - computation.images.numpy()).max())
         if not difference <= _ONNX_DIFFERS:  # also rejects NaN
             raise ValueError(
-                f"under onnxruntime the images of {type(generator).__name__} differ from torch's by up to "
+                f"under onnxruntime the images of {kind} differ from torch's by up to "
                 f"{difference:.2g}; allowed are {_ONNX_DIFFERS:g}."
             )
     return difference
 
 
-def save_program(generator: nn.Module, path: str | Path, *inputs: Tensor) -> None:
+def save_program(generator: nn.Module, path: str | Path, *inputs: Any, output: Place | None = None) -> None:
     """Writes the generator in evaluation mode as a program, which ``torch.export.load(path).module()`` runs.
 
+    Weights under weight norm are written as plain weights.
+
     Args:
-        generator: Module from `inputs` to images.
+        generator: Module from `inputs` to images, or to a tuple, list, mapping or dataclass that holds them.
         path: Path of the file; its name ends in ".pt2".
-        inputs: Example arguments; their first dimension is the batch, whose size stays free.
+        inputs: Example arguments; the first dimension of each tensor is the batch, whose size stays free, or a warning
+            tells that the generator's code fixes it.
+        output: The place of the images in what the generator returns, as in `save_onnx`.
 
     Raises:
-        ValueError: If the generator cannot be expressed as a program.
+        ValueError: If the generator cannot be expressed as a program, or `output` names no tensor.
         OSError: If the file cannot be written.
     """
-    generator, example, shapes = _on_cpu(generator, inputs)
+    computation = Computation(generator, inputs, output)
     with torch.no_grad(), _written(Path(path)) as temporary:
         buffer = BytesIO()
         try:
-            torch.export.save(torch.export.export(generator, example, dynamic_shapes=shapes), buffer)
+            torch.export.save(computation.to_program(), buffer)
         except Exception as error:  # torch may raise anything for the user's network
             raise ValueError(
-                f"{type(generator).__name__} cannot be written as a program: {cache.first_line(error)}"
+                f"{type(generator).__name__} cannot be written as a program: {computation.why_not(error)}."
             ) from error
         temporary.write_bytes(buffer.getvalue())
 
 
-def _on_cpu(
-    generator: nn.Module, inputs: Sequence[Tensor]
-) -> tuple[nn.Module, tuple[Tensor, ...], tuple[dict[int, Any], ...]]:
-    """Returns a copy of a generator in evaluation mode, example arguments, and their dynamic shapes, on the CPU."""
-    batch = torch.export.Dim("batch")
-    return deepcopy(generator).cpu().eval(), tuple(i.detach().cpu() for i in inputs), tuple({0: batch} for _ in inputs)
-
-
 def _state(generator: nn.Module) -> dict[str, Tensor]:
-    """Copies the ``state_dict`` as files hold it: tied weights are separate tensors."""
+    """Copies the ``state_dict`` as files hold it: weight norm is folded in, tied weights are separate tensors."""
+    if has_weight_norm(generator):
+        generator = copy_network(generator)
+        fold_weight_norm(generator)
     return {
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, value in generator.state_dict().items()

@@ -10,7 +10,8 @@ def to_semi_structured(network: nn.Module) -> list[str]:
 
     Train with ``granularity="2:4"`` (Mishra et al. 2021), then call this function with the network in half precision on
     a GPU of compute capability 8.0 or newer. Layers do not change if the weight has more than 2 non-zeros in 4
-    consecutive inputs, if it is computed (spectral norm), or if torch does not support its dtype or shape.
+    consecutive inputs, if it is computed (spectral norm, or weight norm before `fold_weight_norm`), or if torch does
+    not support its dtype or shape.
 
     Args:
         network: The network; it changes in place, and computes the same up to rounding.

@@ -7,6 +7,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_ddst.utils.modules import eval_mode
+from lightning_ddst.utils.nested import get_first_tensor
 
 
 def get_generator_inputs(module: nn.Module, batch: int = 2) -> tuple[Any, ...]:
@@ -36,11 +37,14 @@ def get_generator_inputs(module: nn.Module, batch: int = 2) -> tuple[Any, ...]:
 
 
 @torch.no_grad()
-def infer_inputs(module: nn.Module, generator: nn.Module) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def infer_inputs(
+    module: nn.Module, generator: nn.Module, discriminator: nn.Module
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Returns example arguments of a generator and of its discriminator, on the generator's device.
 
     The function assumes that the discriminator takes the generator's output, followed by the generator's arguments
-    after the first one, such as labels.
+    after the first one, such as labels. If the generator returns several tensors, and the discriminator cannot be
+    called with all of them, it takes the first.
 
     Raises:
         ValueError: If the module has no example, or the generator cannot be called with it.
@@ -52,4 +56,10 @@ def infer_inputs(module: nn.Module, generator: nn.Module) -> tuple[tuple[Any, ..
             fake = generator(*inputs)
         except Exception as error:  # the user's network may raise anything
             raise ValueError(f"the generator cannot be called with the module's example: {error}") from error
+        if not isinstance(fake, Tensor):
+            try:
+                with eval_mode(discriminator):
+                    discriminator(fake, *inputs[1:])
+            except Exception:  # the user's network may raise anything
+                fake = get_first_tensor(fake)
     return inputs, (fake, *inputs[1:])

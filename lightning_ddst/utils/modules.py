@@ -1,4 +1,4 @@
-"""Context managers for evaluation mode and hooks."""
+"""Context managers for evaluation mode and hooks, and the module that raised an error."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -27,3 +27,15 @@ def remove_hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def find_raising_module(network: nn.Module, error: BaseException) -> nn.Module:
+    """Returns the innermost module of a network whose code raised an error; the network if none is known."""
+    parts = {id(module) for module in network.modules()}
+    found, trace = network, error.__traceback__
+    while trace is not None:
+        running = trace.tb_frame.f_locals.get("self")
+        if isinstance(running, nn.Module) and id(running) in parts:
+            found = running
+        trace = trace.tb_next
+    return found

@@ -4,11 +4,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
 from torch import nn
-from toys import ToyGAN, for_method, toy_data, toy_trainer, trained
+from toys import PIXELS, ToyGAN, for_method, toy_data, toy_trainer, trained
 
 from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA
 from lightning_ddst.models import SmallDiscriminator, SmallGenerator
-from lightning_ddst.utils.example_inputs import get_generator_inputs
+from lightning_ddst.utils.example_inputs import get_generator_inputs, infer_inputs
 
 CHANNELS = {
     "granularity": "channel",
@@ -97,6 +97,64 @@ def test_averages_of_channels_that_grew_do_not_remember_that_they_were_0():
         assert torch.equal(average.averages()[name] != 0, mask & (average.averages()[name] != 0))
 
 
+class Features(nn.Module):
+    """A score, and the features before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.score = nn.Linear(PIXELS, 32), nn.Linear(32, 1)
+
+    def forward(self, x):
+        features = self.first(x).relu()
+        return self.score(features), [features]
+
+
+class Matching(ToyGAN):
+    """Feature matching, and a generator whose first layer is followed by a LayerNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = nn.Sequential(
+            nn.Linear(8, 12), nn.LayerNorm(12), nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, PIXELS)
+        )
+        self.discriminator = Features()
+        self.widths = []
+
+    def training_step(self, batch, batch_idx):
+        generator_optimizer, discriminator_optimizer = self.optimizers()
+        (real,) = batch
+        fake = self.generator(torch.randn(len(real), 8))
+        loss = (1 - self.discriminator(real)[0]).relu().mean() + (
+            1 + self.discriminator(fake.detach())[0]
+        ).relu().mean()
+        discriminator_optimizer.zero_grad()
+        self.manual_backward(loss)
+        discriminator_optimizer.step()
+        score, features = self.discriminator(self.generator(torch.randn(len(real), 8)))
+        _, wanted = self.discriminator(real)
+        self.widths.append(features[0].shape[1])
+        generator_optimizer.zero_grad()
+        self.manual_backward((features[0] - wanted[0].detach()).abs().mean() - score.mean())
+        generator_optimizer.step()
+
+
+def test_features_that_are_matched_have_the_active_channels(caplog):
+    gan, every = Matching(), EveryUpdate()
+    sparsity = DynamicSparsityCallback(0.7, discriminator_density=0.5, discriminator_output=0, **CHANNELS)
+    with caplog.at_level("INFO"):
+        trained(sparsity, every, gan=gan)
+    active = [16, *(counts["discriminator"][0][0] for counts in every.counts[:-1])]  # the masks before each update
+    assert gan.widths == active
+    assert len(set(active)) > 1
+    assert every.counts[-1]["generator"] == [(13, 20)]  # 96 + 28 x 13 weights are nearest to 0.7 x 656
+    with torch.no_grad():
+        _, (features,) = gan.discriminator.eval()(torch.randn(6, PIXELS))
+    inactive = ~sparsity.masks("discriminator")["discriminator.first.weight"].any(1)
+    assert features.shape == (6, 32)
+    assert torch.equal(features[:, inactive], gan.discriminator.first.bias[inactive].relu().expand(6, -1))
+    assert "generator: All channels of these layers stay: '0' (LayerNorm '1' mixes channels)." in caplog.messages
+
+
 # ---- what the networks are called with ----------------------------------------------------------------
 
 
@@ -113,6 +171,22 @@ def test_examples_are_a_gan_modules_noise_or_lightnings_example():
     assert labels.tolist() == [0, 1, 2, 0, 1]
     (example,) = get_generator_inputs(ToyGAN())
     assert example.shape == (2, 8)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_discriminator_takes_all_that_a_generator_returns_or_the_first_tensor(pairs):
+    class InDict(nn.Linear):
+        def forward(self, z):
+            return {"image": super().forward(z), "z": z}
+
+    class OfPairs(nn.Linear):
+        def forward(self, made):
+            return super().forward(made["image"])
+
+    module = ToyGAN()
+    discriminator = OfPairs(PIXELS, 1) if pairs else nn.Linear(PIXELS, 1)
+    _, (argument,) = infer_inputs(module, InDict(8, PIXELS), discriminator)
+    assert argument["image"].shape == (2, PIXELS) if pairs else argument.shape == (2, PIXELS)
 
 
 class Unknown(ToyGAN):

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from lightning_ddst.export import benchmark
+from lightning_ddst.export import benchmark, save_onnx
 from lightning_ddst.sparsity import MaskedNetwork
 
 
@@ -35,6 +35,29 @@ def test_only_layers_that_are_faster_are_replaced(monkeypatch):
     assert [type(layer) for layer in (network[0], network[1][1])] == [benchmark.SparseLinear, nn.Linear]
     assert network.training
     assert torch.allclose(network.eval()(noise), before, atol=1e-6)
+
+
+class InDict(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = weight_norm(nn.Linear(4, 8))
+
+    def forward(self, z, factor):
+        return {"z": z, "image": self.layer(z) * factor}
+
+
+def test_generators_with_weight_norm_that_return_a_dict(monkeypatch, tmp_path):
+    pytest.importorskip("onnxruntime")
+    network, z = InDict(), torch.randn(3, 4)
+    with torch.no_grad():
+        network.layer.parametrizations.weight.original1[:, 1:] = 0
+    expected = network(z, 2)["image"]
+    save_onnx(network, tmp_path / "file", z, 2, output="image")
+    assert benchmark.onnx_time_ratio(tmp_path / "file", network, z, 2) > 0
+    monkeypatch.setattr(benchmark, "time_ratio", lambda *_: 0.5)
+    assert benchmark.sparse_linears(network, z, 2) == {"layer": 0.5}
+    assert network.layer.weight.values().numel() == 8
+    torch.testing.assert_close(network(z, 2)["image"], expected)
 
 
 def test_the_time_ratio_is_of_medians(monkeypatch):

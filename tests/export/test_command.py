@@ -124,6 +124,50 @@ def test_bad_arguments_end_the_process_and_leave_no_file(
     assert sorted(tmp_path.iterdir()) == before
 
 
+class InDict(SmallGenerator):
+    """A generator that returns images, and the noise that they are of."""
+
+    def forward(self, z, labels=None):
+        return {"image": super().forward(z, labels), "z": z}
+
+
+def test_the_images_of_a_dict_are_named(run, checkpoint, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setitem(sys.modules, "users", sys.modules[__name__])
+    monkeypatch.setattr(InDict, "__module__", "users")
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    content["model"]["init_args"]["generator"]["class_path"] = "users.InDict"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    arguments = [str(checkpoint), "--config", str(tmp_path / "config.yaml"), "--formats", "dense", "program", "onnx"]
+    with pytest.raises(SystemExit):
+        export_run(arguments)
+    assert "output=None: InDict returns 2 tensors, and one is written; name it, such as" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    dense, program, _ = export_run([*arguments, "--generator_output", "image"])
+    generator = SmallGenerator(width=4).eval()
+    generator.load_state_dict(load_file(dense))
+    noise = torch.randn(3, 64)
+    torch.testing.assert_close(torch.export.load(program).module()(noise), generator(noise).detach())
+
+
+@pytest.mark.parametrize("place", ["sparsity", "callbacks"])
+def test_a_generator_of_several_parts_is_exported_part_by_part(place, checkpoint, tmp_path, capsys):
+    content = yaml.safe_load(TINY)
+    content.setdefault("sparsity", {})["generator"] = ["encoder", "decoder"] if place == "sparsity" else None
+    if place == "callbacks":
+        callback = {
+            "class_path": "lightning_ddst.DynamicSparsityCallback",
+            "init_args": {"generator": ["encoder", "decoder"]},
+        }
+        content["trainer"]["callbacks"] = [callback]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(SystemExit):
+        export_run([str(checkpoint), "--config", str(tmp_path / "config.yaml")])
+    message = "generator has several parts, encoder, decoder: export one after the other, with --generator encoder and"
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
 class Optimized(LightningModule):
     """A user's own module, which needs an optimizer and a schedule."""
 

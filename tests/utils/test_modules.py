@@ -1,7 +1,7 @@
 import pytest
 from torch import nn
 
-from lightning_ddst.utils.modules import eval_mode
+from lightning_ddst.utils.modules import eval_mode, find_raising_module
 
 
 def test_every_module_gets_its_own_mode_back_also_after_an_error():
@@ -14,3 +14,15 @@ def test_every_module_gets_its_own_mode_back_also_after_an_error():
     with pytest.raises(KeyError), eval_mode(network):
         raise KeyError
     assert [module.training for module in network.modules()] == modes
+
+
+def test_the_innermost_module_that_raised_is_found():
+    class Fails(nn.Module):
+        def forward(self, x):
+            raise RuntimeError
+
+    network = nn.Sequential(nn.Sequential(nn.Identity(), Fails()))
+    with pytest.raises(RuntimeError) as raised:
+        network(1)
+    assert find_raising_module(network, raised.value) is network[0][1]
+    assert find_raising_module(network, ValueError()) is network

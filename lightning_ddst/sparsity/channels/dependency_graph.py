@@ -1,8 +1,6 @@
 """Traces the channels of every layer of a network to the layers that read them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -11,14 +9,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_ddst.sparsity.channels.groups import Channels
-from lightning_ddst.sparsity.channels.structured_forward import RawForward
-from lightning_ddst.sparsity.maskable import MaskableWeight, channel_dim, layer_weights
-from lightning_ddst.utils.modules import remove_hooks
+from lightning_ddst.sparsity.channels.marking import Arrival, Marking, Pairs, find_pairs, is_injective
+from lightning_ddst.sparsity.maskable import MASKABLE_LAYERS, MaskableWeight, layer_weights
 
-_NORMS = (nn.modules.batchnorm._NormBase,)
-"""Norms with one entry per channel that do not mix channels: BatchNorm, InstanceNorm."""
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)
+"""Modules with one entry per channel: BatchNorm, InstanceNorm, GroupNorm, PReLU. All but GroupNorm do not mix them."""
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 """Layers that compute channels but are not masked, such as those of a class-conditional BatchNorm."""
+_CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 Axis = tuple[str, int]
 """A weight's name and a dimension; for all tensors of a norm or an embedding, the module's name and 0."""
 
@@ -32,23 +30,42 @@ class DependencyGraph:
 
     def __init__(self, network: nn.Module) -> None:
         self.weights: dict[str, MaskableWeight] = {weight.name: weight for weight in layer_weights(network)}
-        self.others = {n: m for n, m in network.named_modules() if isinstance(m, _NORMS + _EMBEDDINGS)}
+        self.others = {n: m for n, m in network.named_modules() if isinstance(m, _NORMS + _EMBEDDINGS) and _size(m) > 1}
         self._names = {id(t): name for name, t in [*network.named_parameters(), *network.named_buffers()]}
         self._sizes: dict[Axis, int] = {}
         self._starts: dict[Axis, int] = {}
         self._parents: list[int] = []
-        self._fixed: set[int] = set()
+        self._fixed: dict[int, str] = {}
+        self._constants: set[Axis] = set()
+        self._returned: dict[Axis, int] = {}
         for name, weight in self.weights.items():
             for dim in (0, 1):
                 self._add((name, dim), weight.parameter.shape[dim])
         for name, module in self.others.items():
-            self._add((name, 0), module.num_features if isinstance(module, _NORMS) else module.embedding_dim)
+            self._add((name, 0), _size(module))
+            if isinstance(module, nn.GroupNorm):
+                together = module.num_channels // module.num_groups
+                self.join((name, 0), (name, 0), ((i, i - i % together) for i in range(module.num_channels)))
             if parametrize.is_parametrized(module):  # such as an embedding under spectral norm
-                self.fix((name, 0))
+                self.fix((name, 0), f"{type(module).__name__} {name!r} has a parametrization")
 
     def _add(self, axis: Axis, size: int) -> None:
         self._starts[axis], self._sizes[axis] = len(self._parents), size
         self._parents += range(len(self._parents), len(self._parents) + size)
+
+    def add_constant(self, name: str, dim: int, size: int) -> Axis:
+        """Adds a dimension of a parameter that is no weight of a layer, such as a learned constant."""
+        self._add((name, dim), size)
+        self._constants.add((name, dim))
+        return name, dim
+
+    def add_returned(self, number: int, dim: int, size: int) -> Axis:
+        """Adds a dimension of a tensor that the network returns, if it is not there yet."""
+        axis = (f"output {number}", dim)
+        if axis not in self._sizes:
+            self._add(axis, size)
+            self._returned[axis] = number
+        return axis
 
     def _root(self, index: int) -> int:
         while self._parents[index] != index:
@@ -60,19 +77,38 @@ class DependencyGraph:
         for there, here in pairs:
             self._parents[self._root(self._starts[reader] + there)] = self._root(self._starts[source] + here)
 
-    def fix_some(self, axis: Axis, indices: Iterable[int]) -> None:
-        """Marks some channels of an axis as not removable."""
-        self._fixed |= {self._starts[axis] + index for index in indices}
+    def fix_some(self, axis: Axis, indices: Iterable[int], reason: str) -> None:
+        """Marks some channels of an axis as not removable; the first reason for a channel counts."""
+        for index in indices:
+            self._fixed.setdefault(self._starts[axis] + index, reason)
 
-    def fix(self, axis: Axis) -> None:
+    def fix(self, axis: Axis, reason: str) -> None:
         """Marks all channels of an axis as not removable."""
-        self.fix_some(axis, range(self._sizes[axis]))
+        self.fix_some(axis, range(self._sizes[axis]), reason)
+
+    def keep_whole(self, name: str) -> None:
+        """Marks all channels of a weight as not removable."""
+        if name in self.weights:
+            layer = next(iter(self.weights[name].layers))
+            self.fix((name, self.weights[name].out_dim), "it stays dense")
+            self.fix((name, 1 - self.weights[name].out_dim), f"{layer!r} reads them and stays dense")
+
+    def groups_of_layers(self, channels: Channels) -> dict[str, list[int]]:
+        """Returns the groups of the channels that each layer computes, by the layer's name."""
+        group = torch.tensor([number for number, size in enumerate(channels.sizes) for _ in range(size)])
+        found = {}
+        for name, weight in self.weights.items():
+            of = channels.axes.get(name, {}).get(weight.out_dim)
+            if of is not None:
+                found[next(iter(weight.layers))] = group[of[of >= 0]].unique().tolist()
+        return found
 
     def channels(self) -> Channels:
         """Returns the removable channels: those that layers compute and read, and that are not fixed."""
-        fixed = {self._root(index) for index in self._fixed}
+        fixed = {self._root(index): reason for index, reason in reversed(self._fixed.items())}
         gives = {(name, weight.out_dim) for name, weight in self.weights.items()}
         reads = {(name, 1 - dim) for name, dim in gives}
+        gives |= self._constants
         where: dict[int, set[Axis]] = {}
         for axis, start in self._starts.items():
             for index in range(start, start + self._sizes[axis]):
@@ -83,16 +119,30 @@ class DependencyGraph:
                 groups.setdefault(frozenset(axes), []).append(root)
         numbers = {root: number for number, root in enumerate(root for roots in groups.values() for root in roots)}
         found: dict[str, dict[int, Tensor]] = {}
+        returned: dict[int, dict[int, Tensor]] = {}
+        whole: dict[str, str] = {}
         for axis, start in self._starts.items():
-            of = torch.tensor([numbers.get(self._root(i), -1) for i in range(start, start + self._sizes[axis])])
+            roots = [self._root(i) for i in range(start, start + self._sizes[axis])]
+            of = torch.tensor([numbers.get(root, -1) for root in roots])
             if (of >= 0).any():
+                if axis in self._returned:
+                    returned.setdefault(self._returned[axis], {})[axis[1]] = of
+                    continue
                 for name, dim, channels in self._tensors(axis, of):
                     found.setdefault(name, {})[dim] = channels
-        return Channels(tuple(map(len, groups.values())), found)
+            elif axis in gives and axis not in self._constants:
+                is_read = not all(where[root].isdisjoint(reads) for root in roots)
+                reasons = [fixed[root] for root in roots if root in fixed and (is_read or fixed[root] != RETURNED)]
+                if reasons:
+                    whole[next(iter(self.weights[axis[0]].layers))] = reasons[0]
+        return Channels(tuple(map(len, groups.values())), found, returned, whole)
 
     def _tensors(self, axis: Axis, channels: Tensor) -> Iterator[tuple[str, int, Tensor]]:
         """Yields every parameter and buffer with this axis, with its dimension and channels."""
         name, dim = axis
+        if axis in self._constants:
+            yield name, dim, channels
+            return
         if name in self.others:
             module = self.others[name]
             for held in (*module._parameters.values(), *module._buffers.values()):
@@ -114,12 +164,17 @@ class DependencyGraph:
                 yield self._names[id(right)], 0, channels.repeat_interleave(kernel)
 
 
-def trace(network: nn.Module, inputs: Sequence[Any]) -> DependencyGraph:
+RETURNED = "the network returns them"
+"""Reason for channels that reach the network's output."""
+
+
+def trace(network: nn.Module, inputs: Sequence[Any], *, narrow_features: bool = False) -> DependencyGraph:
     """Traces every layer's channels to the layers that read them.
 
     Args:
         network: The network; it is called in its current mode, without gradients.
         inputs: Example arguments of the network, the batch first.
+        narrow_features: Whether channels that the network returns are removable if a layer reads them, too.
 
     Returns:
         The graph of channels.
@@ -130,134 +185,93 @@ def trace(network: nn.Module, inputs: Sequence[Any]) -> DependencyGraph:
     layers = {name: layer for weight in links.weights.values() for name, layer in weight.layers.items()}
     for name, layer in layers.items():
         if getattr(layer, "groups", 1) > 1:
-            links.fix(gives[name])
-            links.fix(reads[name])
+            links.fix(gives[name], "a grouped convolution")
+            links.fix(reads[name], f"grouped convolution {name!r} reads them")
     norms = {name: module for name, module in links.others.items() if isinstance(module, _NORMS)}
     reads |= {name: (name, 0) for name in norms}
     embeddings = {name: module for name, module in links.others.items() if name not in norms}
     gives |= {name: (name, 0) for name in embeddings}
     layers |= embeddings
-    shapes = _shapes(network, inputs, layers)
-    for source, calls in shapes.items():
-        codes = _codes(calls[0][channel_dim(layers[source])])
-        for reader, values, dim in _marked(network, inputs, layers, norms, shapes, source, codes):
-            pairs, mixed = _arrived(values, dim, len(codes))
-            if reader in reads:
-                links.join(gives[source], reads[reader], pairs)
-            else:  # the network's output
-                links.fix_some(gives[source], (here for _, here in pairs))
-            if mixed:
-                links.fix(gives[source])
+    marking = Marking(network, inputs, layers, norms)
+    for source in marking.shapes:
+        found, mixed = _follow(marking, source)
+        if mixed:
+            links.fix(gives[source], marking.find_mixer(source))
+        for arrival, pairs in found:
+            if arrival.reader:
+                links.join(gives[source], reads[arrival.reader], pairs)
+            elif not narrow_features:
+                links.fix_some(gives[source], (here for _, here in pairs), RETURNED)
+            elif pairs:
+                dim, pairs = _channel_dim(arrival.values, pairs, marking.size(source))
+                size = arrival.values.shape[dim]
+                links.join(gives[source], links.add_returned(arrival.output, dim, size), pairs)
+    for name in _bare_parameters(network, links):
+        _trace_constant(links, marking, network.get_parameter(name), name, reads)
     return links
 
 
-def _shapes(network: nn.Module, inputs: Sequence[Any], layers: Mapping[str, nn.Module]) -> dict[str, list[torch.Size]]:
-    """Returns the output shapes of each layer, call by call."""
-    shapes: dict[str, list[torch.Size]] = {}
+def _follow(marking: Marking, source: str) -> tuple[list[tuple[Arrival, Pairs]], bool]:
+    """Returns where a layer's channels arrive, and whether they are mixed.
 
-    def note(name: str, layer: nn.Module, args: Any, output: Tensor) -> None:
-        shapes.setdefault(name, []).append(output.shape)
-
-    with remove_hooks([layer.register_forward_hook(partial(note, name)) for name, layer in layers.items()]):
-        RawForward(network)(*inputs)
-    return shapes
-
-
-def _codes(number: int) -> Tensor:
-    """Returns a pattern over the batch per channel: its number's bits and their inverse, bool ``(batch, channels)``."""
-    bits = max(1, (number - 1).bit_length())
-    ones = torch.arange(number) >> torch.arange(bits)[:, None] & 1 == 1
-    return torch.stack([ones, ~ones], 1).flatten(0, 1)
-
-
-def _arrived(values: Tensor, dim: int, batch: int) -> tuple[list[tuple[int, int]], bool]:
-    """Finds the patterns in a tensor.
-
-    Returns:
-        Pairs of a channel of the tensor and a channel whose pattern occurs in it; and whether there are mixed
-        patterns, or NaN in a tensor whose batch size has changed.
+    Scales and shifts that one layer computes for the same channels (AdaIN), and gates (GLU), would mix their marks, so
+    halves of the channels are followed one after the other if all at once are mixed.
     """
-    nan = values.isnan()
-    if len(values) != batch:
-        return [], bool(nan.any())
-    nan = nan.movedim(dim, 1).reshape(batch, values.shape[dim], -1)
-    ones, zeros = nan[0::2], nan[1::2]
-    pure = (ones ^ zeros).all(0)
-    numbers = (ones * 2 ** torch.arange(len(ones), device=ones.device)[:, None, None]).sum(0)
-    places = torch.arange(len(pure), device=pure.device)[:, None].expand_as(pure)
-    pairs = torch.stack([places[pure], numbers[pure]], 1).unique(dim=0).tolist()
-    return [(there, here) for there, here in pairs], bool((nan.any(0) & ~pure).any())
+    for parts in range(1, marking.most_parts(source) + 1):
+        found, mixed = [], False
+        for part in range(parts):
+            for arrival in marking.from_layer(source, part, parts):
+                pairs, mixes = find_pairs(arrival.values, arrival.dim, marking.size(source))
+                found.append((arrival, pairs))
+                mixed |= mixes
+        if not mixed:
+            break
+    return found, mixed
 
 
-def _marked(
-    network: nn.Module,
-    inputs: Sequence[Any],
-    layers: Mapping[str, nn.Module],
-    norms: Mapping[str, nn.Module],
-    shapes: Mapping[str, Sequence[torch.Size]],
-    source: str,
-    codes: Tensor,
-) -> list[tuple[str, Tensor, int]]:
-    """Calls the network with patterns as the output of one layer, and 0 as the output of the others.
-
-    Returns:
-        The inputs of layers and norms, each with the layer's name and the dimension of channels; and the network's
-        output, under an empty name.
-    """
-    seen: list[tuple[str, Tensor, int]] = []
-    calls = dict.fromkeys(layers, 0)
-
-    def replaced(name: str, *args: Any, **kwargs: Any) -> Tensor:
-        given: Tensor = args[0] if args else kwargs["input"]
-        dim = channel_dim(layers[name])
-        if given.is_floating_point():
-            seen.append((name, given, dim))
-        shape = shapes[name][calls[name] % len(shapes[name])]
-        calls[name] += 1
-        dtype = given.dtype if given.is_floating_point() else torch.get_default_dtype()
-        output = given.new_zeros((len(given), *shape[1:]), dtype=dtype)
-        if name == source and len(given) == len(codes):
-            marks = codes.to(given.device).view(len(codes), *(1,) * (output.dim() - 2), -1).movedim(-1, dim)
-            output = output.masked_fill(marks, torch.nan)
-        return output
-
-    def note(name: str, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append((name, args[0], 1))
-
-    repeated = [
-        value[:1].expand(len(codes), *value.shape[1:]) if isinstance(value, Tensor) and value.dim() else value
-        for value in inputs
-    ]
-    hooks = [norm.register_forward_pre_hook(partial(note, name)) for name, norm in norms.items()]
-    with remove_hooks(hooks), _replacing(layers, replaced):
-        output = RawForward(network)(*repeated)
-    return [*seen, *(("", tensor.reshape(len(tensor), -1), 1) for tensor in floats_in(output) if tensor.dim())]
+def _channel_dim(values: Tensor, pairs: Pairs, channels: int) -> tuple[int, Pairs]:
+    """Returns the dimension of a returned tensor that holds the channels, with the pairs along it; 1 if unclear."""
+    found = {1: pairs}
+    if values.dim() > 2:  # tokens have their channels last
+        found[values.dim() - 1] = find_pairs(values, values.dim() - 1, channels)[0]
+    return next(((dim, along) for dim, along in found.items() if is_injective(along)), (1, pairs))
 
 
-@contextmanager
-def _replacing(layers: Mapping[str, nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Replaces the ``forward`` of layers inside the context; the new one takes the layer's name first."""
-    for name, layer in layers.items():
-        layer.forward = partial(forward, name)
-    try:
-        yield
-    finally:
-        for layer in layers.values():
-            del layer.forward
+def _bare_parameters(network: nn.Module, links: DependencyGraph) -> Iterator[str]:
+    """Yields the parameters of users' own modules that are neither weights nor biases of layers: learned constants."""
+    known = {id(weight.parameter) for weight in links.weights.values()}
+    for owner, module in network.named_modules():
+        builtin = type(module).__module__.startswith("torch.") and not isinstance(module, _CONTAINERS)
+        if not builtin and not isinstance(module, MASKABLE_LAYERS):
+            for name, parameter in module.named_parameters(owner, recurse=False):
+                # Others, such as (outputs, inputs) or (outputs, inputs, 3, 3), are weights, which mix channels.
+                constant = parameter.dim() in (1, 3) or (1 < parameter.dim() < 5 and len(parameter) == 1)
+                if constant and parameter.numel() > 1 and id(parameter) not in known:
+                    yield name
 
 
-def alike(ones: Sequence[Tensor], others: Sequence[Tensor], differs: float) -> bool:
-    """Returns whether tensors are equal up to `differs` times the largest entry of each first one; NaN never is."""
-    return len(ones) == len(others) and all(
-        one.shape == other.shape and bool((one - other).abs().max() <= differs * one.abs().max())
-        for one, other in zip(ones, others, strict=True)
-    )
+def _trace_constant(
+    links: DependencyGraph, marking: Marking, parameter: Tensor, name: str, reads: dict[str, Axis]
+) -> None:
+    """Joins a parameter's channels with those of its readers, along the first dimension that holds channels."""
+    for dim, size in enumerate(parameter.shape):
+        if size == 1:
+            continue
+        arrivals = marking.from_parameter(name, dim)
+        found = [(a, *find_pairs(a.values, a.dim, size)) for a in arrivals]
+        if any(mixed for *_, mixed in found):
+            return  # a weight, for example
+        if found and all(is_injective(pairs) for _, pairs, _ in found):
+            axis = links.add_constant(name, dim, size)
+            for arrival, pairs, _ in found:
+                if arrival.reader:
+                    links.join(axis, reads[arrival.reader], pairs)
+                elif pairs:
+                    links.fix_some(axis, (here for _, here in pairs), RETURNED)
+            return
 
 
-def floats_in(output: Any) -> list[Tensor]:
-    """Returns the floating-point tensors in a network's output."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() and output.numel() else []
-    if isinstance(output, Mapping):
-        output = output.values()
-    return [tensor for part in output for tensor in floats_in(part)] if isinstance(output, Iterable) else []
+def _size(module: nn.Module) -> int:
+    """Returns the number of channels of a norm or an embedding."""
+    attributes = ("num_features", "num_channels", "num_parameters", "embedding_dim")
+    return next(int(size) for name in attributes if (size := getattr(module, name, None)) is not None)

@@ -1,35 +1,37 @@
 """A copy of a network with smaller layers, without the channels that no weight reads."""
 
-from copy import deepcopy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, remove_spectral_norm
-from torch.nn.utils.spectral_norm import SpectralNorm as SpectralNormHook
 
-from lightning_ddst.sparsity.channels.dependency_graph import alike, floats_in
 from lightning_ddst.sparsity.channels.groups import Channels
-from lightning_ddst.sparsity.channels.structured_forward import narrow, widen
-from lightning_ddst.sparsity.channels.tracing import trace_channels
+from lightning_ddst.sparsity.channels.marking import floats_in
+from lightning_ddst.sparsity.channels.structured_forward import fit_to_inputs, narrow
+from lightning_ddst.sparsity.channels.tracing import alike, trace_channels
 from lightning_ddst.sparsity.maskable import TRANSPOSED_LAYERS, layer_weights
-from lightning_ddst.utils.modules import eval_mode
+from lightning_ddst.sparsity.reparametrized import copy_network, fold_all
+from lightning_ddst.utils.modules import eval_mode, remove_hooks
 
 _DIFFERS = 1e-3
 """Allowed deviation from the full network, relative to its largest output."""
 
 
 @torch.no_grad()
-def compact(network: nn.Module, *inputs: Any) -> tuple[nn.Module, int, int]:
+def compact(network: nn.Module, *inputs: Any, narrow_features: bool = False) -> tuple[nn.Module, int, int]:
     """Copies a network without the channels that only weights of 0 read.
 
     A network with masks of whole channels loses all inactive channels; one with masks of single weights loses those
     whose reading weights happen to be all 0. The copy is for evaluation, where its output equals the network's up to
-    rounding. Weights under spectral norm are stored normalized.
+    rounding. Weights under spectral norm or weight norm are stored as plain, normalized weights.
 
     Args:
         network: The network; it does not change.
         inputs: Example arguments of the network, the batch first.
+        narrow_features: Whether tensors that the network returns may have fewer channels, if its layers read them, too:
+            for discriminators that return features.
 
     Returns:
         The copy, the number of removable channels that it keeps, and the number of removable channels of the network.
@@ -38,19 +40,10 @@ def compact(network: nn.Module, *inputs: Any) -> tuple[nn.Module, int, int]:
         ValueError: If channels cannot be traced, or the copy's output differs.
     """
     with eval_mode(network):
-        expected = floats_in(network(*inputs))
-        copy = deepcopy(network)
-    for module in copy.modules():
-        if parametrize.is_parametrized(module):
-            # torch's remove_parametrizations would also change the original: copies share its class.
-            values = {name: getattr(module, name).detach() for name in module.parametrizations}  # type: ignore[union-attr]
-            del module._modules["parametrizations"]
-            module.__class__ = parametrize.type_before_parametrizations(module)
-            for name, value in values.items():
-                module.register_parameter(name, nn.Parameter(value))
-        if any(isinstance(hook, SpectralNormHook) for hook in module._forward_pre_hooks.values()):
-            remove_spectral_norm(module)
-    channels = trace_channels(copy, *inputs)
+        expected = _outputs(network, inputs)
+        copy = copy_network(network)
+        fold_all(copy)
+    channels = trace_channels(copy, *inputs, narrow_features=narrow_features)
     active = _read(copy, channels)
     kept = channels.kept(active)
     for name, tensor in [*copy.named_parameters(), *copy.named_buffers()]:
@@ -65,9 +58,20 @@ def compact(network: nn.Module, *inputs: Any) -> tuple[nn.Module, int, int]:
             module._buffers[attribute] = small
     for module in copy.modules():
         _say_sizes(module)
-    if not alike(expected, floats_in(copy(*inputs)), _DIFFERS):
+    narrower = channels.kept_outputs(active)
+    expected = [narrow(tensor, narrower.get(number, {})) for number, tensor in enumerate(expected)]
+    with remove_hooks(fit_to_inputs(copy.modules())):
+        outputs = _outputs(copy, inputs)
+    if not alike(expected, outputs, _DIFFERS):
         raise ValueError(f"{type(network).__name__} has another output without the channels that nothing reads.")
     return copy, int(active.sum()), len(active)
+
+
+def _outputs(network: nn.Module, inputs: Sequence[Any]) -> list[Tensor]:
+    """Returns a network's output, the same also if it draws noise."""
+    with isolate_rng():
+        torch.manual_seed(0)
+        return floats_in(network(*inputs))
 
 
 def _read(network: nn.Module, channels: Channels) -> Tensor:
@@ -102,7 +106,7 @@ def _say_sizes(module: nn.Module) -> None:
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         held = [tensor for tensor in (module.weight, module.running_mean) if tensor is not None]
         module.num_features = len(held[0]) if held else module.num_features
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = module.weight.numel()
     elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
         module.embedding_dim = module.weight.shape[1]
-    elif isinstance(module, nn.Unflatten):
-        widen(module)

@@ -1,16 +1,21 @@
 """Runs a network without some of its channels: every layer is smaller, the network's code is unchanged."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 
 from lightning_ddst.utils.compilation import is_compiled
+from lightning_ddst.utils.modules import remove_hooks
 
 Kept = Mapping[str, Mapping[int, Tensor]]
 """The remaining indices, int64, by the name of a parameter or buffer and by each dimension that gets smaller."""
+_SIZED = (nn.Unflatten, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
+"""Layers whose forward depends on a number of channels that is no shape of a parameter."""
+_SIZES = ("unflattened_size", "num_groups", "num_channels", "num_features")
 
 
 def narrow(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
@@ -26,7 +31,8 @@ class StructuredForward:
     The network keeps its full parameters and buffers. They are cut at every call, gradients flow to the full
     parameters (0 at removed entries), and updates of buffers are written to the full buffers. So optimizers,
     checkpoints and gradient synchronization are not affected. In evaluation mode the full network computes, and its
-    output is the same, bit for bit, as without this package.
+    output is the same, bit for bit, as without this package. Features that a network returns have the remaining
+    channels in training mode, and all channels in evaluation mode.
 
     Args:
         network: The network whose ``forward`` is replaced.
@@ -66,7 +72,7 @@ class RawForward(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self._unflattens = [layer for layer in network.modules() if isinstance(layer, nn.Unflatten)]
+        self._sized = [layer for layer in network.modules() if isinstance(layer, _SIZED)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the class's ``forward``."""
@@ -74,7 +80,7 @@ class RawForward(nn.Module):
 
     def call_with(self, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """Calls the network with other parameters and buffers, which may be smaller, by their names in it."""
-        with _widened(self._unflattens):
+        with _fitting(self._sized):
             return functional_call(self, {f"network.{name}": tensor for name, tensor in tensors.items()}, args, kwargs)
 
 
@@ -84,19 +90,33 @@ def can_run_structured(network: nn.Module) -> bool:
 
 
 @contextmanager
-def _widened(layers: Sequence[nn.Unflatten]) -> Iterator[None]:
-    """Makes Unflatten layers infer the number of channels inside the context."""
-    sizes = [layer.unflattened_size for layer in layers]
+def _fitting(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Fits layers to the channels of their inputs inside the context."""
+    sizes = [{name: vars(layer)[name] for name in _SIZES if name in vars(layer)} for layer in layers]
+    with remove_hooks(fit_to_inputs(layers)):
+        try:
+            yield
+        finally:
+            for layer, size in zip(layers, sizes, strict=True):
+                vars(layer).update(size)
+
+
+def fit_to_inputs(layers: Iterable[nn.Module]) -> list[RemovableHandle]:
+    """Makes layers that hold a number of channels fit their next inputs; returns the hooks that do so."""
+    hooks = []
     for layer in layers:
-        widen(layer)
-    try:
-        yield
-    finally:
-        for layer, size in zip(layers, sizes, strict=True):
-            layer.unflattened_size = size
+        if isinstance(layer, nn.Unflatten):
+            if all(isinstance(size, int) for size in layer.unflattened_size):  # not names of dimensions
+                layer.unflattened_size = (-1, *layer.unflattened_size[1:])
+        elif isinstance(layer, _SIZED):
+            hooks.append(layer.register_forward_pre_hook(_fit_norm))
+    return hooks
 
 
-def widen(layer: nn.Unflatten) -> None:
-    """Makes an Unflatten layer infer the number of channels."""
-    if all(isinstance(size, int) for size in layer.unflattened_size):  # not names of dimensions
-        layer.unflattened_size = (-1, *layer.unflattened_size[1:])
+def _fit_norm(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+    channels = args[0].shape[1]
+    if isinstance(norm, nn.GroupNorm):  # only whole groups of channels are removed
+        norm.num_groups = norm.num_groups * channels // norm.num_channels
+        norm.num_channels = channels
+    else:
+        vars(norm)["num_features"] = channels

@@ -268,6 +268,10 @@ class Units(ABC):
         total = sum(weight.parameter.numel() for weight in self.weights.values())
         return f"{sum(self.layer_counts.values()):,} of {total:,} weights active"
 
+    def remarks(self) -> str:
+        """Returns a text about parts of the network that cannot be pruned; empty if there is nothing to report."""
+        return ""
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the state that masks do not contain; loads with ``weights_only=True``."""
         return {}

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_ddst.sparsity.channels.groups import describe_whole
 from lightning_ddst.sparsity.channels.tracing import trace_channels
 from lightning_ddst.sparsity.maskable import MaskableWeight, layer_weights
 from lightning_ddst.sparsity.selection import largest
@@ -41,6 +42,7 @@ class ChannelUnits(Units):
         inputs: Example inputs of the network, the batch first.
         name: Not used.
         growth: Only "random".
+        narrow_features: Whether tensors that the network returns may have fewer channels, if its layers read them, too.
 
     Raises:
         ValueError: If the channels cannot be traced.
@@ -49,7 +51,10 @@ class ChannelUnits(Units):
     drop_fraction = 0.1  # one of the two best values tested (docs/results.md)
     needs_inputs = True
     dense_kernels = False
-    options: ClassVar[Options] = {"growth": partial(check_choice, allowed=("random",))}
+    options: ClassVar[Options] = {
+        "growth": partial(check_choice, allowed=("random",)),
+        "narrow_features": partial(check_choice, allowed=(True, False)),
+    }
 
     def __init__(
         self,
@@ -60,10 +65,11 @@ class ChannelUnits(Units):
         inputs: Sequence[Any] = (),
         name: str = "",
         growth: str = "random",
+        narrow_features: bool = False,
     ) -> None:
         super().__init__(network, weights, generator, inputs=inputs, name=name, growth=growth)
         dense = [weight.name for weight in layer_weights(network) if weight.name not in weights]
-        self._channels = trace_channels(network, *inputs, whole=dense)
+        self._channels = trace_channels(network, *inputs, whole=dense, narrow_features=narrow_features)
         self._path = _path(self._channels.sizes)
         self._all = torch.ones(sum(self._channels.sizes), dtype=torch.bool)
         self.active = self._by_group(self._all)  # views of `_all`
@@ -93,7 +99,7 @@ class ChannelUnits(Units):
         if wanted < (least := self._weights_at(0)) - 1e-6:
             raise ValueError(
                 f"density={density} leaves less than one channel per group; "
-                f"it must be at least {least / self._total:.4g}."
+                f"it must be at least {least / self._total:.4g}. {self.remarks()}".strip()
             )
         low, high = 0, len(self._path) - 1
         while low < high:  # finds the first step that is not below
@@ -204,6 +210,11 @@ class ChannelUnits(Units):
     def describe(self) -> str:
         """Returns a text about the active channels and weights."""
         return f"{sum(self.now)} of {sum(self.sizes)} channels, {super().describe()}"
+
+    def remarks(self) -> str:
+        """Returns a text that names the layers whose channels all stay, with the reasons."""
+        whole = describe_whole(self._channels.whole)
+        return f"All channels of these layers stay: {whole}." if whole else ""
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the active channels."""

@@ -1,9 +1,10 @@
 import pytest
 import torch
+from architectures import FeatureDiscriminator, GroupNormGenerator, StyleGenerator
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils import spectral_norm as hooked_spectral_norm
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from lightning_ddst import models
 from lightning_ddst.sparsity import MaskedNetwork, compact
@@ -32,6 +33,74 @@ def test_masks_of_channels_leave_exactly_the_active_ones(make, inputs):
         torch.testing.assert_close(small(*inputs), network(*inputs), rtol=1e-3, atol=1e-5)
     assert network.training
     assert {name: parameter.shape for name, parameter in network.named_parameters()} == sizes
+
+
+@pytest.mark.parametrize("make", [GroupNormGenerator, StyleGenerator])
+def test_norms_and_constants_lose_the_inactive_channels(make):
+    torch.manual_seed(0)
+    network, z = make().double(), torch.randn(5, 4).double()
+    sparse = MaskedNetwork(network, 0.5, granularity="channel", inputs=(z,))
+    small, left, channels = compact(network, z)
+    assert (left, channels) == (sum(sparse.units.now), sum(sparse.units.sizes))
+    assert left < channels
+    with torch.no_grad(), eval_mode(network):
+        torch.testing.assert_close(small(z), network(z), rtol=1e-9, atol=1e-12)
+    weights = [m.weight for m in small.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)]
+    assert sum(weight.numel() for weight in weights) == sparse.active
+    if make is GroupNormGenerator:  # groups as large as before
+        assert (small.norm.num_channels, small.norm.num_groups) == (4 * sparse.units.now[0], sparse.units.now[0])
+        assert small.last_norm.num_channels == 2 * small.last_norm.num_groups == small.image.in_channels
+    else:
+        assert small.const.shape == (1, small.conv.in_channels, 4, 4)
+        assert small.norm.num_features == small.act.num_parameters == len(small.bias) == small.conv.out_channels
+
+
+def test_a_discriminators_features_are_narrower():
+    torch.manual_seed(0)
+    network, x = FeatureDiscriminator(), torch.randn(2, 3, 8, 8)
+    MaskedNetwork(network, 0.4, granularity="channel", inputs=(x,), narrow_features=True)
+    small, *_ = compact(network, x, narrow_features=True)
+    with torch.no_grad():
+        (score, features), (full_score, full_features) = small(x), network(x)
+    torch.testing.assert_close(score, full_score)
+    for layer, reader, narrow, full in zip(
+        ("first", "second"), ("second", "score"), features, full_features, strict=True
+    ):
+        kept = network.get_submodule(reader).weight.detach().flatten(2).any(2).any(0)
+        assert narrow.shape[1] == small.get_submodule(layer).out_channels == int(kept.sum()) < len(kept)
+        torch.testing.assert_close(narrow, full[:, kept])
+
+
+def test_weight_norm_becomes_plain_and_unread_channels_go():
+    torch.manual_seed(0)
+    network = nn.Sequential(weight_norm(nn.Linear(2, 6)), nn.Tanh(), weight_norm(nn.Linear(6, 1)))
+    with torch.no_grad():
+        network[2].parametrizations.weight.original1[:, :4] = 0
+    x = torch.randn(5, 2)
+    small, left, channels = compact(network, x)
+    assert (left, channels) == (2, 6)
+    torch.testing.assert_close(small(x), network(x))
+    assert [type(layer) for layer in small] == [nn.Linear, nn.Tanh, nn.Linear]
+
+
+def test_a_generator_that_draws_noise_is_compared_with_the_same_noise():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(2, 4), nn.Linear(4, 1)
+
+        def forward(self, x):
+            return {"image": self.last(self.first(x) + torch.randn(len(x), 1)), "number": 3}
+
+    network, x = Noisy(), torch.randn(3, 2)
+    sparse = MaskedNetwork(network, 0.5, granularity="channel", inputs=(x,))
+    small, left, _ = compact(network, x)
+    assert left == sum(sparse.units.now) == 2
+    outputs = []
+    for each in (small, network):
+        torch.manual_seed(1)
+        outputs.append(each(x)["image"])
+    torch.testing.assert_close(*outputs)
 
 
 def test_layers_report_their_sizes():

@@ -2,6 +2,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from architectures import FeatureDiscriminator, GroupNormGenerator, StyleGenerator
 from torch import nn
 
 from lightning_ddst import models
@@ -12,6 +13,8 @@ NETWORKS = {
     "SmallGenerator": (lambda: models.SmallGenerator(8, 1, 8), (torch.randn(6, 64),)),
     "SmallDiscriminator": (lambda: models.SmallDiscriminator(8, 1, 8), (torch.randn(6, 1, 8, 8),)),
     "SNGANDiscriminator": (lambda: models.SNGANDiscriminator(width=8), (torch.randn(6, 3, 32, 32),)),
+    "GroupNormGenerator": (GroupNormGenerator, (torch.randn(6, 4),)),
+    "StyleGenerator": (StyleGenerator, (torch.randn(6, 4),)),
     "BigGANGenerator": (lambda: models.BigGANGenerator(width=2), (torch.randn(6, 128), torch.arange(6))),
 }
 
@@ -22,7 +25,7 @@ def pair(request):
     torch.manual_seed(0)
     make, inputs = NETWORKS[request.param]
     whole = make()
-    sparse = MaskedNetwork(whole, 0.3, granularity="channel", inputs=inputs)
+    sparse = MaskedNetwork(whole, 0.35, granularity="channel", inputs=inputs)
     narrow = deepcopy(whole)
     return whole, narrow, sparse, inputs
 
@@ -73,6 +76,32 @@ def test_layers_compute_fewer_channels(pair):
         assert widths[layer] == active
         narrower += active < layers[layer].in_channels
     assert narrower
+
+
+def test_norms_are_whole_again_after_a_call():
+    torch.manual_seed(0)
+    network, z = GroupNormGenerator(), torch.randn(2, 4)
+    sparse = MaskedNetwork(network, 0.35, granularity="channel", inputs=(z,))
+    widths = []
+    network.norm.register_forward_hook(lambda norm, args, output: widths.append((norm.num_groups, norm.num_channels)))
+    StructuredForward(network, sparse.kept)
+    network(z)
+    assert widths == [(sparse.units.now[0], 4 * sparse.units.now[0])] != [(4, 16)]
+    assert (network.norm.num_groups, network.norm.num_channels) == (4, 16)
+
+
+def test_returned_features_have_the_active_channels():
+    torch.manual_seed(0)
+    network, x = FeatureDiscriminator(), torch.randn(2, 3, 8, 8)
+    sparse = MaskedNetwork(network, 0.4, granularity="channel", inputs=(x,), narrow_features=True)
+    full_score, full = network(x)
+    StructuredForward(network, sparse.kept)
+    score, features = network(x)
+    torch.testing.assert_close(score, full_score)
+    for name, narrow, whole in zip(("first", "second"), features, full, strict=True):
+        kept = sparse.kept[f"{name}.weight"][0]
+        assert narrow.shape[1] == len(kept) < whole.shape[1]
+        torch.testing.assert_close(narrow, whole[:, kept])
 
 
 def test_a_copy_computes_with_its_own_weights():

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from architectures import FeatureDiscriminator, GroupNormGenerator, ModulatedGenerator, StyleGenerator
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
@@ -115,6 +116,98 @@ def test_channels_that_are_mixed_or_of_fixed_number_stay(mixes):
         "go.bias": {0: list(range(6))},
         "head.weight": {1: list(range(6))},
     }
+
+
+@pytest.mark.parametrize(
+    ("mixes", "reason"),
+    [
+        (nn.GroupNorm(1, 4), "GroupNorm 'mixes' normalizes them together"),
+        (nn.LayerNorm([4, 3, 3]), "LayerNorm 'mixes' mixes channels"),
+        (nn.Conv2d(4, 4, 1, groups=2), "grouped convolution 'mixes' reads them"),
+        (lambda x: x.softmax(1), "the code of Mixing mixes channels"),
+        (
+            nn.Sequential(nn.Flatten(), nn.Unflatten(1, (12, 3)), nn.Softmax(1), nn.Flatten()),
+            "Softmax 'mixes.2' mixes channels",
+        ),
+        (
+            lambda x: x.view(-1, 4, *x.shape[2:]),
+            "without some of them Conv2d 'go' fails: Given groups=1",
+        ),
+    ],
+    ids=["GroupNorm", "LayerNorm", "groups", "code", "inner", "view"],
+)
+def test_the_layer_that_keeps_channels_is_named(mixes, reason):
+    network = Mixing(mixes)
+    if isinstance(mixes, nn.Sequential):
+        network.mixes = nn.Sequential(*mixes, nn.Unflatten(1, (4, 3, 3)))
+    assert trace_channels(network, torch.zeros(2, 1, 3, 3)).whole["stay"].startswith(reason)
+
+
+def test_groups_of_group_norm_are_one_channel():
+    sizes, found = axes(GroupNormGenerator(), torch.zeros(2, 4))
+    assert sizes == (4, 4)
+    assert found["norm.weight"] == found["norm.bias"] == {0: [i // 4 for i in range(16)]}
+    assert found["linear.weight"] == {0: [i // 16 for i in range(64)]}  # 4 channels of 4 pixels each
+    assert found["up.weight"] == {0: [i // 4 for i in range(16)], 1: [4, 4, 5, 5, 6, 6, 7, 7]}
+    assert found["image.weight"] == {1: [4, 4, 5, 5, 6, 6, 7, 7]}
+
+
+def test_learned_constants_styles_and_biases_follow_their_channels():
+    sizes, found = axes(StyleGenerator(), torch.zeros(2, 4))
+    assert sizes == (8, 6, 10)
+    constant, last = list(range(8, 14)), list(range(14, 24))
+    assert found["const"] == {1: constant}
+    assert found["style.weight"] == {0: constant * 2, 1: list(range(8))}  # scales, then shifts
+    assert found["last_style.weight"] == {0: last * 2, 1: list(range(8))}
+    assert found["bias"] == found["norm.weight"] == found["act.weight"] == {0: last}
+    assert "strength" not in found
+
+
+def test_maps_of_positions_belong_to_no_channel():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.map = nn.Parameter(torch.ones(1, 1, 3, 3))
+            self.first, self.last = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 1, 1)
+
+        def forward(self, x):
+            return self.last(self.first(x) * self.map)
+
+    assert axes(Positions(), torch.zeros(2, 1, 3, 3)) == (
+        (4,),
+        {"first.weight": {0: [0, 1, 2, 3]}, "first.bias": {0: [0, 1, 2, 3]}, "last.weight": {1: [0, 1, 2, 3]}},
+    )
+
+
+def test_a_modulated_convolution_keeps_what_it_reads_and_is_named():
+    channels = trace_channels(ModulatedGenerator(), torch.zeros(2, 4))
+    assert channels.sizes == (7,)  # of the plain convolution
+    assert channels.whole == {
+        "mapping": "the network returns them",
+        "conv.affine": "Modulated 'conv' mixes channels",
+    }
+
+
+def test_returned_features_are_narrowed_only_where_that_is_allowed():
+    network, x = FeatureDiscriminator(), torch.zeros(2, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"no channels .*'first' \(the network returns them\), 'second' \("):
+        trace_channels(network, x)
+    channels = trace_channels(network, x, narrow_features=True)
+    assert channels.sizes == (8, 12)
+    assert {n: {d: c.tolist() for d, c in dims.items()} for n, dims in channels.returned.items()} == {
+        1: {1: list(range(8))},
+        2: {1: list(range(8, 20))},
+    }
+    assert not channels.whole
+
+
+def test_a_network_that_returns_no_tensor_is_rejected():
+    class Nothing(nn.Linear):
+        def forward(self, x):
+            return object()
+
+    with pytest.raises(ValueError, match=r"Nothing .*returns no tensor"):
+        trace_channels(Nothing(2, 1), torch.zeros(2, 2))
 
 
 class Noisy(nn.Module):

@@ -158,6 +158,16 @@ def test_a_density_of_less_than_a_channel_a_group_is_rejected_and_changes_nothin
     assert sparse.reachable(0.6) == 0.6
 
 
+def test_layers_whose_channels_stay_are_named_with_the_reason():
+    network = nn.Sequential(nn.Linear(2, 8), nn.LayerNorm(8), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 1))
+    sparse = MaskedNetwork(network, 0.7, granularity="channel", inputs=(X,))
+    reason = "All channels of these layers stay: '0' (LayerNorm '1' mixes channels)."
+    assert sparse.units.remarks() == reason
+    with pytest.raises(ValueError, match=r"at least 0\.3571\. All channels of these layers stay: '0' "):
+        sparse.resize(0.3)  # 16 weights stay, and 8 + 1 for every one of 6 channels
+    assert MaskedNetwork(chain(4), 0.5, granularity="channel", inputs=(X,)).units.remarks() == ""
+
+
 def test_dense_layers_keep_their_channels():
     sparse = MaskedNetwork(chain(4, 4), 0.5, granularity="channel", inputs=(X,), dense_layers=["0"])
     assert sparse.weights.keys() == {"2.weight", "4.weight"}
