@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
+from fractions import Fraction
 from typing import Any
 
 from torch import Tensor
@@ -99,7 +100,7 @@ class TrainingFlops:
         ]
 
     def _count_layer(self, number: int, name: str, mask: Tensor) -> LayerFlops:
-        steps = dense_gradients = dense = probes = 0
+        steps = dense_gradients = dense = probes = Fraction()
         for workload in self._workloads.values():
             if (measured := workload.uses or self._find_similar(workload.signature)) is not None:
                 uses, size = 2 * measured.all[number].get(name, 0), mask.numel()
@@ -109,7 +110,7 @@ class TrainingFlops:
                 inactive = size * needed.times - needed.active[number][name]
                 dense_gradients += 2 * measured.gradient[number].get(name, 0) * inactive
         if self._probe is not None:
-            probes = 2 * self._probe.all[number].get(name, 0) * self._probes.active[number][name]
+            probes += 2 * self._probe.all[number].get(name, 0) * self._probes.active[number][name]
         return LayerFlops(*map(round, (steps, dense_gradients, probes, dense)))
 
     @property
@@ -132,12 +133,16 @@ class TrainingFlops:
 
         A network that was not called yet has none.
         """
-        measured = [workload for workload in self._workloads.values() if workload.uses is not None]
+        measured = {signature: each.uses for signature, each in self._workloads.items() if each.uses is not None}
         if not self._measured or len(measured) < len(self._workloads):
             return [[] for _ in self._networks]
-        called = {number for workload in measured for number in called_networks(workload.signature)}
+        called = {number for signature in measured for number in called_networks(signature)}
         return [
-            [name for name in names if number in called and not any(each.uses.all[number].get(name) for each in measured)]  # type: ignore[union-attr]
+            [
+                name
+                for name in names
+                if number in called and not any(uses.all[number].get(name) for uses in measured.values())
+            ]
             for number, names in enumerate(self._names)
         ]
 

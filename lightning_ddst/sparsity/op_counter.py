@@ -25,6 +25,8 @@ _FUSED = {
 _FUSED_BACKWARD = {"mkldnn_rnn_layer_backward", "_cudnn_rnn_backward", "miopen_rnn_backward"}
 _VECTOR_PRODUCTS = {"mv", "addmv", "dot", "vdot"}
 """Products of spectral norm, which `FlopCounterMode` does not count; a result does not stand for the weight."""
+_OTHERS = ("_foreach", "_fused", "new_")
+"""Beginnings of the names of optimizers' operations and of those that use shapes only."""
 _PARTS = {"index_select", "index"}
 """Operations that copy a part of a tensor."""
 _PRODUCT_NODES = ("mmbackward", "mvbackward", "convolution", "rnn", "attention")
@@ -103,7 +105,7 @@ class OpCounter:
         # A weak reference keeps a freed storage's address from being used again.
         self._derived: dict[int, tuple[StorageWeakRef, _Source]] = {}
         self._products: dict[int, _Product | None] = {}  # by the number of autograd's node
-        self._first = torch.autograd._get_sequence_nr()  # nodes with smaller numbers were not seen
+        self._first = torch._C._autograd._get_sequence_nr()  # nodes with smaller numbers were not seen
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -129,7 +131,7 @@ class OpCounter:
     def _register(self, parameters: Mapping[str, Tensor]) -> None:
         for name, parameter in parameters.items():
             if not is_split(parameter):
-                first = parameter.storage_offset()
+                first = int(parameter.storage_offset())
                 ranges = self._own.setdefault(parameter.untyped_storage()._cdata, [])
                 ranges.append((first, first + parameter.numel(), name))
 
@@ -144,9 +146,8 @@ class OpCounter:
             self._observe_product(kind, args, kwargs, result)
         elif name in _FUSED or name in _FUSED_BACKWARD:
             self._observe_fused(name, args)
-        elif not name.startswith(("_foreach", "_fused", "new_")) and not name.endswith("_like"):
-            if name not in _VECTOR_PRODUCTS:
-                self._derive(func, name, args, result)
+        elif name not in _VECTOR_PRODUCTS and not name.startswith(_OTHERS) and not name.endswith("_like"):
+            self._derive(func, name, args, result)
 
     def _observe_product(self, kind: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         weights, inputs = 1, 0
@@ -248,7 +249,7 @@ class OpCounter:
         if source is not None and operand is not None:
             others = [each.numel() for each in tensors if each is not operand]
             product = _Product(source, sorted(operand.shape), others)
-        node = torch.autograd._get_sequence_nr() - 1
+        node = torch._C._autograd._get_sequence_nr() - 1
         if torch.is_grad_enabled():
             self._products[node] = product
         else:  # inside of a custom autograd function
@@ -287,7 +288,7 @@ class _Observer(TorchDispatchMode):
     """Shows each of torch's operations to a counter."""
 
     def __init__(self, counter: OpCounter) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._counter = counter
 
     def __torch_dispatch__(
