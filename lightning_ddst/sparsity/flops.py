@@ -79,7 +79,7 @@ class TrainingFlops:
         self._steps = 0
         self._updates, self._probes = ActiveSum(self._names), ActiveSum(self._names)
         self._counts: ActiveCounts = []  # active weights at the last update
-        self._measured = False  # whether all workloads of some update were measured
+        self._measured = False  # whether a whole update was measured
         self._probe: Uses | None = None
         self._probe_counter: OpCounter | None = None
         self._counter: OpCounter | None = None
@@ -94,21 +94,23 @@ class TrainingFlops:
         if not self._measured:
             return [{} for _ in self._networks]
         self._settle()
+        measured = self._find_measured()
         return [
-            {name: self._count_layer(number, name, mask) for name, mask in network.masks.items()}
+            {name: self._count_layer(number, name, mask, measured) for name, mask in network.masks.items()}
             for number, network in enumerate(self._networks)
         ]
 
-    def _count_layer(self, number: int, name: str, mask: Tensor) -> LayerFlops:
+    def _count_layer(
+        self, number: int, name: str, mask: Tensor, measured: Iterable[tuple[Workload, Uses]]
+    ) -> LayerFlops:
         steps = dense_gradients = dense = probes = Fraction()
-        for workload in self._workloads.values():
-            if (measured := workload.uses or self._find_similar(workload.signature)) is not None:
-                uses, size = 2 * measured.all[number].get(name, 0), mask.numel()
-                steps += uses * workload.steps.active[number][name]
-                dense += uses * size * workload.steps.times
-                needed = workload.dense_gradients[number]
-                inactive = size * needed.times - needed.active[number][name]
-                dense_gradients += 2 * measured.gradient[number].get(name, 0) * inactive
+        for workload, found in measured:
+            uses, size = 2 * found.all[number].get(name, Fraction()), mask.numel()
+            steps += uses * workload.steps.active[number][name]
+            dense += uses * size * workload.steps.times
+            needed = workload.dense_gradients[number]
+            inactive = size * needed.times - needed.active[number][name]
+            dense_gradients += 2 * found.gradient[number].get(name, Fraction()) * inactive
         if self._probe is not None:
             probes += 2 * self._probe.all[number].get(name, 0) * self._probes.active[number][name]
         return LayerFlops(*map(round, (steps, dense_gradients, probes, dense)))
@@ -133,16 +135,12 @@ class TrainingFlops:
 
         A network that was not called yet has none.
         """
-        measured = {signature: each.uses for signature, each in self._workloads.items() if each.uses is not None}
+        measured = self._find_measured()
         if not self._measured or len(measured) < len(self._workloads):
             return [[] for _ in self._networks]
-        called = {number for signature in measured for number in called_networks(signature)}
+        called = {number for workload, _ in measured for number in called_networks(workload.signature)}
         return [
-            [
-                name
-                for name in names
-                if number in called and not any(uses.all[number].get(name) for uses in measured.values())
-            ]
+            [name for name in names if number in called and not any(uses.all[number].get(name) for _, uses in measured)]
             for number, names in enumerate(self._names)
         ]
 
@@ -182,12 +180,12 @@ class TrainingFlops:
             workload.steps.add()
             for number, sums in enumerate(workload.dense_gradients):
                 sums.add(needed[number])
+        self._measured |= all(workload.uses is not None for workload in self._since_update)
         self._since_update.clear()
         self._updates.add()
         self._probes.add(probed)
         if probed and self._probe_counter is not None:
             self._probe, self._probe_counter = self._read(self._probe_counter), None
-        self._measured |= all(workload.uses is not None for workload in self._workloads.values())
 
     @uncompiled
     def _on_step(self, *_: Any) -> None:
@@ -236,10 +234,19 @@ class TrainingFlops:
         alike = [workload for workload in workloads if get_kind(workload.signature) == kind]
         return sorted(alike, key=lambda each: abs(get_size(each.signature) - size))
 
-    def _find_similar(self, signature: Signature) -> Uses | None:
-        measured = [workload for workload in self._workloads.values() if workload.uses is not None]
-        alike = self._sort_similar(signature, measured)
-        return alike[0].uses if alike else None
+    def _find_measured(self) -> list[tuple[Workload, Uses]]:
+        """Returns the workloads with their operations, or with those of the most similar workload."""
+        measured = [each for each in self._workloads.values() if each.uses is not None]
+        found = []
+        for workload in self._workloads.values():
+            nearest = (
+                workload
+                if workload.uses is not None
+                else next(iter(self._sort_similar(workload.signature, measured)), None)
+            )
+            if nearest is not None and nearest.uses is not None:
+                found.append((workload, nearest.uses))
+        return found
 
     # ---- counting ----------------------------------------------------------------------------------
 
