@@ -72,9 +72,14 @@ class CallLog:
         self._backward: Counter[int] = Counter()
 
     @property
+    def empty(self) -> bool:
+        """Whether there were no calls since `clear`."""
+        return not (self._calls or self._backward)
+
+    @property
     def signature(self) -> Signature:
         """The calls since `clear`; empty if there were none."""
-        return (tuple(self._calls), tuple(sorted(self._backward.items()))) if self._calls or self._backward else ()
+        return () if self.empty else (tuple(self._calls), tuple(sorted(self._backward.items())))
 
     @signature.setter
     def signature(self, signature: Signature) -> None:
@@ -84,7 +89,7 @@ class CallLog:
     @uncompiled
     def _before(self, number: int, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         if self.enabled and self._networks:
-            trained = sum(weight.requires_grad for weight in self._networks[number])
+            trained = [weight.requires_grad for weight in self._networks[number]].count(True)
             given = (*_describe(args), *_describe(kwargs.values()))
             self._calls.append((number, module.training, torch.is_grad_enabled(), trained, given))
 

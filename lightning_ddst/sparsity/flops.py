@@ -169,7 +169,7 @@ class TrainingFlops:
             probed: Whether the balance ratio was measured.
             dense_gradients: For each network, whether growth needed the gradients of inactive weights.
         """
-        if self._log.signature or not self._since_update:
+        if not self._log.empty or not self._since_update:
             self._end_workload()
         counts = [network.layer_counts for network in self._networks]
         if counts != self._counts:
@@ -189,7 +189,7 @@ class TrainingFlops:
 
     @uncompiled
     def _on_step(self, *_: Any) -> None:
-        if self._log.signature:
+        if not self._log.empty:
             self._end_workload()
 
     def _end_workload(self) -> None:
