@@ -37,7 +37,7 @@ class CallLog:
         return CallLog, ()  # a copied network's hooks log nothing
 
     def attach(self, network: nn.Module, weights: Iterable[Tensor]) -> None:
-        """Registers hooks on a network.
+        """Registers hooks on a network, or on the parts of a list or dict of modules.
 
         Args:
             network: The network; the first one has number 0.
@@ -45,10 +45,11 @@ class CallLog:
         """
         number = len(self._networks)
         self._networks.append(list(weights))
-        self._handles += [
-            network.register_forward_pre_hook(partial(self._before, number), with_kwargs=True),
-            network.register_forward_hook(partial(self._after, number)),
-        ]
+        for part in _callable_parts(network):
+            self._handles += [
+                part.register_forward_pre_hook(partial(self._before, number), with_kwargs=True),
+                part.register_forward_hook(partial(self._after, number)),
+            ]
 
     def remove(self) -> None:
         """Removes the hooks."""
@@ -103,6 +104,14 @@ class CallLog:
     def _on_backward(self, number: int, gradient: Tensor) -> None:
         if self.enabled and self._networks:
             self._backward[number] += 1
+
+
+def _callable_parts(module: nn.Module) -> Iterator[nn.Module]:
+    if type(module).forward is not nn.Module.forward:
+        yield module
+        return
+    for child in module.children():
+        yield from _callable_parts(child)
 
 
 def called_networks(signature: Signature) -> set[int]:

@@ -481,6 +481,18 @@ def test_evaluations_are_not_counted():
     training.expect(4 * (10 + 20), 4 * (40 + 20))
 
 
+def test_parts_of_a_network_are_seen_too():
+    generator = nn.ModuleList([nn.Linear(2, 4), nn.Linear(4, 4)])
+    flops = TrainingFlops([MaskedNetwork(generator, 0.5), MaskedNetwork(nn.Linear(4, 1), 0.5)])
+    for update in range(8):
+        h = generator[0](torch.randn(BATCH, 2))
+        (generator[1](h) if update % 4 == 3 else h).sum().backward()
+        flops.updated(probed=False, dense_gradients=(False, False))
+    # The first part forward and for its weight; the second one's weight and input too.
+    assert flops.layers[0]["0.weight"].dense == 8 * 2 * 8 * 2 * BATCH
+    assert flops.layers[0]["1.weight"].dense == 2 * 2 * 16 * 3 * BATCH
+
+
 def test_weights_without_operations_are_named_once_their_network_ran():
     generator = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 4))
     generator.forward = lambda z: generator[0](z) + generator[1].weight.sum()
