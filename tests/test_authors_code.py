@@ -14,7 +14,7 @@ from torch.optim import Adam
 from lightning_ddst.balance import BalanceWindow, DensityController
 from lightning_ddst.sparsity import MaskedNetwork, MaskEnforcer, maskable_weights, published_flops
 from lightning_ddst.sparsity.averaging import WeightAverage
-from lightning_ddst.sparsity.flops import OpCounter
+from lightning_ddst.sparsity.op_counter import OpCounter
 
 
 def layer(inputs=10, outputs=10):
@@ -184,7 +184,7 @@ def test_limits_are_arguments():
 )
 def test_operations_of_transposed_and_grouped_convolutions(module, image, theirs, operations):
     assert published_flops(module, torch.zeros(image)) == theirs
-    workload = OpCounter(maskable_weights(module))
+    workload = OpCounter({weight.name: weight.parameter for weight in maskable_weights(module)})
     with workload.counted(), torch.no_grad():
         module(torch.zeros(image))
     assert 2 * workload.uses["weight"] * module.weight.numel() == operations

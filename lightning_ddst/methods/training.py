@@ -85,13 +85,14 @@ class SparseTraining:
         self.decisions: list[tuple[int, Decision]] = []
         self.measurements = 0
         self.plan = plan or Plan()
-        self.flops = TrainingFlops(self._networks.values())
         self.window = BalanceWindow(self.plan.window, estimator)
         self._balance: Balance | None = None
         self._probe = probe
         if probe is None and any(update.decides for update in self.mask_updates):
             raise ValueError("probe=None measures no balance ratio, but a mask update needs it.")
         self.optimizers = list(optimizers)
+        self.flops = TrainingFlops(self._networks.values(), self.optimizers)
+        self._warned_of_uncounted = False
         self.generator_optimizers = find_optimizers(generator.parameters, self.optimizers)
         find_optimizers(discriminator.parameters, self.optimizers)
         self.divergence = Divergence({role: network.network for role, network in self._networks.items()})
@@ -185,11 +186,24 @@ class SparseTraining:
         probed = self._measure(batch)
         needed = [role in self._enforcers and self._enforcers[role].gradients.needed for role in self._networks]
         self.flops.updated(probed=probed, dense_gradients=needed)
+        self._warn_of_uncounted()
         if self._probe is not None and is_due(self.updates, self.plan.interval) and self.balance.samples:
             self.divergence.look_at(self.balance, self.updates)
         self._change_masks()
         self._expect_next()
         return True
+
+    def _warn_of_uncounted(self) -> None:
+        if self._warned_of_uncounted:
+            return
+        found = dict(zip(self._networks, self.flops.find_uncounted(), strict=True))
+        if named := [f"the {role}'s {', '.join(map(repr, names))}" for role, names in found.items() if names]:
+            self._warned_of_uncounted = True
+            warnings.warn(
+                f"training operations of {' and '.join(named)} are not counted: no matrix product or convolution with "
+                "these masked weights was seen.",
+                stacklevel=2,
+            )
 
     def after_batch(self, batch: Any) -> bool:
         """Ends a training step: steps of some of the generator's optimizers, without the others, are an update, too.

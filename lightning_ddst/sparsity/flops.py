@@ -1,86 +1,23 @@
 """Floating-point operations of training, counted while the networks run."""
 
-from collections import defaultdict
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
-from functools import partial
+from fractions import Fraction
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from lightning_ddst.sparsity.maskable import MASKABLE_LAYERS, TRANSPOSED_LAYERS, MaskableWeight, channel_dim
+from lightning_ddst.sparsity.call_log import CallLog, Signature, called_networks, get_kind, get_size
 from lightning_ddst.sparsity.masked import MaskedNetwork
+from lightning_ddst.sparsity.op_counter import OpCounter
+from lightning_ddst.sparsity.workloads import ActiveCounts, ActiveSum, Uses, Workload
 from lightning_ddst.utils.compilation import run_eagerly, uncompiled
-from lightning_ddst.utils.modules import remove_hooks
 
-
-class OpCounter:
-    """A counter of how often training uses each maskable weight of a network.
-
-    This number times the number of active weights times 2 (a multiplication and an addition) is the number of
-    floating-point operations, for any density. The counter observes what runs: forward passes, and the gradients of
-    inputs and weights when a backward pass reaches a layer. It does not count biases, norms, activations, and the
-    second backward pass of a gradient penalty.
-
-    Args:
-        weights: The weights whose layers are observed.
-
-    Attributes:
-        uses: Multiplications per weight by name, forward and backward.
-        gradient_uses: The part of `uses` that computed the weight's gradient.
-    """
-
-    def __init__(self, weights: Iterable[MaskableWeight]) -> None:
-        self.uses: dict[str, int] = defaultdict(int)
-        self.gradient_uses: dict[str, int] = defaultdict(int)
-        self._weights = list(weights)
-
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Counts the layers' operations inside the context."""
-        handles = [
-            layer.register_forward_hook(partial(self._forward, weight), with_kwargs=True)
-            for weight in self._weights
-            for layer in weight.layers.values()
-            if isinstance(layer, MASKABLE_LAYERS)
-        ]
-        with remove_hooks(handles):
-            yield
-
-    @uncompiled
-    def _forward(
-        self, weight: MaskableWeight, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> None:
-        images: Tensor = args[0] if args else kwargs["input"]
-        # A weight is used once per output position; in a transposed convolution, per input position.
-        maps = images if isinstance(layer, TRANSPOSED_LAYERS) else output
-        # The actual number of channels: `StructuredForward` leaves out inactive ones.
-        positions = maps.numel() // maps.shape[channel_dim(layer)]
-        self.uses[weight.name] += positions
-        if output.requires_grad and torch.is_grad_enabled():
-            trains, input_trains = weight.parameter.requires_grad, images.requires_grad
-            output.register_hook(lambda _: self._backward(weight.name, positions, trains, input_trains))
-
-    @uncompiled
-    def _backward(self, name: str, positions: int, trains: bool, input_trains: bool) -> None:
-        self.uses[name] += positions * (trains + input_trains)
-        self.gradient_uses[name] += positions * trains
-
-    def state_dict(self) -> dict[str, dict[str, int]]:
-        """Returns the counts; loads with ``weights_only=True``."""
-        return {"uses": dict(self.uses), "gradient_uses": dict(self.gradient_uses)}
-
-    def load_state_dict(self, state: Mapping[str, Mapping[str, int]]) -> None:
-        """Restores the state returned by `state_dict`."""
-        self.uses.update(state["uses"])
-        self.gradient_uses.update(state["gradient_uses"])
-
-    def subtract(self, part: "OpCounter") -> None:
-        """Subtracts another counter's uses, which were also counted here."""
-        for name, number in part.uses.items():
-            self.uses[name] -= number
+_MOST_WORKLOADS = 32
 
 
 @dataclass(frozen=True)
@@ -118,42 +55,111 @@ class LayerFlops:
 class TrainingFlops:
     """A sum of the operations of sparse training, and of the same training when dense.
 
-    The work of one step is counted once, between the ends of two generator updates, and assumed for every step.
-    Likewise, one measurement of the balance ratio is counted once. Compiled networks run uncompiled during that
-    update, because compiled calls bypass the hooks of layers.
+    Training is split into workloads: the work between two steps of optimizers. Cheap hooks recognise equal workloads by
+    the networks' calls, so changing numbers of steps, warm-up phases, penalties at every 16th step and other batch
+    sizes are counted as they come. The operations of a workload are counted once, when it occurs again after it was
+    first seen, and are assumed for every time it occurs. A workload that is not measured yet counts like a measured one
+    that differs in sizes only; if there is none, it counts once it is measured. Likewise, one measurement of the
+    balance ratio is counted once. Compiled networks run uncompiled while operations are counted.
 
     Args:
         networks: The networks.
+        optimizers: Optimizers whose steps end a workload; every generator update does, too.
     """
 
-    def __init__(self, networks: Iterable[MaskedNetwork]) -> None:
-        self._tallies = [_Tally(network) for network in networks]
-        self._updates = 0
-        self._measured = self._probe_measured = self._paused = False
-        self._measuring: ExitStack | None = None
+    def __init__(self, networks: Iterable[MaskedNetwork], optimizers: Iterable[Optimizer] = ()) -> None:
+        self._networks = list(networks)
+        self._names = [list(network.masks) for network in self._networks]
+        self._log = CallLog()
+        for network in self._networks:
+            self._log.attach(network.network, network.parameters.values())
+        self._handles: list[RemovableHandle] = [each.register_step_post_hook(self._on_step) for each in optimizers]
+        self._workloads: dict[Signature, Workload] = {}
+        self._since_update: list[Workload] = []
+        self._steps = 0
+        self._updates, self._probes = ActiveSum(self._names), ActiveSum(self._names)
+        self._counts: ActiveCounts = []  # active weights at the last update
+        self._measured = False  # whether a whole update was measured
+        self._probe: Uses | None = None
+        self._probe_counter: OpCounter | None = None
+        self._counter: OpCounter | None = None
+        self._counting: ExitStack | None = None
+        self._overflowed = False
+
+    # ---- results -----------------------------------------------------------------------------------
 
     @property
     def layers(self) -> list[dict[str, LayerFlops]]:
-        """Operations of every weight so far, for each network; empty before the second update."""
-        return [tally.layers(self._updates) if self._measured else {} for tally in self._tallies]
+        """Operations of every weight so far, for each network; empty until an update was measured."""
+        if not self._measured:
+            return [{} for _ in self._networks]
+        self._settle()
+        measured = self._find_measured()
+        return [
+            {name: self._count_layer(number, name, mask, measured) for name, mask in network.masks.items()}
+            for number, network in enumerate(self._networks)
+        ]
+
+    def _count_layer(
+        self, number: int, name: str, mask: Tensor, measured: Iterable[tuple[Workload, Uses]]
+    ) -> LayerFlops:
+        steps = dense_gradients = dense = probes = Fraction()
+        for workload, found in measured:
+            uses, size = 2 * found.all[number].get(name, Fraction()), mask.numel()
+            steps += uses * workload.steps.active[number][name]
+            dense += uses * size * workload.steps.times
+            needed = workload.dense_gradients[number]
+            inactive = size * needed.times - needed.active[number][name]
+            dense_gradients += 2 * found.gradient[number].get(name, Fraction()) * inactive
+        if self._probe is not None:
+            probes += 2 * self._probe.all[number].get(name, 0) * self._probes.active[number][name]
+        return LayerFlops(*map(round, (steps, dense_gradients, probes, dense)))
 
     @property
     def total(self) -> LayerFlops:
-        """Operations of all weights so far; 0 before the second update."""
+        """Operations of all weights so far; 0 until an update was measured."""
         return LayerFlops.total(layer for layers in self.layers for layer in layers.values())
 
     @property
     def mean_densities(self) -> list[dict[str, float]]:
         """Mean density of every weight over generator updates, for each network; NaN before the first update."""
-        return [tally.mean_densities(self._updates) for tally in self._tallies]
+        self._settle()
+        updates = self._updates.times or float("nan")
+        return [
+            {name: active[name] / mask.numel() / updates for name, mask in network.masks.items()}
+            for network, active in zip(self._networks, self._updates.active, strict=True)
+        ]
+
+    def find_uncounted(self) -> list[list[str]]:
+        """Returns the names of weights without operations, for each network; empty while something is not measured.
+
+        A network that was not called yet has none.
+        """
+        measured = self._find_measured()
+        if not self._measured or len(measured) < len(self._workloads):
+            return [[] for _ in self._networks]
+        called = {number for workload, _ in measured for number in called_networks(workload.signature)}
+        return [
+            [name for name in names if number in called and not any(uses.all[number].get(name) for _, uses in measured)]
+            for number, names in enumerate(self._names)
+        ]
+
+    def _settle(self) -> None:
+        for each in [self._updates, self._probes, *(sums for w in self._workloads.values() for sums in w.sums)]:
+            each.settle(self._counts)
+
+    # ---- training ----------------------------------------------------------------------------------
 
     @contextmanager
     def probing(self) -> Iterator[None]:
         """Counts operations inside the context as those of a measurement of the balance ratio."""
         with ExitStack() as stack:
-            if not self._probe_measured:
-                for tally in self._tallies:
-                    stack.enter_context(tally.probe.counted())
+            stack.enter_context(self._log.paused())
+            if self._counter is not None:
+                stack.enter_context(self._counter.paused())
+            if self._probe is None:
+                self._probe_counter = self._probe_counter or self._make_counter()
+                stack.enter_context(self._probe_counter.counted())
             yield
 
     def updated(self, *, probed: bool, dense_gradients: Iterable[bool]) -> None:
@@ -163,96 +169,175 @@ class TrainingFlops:
             probed: Whether the balance ratio was measured.
             dense_gradients: For each network, whether growth needed the gradients of inactive weights.
         """
-        self._updates += 1
-        self._probe_measured |= probed
-        for tally, needed in zip(self._tallies, dense_gradients, strict=True):
-            tally.add(probed, needed)
-        if self._measuring is not None:
-            self.stop()
-            self._measured = True
-            if probed:  # the step's count includes the probe's calls
-                for tally in self._tallies:
-                    tally.step.subtract(tally.probe)
-        elif not self._measured:
-            self._count()
+        if not self._log.empty or not self._since_update:
+            self._end_workload()
+        counts = [network.layer_counts for network in self._networks]
+        if counts != self._counts:
+            self._settle()
+            self._counts = counts
+        needed = list(dense_gradients)
+        for workload in self._since_update:
+            workload.steps.add()
+            for number, sums in enumerate(workload.dense_gradients):
+                sums.add(needed[number])
+        self._measured |= all(workload.uses is not None for workload in self._since_update)
+        self._since_update.clear()
+        self._updates.add()
+        self._probes.add(probed)
+        if probed and self._probe_counter is not None:
+            self._probe, self._probe_counter = self._read(self._probe_counter), None
 
-    def _count(self) -> None:
-        self._measuring = ExitStack()
-        for tally in self._tallies:
-            self._measuring.enter_context(run_eagerly(tally.masked.network))
-            self._measuring.enter_context(tally.step.counted())
+    @uncompiled
+    def _on_step(self, *_: Any) -> None:
+        if not self._log.empty:
+            self._end_workload()
+
+    def _end_workload(self) -> None:
+        """Ends the current workload, and counts the next one if a new one is expected."""
+        signature = self._log.signature
+        self._log.clear()
+        counter = self._counter
+        self._stop_counting()
+        again = signature in self._workloads
+        workload = self._find_workload(signature)
+        workload.occurred(self._steps, again=again)
+        if counter is not None and workload.uses is None and workload.signature == signature:
+            workload.uses = self._read(counter)
+        self._since_update.append(workload)
+        self._steps += 1
+        self._expect()
+
+    def _expect(self) -> None:
+        if any(workload.is_expected(self._steps) for workload in self._workloads.values()):
+            self._counter = self._make_counter()
+            self._start_counting()
+
+    def _find_workload(self, signature: Signature) -> Workload:
+        if signature in self._workloads:
+            return self._workloads[signature]
+        if len(self._workloads) < _MOST_WORKLOADS:
+            return self._workloads.setdefault(signature, Workload(signature, self._names))
+        if not self._overflowed:
+            self._overflowed = True
+            warnings.warn(
+                f"training operations are estimated: the networks were called in more than {_MOST_WORKLOADS} ways "
+                "(sizes of batches, modes, numbers of calls). Others count like the most similar one.",
+                stacklevel=2,
+            )
+        alike = self._sort_similar(signature, self._workloads.values())
+        return alike[0] if alike else max(self._workloads.values(), key=lambda each: each.steps.times)
+
+    @staticmethod
+    def _sort_similar(signature: Signature, workloads: Iterable[Workload]) -> list[Workload]:
+        """Returns the workloads that differ in sizes only, the nearest size first."""
+        kind, size = get_kind(signature), get_size(signature)
+        alike = [workload for workload in workloads if get_kind(workload.signature) == kind]
+        return sorted(alike, key=lambda each: abs(get_size(each.signature) - size))
+
+    def _find_measured(self) -> list[tuple[Workload, Uses]]:
+        """Returns the workloads with their operations, or with those of the most similar workload."""
+        measured = [each for each in self._workloads.values() if each.uses is not None]
+        found = []
+        for workload in self._workloads.values():
+            nearest = (
+                workload
+                if workload.uses is not None
+                else next(iter(self._sort_similar(workload.signature, measured)), None)
+            )
+            if nearest is not None and nearest.uses is not None:
+                found.append((workload, nearest.uses))
+        return found
+
+    # ---- counting ----------------------------------------------------------------------------------
+
+    def _make_counter(self) -> OpCounter:
+        networks = {str(number): network for number, network in enumerate(self._networks)}
+
+        def is_kept(name: str) -> bool:
+            number, _, name = name.partition(".")
+            return name in networks[number].kept
+
+        def find_current() -> dict[str, Tensor]:
+            return {
+                f"{number}.{name}": network.network.get_parameter(name)
+                for number, network in networks.items()
+                for name in network.masks
+            }
+
+        parameters = {f"{n}.{name}": p for n, network in networks.items() for name, p in network.parameters.items()}
+        return OpCounter(parameters, is_kept, find_current)
+
+    def _read(self, counter: OpCounter) -> Uses:
+        parts = [
+            [
+                {name: counts[f"{number}.{name}"] for name in names if f"{number}.{name}" in counts}
+                for number, names in enumerate(self._names)
+            ]
+            for counts in (counter.uses, counter.gradient_uses)
+        ]
+        return Uses(*parts)
+
+    def _start_counting(self) -> None:
+        assert self._counter is not None
+        self._counting = ExitStack()
+        for network in self._networks:
+            self._counting.enter_context(run_eagerly(network.network))
+        self._counting.enter_context(self._counter.counted())
+
+    def _stop_counting(self) -> None:
+        if self._counting is not None:
+            self._counting.close()
+        self._counting = self._counter = None
 
     def pause(self) -> None:
         """Pauses counting, for calls that are not training."""
-        self._paused = self._measuring is not None
-        self.stop()
+        self._log.enabled = False
+        if self._counting is not None:
+            self._counting.close()
+            self._counting = None
 
     def resume(self) -> None:
         """Resumes counting after a pause."""
-        if self._paused:
-            self._paused = False
-            self._count()
+        self._log.enabled = True
+        if self._counter is not None and self._counting is None:
+            self._start_counting()
 
     def stop(self) -> None:
         """Stops counting and removes every hook."""
-        if self._measuring is not None:
-            self._measuring.close()
-            self._measuring = None
+        self._stop_counting()
+        self._probe_counter = None
+        self._log.remove()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # ---- saving ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Returns sums and counts; loads with ``weights_only=True``."""
+        self._settle()
+        workloads = list(self._workloads.values())
         return {
-            "updates": self._updates,
-            "measured": [self._measured, self._probe_measured],
-            "tallies": [tally.state_dict(self._measured) for tally in self._tallies],
+            "steps": self._steps,
+            "measured": self._measured,
+            "updates": self._updates.state_dict(),
+            "probes": self._probes.state_dict(),
+            "probe": None if self._probe is None else self._probe.state_dict(),
+            "workloads": [workload.state_dict() for workload in workloads],
+            "since_update": [workloads.index(workload) for workload in self._since_update],
+            "calls": self._log.signature,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the state returned by `state_dict`."""
-        self._updates = state["updates"]
-        self._measured, self._probe_measured = state["measured"]
-        for tally, saved in zip(self._tallies, state["tallies"], strict=True):
-            tally.load_state_dict(saved)
-
-
-class _Tally:
-    """Sums over updates of one network's weights that were used in steps, in probes and in dense gradients."""
-
-    def __init__(self, network: MaskedNetwork) -> None:
-        self.step = OpCounter(network.weights.values())
-        self.probe = OpCounter(network.weights.values())
-        self.masked = network
-        self._sums = {kind: dict.fromkeys(network.weights, 0) for kind in ("step", "probe", "gradient")}
-
-    def add(self, probed: bool, dense_gradients: bool) -> None:
-        for name, active in self.masked.layer_counts.items():
-            self._sums["step"][name] += active
-            self._sums["probe"][name] += active * probed
-            self._sums["gradient"][name] += (self.masked.masks[name].numel() - active) * dense_gradients
-
-    def layers(self, updates: int) -> dict[str, LayerFlops]:
-        steps, probes = self.step.uses, self.probe.uses
-        return {
-            name: LayerFlops(
-                steps=2 * steps.get(name, 0) * self._sums["step"][name],
-                dense_gradients=2 * self.step.gradient_uses.get(name, 0) * self._sums["gradient"][name],
-                probes=2 * probes.get(name, 0) * self._sums["probe"][name],
-                dense=2 * steps.get(name, 0) * mask.numel() * updates,
-            )
-            for name, mask in self.masked.masks.items()
-        }
-
-    def mean_densities(self, updates: int) -> dict[str, float]:
-        sizes = {name: mask.numel() for name, mask in self.masked.masks.items()}
-        return {name: total / sizes[name] / (updates or float("nan")) for name, total in self._sums["step"].items()}
-
-    def state_dict(self, measured: bool) -> dict[str, Any]:
-        step = self.step.state_dict() if measured else None
-        sums = {kind: dict(values) for kind, values in self._sums.items()}
-        return {"step": step, "probe": self.probe.state_dict(), "sums": sums}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state["step"] is not None:
-            self.step.load_state_dict(state["step"])
-        self.probe.load_state_dict(state["probe"])
-        self._sums = {kind: dict(values) for kind, values in state["sums"].items()}
+        self._stop_counting()
+        self._steps, self._measured = state["steps"], state["measured"]
+        self._updates.load_state_dict(state["updates"])
+        self._probes.load_state_dict(state["probes"])
+        self._probe = None if state["probe"] is None else Uses.from_state(state["probe"])
+        workloads = [Workload.from_state(saved, self._names) for saved in state["workloads"]]
+        self._workloads = {workload.signature: workload for workload in workloads}
+        self._since_update = [workloads[index] for index in state["since_update"]]
+        self._log.signature = state["calls"]
+        if not state["calls"]:  # else a part of the current workload was missed
+            self._expect()

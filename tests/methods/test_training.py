@@ -526,6 +526,40 @@ def test_nothing_is_measured_without_a_probe():
     assert gan.training.window.read().samples == 0
 
 
+def test_a_weight_without_operations_is_one_warning_that_names_it():
+    class Summed(nn.Linear):
+        def forward(self, x):
+            return x + self.weight.sum()
+
+    gan = Gan(
+        Plan(4, 2, 1), discriminator=lambda: nn.Sequential(nn.Linear(PIXELS, 10), Summed(10, 10), nn.Linear(10, 1))
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gan.train(5)
+    (message,) = [str(each.message) for each in caught if "operations" in str(each.message)]
+    assert "'1.weight'" in message
+    assert "'0.weight'" not in message
+    assert gan.training.flops.layers[1]["1.weight"].dense == 0
+
+
+@pytest.mark.parametrize("order", ["as usual", "losses first"])
+def test_operations_of_every_update_by_hand(order):
+    gan = (Gan if order == "as usual" else BothLossesFirst)(
+        Plan(4, 2, 1), controller=None, explores=False, measured=False
+    )
+    gan.train(6)
+    sizes = [network.total for network in (gan.generator, gan.discriminator)]
+    first = [next(iter(network.masks.values())).numel() for network in (gan.generator, gan.discriminator)]
+    # 16 images. The generator runs forward once and backward for its weights, and for the inputs of its last layer. The
+    # discriminator runs forward on real and generated images, and backward for its weights and its last layer's inputs;
+    # then the same for the generator, with gradients of its first layer's inputs.
+    uses = [3 * sizes[0] - first[0], 2 * (3 * sizes[1] - first[1]) + 3 * sizes[1]]
+    # Where losses come first, the last backward pass of the discriminator belongs to the next update.
+    later = 2 * (2 * sizes[1] - first[1]) if order == "losses first" else 0
+    assert gan.training.flops.total.dense == 2 * 16 * (6 * sum(uses) - later)
+
+
 def test_measuring_changes_nothing():
     measured = Gan(Plan(4, 2, 1), controller=None).train(10)
     not_measured = Gan(Plan(4, 2, 1), controller=None, measured=False).train(10)

@@ -1,21 +1,27 @@
 import io
 import math
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_ddst import models
 from lightning_ddst.gan.losses import LOSSES
 from lightning_ddst.sparsity import LayerFlops, MaskedNetwork, TrainingFlops, maskable_weights
-from lightning_ddst.sparsity.flops import OpCounter
+from lightning_ddst.sparsity.op_counter import OpCounter
+
+
+def weights_of(network):
+    return {weight.name: weight.parameter for weight in maskable_weights(network)}
 
 
 def count(network, run):
     """The operations of what `run` does, if the network is dense, and those that were spent on gradients of weights."""
-    workload = OpCounter(maskable_weights(network))
+    workload = OpCounter(weights_of(network))
     with workload.counted():
         run()
     sizes = {weight.name: weight.parameter.numel() for weight in maskable_weights(network)}
@@ -127,7 +133,7 @@ def test_an_input_given_by_name_counts_like_any_other():
 
 def test_only_what_happens_inside_counts_and_no_hook_is_left():
     layer = nn.Linear(3, 2)
-    workload = OpCounter(maskable_weights(layer))
+    workload = OpCounter(weights_of(layer))
     layer(torch.zeros(5, 3))
     with workload.counted():
         layer(torch.zeros(5, 3))
@@ -141,6 +147,11 @@ def test_only_what_happens_inside_counts_and_no_hook_is_left():
 # ---- a whole training --------------------------------------------------------------------------------
 
 BATCH = 10
+
+
+def is_observed():
+    """Whether torch's operations are shown to a counter."""
+    return bool(_get_current_dispatch_mode_stack())
 
 
 class Training:
@@ -184,7 +195,8 @@ class Training:
         self.flops.updated(probed=probed, dense_gradients=needed)
 
     def hooks(self):
-        return len(self.generator._forward_hooks) + len(self.discriminator._forward_hooks)
+        networks = (self.generator, self.discriminator)
+        return sum(len(each._forward_hooks) + len(each._forward_pre_hooks) for each in networks)
 
 
 def test_the_ratio_is_unknown_before_the_second_update_and_then_that_of_active_weights():
@@ -198,7 +210,7 @@ def test_the_ratio_is_unknown_before_the_second_update_and_then_that_of_active_w
     for _ in range(3):
         training.update()
     assert (training.flops.total.sparse, training.flops.total.dense) == (5 * 520, 5 * 1040)
-    assert training.hooks() == 0
+    assert not is_observed()
 
 
 @pytest.mark.parametrize("probed", [(), (1,), (2,), (3,), (1, 2), (2, 4), (3, 5), (1, 2, 3, 4, 5)])
@@ -209,7 +221,7 @@ def test_measurements_are_added_to_the_sparse_training_only(probed):
     assert training.flops.total.sparse == 5 * 520 + len(probed) * 280
     assert training.flops.total.dense == 5 * 1040
     assert training.flops.total.ratio == (2600 + 280 * len(probed)) / 5200
-    assert training.hooks() == 0
+    assert not is_observed()
 
 
 @pytest.mark.parametrize("when", [(2,), (3, 5), (4,), (1,), (1, 2, 3, 4, 5)])
@@ -262,17 +274,19 @@ def test_dense_training_has_ratio_one():
 def test_stopping_leaves_no_hook():
     training = Training()
     training.update()
-    assert training.hooks() == 2
+    assert training.hooks() == 4
+    assert is_observed()
     training.flops.stop()
     assert training.hooks() == 0
+    assert not is_observed()
     training.flops.stop()
 
 
-def test_a_measurement_that_failed_leaves_no_hook():
+def test_a_measurement_that_failed_leaves_no_observer():
     training = Training()
     with pytest.raises(ZeroDivisionError), training.flops.probing():
         raise ZeroDivisionError
-    assert training.hooks() == 0
+    assert not is_observed()
 
 
 @pytest.mark.parametrize("saved_after", [0, 1, 2, 3])
@@ -302,6 +316,192 @@ def test_reading_the_saved_counts_back_gives_the_same_state():
     resumed.flops.load_state_dict(state)
     assert resumed.flops.state_dict() == state
     assert resumed.flops.total.ratio == training.flops.total.ratio
+
+
+# ---- changing workloads ------------------------------------------------------------------------------
+
+
+class Steps(Training):
+    """Steps of two optimizers; uses of 8 weights of the generator and 4 of the discriminator, of which half are active.
+
+    On a batch of 10, the discriminator's step takes 10 uses of the generator, 2 * 20 of its own weights. Its penalty
+    takes 10 uses more for each of: forward, the gradient at the images, that gradient's derivative for the weight. The
+    generator's step takes 20 uses of its own weights and 20 of the discriminator's, or none without it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.flops.stop()
+        self.optimizers = [torch.optim.SGD(each.parameters(), 0.1) for each in (self.generator, self.discriminator)]
+        self.flops = TrainingFlops(self.networks, self.optimizers)
+
+    def step_discriminator(self, size=BATCH, *, penalty=False):
+        real = torch.randn(size, 4, requires_grad=penalty)
+        with torch.no_grad():
+            fake = self.generator(torch.randn(size, 2))
+        loss = self.discriminator(fake).mean() - self.discriminator(real.detach()).mean()
+        if penalty:
+            (gradient,) = torch.autograd.grad(self.discriminator(real).sum(), real, create_graph=True)
+            loss = loss + gradient.square().sum()
+        loss.backward()
+        self.optimizers[1].step()
+
+    def step_generator(self, *, adversarial=True):
+        self.discriminator.requires_grad_(False)
+        fake = self.generator(torch.randn(BATCH, 2))
+        (self.discriminator(fake).mean() if adversarial else fake.square().mean()).backward()
+        self.discriminator.requires_grad_(True)
+        self.optimizers[0].step()
+        self.flops.updated(probed=False, dense_gradients=(False, False))
+
+    def expect(self, generator_uses, discriminator_uses):
+        active = [sum(network.layer_counts.values()) for network in self.networks]
+        assert active == [4, 2]
+        assert self.flops.total.steps == 2 * (4 * generator_uses + 2 * discriminator_uses)
+        assert self.flops.total.dense == 2 * (8 * generator_uses + 4 * discriminator_uses)
+        assert self.flops.total.ratio == 0.5
+
+
+def test_steps_of_both_networks():
+    training = Steps()
+    for _ in range(5):
+        training.step_discriminator()
+        training.step_generator()
+    training.expect(5 * (10 + 20), 5 * (40 + 20))
+    assert not is_observed()
+
+
+def test_a_penalty_at_every_fourth_update():
+    training = Steps()
+    for update in range(16):
+        training.step_discriminator(penalty=update % 4 == 0)
+        training.step_generator()
+    training.expect(16 * (10 + 20), 16 * (40 + 20) + 4 * 30)
+    assert not is_observed()
+
+
+def test_a_penalty_whose_period_is_longer_than_the_wait_for_it():
+    training = Steps()
+    observed = []
+    for update in range(200):
+        training.step_discriminator(penalty=update % 60 == 50)
+        training.step_generator()
+        observed.append(is_observed())
+    training.expect(200 * (10 + 20), 200 * (40 + 20) + 3 * 30)  # measured at the third time, as predicted
+    assert sum(observed) == 1 + 32 + 1
+
+
+def test_a_warm_up_of_the_generator():
+    training = Steps()
+    for _ in range(6):
+        training.step_generator(adversarial=False)
+    training.expect(6 * 20, 0)
+    assert training.flops.find_uncounted() == [[], []]  # the discriminator was not called yet
+    for _ in range(5):
+        training.step_discriminator()
+        training.step_generator()
+    training.expect(6 * 20 + 5 * (10 + 20), 5 * (40 + 20))
+
+
+def test_a_warm_up_of_the_discriminator_and_changing_numbers_of_its_steps():
+    training = Steps()
+    for steps in (20, 2, 1, 5, 3):
+        for _ in range(steps):
+            training.step_discriminator()
+        training.step_generator()
+    training.expect(31 * 10 + 5 * 20, 31 * 40 + 5 * 20)
+
+
+def test_short_batches():
+    training = Steps()
+    for size in (10, 10, 4, 10, 10, 4):
+        training.step_discriminator(size)
+        training.step_generator()
+    training.expect(4 * 10 + 2 * 4 + 6 * 20, 4 * 40 + 2 * 16 + 6 * 20)
+
+
+def test_a_workload_that_is_not_measured_counts_like_the_nearest_size():
+    training = Steps()
+    for size in (10, 10, 10, 9):
+        training.step_discriminator(size)
+        training.step_generator()
+    training.expect(4 * (10 + 20), 4 * (40 + 20))
+
+
+def test_more_sizes_than_are_measured_are_one_warning():
+    training = Steps()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for size in range(1, 61):
+            training.step_discriminator(size)
+            training.step_generator()
+    assert len([each for each in caught if "estimated" in str(each.message)]) == 1
+    # One workload is the generator's. The discriminator's with 1 image came before measuring and counts like that with
+    # 2; those with 32 and more count like that with 31.
+    images = 2 + sum(range(2, 32)) + 29 * 31
+    training.expect(images + 60 * 20, 4 * images + 60 * 20)
+
+
+def test_masks_that_change_between_workloads():
+    training = Steps()
+    for _ in range(3):
+        training.step_discriminator()
+        training.step_generator()
+    training.networks[1].resize(1.0)
+    for _ in range(2):
+        training.step_discriminator()
+        training.step_generator()
+    assert training.flops.total.steps == 2 * (4 * 5 * 30 + 2 * 3 * 60 + 4 * 2 * 60)
+
+
+@pytest.mark.parametrize("saved_after", range(9))
+def test_a_resumed_training_of_changing_workloads_counts_like_one_that_was_not_interrupted(saved_after):
+    training = Steps()
+    for update in range(12):
+        if update == saved_after:
+            file = io.BytesIO()
+            torch.save(training.flops.state_dict(), file)
+            file.seek(0)
+            training = Steps()
+            training.flops.load_state_dict(torch.load(file, weights_only=True))
+        training.step_discriminator(penalty=update % 4 == 0)
+        training.step_generator()
+    training.expect(12 * (10 + 20), 12 * (40 + 20) + 3 * 30)
+
+
+def test_evaluations_are_not_counted():
+    training = Steps()
+    for _ in range(4):
+        training.flops.pause()
+        training.discriminator(training.generator(torch.randn(7, 2)))
+        assert not is_observed()
+        training.flops.resume()
+        training.step_discriminator()
+        training.step_generator()
+    training.expect(4 * (10 + 20), 4 * (40 + 20))
+
+
+def test_parts_of_a_network_are_seen_too():
+    generator = nn.ModuleList([nn.Linear(2, 4), nn.Linear(4, 4)])
+    flops = TrainingFlops([MaskedNetwork(generator, 0.5), MaskedNetwork(nn.Linear(4, 1), 0.5)])
+    for update in range(8):
+        h = generator[0](torch.randn(BATCH, 2))
+        (generator[1](h) if update % 4 == 3 else h).sum().backward()
+        flops.updated(probed=False, dense_gradients=(False, False))
+    # The first part forward and for its weight; the second one's weight and input too.
+    assert flops.layers[0]["0.weight"].dense == 8 * 2 * 8 * 2 * BATCH
+    assert flops.layers[0]["1.weight"].dense == 2 * 2 * 16 * 3 * BATCH
+
+
+def test_weights_without_operations_are_named_once_their_network_ran():
+    generator = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 4))
+    generator.forward = lambda z: generator[0](z) + generator[1].weight.sum()
+    flops = TrainingFlops([MaskedNetwork(generator, 0.5), MaskedNetwork(nn.Linear(4, 1), 0.5)])
+    for _ in range(2):
+        assert flops.find_uncounted() == [[], []]
+        generator(torch.randn(BATCH, 2)).sum().backward()
+        flops.updated(probed=False, dense_gradients=(False, False))
+    assert flops.find_uncounted() == [["1.weight"], []]
 
 
 # ---- the ledger --------------------------------------------------------------------------------------

@@ -65,11 +65,13 @@ class TrainerReport(RunReport):
 
     def after_epoch(self) -> None:
         """Writes a summary of the run so far to TensorBoard."""
-        if self._training.updates > 2 and not self._training.flops.total.dense and not self._warned_of_flops:
+        flops = self._training.flops
+        unnamed = self._training.updates > 2 and not flops.total.dense and not any(flops.find_uncounted())
+        if unnamed and not self._warned_of_flops:
             self._warned_of_flops = True
             rank_zero_warn(
-                "training operations are not counted: no call of a masked layer was seen. Calls inside of a compiled "
-                "module bypass the layers' hooks: compile the two networks instead of the whole module."
+                "training operations are not counted: no matrix product or convolution with a masked weight was seen. "
+                "Those inside of a compiled module may be hidden: compile the two networks instead of the whole module."
             )
         words = summary_markdown(self._method, self._training)
         self.write("about/what_happened", words, self._training.updates)

@@ -1,0 +1,144 @@
+"""Workloads of training: kinds of work that recur, and how often and with how many active weights they did."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from lightning_ddst.sparsity.call_log import Signature
+
+PATIENCE = 64
+"""Steps after a new workload in which it is expected again."""
+
+ActiveCounts = Sequence[Mapping[str, int]]
+"""Active weights by name, for each network."""
+
+
+class ActiveSum:
+    """A sum of active weights over occurrences.
+
+    Occurrences are added up first and multiplied when the masks change, so that most updates add one number.
+
+    Args:
+        names: The names of weights, for each network.
+
+    Attributes:
+        times: The number of occurrences.
+        active: The sum of active weights by name, for each network, of occurrences before `settle`.
+    """
+
+    def __init__(self, names: Iterable[Iterable[str]]) -> None:
+        self.times = 0
+        self.active = [dict.fromkeys(each, 0) for each in names]
+        self._pending = 0
+
+    def add(self, times: int = 1) -> None:
+        """Adds occurrences."""
+        self.times += times
+        self._pending += times
+
+    def settle(self, counts: ActiveCounts) -> None:
+        """Sums up the occurrences since the last call, which had these numbers of active weights."""
+        if self._pending:
+            for sums, active in zip(self.active, counts, strict=True):
+                for name, number in active.items():
+                    sums[name] += number * self._pending
+            self._pending = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the sums after `settle`; loads with ``weights_only=True``."""
+        return {"times": self.times, "active": [dict(sums) for sums in self.active]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores the state returned by `state_dict`."""
+        self.times, self._pending = state["times"], 0
+        self.active = [dict(sums) for sums in state["active"]]
+
+
+@dataclass(frozen=True)
+class Uses:
+    """Measured multiplications per weight.
+
+    Attributes:
+        all: Forward and backward, by name and for each network.
+        gradient: The part that computed the weight's gradient.
+    """
+
+    all: Sequence[Mapping[str, Fraction]]
+    gradient: Sequence[Mapping[str, Fraction]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the numbers as pairs of int; loads with ``weights_only=True``."""
+        return {
+            part: [{name: list(number.as_integer_ratio()) for name, number in uses.items()} for uses in networks]
+            for part, networks in (("all", self.all), ("gradient", self.gradient))
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Uses":
+        """Returns the numbers that `state_dict` returned."""
+        return cls(
+            *(
+                [{name: Fraction(*number) for name, number in uses.items()} for uses in state[part]]
+                for part in ("all", "gradient")
+            )
+        )
+
+
+class Workload:
+    """Work between two steps of optimizers that has a certain signature.
+
+    Args:
+        signature: The calls of the networks.
+        names: The names of weights, for each network.
+
+    Attributes:
+        signature: The calls of the networks.
+        steps: Active weights over all occurrences.
+        dense_gradients: The same over occurrences in updates whose dense gradients were needed, for each network.
+        uses: The measured operations; None if they were not measured yet.
+    """
+
+    def __init__(self, signature: Signature, names: Sequence[Iterable[str]]) -> None:
+        self.signature = signature
+        self.steps = ActiveSum(names)
+        self.dense_gradients = [ActiveSum(names) for _ in names]
+        self.uses: Uses | None = None
+        self._last = 0  # step of the last occurrence
+        self._gap: int | None = None  # steps between the last two
+
+    def occurred(self, step: int, *, again: bool) -> None:
+        """Notes an occurrence at a step; `again` if it is not the first one."""
+        self._gap = step - self._last if again else None
+        self._last = step
+
+    def is_expected(self, step: int) -> bool:
+        """Returns whether the workload is to be measured, and may occur at a step."""
+        if self.uses is not None:
+            return False
+        return step <= self._last + PATIENCE if self._gap is None else step == self._last + self._gap
+
+    @property
+    def sums(self) -> list[ActiveSum]:
+        """All sums."""
+        return [self.steps, *self.dense_gradients]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state after all sums were settled; loads with ``weights_only=True``."""
+        return {
+            "signature": self.signature,
+            "sums": [each.state_dict() for each in self.sums],
+            "uses": None if self.uses is None else self.uses.state_dict(),
+            "last": self._last,
+            "gap": self._gap,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], names: Sequence[Iterable[str]]) -> "Workload":
+        """Returns the workload whose state `state_dict` returned."""
+        workload = cls(state["signature"], names)
+        for each, saved in zip(workload.sums, state["sums"], strict=True):
+            each.load_state_dict(saved)
+        workload.uses = None if state["uses"] is None else Uses.from_state(state["uses"])
+        workload._last, workload._gap = state["last"], state["gap"]
+        return workload
