@@ -1,53 +1,16 @@
 """Weights that a layer computes from other parameters: weight norm and other parametrizations, made plain."""
 
-from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, remove_spectral_norm
-from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.spectral_norm import SpectralNorm as _SpectralNormHook
 from torch.nn.utils.weight_norm import WeightNorm as _WeightNormHook
 
+from lightning_ddst.sparsity.stored_tensors import modules_with_tensors, stored_tensors, weight_norms
+
 M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class WeightNorm:
-    """A tensor under weight norm, in one of torch's two forms: the weight is ``g * v / |v|``.
-
-    Attributes:
-        module: The module that uses it.
-        name: Its attribute in the module, such as "weight".
-        direction: The parameter v, of the weight's shape; where an entry is 0, the weight is 0.
-        dim: The dimension whose slices have a norm each; -1 if there is one norm.
-    """
-
-    module: nn.Module
-    name: str
-    direction: nn.Parameter
-    dim: int
-
-    def value(self) -> Tensor:
-        """Returns the weight, which is exactly 0 where v is."""
-        hooks = self.module._forward_pre_hooks.values()
-        hook = next((h for h in hooks if isinstance(h, _WeightNormHook) and h.name == self.name), None)
-        weight: Tensor = getattr(self.module, self.name) if hook is None else hook.compute_weight(self.module)
-        return weight.detach().masked_fill(self.direction == 0, 0.0)  # not -0, nor NaN in a slice without weights
-
-
-def weight_norms(network: nn.Module) -> Iterator[WeightNorm]:
-    """Yields every tensor under weight norm in a network."""
-    for module in network.modules():
-        if parametrize.is_parametrized(module):
-            for name, chain in module.parametrizations.items():  # type: ignore[operator, union-attr]
-                if len(chain) == 1 and isinstance(chain[0], _WeightNorm):
-                    yield WeightNorm(module, name, chain.original1, chain[0].dim)
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, _WeightNormHook):
-                yield WeightNorm(module, hook.name, module.get_parameter(f"{hook.name}_v"), hook.dim)
 
 
 def has_weight_norm(network: nn.Module) -> bool:
@@ -64,8 +27,11 @@ def fold_weight_norm(network: nn.Module) -> None:
     Args:
         network: Any module; `copy_network` keeps the original.
     """
-    for norm in list(weight_norms(network)):
-        _make_plain(norm.module, norm.name, norm.value())
+    for _, module in list(modules_with_tensors(network)):
+        for name, stored in stored_tensors(module).items():
+            if (norm := stored.norm) is not None:
+                # Not -0, nor NaN in a group without weights.
+                _make_plain(module, name, norm.effective().masked_fill(norm.v == 0, 0.0))
 
 
 def fold_all(network: nn.Module) -> None:
