@@ -4,7 +4,7 @@ python examples/06_plain_loop.py                # trains, and saves last.pt afte
 python examples/06_plain_loop.py --resume       # continues from last.pt
 """
 
-import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -97,6 +97,4 @@ def main(resume: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--resume", action="store_true")
-    main(parser.parse_args().resume)
+    main(resume="--resume" in sys.argv)
