@@ -14,6 +14,7 @@ from lightning_ddst.balance.ratio import Estimator
 from lightning_ddst.callbacks._support.checks import (
     check_checkpoint,
     check_finite_weights,
+    check_not_overwritten,
     check_separate,
     check_settings,
     check_unchanged,
@@ -197,6 +198,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
         self._report: RunReport | None = None
         self._pending: PendingGradients | None = None
         self._resumed: Mapping[str, Any] | None = None  # the state that fit resumes from, until training starts
+        self._overwritten = False  # whether a checkpoint was loaded into the module since its last fit
         self._evaluates = False  # whether the checkpoint that is loaded is for an evaluation
         self._handles: list[RemovableHandle] = []
         self._batch: Any = None
@@ -216,9 +218,11 @@ class DynamicSparsityCallback(RunReadings, Callback):
         """
         # All processes use one seed: they hold the same weights, and must set the same ones to 0.
         seed = distributed.broadcast(torch.initial_seed() if self._seed is None else self._seed)
-        self._pair = None
         saved = None if self._saved is None else self._saved["networks"]
-        self._pair = self._masking.mask(module, self.settings, seed, saved)
+        pair = self._masking.mask(module, self.settings, seed, saved)
+        if self._saved is None:
+            self._training = None  # its counters and decisions belong to other masks
+        self._pair, self._overwritten = pair, False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that masks work under the Trainer's strategy."""
@@ -236,6 +240,8 @@ class DynamicSparsityCallback(RunReadings, Callback):
         if self._resumed is None:
             self._saved = None  # of a checkpoint that was evaluated
         if self._saved is None and self._training is not None and self._module is pl_module:
+            check_not_overwritten(self._overwritten)
+            check_unchanged(self._fitted)
             self._saved = self.state_dict()  # a second call of fit continues the first
             self._saved["length"] = RunLength().state_dict()  # over a length of its own
         if self._saved is not None or self._module is not pl_module:
@@ -410,7 +416,8 @@ class DynamicSparsityCallback(RunReadings, Callback):
         self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Removes every hook."""
+        """Removes every hook, and forgets a checkpoint that a fit should have resumed from."""
+        self._resumed = None
         self._detach()
 
     def _detach(self) -> None:
@@ -454,11 +461,25 @@ class DynamicSparsityCallback(RunReadings, Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Rejects a checkpoint without masks for this callback, unless ``initial_masks="magnitude"``."""
         self._evaluates = trainer.state.fn != "fit"
+        saved = checkpoint.get("callbacks", {})
+        if self._training is not None and self._module is pl_module:  # the Trainer has loaded the weights already
+            self._overwritten |= not self._is_state(saved.get(self.state_key, {}))
         if not self._evaluates:
             needs_masks = self._masking.initial_masks != "magnitude"
-            saved = checkpoint.get("callbacks", {})
             check_checkpoint(saved, self.state_key, self.settings, needs_masks=needs_masks)
             check_settings(saved.get(self.state_key, {}).get("settings", {}), self._arguments())
+
+    def _is_state(self, saved: Mapping[str, Any]) -> bool:
+        """Returns whether a saved state is of the same update, with the same masks and decisions."""
+        own = self.state_dict()
+        names = ("updates", "decisions")
+        if not saved or any(saved["training"][name] != own["training"][name] for name in names):
+            return False
+        of_saved, of_own = (
+            [mask for network in state["networks"].values() for mask in network["masks"].values()]
+            for state in (saved, own)
+        )
+        return len(of_saved) == len(of_own) and all(map(torch.equal, of_saved, of_own))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the state returned by `state_dict` when fitting starts.

@@ -89,6 +89,20 @@ def check_settings(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None
         rank_zero_warn(f"the run resumes with other settings: {words}.")
 
 
+def check_not_overwritten(overwritten: bool) -> None:
+    """Checks that a module still has the weights of the last fit, to which its masks belong.
+
+    Raises:
+        ValueError: If the Trainer has loaded a checkpoint into it since: for an evaluation, or for a fit that was rejected.
+    """
+    if overwritten:
+        raise ValueError(
+            "ckpt_path: since the last fit a checkpoint was loaded into this module, so its weights are not those that "
+            "the masks belong to. Resume from that checkpoint or another one, fit(..., ckpt_path=...), or start another "
+            "run from the weights with a new DynamicSparsityCallback."
+        )
+
+
 def check_finite_weights(pair: MaskedPair) -> None:
     """Checks that all weights of both networks are finite.
 
