@@ -463,20 +463,22 @@ class DynamicSparsityCallback(RunReadings, Callback):
         self._evaluates = trainer.state.fn != "fit"
         saved = checkpoint.get("callbacks", {})
         if self._training is not None and self._module is pl_module:  # the Trainer has loaded the weights already
-            self._overwritten |= not self._is_state(saved.get(self.state_key, {}))
+            self._overwritten = not self._is_state(saved.get(self.state_key, {}))
         if not self._evaluates:
             needs_masks = self._masking.initial_masks != "magnitude"
             check_checkpoint(saved, self.state_key, self.settings, needs_masks=needs_masks)
             check_settings(saved.get(self.state_key, {}).get("settings", {}), self._arguments())
 
     def _is_state(self, saved: Mapping[str, Any]) -> bool:
-        """Returns whether a saved state is of the same update, with the same masks and decisions."""
+        """Returns whether a saved state is of the same update, with the same masks and measurements."""
         own = self.state_dict()
-        names = ("updates", "decisions")
-        if not saved or any(saved["training"][name] != own["training"][name] for name in names):
+        if not saved or saved["training"]["updates"] != own["training"]["updates"]:
             return False
         of_saved, of_own = (
-            [mask for network in state["networks"].values() for mask in network["masks"].values()]
+            [
+                state["training"]["window"]["samples"],
+                *(mask for network in state["networks"].values() for mask in network["masks"].values()),
+            ]
             for state in (saved, own)
         )
         return len(of_saved) == len(of_own) and all(map(torch.equal, of_saved, of_own))

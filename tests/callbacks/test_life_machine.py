@@ -4,7 +4,7 @@ import copy
 import pickle
 import tempfile
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +94,14 @@ class Known:
     """What a callback's readings must tell, as far as it follows from the calls."""
 
     module: nn.Module | None = None  # whose weights are masked; None if the callback only reads a checkpoint
+    fitted: bool = False
     updates: int = 0
     measurements: int = 0
     decided: tuple[int, ...] = ()
     counted: bool = False  # operations, which takes two updates of one fit
 
     def trained(self, updates: int, arguments: dict[str, Any]) -> None:
+        self.fitted = True
         new = range(self.updates + 1, self.updates + updates + 1)
         self.measurements += sum(update % arguments["probe_interval"] == 0 for update in new)
         self.decided += tuple(update for update in new if update % arguments["interval"] == 0)
@@ -115,7 +117,7 @@ class Saved:
     known: Known
     arguments: dict[str, Any]
     epochs: int
-    weights: dict[str, torch.Tensor] = field(compare=False, repr=False)
+    weights: dict[str, torch.Tensor]
 
 
 class Life(RuleBasedStateMachine):
@@ -155,7 +157,7 @@ class Life(RuleBasedStateMachine):
     def new_callback(self) -> None:
         self.sparsity = DynamicSparsityCallback(**self.arguments)
         self.ema = GeneratorEMA(0.9)
-        self.known = Known()
+        self.known, self.bounded_at = Known(), 0
         self.mixed = False  # whether the masked module's weights are those of a checkpoint
 
     # ---- rules -----------------------------------------------------------------------------------------
@@ -178,9 +180,9 @@ class Life(RuleBasedStateMachine):
         if FAILURES.index(fails_at or "on_train_batch_end") < FAILURES.index("on_fit_start"):
             return
         if not again:
-            self.known = Known(module)
+            self.known, self.bounded_at = Known(module), 0
         self.known.trained(made, self.arguments)
-        self.mixed = False
+        self.mixed, self.last = False, self.weights(module)
 
     @precondition(lambda self: self.checkpoints)
     @rule(
@@ -193,7 +195,7 @@ class Life(RuleBasedStateMachine):
         bounds=st.none() | st.sampled_from([WEAK, STRONG]),
     )
     def resume(self, data, gan, more, fails_at, new, changed, bounds):
-        saved = data.draw(st.sampled_from(self.checkpoints))
+        saved = self.checkpoints[data.draw(st.integers(0, len(self.checkpoints) - 1))]
         if new:
             self.arguments = self.arguments | changed | ({"bounds": bounds} if bounds and "bounds" in self.fixed else {})
             self.new_callback()
@@ -203,7 +205,8 @@ class Life(RuleBasedStateMachine):
         if place < FAILURES.index("configure_optimizers"):
             return
         self.known = copy.copy(saved.known)
-        self.mixed = False
+        self.bounded_at = saved.known.updates
+        self.mixed, self.last = False, self.weights(module)
         self.known.module = module if place >= FAILURES.index("on_fit_start") else None
         self.known.trained(made, self.arguments)
 
@@ -211,7 +214,7 @@ class Life(RuleBasedStateMachine):
     @rule(data=st.data(), gan=st.integers(0, 1), density=st.booleans())
     def resume_rejected(self, data, gan, density):
         """A run with another density or dense layers."""
-        saved = data.draw(st.sampled_from(self.checkpoints))
+        saved = self.checkpoints[data.draw(st.integers(0, len(self.checkpoints) - 1))]
         if self.fixed["granularity"] == "2:4" or self.fixed["method"] == "dense":
             return
         other = {"generator_density": 0.55} if density else {"dense_layers": ["generator.0"]}
@@ -230,18 +233,13 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.checkpoints)
     @rule(data=st.data(), test=st.booleans(), gan=st.integers(0, 1))
     def evaluate_a_checkpoint(self, data, test, gan):
-        saved = data.draw(st.sampled_from(self.checkpoints))
+        saved = self.checkpoints[data.draw(st.integers(0, len(self.checkpoints) - 1))]
         module = self.gans[gan]
-        before = self.weights(module)
         self.evaluated(module, test, saved.path)
-        if self.known.module is None:
-            self.known = copy.copy(saved.known)
-            self.known.module = None
+        if self.known.module is None or not self.known.fitted:
+            self.known, self.bounded_at = copy.copy(saved.known), saved.known.updates
         elif self.known.module is module:
-            own = self.sparsity.state_dict()
-            same = all(torch.equal(value, saved.weights[name]) for name, value in before.items())
-            self.mixed = not same
-            del own
+            self.mixed = any(not torch.equal(value, saved.weights[name]) for name, value in self.last.items())
 
     @rule(how=st.sampled_from(["deepcopy", "pickle"]), alone=st.booleans())
     def copied(self, how, alone):
@@ -257,6 +255,19 @@ class Life(RuleBasedStateMachine):
             self.sparsity, self.ema, self.gans = make((self.sparsity, self.ema, self.gans))
             if place is not None:
                 self.known.module = self.gans[place]
+
+    @rule(gan=st.integers(0, 1))
+    def attach(self, gan):
+        """Draws masks by hand; the run of before ends."""
+        self.new_callback()
+        self.sparsity.attach(self.gans[gan])
+        self.known = Known(self.gans[gan])
+
+    @precondition(lambda self: self.known.module is not None and not self.mixed)
+    @rule(gan=st.integers(0, 1))
+    def attach_again(self, gan):
+        self.sparsity.attach(self.gans[gan])
+        self.known = Known(self.gans[gan])
 
     # ---- helpers ---------------------------------------------------------------------------------------
 
@@ -365,13 +376,24 @@ class Life(RuleBasedStateMachine):
         for name in sparsity.settings.arguments():
             if name in given and given[name] is not None:
                 assert getattr(sparsity.settings, name) == given[name]
-        if self.known.module is not None:
+        if self.known.module is not None and self.known.fitted:
             plan = sparsity.plan
             assert (plan.interval, plan.explore_interval, plan.probe_interval) == tuple(
                 given[name] for name in ("interval", "explore_interval", "probe_interval")
             )
+            if state := sparsity.state_dict():
+                plain = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+                assert {name: state["settings"][name] for name in plain if name not in ("method", "seed")} == {
+                    name: value for name, value in plain.items() if name not in ("method", "seed")
+                }
         else:
             assert sparsity.plan == Plan()
+
+    @invariant()
+    def bounds_are_those_in_use(self):
+        actions = {decision.action for update, decision in self.sparsity.decisions if update > self.bounded_at}
+        if "bounds" in self.arguments:
+            assert ("prune" if self.arguments["bounds"] == WEAK else "grow") not in actions
 
     @invariant()
     def operations_are_those_of_the_module(self):

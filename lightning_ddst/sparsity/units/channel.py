@@ -71,6 +71,11 @@ class ChannelUnits(Units):
         self.masks |= {key: all_active(weight.parameter) for key, weight in weights.items()}
         self.update_masks()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Makes the groups' views anew: in a pickled copy they would be tensors of their own."""
+        self.__dict__ |= state
+        self.active = self._by_group(self._all)
+
     def begin(self, density: float, initial: Initial) -> None:
         """Draws the channels of each group, or keeps those of largest magnitude."""
         drawn = self.growth(None)
