@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
@@ -228,6 +229,8 @@ class DynamicSparsityCallback(RunReadings, Callback):
         """Checks that masks work under the Trainer's strategy."""
         if stage == "fit":
             check_strategy(trainer)
+        if isinstance(trainer.precision_plugin, DoublePrecision):
+            pl_module.double()  # Lightning does so only after it has loaded a checkpoint, whose weights it would round
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Masks the networks and registers hooks on them and their optimizers."""

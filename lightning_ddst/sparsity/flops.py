@@ -199,11 +199,13 @@ class TrainingFlops:
             self._measuring = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns sums and counts; loads with ``weights_only=True``."""
+        """Returns sums and counts, also of a step that is under way; loads with ``weights_only=True``."""
+        measuring = self._paused or self._measuring is not None
         return {
             "updates": self._updates,
             "measured": [self._measured, self._probe_measured],
-            "tallies": [tally.state_dict(self._measured) for tally in self._tallies],
+            "measuring": measuring,
+            "tallies": [tally.state_dict(self._measured or measuring) for tally in self._tallies],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -212,6 +214,8 @@ class TrainingFlops:
         self._measured, self._probe_measured = state["measured"]
         for tally, saved in zip(self._tallies, state["tallies"], strict=True):
             tally.load_state_dict(saved)
+        if state.get("measuring"):
+            self._count()
 
 
 class _Tally:
@@ -245,8 +249,8 @@ class _Tally:
         sizes = {name: mask.numel() for name, mask in self.masked.masks.items()}
         return {name: total / sizes[name] / (updates or float("nan")) for name, total in self._sums["step"].items()}
 
-    def state_dict(self, measured: bool) -> dict[str, Any]:
-        step = self.step.state_dict() if measured else None
+    def state_dict(self, counted: bool) -> dict[str, Any]:
+        step = self.step.state_dict() if counted else None
         sums = {kind: dict(values) for kind, values in self._sums.items()}
         return {"step": step, "probe": self.probe.state_dict(), "sums": sums}
 
