@@ -138,7 +138,8 @@ class ChannelUnits(Units):
 
     def magnitudes(self) -> ByTensor:
         """Returns every channel's share of the squares of the weights that compute or read it."""
-        scores = torch.zeros(len(self._all) + 1)  # the last entry collects indices without a channel
+        # The last entry collects indices without a channel. Lightning changes the default precision in "64-true".
+        scores = torch.zeros(len(self._all) + 1, dtype=torch.float32)
         for name, weight in self.weights.items():
             values = weight.parameter.detach().float().cpu().where(self.masks[name].cpu(), 0.0)
             check_finite(f"the weights of {name!r}", values)
@@ -172,7 +173,7 @@ class ChannelUnits(Units):
                 if dim == weight.out_dim:
                     fresh = torch.randn(fresh.shape, generator=self._generator).mul_(self._scales[name]).to(values)
                 values.index_copy_(dim, index, fresh)
-            values.mul_(self.masks[name])
+            values.masked_fill_(~self.masks[name], 0)  # multiplied by the mask, negative values would become -0.0
 
     def update_masks(self) -> None:
         """Updates counts, masks and the remaining parts of parameters and buffers from the active channels."""
