@@ -1,6 +1,6 @@
 """Random settings, checked after every step, killed and resumed: pytest -m long tests/test_fuzz.py.
 
-One setting again: pytest -m long tests/test_fuzz.py -k "seed123 and not seed1234". Others: FUZZ_SEEDS=1000-1099.
+One setting again: pytest -m long tests/test_fuzz.py -k "seed123 and not seed1234". Others: FUZZ_SEEDS=1000-1999.
 """
 
 import itertools
@@ -139,7 +139,8 @@ def draw(seed: int) -> Setting:
         try:
             DynamicSparsityCallback(**setting.sparsity).attach(FuzzGAN(setting))
         except ValueError as error:
-            assert any(name in str(error) for name in [*setting.sparsity, "discriminator_density"]), error
+            if not any(name in str(error) for name in [*setting.sparsity, "discriminator_density"]):
+                raise
         else:
             return setting
 

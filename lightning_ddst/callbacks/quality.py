@@ -75,6 +75,7 @@ class SampleQuality(Callback):
 
     Attributes:
         history: Every value with the number of generator updates before it, by metric as logged without ``/<name>``.
+            Fitting another module clears it. Evaluating a checkpoint after a fit logs values and does not change it.
         real_halves: The Frechet distance between two halves of the real images; None before they are seen. Distances
             near it are noise.
 
@@ -125,6 +126,8 @@ class SampleQuality(Callback):
         self._cache = None if cache is None else Path(cache).expanduser()
         self._value_range = check_value_range(value_range)
         self._real = real
+        self._fitted: LightningModule | None = None  # whose values `history` holds
+        self._evaluates_other = False  # whether a checkpoint was loaded for an evaluation since the last fit
         self._dark_samples = False  # whether samples had pixels below 0, in any evaluation
         self._num_features = num_features
         self._features = features.requires_grad_(False).eval()
@@ -140,6 +143,10 @@ class SampleQuality(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that the module has a method `sample`, and that the arguments fit this run."""
         check_sample(self, pl_module)
+        if stage == "fit":
+            if self._fitted not in (None, pl_module):
+                self.history, self._dark_samples = {}, False
+            self._fitted, self._evaluates_other = pl_module, False
         if len(self._generators) > 1 and not _averages(trainer):
             raise ValueError("generators: average and raw are the same weights without a GeneratorEMA callback.")
         if self._cache is not None and trainer.is_global_zero:
@@ -153,8 +160,9 @@ class SampleQuality(Callback):
         with torch.inference_mode(False), torch.no_grad(), isolate_rng(pl_module.device.type == "cuda"):
             values = self._measure(trainer, pl_module)
         updates = generator_updates(trainer)
-        for metric, value in values.items():
-            self.history.setdefault(metric, []).append((updates, value))
+        if not self._evaluates_other:
+            for metric, value in values.items():
+                self.history.setdefault(metric, []).append((updates, value))
         named = {f"{metric}/{self.name}": value for metric, value in values.items()}
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
@@ -272,8 +280,14 @@ class SampleQuality(Callback):
         history = {metric: list(values) for metric, values in self.history.items()}
         return {"history": history, "dark_samples": self._dark_samples}
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Notes whether the checkpoint is evaluated after a fit, whose values are kept."""
+        self._evaluates_other = self._fitted is not None and trainer.state.fn != TrainerFn.FITTING
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the state returned by `state_dict`."""
+        """Restores the state returned by `state_dict`; an evaluation after a fit keeps the values of the fit."""
+        if self._evaluates_other:
+            return
         self._dark_samples = state_dict.get("dark_samples", False)
         self.history = {
             metric: [(updates, value) for updates, value in values] for metric, values in state_dict["history"].items()

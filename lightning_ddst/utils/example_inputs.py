@@ -37,7 +37,7 @@ def get_generator_inputs(module: nn.Module, batch: int = 2) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def infer_inputs(module: nn.Module, generator: nn.Module) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Returns example arguments of a generator and of its discriminator, in the generator's precision and on its device.
+    """Returns example arguments of a generator and of its discriminator, in the generator's precision, on its device.
 
     The function assumes that the discriminator takes the generator's output, followed by the generator's arguments
     after the first one, such as labels.

@@ -93,13 +93,13 @@ def check_not_overwritten(overwritten: bool) -> None:
     """Checks that a module still has the weights of the last fit, to which its masks belong.
 
     Raises:
-        ValueError: If the Trainer has loaded a checkpoint into it since: for an evaluation, or for a fit that was rejected.
+        ValueError: If the Trainer has loaded a checkpoint into it since, for an evaluation or a fit that was rejected.
     """
     if overwritten:
         raise ValueError(
-            "ckpt_path: since the last fit a checkpoint was loaded into this module, so its weights are not those that "
-            "the masks belong to. Resume from that checkpoint or another one, fit(..., ckpt_path=...), or start another "
-            "run from the weights with a new DynamicSparsityCallback."
+            "ckpt_path: since the last fit a checkpoint was loaded into this module, and the masks do not belong to its "
+            "weights. Resume from a checkpoint, fit(..., ckpt_path=...), or start another run from the weights with a "
+            "new DynamicSparsityCallback."
         )
 
 
