@@ -133,6 +133,7 @@ class Setting:
 
 def draw(seed: int) -> Setting:
     """A setting whose masks can be made; others are rejected by name and drawn again."""
+    torch.manual_seed(seed)  # tracing channels draws weights
     rng = random.Random(seed)
     while True:
         setting = drawn(rng)

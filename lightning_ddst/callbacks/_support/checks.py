@@ -97,9 +97,9 @@ def check_not_overwritten(overwritten: bool) -> None:
     """
     if overwritten:
         raise ValueError(
-            "ckpt_path: since the last fit a checkpoint was loaded into this module, and the masks do not belong to its "
-            "weights. Resume from a checkpoint, fit(..., ckpt_path=...), or start another run from the weights with a "
-            "new DynamicSparsityCallback."
+            "ckpt_path: since the last fit a checkpoint was loaded into this module, and the masks do not belong to "
+            "its weights. Resume from a checkpoint, fit(..., ckpt_path=...), or start another run from the weights "
+            "with a new DynamicSparsityCallback."
         )
 
 
