@@ -479,7 +479,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
             return False
         of_saved, of_own = (
             [
-                state["training"]["window"]["samples"],
+                state["training"]["window"]["samples"].nan_to_num(),  # NaN where nothing was measured yet
                 *(mask for network in state["networks"].values() for mask in network["masks"].values()),
             ]
             for state in (saved, own)

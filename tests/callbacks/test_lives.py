@@ -98,8 +98,9 @@ def test_a_fit_of_weights_that_an_evaluation_loaded_is_rejected(tmp_path):
     fit(DynamicSparsityCallback(0.25), gan, epochs=1)
 
 
-def test_an_evaluation_of_the_last_checkpoint_changes_nothing(tmp_path):
-    sparsity = DynamicSparsityCallback(0.25, interval=5)
+@pytest.mark.parametrize("interval", [5, 100])
+def test_an_evaluation_of_the_last_checkpoint_changes_nothing(interval, tmp_path):
+    sparsity = DynamicSparsityCallback(0.25, interval=interval)
     trainer = toy_trainer(sparsity, epochs=2)
     gan = ToyGAN()
     trainer.fit(gan, toy_data())
