@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 from toys import ToyGAN, toy_data, toy_trainer
 
-from lightning_ddst import GANModule
+from lightning_ddst import DynamicSparsityCallback, GANModule
 from lightning_ddst.data import ResumableLoader
 from lightning_ddst.models import SmallDiscriminator, SmallGenerator
 
@@ -206,3 +206,52 @@ def test_raw_optimizers_are_warned_of(tmp_path):
     with pytest.warns(UserWarning, match="global_step is still 0.*ModelCheckpoint saves nothing") as warned:
         fit(Raw, toy_data, tmp_path, every=None, epochs=1, **PLAIN)
     assert sum("global_step" in str(warning.message) for warning in warned) == 1
+
+
+# ---- in the middle of what is counted, and in other precisions ----------------------------------------
+
+
+class Uneven(ToyGAN):
+    """The discriminator makes two, three and two steps until the generator's updates."""
+
+    def training_step(self, batch, batch_idx):
+        (real,) = batch
+        generator, discriminator = self.networks()
+        for optimizer, sign in zip(self.optimizers()[::-1], (1, -1), strict=True):
+            if sign == 1 or batch_idx in (1, 4, 6):
+                fake = generator(torch.randn(len(real), 8, dtype=real.dtype))
+                optimizer.zero_grad()
+                self.manual_backward(sign * (discriminator(fake).mean() - discriminator(real).mean()))
+                optimizer.step()
+
+
+@pytest.mark.parametrize("kill", [2, 3, 4, 5, 6, 7])
+def test_operations_of_a_step_that_is_under_way_are_resumed(tmp_path, monkeypatch, kill):
+    def data():
+        return ResumableLoader(toy_data(7).dataset, batch_size=8, batches=10)
+
+    save_every_batch(monkeypatch)
+    arguments = {"every": 1, "epochs": 1} | PLAIN
+    *_, whole = fit(Uneven, data, tmp_path / "whole", **arguments)
+    fit(Uneven, data, tmp_path / "killed", kill=kill, **arguments)
+    checkpoint = last_checkpoint(tmp_path / "killed")
+    *_, resumed = fit(Uneven, data, tmp_path / "resumed", resume=checkpoint, **arguments)
+    assert whole.generator_updates == resumed.generator_updates == 3
+    assert whole.flops_ledger == resumed.flops_ledger
+    assert whole.flops_ratio == resumed.flops_ratio
+
+
+def test_a_run_in_64_bits_resumes_bit_for_bit(tmp_path):
+    def train(folder, epochs, resume=None):
+        seed_everything(5, verbose=False)
+        gan = Uneven()
+        callbacks = DynamicSparsityCallback(0.3, method="static", seed=1), ModelCheckpoint(folder, filename="last")
+        trainer = toy_trainer(*callbacks, epochs=epochs, precision="64-true", enable_checkpointing=True)
+        trainer.fit(gan, toy_data(), ckpt_path=resume)
+        return gan.state_dict()
+
+    whole = train(tmp_path / "whole", 4)
+    train(tmp_path / "half", 2)
+    resumed = train(tmp_path / "resumed", 4, tmp_path / "half" / "last.ckpt")
+    assert whole["generator.0.weight"].dtype == torch.float64
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())

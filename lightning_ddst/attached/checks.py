@@ -85,6 +85,20 @@ def check_settings(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None
         distributed.warn(f"the run resumes with other settings: {words}.")
 
 
+def check_not_overwritten(overwritten: bool) -> None:
+    """Checks that a module still has the weights of the last fit, to which its masks belong.
+
+    Raises:
+        ValueError: If the Trainer has loaded a checkpoint into it since, for an evaluation or a fit that was rejected.
+    """
+    if overwritten:
+        raise ValueError(
+            "ckpt_path: since the last fit a checkpoint was loaded into this module, and the masks do not belong to "
+            "its weights. Resume from a checkpoint, fit(..., ckpt_path=...), or start another run from the weights "
+            "with a new DynamicSparsityCallback."
+        )
+
+
 def check_finite_weights(pair: MaskedPair) -> None:
     """Checks that all weights of both networks are finite.
 

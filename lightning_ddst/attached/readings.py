@@ -11,6 +11,7 @@ from lightning_ddst.balance import Balance, Decision
 from lightning_ddst.methods import Method, Plan, Role, SparseTraining
 from lightning_ddst.methods.base import ROLES
 from lightning_ddst.methods.masked_pair import MaskedPair, density_of, saved_masks
+from lightning_ddst.methods.training import restore_decisions
 from lightning_ddst.sparsity import LayerFlops, MaskedNetwork
 from lightning_ddst.utils.validation import check_choice
 
@@ -81,7 +82,9 @@ class RunReadings:
     @property
     def measurements(self) -> int:
         """Number of measurements of BR so far."""
-        return 0 if self._training is None else self._training.measurements
+        if self._training is None:
+            return 0 if self._saved is None else int(self._saved["training"]["measurements"])
+        return self._training.measurements
 
     @property
     def decisions(self) -> list[tuple[int, Decision]]:
@@ -89,7 +92,9 @@ class RunReadings:
 
         They concern the discriminator's density; with "posthoc" and "imp", both networks' densities.
         """
-        return [] if self._training is None else list(self._training.decisions)
+        if self._training is None:
+            return [] if self._saved is None else restore_decisions(self._saved["training"]["decisions"])
+        return list(self._training.decisions)
 
     @property
     def flops_ratio(self) -> float | None:

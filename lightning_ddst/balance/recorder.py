@@ -90,6 +90,7 @@ class CallRecorder:
         """Returns an idle recorder: a copied network's hooks record nothing and do not copy the other network."""
         idle = object.__new__(CallRecorder)
         idle.recording = idle._paused = False
+        idle._handles = []
         return idle
 
     def scored_by(self, part: int) -> list[Scored]:

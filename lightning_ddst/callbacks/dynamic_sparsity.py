@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_ddst.attached.checks import (
+    check_not_overwritten,
     check_separate,
     check_settings,
     check_unchanged,
@@ -36,6 +38,7 @@ from lightning_ddst.sparsity.enforcement import OptimizerState
 from lightning_ddst.sparsity.masked import Regrown
 from lightning_ddst.sparsity.units import Initial
 from lightning_ddst.utils import distributed
+from lightning_ddst.utils.lightning_packages import is_a
 from lightning_ddst.utils.lightning_private import state_key
 from lightning_ddst.utils.nested import Place
 from lightning_ddst.utils.networks import Name, name_in, refuse_other_averages
@@ -177,6 +180,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
         self._length = RunLength()
         self._report: TrainerReport | None = None
         self._resumed: Mapping[str, Any] | None = None  # the state that fit resumes from, until training starts
+        self._overwritten = False  # whether a checkpoint was loaded into the module since its last fit
         self._evaluates = False  # whether the checkpoint that is loaded is for an evaluation
         self._warned_of_raw_optimizers = False
 
@@ -191,13 +195,17 @@ class DynamicSparsityCallback(RunReadings, Callback):
         Raises:
             ValueError: If a network is not found, or cannot be masked at its density.
         """
-        self._pair = None
-        self._pair = self._options.mask(module, None if self._saved is None else self._saved["networks"])
+        pair = self._options.mask(module, None if self._saved is None else self._saved["networks"])
+        if self._saved is None:
+            self._attached = None  # its counters and decisions belong to other masks
+        self._pair, self._overwritten = pair, False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that masks work under the Trainer's strategy."""
         if stage == "fit":
             check_strategy(trainer)
+        if is_a(trainer.precision_plugin, "DoublePrecision"):
+            pl_module.double()  # Lightning does so only after it has loaded a checkpoint, whose weights it would round
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Masks the networks and registers hooks on them and their optimizers."""
@@ -210,6 +218,8 @@ class DynamicSparsityCallback(RunReadings, Callback):
         if self._resumed is None:
             self._saved = None  # of a checkpoint that was evaluated
         if self._saved is None and self._training is not None and self._module is pl_module:
+            check_not_overwritten(self._overwritten)
+            check_unchanged(self._fitted)
             self._saved = self.state_dict()  # a second call of fit continues the first
             self._saved["length"] = RunLength().state_dict()  # over a length of its own
         if self._saved is not None or self._module is not pl_module:
@@ -352,7 +362,8 @@ class DynamicSparsityCallback(RunReadings, Callback):
         self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Removes every hook."""
+        """Removes every hook, and forgets a checkpoint that a fit should have resumed from."""
+        self._resumed = None
         self._detach()
 
     def _detach(self) -> None:
@@ -382,11 +393,27 @@ class DynamicSparsityCallback(RunReadings, Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Rejects a checkpoint without masks for this callback, unless ``initial_masks="magnitude"``."""
         self._evaluates = trainer.state.fn != "fit"
+        saved = checkpoint.get("callbacks", {})
+        if self._training is not None and self._module is pl_module:  # the Trainer has loaded the weights already
+            self._overwritten = not self._is_state(saved.get(self.state_key, {}))
         if not self._evaluates:
             needs_masks = self._options.masking.initial_masks != "magnitude"
-            saved = checkpoint.get("callbacks", {})
             check_checkpoint(saved, self.state_key, self.settings, needs_masks=needs_masks)
             check_settings(saved.get(self.state_key, {}).get("settings", {}), self._options.arguments())
+
+    def _is_state(self, saved: Mapping[str, Any]) -> bool:
+        """Returns whether a saved state is of the same update, with the same masks and measurements."""
+        own = self.state_dict()
+        if not saved or saved["training"]["updates"] != own["training"]["updates"]:
+            return False
+        of_saved, of_own = (
+            [
+                state["training"]["window"]["samples"].nan_to_num(),  # NaN where nothing was measured yet
+                *(mask for network in state["networks"].values() for mask in network["masks"].values()),
+            ]
+            for state in (saved, own)
+        )
+        return len(of_saved) == len(of_own) and all(map(torch.equal, of_saved, of_own))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the state returned by `state_dict` when fitting starts.

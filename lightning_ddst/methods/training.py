@@ -311,7 +311,7 @@ class SparseTraining:
         self.updates, self.measurements, self.rewinds = state["updates"], state["measurements"], state["rewinds"]
         if self._probe is not None and state.get("probe") is not None:
             self._probe.load_state_dict(state["probe"])
-        self.decisions = [(update, Decision(**decision)) for update, decision in state["decisions"]]
+        self.decisions = restore_decisions(state["decisions"])
         for mask_update, saved in zip(self.mask_updates, state["mask_updates"], strict=True):
             mask_update.pending = saved["pending"]
             mask_update.load_state_dict(saved["state"])
@@ -323,3 +323,8 @@ class SparseTraining:
         for enforcer, saved in zip(self._enforcers.values(), state["gradients"], strict=True):
             enforcer.gradients.load_state_dict(saved)
         self._expect_next()
+
+
+def restore_decisions(saved: Iterable[tuple[int, Mapping[str, Any]]]) -> list[tuple[int, Decision]]:
+    """Returns the decisions in a state returned by `SparseTraining.state_dict`."""
+    return [(update, Decision(**decision)) for update, decision in saved]

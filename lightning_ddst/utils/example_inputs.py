@@ -40,7 +40,7 @@ def get_generator_inputs(module: nn.Module, batch: int = 2) -> tuple[Any, ...]:
 def infer_inputs(
     module: nn.Module, generator: nn.Module, discriminator: nn.Module
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Returns example arguments of a generator and of its discriminator, on the generator's device.
+    """Returns example arguments of a generator and of its discriminator, in the generator's precision, on its device.
 
     The function assumes that the discriminator takes the generator's output, followed by the generator's arguments
     after the first one, such as labels. If the generator returns several tensors, and the discriminator cannot be
@@ -49,8 +49,9 @@ def infer_inputs(
     Raises:
         ValueError: If the module has no example, or the generator cannot be called with it.
     """
-    device = next(generator.parameters()).device
-    inputs = tuple(v.to(device) if isinstance(v, Tensor) else v for v in get_generator_inputs(module))
+    like = next(generator.parameters())
+    device = like.device
+    inputs = tuple(_convert(v, like) if isinstance(v, Tensor) else v for v in get_generator_inputs(module))
     with eval_mode(generator), isolate_rng(include_cuda=device.type == "cuda"):
         try:
             fake = generator(*inputs)
@@ -63,3 +64,9 @@ def infer_inputs(
             except Exception:  # the user's network may raise anything
                 fake = get_first_tensor(fake)
     return inputs, (fake, *inputs[1:])
+
+
+def _convert(value: Tensor, like: Tensor) -> Tensor:
+    """Moves a tensor to another one's device, and converts it to its precision if both are floating-point."""
+    floats = value.is_floating_point() and like.is_floating_point()
+    return value.to(like.device, like.dtype if floats else value.dtype)

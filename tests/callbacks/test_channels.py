@@ -259,3 +259,40 @@ def test_a_run_with_masks_of_single_weights_does_not_resume_with_channels(tmp_pa
     trainer = toy_trainer(DynamicSparsityCallback(0.3, **CHANNELS), epochs=2)
     with pytest.raises(ValueError, match=r"granularity=.channel.*weight"):
         trainer.fit(ToyGAN(), toy_data(), ckpt_path=tmp_path / "end.ckpt")
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_channels_explore_and_grow_in_other_precisions_than_the_example_input(precision):
+    class Converting(ToyGAN):
+        def training_step(self, batch, batch_idx):
+            (real,) = batch
+            dtype = next(self.parameters()).dtype
+            noise = torch.randn(2, len(real), 8, dtype=dtype)
+            generator, discriminator = self.networks()
+            generator_optimizer, discriminator_optimizer = self.optimizers()
+            for optimizer, sign, z in ((discriminator_optimizer, 1, noise[0]), (generator_optimizer, -1, noise[1])):
+                loss = sign * (discriminator(generator(z)).mean() - discriminator(real).mean())
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+
+    sparsity = DynamicSparsityCallback(0.3, **CHANNELS | {"bounds": (0.0, 1e-9)})
+    trained(sparsity, gan=Converting(), epochs=2, precision=precision)
+    generator = sparsity.networks()["generator"]
+    assert next(generator.network.parameters()).dtype == {"64-true": torch.float64}.get(precision, torch.bfloat16)
+    assert sparsity.generator_density == 10 / 32
+    assert generator.coverage > sparsity.generator_density
+
+
+@pytest.mark.parametrize("change", ["explore", "resize"])
+def test_weights_of_inactive_channels_are_positive_zeros_right_after_a_change(change):
+    gan = ToyGAN()
+    gan.generator = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    sparsity = DynamicSparsityCallback(0.3, granularity="channel", method="static", seed=0)
+    sparsity.attach(gan)
+    network = sparsity.networks()["generator"]
+    network.explore(0.5) if change == "explore" else network.resize(0.7)
+    for name, mask in network.masks.items():
+        inactive = network.parameters[name].detach()[~mask]
+        assert not inactive.any()
+        assert not inactive.signbit().any(), name

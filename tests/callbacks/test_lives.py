@@ -1,5 +1,6 @@
 """One callback in several fits, evaluations and resumed runs; and a world that changes under it."""
 
+import copy
 import pickle
 import warnings
 from functools import partial
@@ -76,6 +77,132 @@ def test_an_evaluated_checkpoint_leaves_what_was_learnt_and_no_fit_resumes_it(ev
     assert fresh.generator_updates == 20  # which can be read
     fit(fresh, epochs=1)
     assert fresh.generator_updates == 10
+
+
+def evaluated(sparsity, gan, checkpoint):
+    class Evaluated(ToyGAN):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    gan.__class__ = Evaluated
+    toy_trainer(sparsity).validate(gan, toy_data(), ckpt_path=checkpoint, verbose=False)
+
+
+def test_a_fit_of_weights_that_an_evaluation_loaded_is_rejected(tmp_path):
+    _, checkpoint = saved_run(tmp_path, interval=4, seed=1)
+    sparsity = DynamicSparsityCallback(0.25, interval=5, seed=2)
+    gan = fit(sparsity)
+    evaluated(sparsity, gan, checkpoint)
+    with pytest.raises(ValueError, match=r"ckpt_path.*masks"):
+        fit(sparsity, gan, epochs=1)
+    assert sparsity.generator_updates == 20
+    fit(DynamicSparsityCallback(0.25), gan, epochs=1)
+
+
+@pytest.mark.parametrize("interval", [5, 100])
+def test_an_evaluation_of_the_last_checkpoint_changes_nothing(interval, tmp_path):
+    sparsity = DynamicSparsityCallback(0.25, interval=interval)
+    trainer = toy_trainer(sparsity, epochs=2)
+    gan = ToyGAN()
+    trainer.fit(gan, toy_data())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    evaluated(sparsity, gan, tmp_path / "last.ckpt")
+    fit(sparsity, gan, epochs=1)
+    assert sparsity.generator_updates == 30
+
+
+def test_a_rejected_checkpoint_does_not_go_on_with_its_weights(tmp_path):
+    _, checkpoint = saved_run(tmp_path, interval=4, seed=1)
+    sparsity = DynamicSparsityCallback(0.5, interval=5)
+    gan = fit(sparsity)
+    with pytest.raises(ValueError, match=r"generator_density=0\.5"):
+        fit(sparsity, gan, epochs=4, ckpt_path=checkpoint)
+    with pytest.raises(ValueError, match="ckpt_path"):
+        fit(sparsity, gan)
+    assert sparsity.generator_updates == 20
+
+
+def test_a_fit_of_weights_that_something_else_wrote_is_rejected():
+    sparsity = DynamicSparsityCallback(0.25)
+    gan = fit(sparsity)
+    gan.load_state_dict(ToyGAN().state_dict())
+    with pytest.raises(RuntimeError, match=r"0\.weight"):
+        fit(sparsity, gan)
+
+
+def test_a_callback_that_read_a_checkpoint_tells_its_decisions_and_measurements(tmp_path):
+    trained_callback, checkpoint = saved_run(tmp_path, interval=4)
+    sparsity = DynamicSparsityCallback(0.25, interval=4)
+    evaluated(sparsity, ToyGAN(), checkpoint)
+    assert sparsity.generator_updates == sparsity.measurements == 20
+    assert sparsity.decisions == trained_callback.decisions
+    assert [update for update, _ in sparsity.decisions] == [4, 8, 12, 16, 20]
+
+
+def test_a_rejected_module_leaves_the_run_before_it():
+    class OtherNames(ToyGAN):
+        def __init__(self):
+            super().__init__(names=("one", "other"))
+
+    sparsity = DynamicSparsityCallback(0.25, interval=5)
+    gan = fit(sparsity)
+    with pytest.raises(ValueError, match="no generator was found"):
+        fit(sparsity, OtherNames())
+    assert len(sparsity.flops_ledger) == 4
+    fit(sparsity, gan, epochs=1)
+    assert sparsity.generator_updates == 30
+
+
+def test_a_module_that_was_rejected_at_first_starts_anew():
+    sparsity = DynamicSparsityCallback(0.25, interval=5)
+    fit(sparsity)
+    other = ToyGAN()
+    with torch.no_grad():
+        other.generator[0].bias[0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        fit(sparsity, other)
+    assert (sparsity.generator_updates, sparsity.decisions, sparsity.measurements) == (0, [], 0)
+    with torch.no_grad():
+        other.generator[0].bias[0] = 0.0
+    fit(sparsity, other, epochs=1)
+    assert sparsity.generator_updates == 10
+
+
+def test_masks_that_are_drawn_again_start_anew():
+    sparsity = DynamicSparsityCallback(0.25, interval=5)
+    gan = fit(sparsity)
+    sparsity.attach(gan)
+    assert (sparsity.generator_updates, sparsity.decisions) == (0, [])
+    fit(sparsity, gan, epochs=1)
+    assert sparsity.generator_updates == 10
+
+
+@pytest.mark.parametrize("place", ["configure_optimizers", "validation_step", "on_train_start"])
+def test_a_fit_after_a_resumed_one_that_failed_starts_anew(place, tmp_path):
+    class Failing(ToyGAN):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+        def fail(self, *args):
+            raise KeyError(place)
+
+    _, checkpoint = saved_run(tmp_path, interval=5)
+    sparsity = DynamicSparsityCallback(0.25, interval=5)
+    gan = Failing()
+    setattr(gan, place, gan.fail)
+    with pytest.raises(KeyError, match=place):
+        toy_trainer(sparsity, epochs=4).fit(gan, toy_data(), toy_data(), ckpt_path=checkpoint)
+    states = []
+
+    class Watch(Callback):
+        def on_train_start(self, *args):
+            states.append(torch.get_rng_state())
+
+    for each in (sparsity, DynamicSparsityCallback(0.25)):
+        torch.manual_seed(3)
+        toy_trainer(each, Watch(), epochs=1).fit(ToyGAN(), toy_data())
+        assert each.generator_updates == 10
+    assert torch.equal(*states)  # not the checkpoint's
 
 
 # ---- resuming ------------------------------------------------------------------------------------------
@@ -343,12 +470,52 @@ def test_a_callback_can_be_pickled_after_a_fit():
         nn.Linear(PIXELS, 32), nn.ReLU(), nn.Linear(32, 1)
     )  # torch pickles no spectral norm
     fit(sparsity, gan)
-    copy = pickle.loads(pickle.dumps(sparsity))
-    assert copy.decisions == sparsity.decisions
-    assert copy.flops_ratio == sparsity.flops_ratio
-    assert all(torch.equal(mask, sparsity.masks("generator")[name]) for name, mask in copy.masks("generator").items())
-    fit(copy, epochs=1)
-    assert copy.generator_updates == 10
+    again = pickle.loads(pickle.dumps(sparsity))
+    assert again.decisions == sparsity.decisions
+    assert again.flops_ratio == sparsity.flops_ratio
+    assert all(torch.equal(mask, sparsity.masks("generator")[name]) for name, mask in again.masks("generator").items())
+    fit(again, epochs=1)
+    assert again.generator_updates == 10
+
+
+@pytest.mark.parametrize("granularity", ["weight", "channel", "2:4"])
+def test_a_copy_of_a_callback_and_its_module_goes_on_like_them(granularity):
+    sparsity = DynamicSparsityCallback(0.5, method="sdst", granularity=granularity, explore_interval=2, seed=0)
+    gan = ToyGAN()
+    gan.discriminator = nn.Sequential(nn.Linear(PIXELS, 32), nn.ReLU(), nn.Linear(32, 1))
+    fit(sparsity, gan)
+    copies = [copy.deepcopy((sparsity, gan)), pickle.loads(pickle.dumps((sparsity, gan)))]
+    for each, module in [(sparsity, gan), *copies]:
+        torch.manual_seed(0)
+        fit(each, module, epochs=1)
+        assert each.generator_updates == 30
+        assert each.networks()["generator"].checksum == sparsity.networks()["generator"].checksum
+        assert all(torch.equal(value, gan.state_dict()[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("granularity", ["weight", "channel", "2:4"])
+def test_a_copy_of_a_callback_with_masks_trains(granularity):
+    sparsity = DynamicSparsityCallback(0.5, method="sdst", granularity=granularity, explore_interval=2)
+    gan = ToyGAN()
+    gan.discriminator = nn.Sequential(nn.Linear(PIXELS, 32), nn.ReLU(), nn.Linear(32, 1))
+    sparsity.attach(gan)
+    for make in (copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))):
+        each, module = make((sparsity, gan))
+        fit(each, module)
+        network = each.networks()["generator"]
+        assert network.coverage > network.density
+        assert network.active == sum(int(mask.sum()) for mask in network.masks.values())
+
+
+def test_an_error_in_a_fit_of_a_copied_callback_is_not_hidden():
+    class Failing(ToyGAN):
+        def setup(self, stage):
+            raise KeyError("setup")
+
+    sparsity = DynamicSparsityCallback(0.25)
+    fit(sparsity)
+    with pytest.raises(KeyError, match="setup"):
+        fit(copy.deepcopy(sparsity), Failing())
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch 2.6")

@@ -827,3 +827,29 @@ def test_seeds_share_no_noise_and_batches_of_one_neither() -> None:
     gan = image_gan()
     images = [batch for seed in range(4) for batch in sampled(gan, 50, 10, seed)]
     assert len({batch.numpy().tobytes() for batch in images}) == 20
+
+
+# ---- several modules and checkpoints -------------------------------------------------------------------
+
+
+def test_the_history_is_of_the_module_that_was_fitted_last():
+    frechet = distance()
+    gan = fitted(DynamicSparsityCallback(0.5), frechet, epochs=2)
+    assert [updates for updates, _ in frechet.history[FRECHET]] == [10, 20]
+    fitted(DynamicSparsityCallback(0.5), frechet, gan=gan, epochs=1)
+    assert len(frechet.history[FRECHET]) == 3
+    fitted(DynamicSparsityCallback(0.5), frechet, epochs=1)
+    assert [updates for updates, _ in frechet.history[FRECHET]] == [10]
+
+
+def test_evaluating_a_checkpoint_keeps_the_history_of_the_fit(tmp_path):
+    frechet, sparsity = distance(), DynamicSparsityCallback(0.5)
+    saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    gan = fitted(sparsity, frechet, saving, epochs=2, enable_checkpointing=True)
+    before = {metric: list(values) for metric, values in frechet.history.items()}
+    assert [updates for updates, _ in before[FRECHET]] == [10, 20]
+    trainer = toy_trainer(sparsity, frechet)
+    (result,) = trainer.validate(gan, toy_data(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    assert result == {NAME: pytest.approx(before[FRECHET][0][1])}
+    trainer.validate(gan, toy_data(), verbose=False)  # the checkpoint's weights again
+    assert frechet.history == before

@@ -133,7 +133,7 @@ def hparams(method: Method, granularity: str, growth: GrowthRule) -> dict[str, f
         "generator_density": method.final_densities["generator"],
         "discriminator_density": str(method.initial_densities["discriminator"]),
         "granularity": granularity,
-        "growth": next(name for name, rule in GROWTH_RULES.items() if rule is growth),
+        "growth": next(name for name, rule in GROWTH_RULES.items() if rule == growth),  # or a copy of it
     }
 
 

@@ -82,6 +82,11 @@ class ChannelUnits(Units):
         """Returns whether it is a weight of Linear, Conv or ConvTranspose layers without weight norm."""
         return weight.is_of_layer
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Makes the groups' views anew: in a pickled copy they would be tensors of their own."""
+        self.__dict__ |= state
+        self.active = self._by_group(self._all)
+
     def begin(self, density: float, initial: Initial) -> None:
         """Draws the channels of each group, or keeps those of largest magnitude."""
         drawn = self.growth(None)
@@ -144,7 +149,8 @@ class ChannelUnits(Units):
 
     def magnitudes(self) -> ByTensor:
         """Returns every channel's share of the squares of the weights that compute or read it."""
-        scores = torch.zeros(len(self._all) + 1)  # the last entry collects indices without a channel
+        # The last entry collects indices without a channel. Lightning changes the default precision in "64-true".
+        scores = torch.zeros(len(self._all) + 1, dtype=torch.float32)
         for name, weight in self.weights.items():
             values = weight.parameter.detach().float().cpu().where(self.masks[name].cpu(), 0.0)
             check_finite(f"the weights of {name!r}", values)
@@ -178,7 +184,7 @@ class ChannelUnits(Units):
                 if dim == weight.out_dim:
                     fresh = torch.randn(fresh.shape, generator=self._generator).mul_(self._scales[name]).to(values)
                 values.index_copy_(dim, index, fresh)
-            values.mul_(self.masks[name])
+            values.masked_fill_(~self.masks[name], 0)  # multiplied by the mask, negative values would become -0.0
 
     def update_masks(self) -> None:
         """Updates counts, masks and the remaining parts of parameters and buffers from the active channels."""

@@ -98,6 +98,10 @@ class NMUnits(Units):
                 raise ValueError(f"the saved masks are not {self.n}:{self.m}: {name!r} has groups with other numbers.")
         super().load_state_dict(state)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles the pattern instead of its class, which no module holds."""
+        return _make_empty, (self.n, self.m), self.__dict__
+
     def _grouped(self, name: str, values: Tensor) -> Tensor:
         """Returns a view of a weight-shaped tensor with the groups' M inputs as last dimension."""
         grouped: Tensor = values.movedim(self.weights[name].in_dim, -1).unflatten(-1, (-1, self.m))
@@ -109,6 +113,11 @@ class NMUnits(Units):
         best = (torch.arange(self.m, device=scores.device) < numbers).expand_as(order)
         marks = torch.zeros_like(best).scatter(-1, order, best)
         return marks.flatten(-2).movedim(-1, self.weights[name].in_dim).contiguous()
+
+
+def _make_empty(n: int, m: int) -> NMUnits:
+    kind = n_m(n, m)
+    return kind.__new__(kind)
 
 
 @cache
