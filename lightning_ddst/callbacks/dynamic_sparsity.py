@@ -14,6 +14,7 @@ from lightning_ddst.balance.ratio import Estimator
 from lightning_ddst.callbacks._support.checks import (
     check_checkpoint,
     check_finite_weights,
+    check_masks,
     check_separate,
     check_settings,
     check_unchanged,
@@ -37,6 +38,7 @@ from lightning_ddst.callbacks._support.strategies import (
 from lightning_ddst.callbacks.ema import GeneratorEMA
 from lightning_ddst.callbacks.quality import SampleQuality
 from lightning_ddst.methods import Intervals, Method, Plan, SparseTraining, make_method
+from lightning_ddst.methods.masked_pair import MaskedPair
 from lightning_ddst.sparsity import find_units
 from lightning_ddst.sparsity.enforcement import OptimizerState
 from lightning_ddst.sparsity.masked import Regrown
@@ -46,6 +48,7 @@ from lightning_ddst.utils.compilation import uncompiled
 from lightning_ddst.utils.lightning_private import state_key
 from lightning_ddst.utils.nested import Place
 from lightning_ddst.utils.networks import name_in, refuse_other_averages
+from lightning_ddst.utils.states import ANYTHING, PLAIN, RANDOM_STATES, TEXT, Form, check_state, each, named, restoring
 
 METHOD_ARGUMENTS = (
     *("generator_density", "discriminator_density", "signal", "bounds", "delta"),
@@ -54,6 +57,15 @@ METHOD_ARGUMENTS = (
 """Arguments of the method; None means the method's own default."""
 UNITS_ARGUMENTS = ("growth", "distribution", "scope", "layer_floor", "layer_densities")
 """Arguments of the granularity; None means its own default."""
+_STATE_FORM: Form = {
+    "method": TEXT,
+    "settings": named(PLAIN),
+    "networks": named(ANYTHING),  # depends on the granularity
+    "training": SparseTraining.state_form,
+    "length": RunLength.state_form,
+    "pending_gradients": PendingGradients.state_form,
+    "random": each(RANDOM_STATES),
+}
 
 
 class DynamicSparsityCallback(RunReadings, Callback):
@@ -268,7 +280,8 @@ class DynamicSparsityCallback(RunReadings, Callback):
         )
         self._pending = PendingGradients(trainer.optimizers)
         if self._saved is not None:
-            self._training.load_state_dict(self._saved["training"])
+            with restoring(self.state_key):
+                self._training.load_state_dict(self._saved["training"])
             self._length.load_state_dict(self._saved["length"])
             self._training.schedule(self._planned())
             self._saved = None
@@ -317,7 +330,8 @@ class DynamicSparsityCallback(RunReadings, Callback):
         if self._resumed is not None and self._pending is not None:
             if self._training is not None and self._length.resume(trainer):
                 self._training.schedule(self._planned())
-            self._pending.load_state_dict(self._resumed["pending_gradients"])
+            with restoring(self.state_key):
+                self._pending.load_state_dict(self._resumed["pending_gradients"])
             resume_randomness(trainer, self._resumed["random"])
         self._resumed = None
 
@@ -410,8 +424,10 @@ class DynamicSparsityCallback(RunReadings, Callback):
         self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Removes every hook."""
+        """Removes every hook, and forgets a state that could not be resumed."""
         self._detach()
+        if self._resumed is not None:
+            self._saved = self._resumed = self._pair = self._training = None
 
     def _detach(self) -> None:
         self._batch, self._in_batch, self._report = None, False, None
@@ -452,20 +468,47 @@ class DynamicSparsityCallback(RunReadings, Callback):
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Rejects a checkpoint without masks for this callback, unless ``initial_masks="magnitude"``."""
+        """Rejects a checkpoint that a fit cannot resume from, before anything has changed.
+
+        Raises:
+            ValueError: If the checkpoint is of other settings, has a state of another form, or has no masks for this
+                callback, unless ``initial_masks="magnitude"``.
+        """
         self._evaluates = trainer.state.fn != "fit"
-        if not self._evaluates:
-            needs_masks = self._masking.initial_masks != "magnitude"
-            saved = checkpoint.get("callbacks", {})
-            check_checkpoint(saved, self.state_key, self.settings, needs_masks=needs_masks)
-            check_settings(saved.get(self.state_key, {}).get("settings", {}), self._arguments())
+        if self._evaluates:
+            return
+        saved = checkpoint.get("callbacks", {})
+        check_state("the checkpoint", {"callbacks": saved}, {"callbacks": named(ANYTHING)})
+        if state := saved.get(self.state_key):
+            self._check_state(state)
+        needs_masks = self._masking.initial_masks != "magnitude"
+        check_checkpoint(saved, self.state_key, self.settings, needs_masks=needs_masks)
+        if state:
+            check_settings(state["settings"], self._arguments())
+            with restoring(self.state_key):
+                check_masks(self._masking.find_networks(pl_module), state["networks"])
+                for update, held in zip(self.settings.mask_updates(), state["training"]["mask_updates"], strict=False):
+                    update.load_state_dict(held["state"])
+
+    def _check_state(self, state: Any) -> None:
+        """Checks the form of a state, which may be of another method and granularity."""
+        check_state(self.state_key, state, _STATE_FORM)
+        with restoring(self.state_key):
+            form = MaskedPair.state_form(state["settings"].get("granularity"))
+        check_state(self.state_key, {"networks": state["networks"]}, {"networks": form})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the state returned by `state_dict` when fitting starts.
 
         A checkpoint that is loaded for an evaluation can be read, if nothing was fitted before, and no fit resumes it.
+
+        Raises:
+            ValueError: For another form of state; nothing has changed in that case.
         """
-        if not state_dict or (self._evaluates and self._training is not None):
+        if not state_dict:
+            return
+        self._check_state(state_dict)
+        if self._evaluates and self._training is not None:
             return
         self._saved = state_dict
         self._resumed = None if self._evaluates else state_dict

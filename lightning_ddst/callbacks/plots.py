@@ -8,6 +8,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_ddst.report.runs import find_source
 from lightning_ddst.utils.logging import generator_updates, tensorboards
+from lightning_ddst.utils.states import COUNT, NUMBER, check_state, each, named
 from lightning_ddst.utils.validation import check_count
 
 _MOST_POINTS = 2000
@@ -100,6 +101,11 @@ class SparsityPlots(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the state returned by `state_dict`."""
+        """Restores the state returned by `state_dict`.
+
+        Raises:
+            ValueError: For another form of state.
+        """
+        check_state(self.state_key, state_dict, {"series": named(each((COUNT, NUMBER))), "validations": COUNT})
         self._series = {name: [(update, value) for update, value in p] for name, p in state_dict["series"].items()}
         self._validations = state_dict["validations"]

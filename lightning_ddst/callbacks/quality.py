@@ -23,6 +23,7 @@ from lightning_ddst.utils.lightning_private import state_key
 from lightning_ddst.utils.logging import generator_updates, log_scalars
 from lightning_ddst.utils.nested import Place
 from lightning_ddst.utils.networks import check_sample
+from lightning_ddst.utils.states import COUNT, FLAG, NUMBER, check_state, each, named
 from lightning_ddst.utils.validation import check_choice, check_count
 
 GeneratorWeights = Literal["average", "raw"]
@@ -273,8 +274,14 @@ class SampleQuality(Callback):
         return {"history": history, "dark_samples": self._dark_samples}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the state returned by `state_dict`."""
-        self._dark_samples = state_dict.get("dark_samples", False)
+        """Restores the state returned by `state_dict`.
+
+        Raises:
+            ValueError: For another form of state.
+        """
+        form = {"history": named(each((COUNT, NUMBER))), "dark_samples": FLAG}
+        check_state(self.state_key, state_dict, form)
+        self._dark_samples = state_dict["dark_samples"]
         self.history = {
             metric: [(updates, value) for updates, value in values] for metric, values in state_dict["history"].items()
         }

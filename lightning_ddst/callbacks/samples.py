@@ -7,6 +7,7 @@ from torchvision.utils import make_grid
 from lightning_ddst.metrics.sources import check_below_zero, check_value_range, spans_wide
 from lightning_ddst.utils.logging import generator_updates, tensorboards
 from lightning_ddst.utils.networks import check_sample
+from lightning_ddst.utils.states import FLAG, check_state
 from lightning_ddst.utils.validation import check_count
 
 
@@ -71,5 +72,10 @@ class SampleGrid(Callback):
         return {"dark": self._dark}
 
     def load_state_dict(self, state_dict: dict[str, bool]) -> None:
-        """Restores the state returned by `state_dict`."""
+        """Restores the state returned by `state_dict`.
+
+        Raises:
+            ValueError: For another form of state.
+        """
+        check_state(self.state_key, state_dict, {"dark": FLAG})
         self._dark = state_dict["dark"]

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,10 @@ from lightning_ddst.sparsity.maskable import TRANSPOSED_LAYERS, MaskableWeight, 
 from lightning_ddst.sparsity.masked import MaskedNetwork
 from lightning_ddst.utils.compilation import run_eagerly, uncompiled
 from lightning_ddst.utils.modules import remove_hooks
+from lightning_ddst.utils.states import COUNT, FLAG, Form, maybe, named
+
+_SUMS = ("step", "probe", "gradient")
+"""The kinds of operations that are summed over updates."""
 
 
 class OpCounter:
@@ -31,6 +35,9 @@ class OpCounter:
         uses: Multiplications per weight by name, forward and backward.
         gradient_uses: The part of `uses` that computed the weight's gradient.
     """
+
+    state_form: ClassVar[Form] = {"uses": named(COUNT), "gradient_uses": named(COUNT)}
+    """The form of `state_dict`."""
 
     def __init__(self, weights: Iterable[MaskableWeight]) -> None:
         self.uses: dict[str, int] = defaultdict(int)
@@ -114,6 +121,59 @@ class LayerFlops:
         return cls(*(sum(parts) for parts in zip(*(astuple(layer) for layer in (cls(), *layers)), strict=True)))
 
 
+class _Tally:
+    """Sums over updates of one network's weights that were used in steps, in probes and in dense gradients."""
+
+    state_form: ClassVar[Form] = {
+        "step": maybe(OpCounter.state_form),
+        "probe": OpCounter.state_form,
+        "sums": dict.fromkeys(_SUMS, named(COUNT)),
+    }
+
+    def __init__(self, network: MaskedNetwork) -> None:
+        self.step = OpCounter(network.weights.values())
+        self.probe = OpCounter(network.weights.values())
+        self.masked = network
+        self._sums = {kind: dict.fromkeys(network.weights, 0) for kind in _SUMS}
+
+    def add(self, probed: bool, dense_gradients: bool) -> None:
+        for name, active in self.masked.layer_counts.items():
+            self._sums["step"][name] += active
+            self._sums["probe"][name] += active * probed
+            self._sums["gradient"][name] += (self.masked.masks[name].numel() - active) * dense_gradients
+
+    def layers(self, updates: int) -> dict[str, LayerFlops]:
+        steps, probes = self.step.uses, self.probe.uses
+        return {
+            name: LayerFlops(
+                steps=2 * steps.get(name, 0) * self._sums["step"][name],
+                dense_gradients=2 * self.step.gradient_uses.get(name, 0) * self._sums["gradient"][name],
+                probes=2 * probes.get(name, 0) * self._sums["probe"][name],
+                dense=2 * steps.get(name, 0) * mask.numel() * updates,
+            )
+            for name, mask in self.masked.masks.items()
+        }
+
+    def mean_densities(self, updates: int) -> dict[str, float]:
+        sizes = {name: mask.numel() for name, mask in self.masked.masks.items()}
+        return {name: total / sizes[name] / (updates or float("nan")) for name, total in self._sums["step"].items()}
+
+    def state_dict(self, measured: bool) -> dict[str, Any]:
+        step = self.step.state_dict() if measured else None
+        sums = {kind: dict(values) for kind, values in self._sums.items()}
+        return {"step": step, "probe": self.probe.state_dict(), "sums": sums}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if any(sums.keys() != self.masked.weights.keys() for sums in state["sums"].values()):
+            raise ValueError(
+                f"the saved operations are another network's: this one has {', '.join(self.masked.weights)}."
+            )
+        if state["step"] is not None:
+            self.step.load_state_dict(state["step"])
+        self.probe.load_state_dict(state["probe"])
+        self._sums = {kind: dict(values) for kind, values in state["sums"].items()}
+
+
 class TrainingFlops:
     """A sum of the operations of sparse training, and of the same training when dense.
 
@@ -124,6 +184,13 @@ class TrainingFlops:
     Args:
         networks: The networks.
     """
+
+    state_form: ClassVar[Form] = {
+        "updates": COUNT,
+        "measured": (FLAG, FLAG),
+        "tallies": (_Tally.state_form, _Tally.state_form),
+    }
+    """The form of `state_dict`."""
 
     def __init__(self, networks: Iterable[MaskedNetwork]) -> None:
         self._tallies = [_Tally(network) for network in networks]
@@ -212,46 +279,3 @@ class TrainingFlops:
         self._measured, self._probe_measured = state["measured"]
         for tally, saved in zip(self._tallies, state["tallies"], strict=True):
             tally.load_state_dict(saved)
-
-
-class _Tally:
-    """Sums over updates of one network's weights that were used in steps, in probes and in dense gradients."""
-
-    def __init__(self, network: MaskedNetwork) -> None:
-        self.step = OpCounter(network.weights.values())
-        self.probe = OpCounter(network.weights.values())
-        self.masked = network
-        self._sums = {kind: dict.fromkeys(network.weights, 0) for kind in ("step", "probe", "gradient")}
-
-    def add(self, probed: bool, dense_gradients: bool) -> None:
-        for name, active in self.masked.layer_counts.items():
-            self._sums["step"][name] += active
-            self._sums["probe"][name] += active * probed
-            self._sums["gradient"][name] += (self.masked.masks[name].numel() - active) * dense_gradients
-
-    def layers(self, updates: int) -> dict[str, LayerFlops]:
-        steps, probes = self.step.uses, self.probe.uses
-        return {
-            name: LayerFlops(
-                steps=2 * steps.get(name, 0) * self._sums["step"][name],
-                dense_gradients=2 * self.step.gradient_uses.get(name, 0) * self._sums["gradient"][name],
-                probes=2 * probes.get(name, 0) * self._sums["probe"][name],
-                dense=2 * steps.get(name, 0) * mask.numel() * updates,
-            )
-            for name, mask in self.masked.masks.items()
-        }
-
-    def mean_densities(self, updates: int) -> dict[str, float]:
-        sizes = {name: mask.numel() for name, mask in self.masked.masks.items()}
-        return {name: total / sizes[name] / (updates or float("nan")) for name, total in self._sums["step"].items()}
-
-    def state_dict(self, measured: bool) -> dict[str, Any]:
-        step = self.step.state_dict() if measured else None
-        sums = {kind: dict(values) for kind, values in self._sums.items()}
-        return {"step": step, "probe": self.probe.state_dict(), "sums": sums}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state["step"] is not None:
-            self.step.load_state_dict(state["step"])
-        self.probe.load_state_dict(state["probe"])
-        self._sums = {kind: dict(values) for kind, values in state["sums"].items()}

@@ -5,11 +5,14 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from lightning_ddst.balance import ScoresItself
-from lightning_ddst.methods import Method, SparseTraining
+from lightning_ddst.methods import Method, Role, SparseTraining
 from lightning_ddst.methods.masked_pair import MaskedPair
+from lightning_ddst.sparsity.bitpack import pack_bits
 from lightning_ddst.sparsity.sharding import local_part
+from lightning_ddst.utils.states import check_tensors
 
 
 def check_separate(pair: MaskedPair, others: Iterable[MaskedPair], module: LightningModule) -> None:
@@ -87,6 +90,25 @@ def check_settings(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None
     if changed:
         words = ", ".join(f"{name}={value!r} (before: {saved.get(name)!r})" for name, value in changed.items())
         rank_zero_warn(f"the run resumes with other settings: {words}.")
+
+
+def check_masks(networks: Mapping[Role, nn.Module], saved: Mapping[Role, Mapping[str, Any]]) -> None:
+    """Checks that saved masks are of two networks, and that what is saved with them is of the same weights.
+
+    Args:
+        networks: The networks.
+        saved: The state returned by `MaskedPair.state_dict`.
+
+    Raises:
+        ValueError: For masks of other weights, and for parts that do not fit together.
+    """
+    for role, network in networks.items():
+        state = saved[role]
+        check_tensors(f"the {role}'s masks", state["masks"], dict(network.named_parameters()), complete=False)
+        bits = {name: pack_bits(mask) for name, mask in state["masks"].items()}
+        check_tensors(f"networks.{role}.ever", state["ever"], bits)
+        if state["names"].keys() != bits.keys():
+            raise ValueError(f"networks.{role}.names must have the keys of its masks, {', '.join(bits)}.")
 
 
 def check_finite_weights(pair: MaskedPair) -> None:

@@ -20,6 +20,7 @@ from lightning_ddst.sparsity.units.base import (
     all_active,
     check_finite,
 )
+from lightning_ddst.utils.states import BOOL_TENSOR, Form
 from lightning_ddst.utils.validation import check_choice, check_density
 
 
@@ -49,6 +50,7 @@ class ChannelUnits(Units):
     drop_fraction = 0.1  # one of the two best values tested (docs/results.md)
     needs_inputs = True
     dense_kernels = False
+    state_form: ClassVar[Form] = {"channels": BOOL_TENSOR}
     options: ClassVar[Options] = {"growth": partial(check_choice, allowed=("random",))}
 
     def __init__(
