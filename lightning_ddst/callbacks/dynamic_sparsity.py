@@ -486,7 +486,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
         if state:
             check_settings(state["settings"], self._arguments())
             with restoring(self.state_key):
-                check_masks(self._masking.find_networks(pl_module), state["networks"])
+                check_masks(pl_module, self._masking.find_networks(pl_module), state["networks"])
                 for update, held in zip(self.settings.mask_updates(), state["training"]["mask_updates"], strict=False):
                     update.load_state_dict(held["state"])
 

@@ -22,7 +22,7 @@ from lightning_ddst.utils.checkpoints import AVERAGES
 from lightning_ddst.utils.compilation import uncompiled
 from lightning_ddst.utils.lightning_private import state_key
 from lightning_ddst.utils.networks import find_network
-from lightning_ddst.utils.states import check_state
+from lightning_ddst.utils.states import check_state, restoring
 
 
 class GeneratorEMA(Callback):
@@ -123,7 +123,8 @@ class GeneratorEMA(Callback):
             average = self.average_class(generator, self._decay, self._buffers)
             saved, self._saved = self._saved, None
             if saved is not None:
-                average.load_state_dict(saved)
+                with restoring(self.state_key):
+                    average.load_state_dict(saved)
             self._generator, self._average = generator, average
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_ddst.sparsity.sharding import full_tensor, reshard, split_like
 from lightning_ddst.sparsity.spectral import spectral_norms
-from lightning_ddst.utils.states import AGES, COUNT, TENSOR, Form, check_tensors, named
+from lightning_ddst.utils.states import AGES, COUNT, FLOATS, Form, check_tensors, named
 from lightning_ddst.utils.validation import check_choice
 
 BufferHandling = Literal["average", "copy"]
@@ -32,7 +32,7 @@ class WeightAverage:
         ValueError: For an argument outside the allowed range.
     """
 
-    state_form: ClassVar[Form] = {"updates": COUNT, "averages": named(TENSOR), "ages": named(AGES)}
+    state_form: ClassVar[Form] = {"updates": COUNT, "averages": named(FLOATS), "ages": named(AGES)}
     """The form of `state_dict`."""
 
     def __init__(self, network: nn.Module, decay: float = 0.999, buffers: BufferHandling = "average") -> None:

@@ -274,7 +274,13 @@ class TrainingFlops:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores the state returned by `state_dict`."""
+        """Restores the state returned by `state_dict`.
+
+        Raises:
+            ValueError: If it is of other networks, or its parts do not fit together.
+        """
+        if any((tally["step"] is not None) != state["measured"][0] for tally in state["tallies"]):
+            raise ValueError(f"flops.measured={list(state['measured'])} must be whether tallies.step is there.")
         self._updates = state["updates"]
         self._measured, self._probe_measured = state["measured"]
         for tally, saved in zip(self._tallies, state["tallies"], strict=True):

@@ -191,7 +191,7 @@ def _of(dtype: torch.dtype | None, dimensions: int | None = None) -> Callable[[A
     return lambda value: (
         isinstance(value, Tensor)
         and value.layout == torch.strided
-        and (value.is_floating_point() if dtype is None else value.dtype == dtype)
+        and (value.is_floating_point() or value.is_complex() if dtype is None else value.dtype == dtype)
         and dimensions in (None, value.dim())
     )
 

@@ -1,5 +1,6 @@
 """One callback in several fits, evaluations and resumed runs; and a world that changes under it."""
 
+import io
 import pickle
 import warnings
 from itertools import pairwise
@@ -309,9 +310,19 @@ def test_an_empty_layer_is_left_out():
 def test_integers_and_floats_of_any_kind_are_taken():
     import numpy as np
 
-    sparsity = DynamicSparsityCallback(np.float64(0.25), interval=np.int64(5), probe_interval=np.int32(1))
+    numbers = {"interval": np.int64(5), "probe_interval": np.int32(1), "bounds": (np.float32(0.25), np.float64(0.5))}
+    layers = {"generator.0": np.float64(0.5)}
+    sparsity = DynamicSparsityCallback(np.float64(0.25), delta=np.float64(0.125), layer_densities=layers, **numbers)
     fit(sparsity)
     assert sparsity.generator_density == 0.25
+    plain = {"interval": 5, "probe_interval": 1, "bounds": (0.25, 0.5), "delta": 0.125}
+    same = DynamicSparsityCallback(0.25, layer_densities={"generator.0": 0.5}, **plain)
+    fit(same)
+    assert sparsity.state_dict()["settings"] == same.state_dict()["settings"]
+    file = io.BytesIO()
+    torch.save(sparsity.state_dict(), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["training"]["plan"]["interval"] == 5
     with pytest.raises(ValueError, match="generator_density='10%'"):
         DynamicSparsityCallback("10%")
 

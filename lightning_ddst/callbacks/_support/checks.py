@@ -92,23 +92,26 @@ def check_settings(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None
         rank_zero_warn(f"the run resumes with other settings: {words}.")
 
 
-def check_masks(networks: Mapping[Role, nn.Module], saved: Mapping[Role, Mapping[str, Any]]) -> None:
+def check_masks(module: nn.Module, networks: Mapping[Role, nn.Module], saved: Mapping[Role, Mapping[str, Any]]) -> None:
     """Checks that saved masks are of two networks, and that what is saved with them is of the same weights.
 
     Args:
+        module: The module that holds the networks.
         networks: The networks.
         saved: The state returned by `MaskedPair.state_dict`.
 
     Raises:
         ValueError: For masks of other weights, and for parts that do not fit together.
     """
+    full = {id(parameter): name for name, parameter in module.named_parameters()}
     for role, network in networks.items():
         state = saved[role]
         check_tensors(f"the {role}'s masks", state["masks"], dict(network.named_parameters()), complete=False)
         bits = {name: pack_bits(mask) for name, mask in state["masks"].items()}
         check_tensors(f"networks.{role}.ever", state["ever"], bits)
-        if state["names"].keys() != bits.keys():
-            raise ValueError(f"networks.{role}.names must have the keys of its masks, {', '.join(bits)}.")
+        names = {name: full[id(parameter)] for name, parameter in network.named_parameters() if name in bits}
+        if state["names"] != names:
+            raise ValueError(f"networks.{role}.names must be the names of its weights, {', '.join(names.values())}.")
 
 
 def check_finite_weights(pair: MaskedPair) -> None:

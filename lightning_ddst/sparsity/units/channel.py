@@ -215,8 +215,14 @@ class ChannelUnits(Units):
         saved = state.get("channels")
         if saved is None or saved.shape != self._all.shape:
             raise ValueError("the saved masks are of single weights, or of a network with other channels.")
+        before = self._all.clone()
         self._all.copy_(saved)
         self.update_masks()
+        for name, mask in self.masks.items():
+            if not torch.equal(mask.cpu(), state["masks"][name].cpu()):
+                self._all.copy_(before)
+                self.update_masks()
+                raise ValueError(f"the saved channels are not those of the saved masks: {name!r} differs.")
 
 
 def _path(sizes: Sequence[int]) -> list[list[int]]:
