@@ -32,7 +32,7 @@ class LastFit:
         self.evaluates_another = not self._fits and self._is_fitted and not belongs
         if self._is_fitted and not self._fits:
             return False
-        forgets = not belongs or (self._fits and not self._is_fitted)
+        forgets = self._module is not None and (not belongs or (self._fits and not self._is_fitted))
         self._module, self._is_fitted = module, self._fits
         return forgets
 
