@@ -22,6 +22,11 @@ from torch import Tensor
 
 from lightning_ddst.utils.cache import first_line
 
+
+class StateError(ValueError):
+    """A state in a checkpoint is damaged, of another version, or of other networks."""
+
+
 _LONGEST = 60
 """Characters of a value that an error shows."""
 _VERSION = "another version of lightning_ddst saved the checkpoint, or it is damaged"
@@ -80,27 +85,27 @@ def check_state(owner: str, state: Any, form: Form) -> None:
         form: The form.
 
     Raises:
-        ValueError: For the first value that has another form; names the owner, the key, the value and what is allowed.
+        StateError: For the first value that has another form; names the owner, the key, the value and what is allowed.
     """
     for place, problem in _problems(state, form, ""):
-        raise ValueError(f"{owner}: {place or 'the state'}{problem}")
+        raise StateError(f"{owner}: {place or 'the state'}{problem}")
 
 
 @contextmanager
 def restoring(owner: str) -> Iterator[None]:
-    """Turns any error of restoring a state inside the context into a ValueError of one line.
+    """Turns any error of restoring a state inside the context into a StateError of one line.
 
     Args:
         owner: The name of what restores the state.
 
     Raises:
-        ValueError: For an error inside the context.
+        StateError: For an error inside the context.
     """
     try:
         yield
     except Exception as error:  # a state from elsewhere may lead to anything
         reason = first_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {first_line(error)}"
-        raise ValueError(f"{owner}: the state in the checkpoint cannot be restored: {reason}") from error
+        raise StateError(f"{owner}: the state in the checkpoint cannot be restored: {reason}") from error
 
 
 def check_tensors(what: str, saved: Mapping[str, Tensor], own: Mapping[str, Tensor], *, complete: bool = True) -> None:
