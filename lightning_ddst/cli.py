@@ -1,6 +1,7 @@
 """The command ``lightning-ddst``: a LightningCLI with the arguments of sparse training under ``--sparsity``."""
 
 import os
+import pickle
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from lightning_ddst.callbacks.dynamic_sparsity import METHOD_ARGUMENTS
 from lightning_ddst.export.command import export
 from lightning_ddst.methods.base import METHODS, unused_arguments
 from lightning_ddst.report.plot_command import plot
-from lightning_ddst.utils.checkpoints import AtomicCheckpointIO, CheckpointError
+from lightning_ddst.utils.checkpoints import AtomicCheckpointIO, CheckpointError, describe_error
 from lightning_ddst.utils.configurations import check_classes, read_yaml
 from lightning_ddst.utils.states import StateError
 
@@ -89,8 +90,10 @@ def main() -> None:
     else:
         try:
             make_cli(sys.argv[1:])
-        except (CheckpointError, StateError) as error:
-            print(f"lightning-ddst: error: {error}", file=sys.stderr)
+        except (CheckpointError, StateError, pickle.UnpicklingError) as error:
+            # LightningCLI itself reads the checkpoint's hyperparameters, with weights_only=True.
+            said = f"--ckpt_path: {describe_error(error)}." if isinstance(error, pickle.UnpicklingError) else error
+            print(f"lightning-ddst: error: {said}", file=sys.stderr)
             sys.exit(1)
 
 

@@ -104,7 +104,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except Exception as error:  # torch.load may raise anything for a damaged file
             raise CheckpointError(
                 f"the checkpoint {path} is damaged or {_OBJECTS}: {describe_error(error)}. If you trust "
-                "it, load it with Trainer.fit(weights_only=False), --weights_only=false."
+                "it, load it with Trainer.fit(weights_only=False)."
             ) from error
 
 

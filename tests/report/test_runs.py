@@ -1,5 +1,6 @@
 import math
 import random
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -67,12 +68,9 @@ def test_a_damaged_file_gives_no_other_values(tmp_path) -> None:
         damaged, bit = bytearray(whole), rng.randrange(8 * len(whole))
         damaged[bit // 8] ^= 1 << bit % 8
         file.write_bytes(damaged)
-        with pytest.warns(UserWarning, match=r"the last \d+ bytes of .* cannot be read"):
-            try:
-                read = read_run(tmp_path)["density/generator"]
-            except ValueError as error:
-                read = []
-                assert "hold nothing that this package logs" in str(error)  # noqa: PT017
+        read = []
+        with pytest.warns(UserWarning, match=r"the last \d+ bytes of .* cannot be read"), suppress(ValueError):
+            read = read_run(tmp_path)["density/generator"]
         assert read == points[: len(read)]
 
 

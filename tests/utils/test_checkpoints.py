@@ -304,7 +304,7 @@ def test_the_command_ends_with_one_line_for_a_damaged_state(tmp_path, monkeypatc
     torch.save(content | {"hyper_parameters": Payload(tmp_path / "called")}, tmp_path / "evil.ckpt")
     for name, message in (
         ("damaged", "training.updates=-1 must be an integer, at least 0."),
-        ("evil", "other objects"),
+        ("evil", "Unsupported global: GLOBAL io.open"),
     ):
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", [*command, "--ckpt_path", str(tmp_path / f"{name}.ckpt")])
