@@ -118,9 +118,8 @@ def renew_train_iterator(trainer: Trainer) -> None:
     another one later. Uses ``_FitLoop._data_fetcher`` (Lightning 1.5) and ``_TrainingEpochLoop.restarted_on_last``
     (2.5).
 
-    It also corrects Lightning's count of batches, see `recount_batches`.
+    Call `recount_batches` before.
     """
-    recount_batches(trainer)
     loop = trainer.fit_loop
     made_later = resumes_mid_epoch(trainer) or (loop.restarted_mid_epoch and loop.epoch_loop.restarted_on_last)
     if not made_later and loop._data_fetcher is not None:

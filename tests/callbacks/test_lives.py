@@ -332,6 +332,19 @@ def test_the_window_of_measurements_is_bounded():
     assert Plan(2**40, 5, 1).window == 10_000
 
 
+@pytest.mark.parametrize("settings", [{}, {"probe_interval": 1}, {"probe_interval": 2**39, "explore_interval": 2**40}])
+def test_a_huge_interval_costs_no_memory(settings, tmp_path):
+    _, checkpoint = saved_run(tmp_path, interval=2**40, **settings)
+    assert checkpoint.stat().st_size < 500_000
+    window = torch.load(checkpoint, weights_only=True)["callbacks"]["DynamicSparsityCallback"]["training"]["window"]
+    assert len(window["samples"]) <= 10_000
+    sparsity = DynamicSparsityCallback(0.25, interval=2**40, **settings)
+    fit(sparsity, epochs=3, ckpt_path=checkpoint)
+    assert sparsity.generator_updates == 30
+    assert sparsity.plan.interval == 2**40
+    assert sparsity.decisions == []
+
+
 def test_averages_follow_optimizers_made_anew():
     class Reset(ToyGAN):
         def on_train_epoch_start(self):
