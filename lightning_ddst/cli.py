@@ -1,6 +1,7 @@
 """The command ``lightning-ddst``: a LightningCLI with the arguments of sparse training under ``--sparsity``."""
 
 import os
+import pickle
 import sys
 import warnings
 from collections.abc import Sequence
@@ -9,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -21,8 +21,9 @@ from lightning_ddst.callbacks import DynamicSparsityCallback, InterruptCheckpoin
 from lightning_ddst.export.command import export
 from lightning_ddst.methods.base import METHODS, unused_arguments
 from lightning_ddst.report.plot_command import plot
-from lightning_ddst.utils.checkpoints import AtomicCheckpointIO, CheckpointError
-from lightning_ddst.utils.configurations import check_classes
+from lightning_ddst.utils.checkpoints import AtomicCheckpointIO, CheckpointError, describe_error
+from lightning_ddst.utils.configurations import check_classes, read_yaml
+from lightning_ddst.utils.states import StateError
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 """The default configuration: DDST on handwritten digits."""
@@ -89,8 +90,10 @@ def main() -> None:
     else:
         try:
             make_cli(sys.argv[1:])
-        except CheckpointError as error:
-            print(f"lightning-ddst: error: {error}", file=sys.stderr)
+        except (CheckpointError, StateError, pickle.UnpicklingError) as error:
+            # LightningCLI itself reads the checkpoint's hyperparameters, with weights_only=True.
+            said = f"--ckpt_path: {describe_error(error)}." if isinstance(error, pickle.UnpicklingError) else error
+            print(f"lightning-ddst: error: {said}", file=sys.stderr)
             sys.exit(1)
 
 
@@ -132,15 +135,17 @@ def _first_reason(error: ValueError | OSError) -> ValueError | OSError:
 
 
 def _check_configs(args: Sequence[str]) -> None:
-    """Ends the process if a configuration file names a function where a class must be; its parser runs later."""
+    """Ends the process if a configuration file is no YAML, or names a function where a class must be.
+
+    The parser, which runs later, would call the function, and expand aliases for ever.
+    """
     for place, arg in enumerate(args):
         option, equals, value = arg.partition("=")
         if option in ("--config", "-c"):
             path = Path(value if equals else "".join(args[place + 1 : place + 2]))
-            with suppress(OSError, yaml.YAMLError, UnicodeDecodeError):  # which the parser reports
-                content = yaml.safe_load(path.read_text())
+            with suppress(OSError):  # which the parser reports
                 try:
-                    check_classes(content)
+                    check_classes(read_yaml(path))
                 except ValueError as error:
                     print(f"lightning-ddst: error: {path}: {error}", file=sys.stderr)
                     sys.exit(2)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_ddst.attached.checks import check_method, check_settings, check_unchanged, check_unlimited
-from lightning_ddst.attached.hooks import AttachedTraining
+from lightning_ddst.attached.hooks import AttachedTraining, check_attached
 from lightning_ddst.attached.options import RunOptions
 from lightning_ddst.attached.readings import RunReadings
 from lightning_ddst.attached.report import RunReport
@@ -28,6 +28,7 @@ from lightning_ddst.utils import distributed
 from lightning_ddst.utils.compilation import uncompiled
 from lightning_ddst.utils.lightning_private import fabric_strategy
 from lightning_ddst.utils.nested import tensors_in
+from lightning_ddst.utils.states import Form, maybe
 from lightning_ddst.utils.validation import check_count
 
 Log = Callable[[dict[str, float], int], object]
@@ -38,6 +39,8 @@ _WRAPPERS = ("_FabricModule", "DistributedDataParallel")
 """Classes that wrap a network, which is their attribute ``module``."""
 _STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 """Strategies of Fabric that keep parameters in one piece."""
+_STATE_FORM: Form = {"average": maybe(WeightAverage.state_form)}
+"""The form of the state, next to that of `AttachedTraining`."""
 _SPARSIFIED: "WeakSet[nn.Module]" = WeakSet()
 """The networks that are trained sparsely at present."""
 
@@ -202,6 +205,7 @@ class SparseLoop(RunReadings):
             self._pair,
             self._options,
             self._optimizers,
+            name="sparsify",
             plan=Plan.for_run(self._options.intervals, self._length, known=True),
             unscaled=self._unscaled,
             after_update=self._after_update,
@@ -344,12 +348,14 @@ class SparseLoop(RunReadings):
             state: The state.
 
         Raises:
-            ValueError: If the state is of a run with another method, density, granularity or choice of layers.
+            ValueError: If the state has another form, or is of a run with another method, density, granularity or
+                choice of layers.
             RuntimeError: If the training is closed or in a step.
         """
         attached = self._open()
         if self._inside:
             raise RuntimeError("load_state_dict was called inside step(batch).")
+        check_attached("sparsify", state, _STATE_FORM)
         check_method(state, self.settings)
         check_settings(state["settings"], self._options.arguments())
         if self._unmasked is not None:

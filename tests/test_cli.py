@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from commands import TINY
 from crashes import Signal
 from torch import Tensor
 
@@ -306,6 +307,36 @@ def test_bad_values_end_with_a_message(option: str, message: str, tmp_path, caps
     assert message in error
     assert "Traceback" not in error
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: \xff", "not a YAML file"),
+        (b"model: &a [*a]", "more than 100,000 values"),
+        (b"model: !!python/object/apply:os.system [touch called]", "not a YAML file"),
+    ],
+)
+def test_a_file_that_is_no_configuration_ends_with_one_line(content, message, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_bytes(content)
+    with pytest.raises(SystemExit) as end:
+        make_cli(["fit", "--config", "own.yaml"])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lightning-ddst: error: own.yaml: it ")
+    assert message in line
+    assert [path.name for path in tmp_path.iterdir()] == ["own.yaml"]
+
+
+def test_an_unknown_key_of_a_configuration_is_rejected(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_text(TINY + "\nnothing_known: 1\n")
+    with pytest.raises(SystemExit) as end:
+        make_cli(["fit", "--config", "own.yaml"])
+    assert end.value.code == 2
+    assert "nothing_known" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["own.yaml"]
 
 
 EVIL = {"class_path": "os.system", "init_args": {"command": "touch called"}}

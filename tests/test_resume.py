@@ -1,3 +1,6 @@
+import random
+
+import numpy as np
 import pytest
 import torch
 from crashes import assert_resumed_alike, fit, last_checkpoint
@@ -101,6 +104,23 @@ def test_resuming_mid_epoch_warns_that_the_loader_cannot_resume(tmp_path):
     fit(ToyGAN, shuffled, tmp_path, every=6, kill=13, **PLAIN)
     with pytest.warns(UserWarning, match="after batch 5 of an epoch, .*train loader"):
         fit(ToyGAN, shuffled, tmp_path, every=6, resume=last_checkpoint(tmp_path), **PLAIN)
+
+
+class NumPyGAN(ToyGAN):
+    """Draws noise from NumPy's and Python's global random states."""
+
+    def training_step(self, batch, batch_idx):
+        (real,) = batch
+        noise = torch.from_numpy(np.random.randn(*real.shape)).float()  # noqa: NPY002 -- the global state
+        super().training_step((real + 0.1 * noise + 0.1 * random.random(),), batch_idx)
+
+
+@pytest.mark.parametrize("kill", [15, 16])
+def test_numpys_and_pythons_random_states_are_resumed(tmp_path, kill):
+    def data():
+        return ResumableLoader(toy_data(7).dataset, batch_size=8, batches=7)
+
+    assert_resumed_alike(NumPyGAN, data, tmp_path, every=4, kill=kill, **PLAIN)
 
 
 class AccumulatingGAN(ToyGAN):

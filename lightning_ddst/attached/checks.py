@@ -7,10 +7,12 @@ from lightning.fabric.utilities import rank_zero_info
 from torch import nn
 
 from lightning_ddst.balance import ScoresItself
-from lightning_ddst.methods import Method, SparseTraining
+from lightning_ddst.methods import Method, Role, SparseTraining
 from lightning_ddst.methods.masked_pair import MaskedPair
+from lightning_ddst.sparsity.bitpack import pack_bits
 from lightning_ddst.sparsity.sharding import local_part
 from lightning_ddst.utils import distributed
+from lightning_ddst.utils.states import check_tensors
 
 
 def check_separate(pair: MaskedPair, others: Iterable[MaskedPair], module: nn.Module) -> None:
@@ -97,6 +99,28 @@ def check_not_overwritten(overwritten: bool) -> None:
             "its weights. Resume from a checkpoint, fit(..., ckpt_path=...), or start another run from the weights "
             "with a new DynamicSparsityCallback."
         )
+
+
+def check_masks(module: nn.Module, networks: Mapping[Role, nn.Module], saved: Mapping[Role, Mapping[str, Any]]) -> None:
+    """Checks that saved masks are of two networks, and that what is saved with them is of the same weights.
+
+    Args:
+        module: The module that holds the networks.
+        networks: The networks.
+        saved: The state returned by `MaskedPair.state_dict`.
+
+    Raises:
+        ValueError: For masks of other weights, and for parts that do not fit together.
+    """
+    full = {id(parameter): name for name, parameter in module.named_parameters()}
+    for role, network in networks.items():
+        state = saved[role]
+        check_tensors(f"the {role}'s masks", state["masks"], dict(network.named_parameters()), complete=False)
+        bits = {name: pack_bits(mask) for name, mask in state["masks"].items()}
+        check_tensors(f"networks.{role}.ever", state["ever"], bits)
+        names = {name: full[id(parameter)] for name, parameter in network.named_parameters() if name in bits}
+        if state["names"] != names:
+            raise ValueError(f"networks.{role}.names must be the names of its weights, {', '.join(names.values())}.")
 
 
 def check_finite_weights(pair: MaskedPair) -> None:

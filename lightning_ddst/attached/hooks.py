@@ -1,7 +1,7 @@
 """Hooks that connect sparse training with the optimizers of a GAN, whichever loop steps them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.optim import Optimizer
@@ -16,6 +16,7 @@ from lightning_ddst.sparsity import find_optimizers
 from lightning_ddst.sparsity.dense_gradients import Unscaled
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.compilation import uncompiled
+from lightning_ddst.utils.states import ANYTHING, PLAIN, TEXT, Form, check_state, named, restoring
 
 
 class AttachedTraining:
@@ -28,6 +29,7 @@ class AttachedTraining:
         pair: The two masked networks.
         options: The options of the run.
         optimizers: The optimizers of both networks, always in the same order.
+        name: Name of what the state belongs to, for errors.
         plan: The intervals.
         unscaled: Function that copies a gradient and removes the loss scale (fp16).
         after_update: Called after every generator update, with whether it restored the initial weights.
@@ -43,12 +45,22 @@ class AttachedTraining:
             finite.
     """
 
+    state_form: ClassVar[Form] = {
+        "method": TEXT,
+        "settings": named(PLAIN),
+        "networks": named(ANYTHING),  # depends on the granularity
+        "training": SparseTraining.state_form,
+        "pending_gradients": PendingGradients.state_form,
+    }
+    """The form of `state_dict`."""
+
     def __init__(
         self,
         pair: MaskedPair,
         options: RunOptions,
         optimizers: Sequence[Optimizer],
         *,
+        name: str,
         plan: Plan,
         unscaled: Unscaled = torch.clone,
         after_update: Callable[[bool], None],
@@ -82,7 +94,8 @@ class AttachedTraining:
         self._handles: list[RemovableHandle] = []
         try:
             if state is not None:
-                self.training.load_state_dict(state["training"])
+                with restoring(name):
+                    self.training.load_state_dict(state["training"])
                 self.training.schedule(plan)
             self.training.check_ranks()
         except BaseException:
@@ -146,3 +159,20 @@ class AttachedTraining:
             "training": self.training.state_dict(),
             "pending_gradients": self.pending.state_dict(),
         }
+
+
+def check_attached(owner: str, state: Any, others: Form) -> None:
+    """Checks the form of a saved state of sparse training, which may be of another method and granularity.
+
+    Args:
+        owner: The name of what restores the state, for the error.
+        state: The state returned by `AttachedTraining.state_dict`, with other entries.
+        others: The forms of the other entries.
+
+    Raises:
+        StateError: For a state of another form.
+    """
+    check_state(owner, state, AttachedTraining.state_form | others)
+    with restoring(owner):
+        form = MaskedPair.state_form(state["settings"].get("granularity"))
+    check_state(owner, {"networks": state["networks"]}, {"networks": form})

@@ -24,7 +24,7 @@ from lightning_ddst.utils import distributed
 from lightning_ddst.utils.example_inputs import infer_inputs
 from lightning_ddst.utils.nested import Place
 from lightning_ddst.utils.networks import Name, SeveralParts, check_not_shared, find_network, prefix_in
-from lightning_ddst.utils.validation import check_choice
+from lightning_ddst.utils.validation import check_choice, plain_number
 
 METHOD_ARGUMENTS = (
     *("generator_density", "discriminator_density", "signal", "bounds", "delta"),
@@ -99,6 +99,17 @@ class MaskingOptions:
             for role, density in densities.items():
                 units.check_density(method.argument_of(role, density), density)
 
+    def find_networks(self, module: nn.Module) -> dict[Role, nn.Module]:
+        """Finds the two networks of a module.
+
+        Raises:
+            ValueError: If a network is not found, or both are the same.
+        """
+        found = {role: find_network(module, role, name) for role, name in self.names.items()}
+        if found["generator"] is found["discriminator"]:
+            raise ValueError(f"generator and discriminator are the same module, {self.discriminator!r}.")
+        return found
+
     def mask(self, module: nn.Module, method: Method, seed: int, saved: Mapping[str, Any] | None) -> MaskedPair:
         """Masks the two networks of a module at the initial densities of a method.
 
@@ -111,9 +122,7 @@ class MaskingOptions:
         Raises:
             ValueError: If a network is not found, or cannot be masked at its densities.
         """
-        found = {role: find_network(module, role, name) for role, name in self.names.items()}
-        if found["generator"] is found["discriminator"]:
-            raise ValueError(f"generator and discriminator are the same module, {self.discriminator!r}.")
+        found = self.find_networks(module)
         check_not_shared(found)
         self._check_patterns(module, found)
         inputs: Sequence[Sequence[Any]] = ((), ())
@@ -327,4 +336,5 @@ def _plain(value: Any) -> Any:
         return {str(name): _plain(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
+    value = plain_number(value)
     return value if isinstance(value, bool | int | float | str | None) else repr(value)

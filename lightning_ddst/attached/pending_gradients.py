@@ -1,7 +1,7 @@
 """Gradients that wait for their optimizer's next step when a checkpoint is saved."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -11,6 +11,7 @@ from torch.utils.weak import TensorWeakRef
 from lightning_ddst.sparsity.optimizers import get_parameters
 from lightning_ddst.sparsity.sharding import copy_like, full_tensor
 from lightning_ddst.utils.compilation import uncompiled
+from lightning_ddst.utils.states import COUNT, FLOATS, Form, check_tensors, each
 
 Pending = list[tuple[int, int, Tensor]]
 """Index of the optimizer, index of its parameter, gradient."""
@@ -22,6 +23,9 @@ class PendingGradients:
     Args:
         optimizers: All optimizers of the training, always in the same order.
     """
+
+    state_form: ClassVar[Form] = each((COUNT, COUNT, FLOATS))
+    """The form of `state_dict`."""
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self._optimizers = list(optimizers)
@@ -60,7 +64,17 @@ class PendingGradients:
         return used() is gradient and gradient._version == version
 
     def load_state_dict(self, state: Pending) -> None:
-        """Restores the state returned by `state_dict`."""
-        for number, place, gradient in state:
-            parameter = get_parameters(self._optimizers[number])[place]
-            parameter.grad = copy_like(gradient, parameter)
+        """Restores the state returned by `state_dict`.
+
+        Raises:
+            ValueError: If it has gradients of other parameters.
+        """
+        own = {
+            f"parameter {place} of optimizer {number}": parameter
+            for number, optimizer in enumerate(self._optimizers)
+            for place, parameter in enumerate(get_parameters(optimizer))
+        }
+        saved = {f"parameter {place} of optimizer {number}": gradient for number, place, gradient in state}
+        check_tensors("the saved gradients that wait for a step", saved, own, complete=False)
+        for name, gradient in saved.items():
+            own[name].grad = copy_like(gradient, own[name])

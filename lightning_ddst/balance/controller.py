@@ -5,10 +5,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning_ddst.balance.ratio import Balance
 from lightning_ddst.balance.signals import SIGNALS
+from lightning_ddst.utils.states import DENSITY, FINITE, FLAG, TEXT, Form, Leaf, check_state, each
 from lightning_ddst.utils.validation import check_density
 
 Action = Literal["grow", "prune", "explore", "hold", "undecided"]
@@ -39,6 +40,14 @@ class Decision:
     density: float
     reason: str
     at_floor: bool = False
+
+    state_form: ClassVar[Form] = {
+        "action": Leaf(f"one of {', '.join(ACTIONS)}", ACTIONS.__contains__),
+        "density": DENSITY,
+        "reason": TEXT,
+        "at_floor": FLAG,
+    }
+    """The form of the fields as a dict."""
 
 
 class Controller(ABC):
@@ -251,7 +260,8 @@ class RelativeController(Controller):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the state returned by `state_dict`."""
-        if "highest" in state:  # a run with fixed bounds has no such state
+        if state:  # a run with fixed bounds has none
+            check_state(type(self).__name__, state, {"last": each(FINITE), "highest": FINITE})
             self._last, self._highest = list(state["last"]), state["highest"]
 
 

@@ -1,7 +1,7 @@
 """Detects that training has broken down."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -9,6 +9,7 @@ from torch import nn
 from lightning_ddst.balance.ratio import Balance
 from lightning_ddst.sparsity.sharding import local_part
 from lightning_ddst.utils import distributed
+from lightning_ddst.utils.states import COUNT, TEXT, Form, named
 
 _WINDOWS = 10
 """Consecutive windows without a balance ratio after which this is reported."""
@@ -23,8 +24,10 @@ class Divergence:
 
     Args:
         networks: The generator and the discriminator, by role.
-
     """
+
+    state_form: ClassVar[Form] = {"reports": named((COUNT, TEXT)), "finite_until": COUNT, "undefined": COUNT}
+    """The form of `state_dict`."""
 
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
         self._reports: dict[str, tuple[int, str]] = {}  # by kind

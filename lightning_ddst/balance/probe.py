@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from lightning_ddst.sparsity.sharding import reshard
 from lightning_ddst.utils.compilation import is_compiled, run_eagerly
 from lightning_ddst.utils.nested import Place, get_first_tensor
 from lightning_ddst.utils.networks import get_parts
+from lightning_ddst.utils.states import FLAG, Form, each
 
 
 @runtime_checkable
@@ -70,6 +71,9 @@ class BalanceProbe:
     Attributes:
         used: Whether the discriminator was called or trained at an update so far.
     """
+
+    state_form: ClassVar[Form] = {"used": FLAG, "measured": FLAG, "real": each(RealImages.state_form)}
+    """The form of `state_dict`."""
 
     def __init__(
         self,

@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+from lightning_ddst.utils.states import COUNT, Form, Leaf
 
 Estimator = Literal["ratio_of_means", "mean_of_ratios"]
 ESTIMATORS = ("ratio_of_means", "mean_of_ratios")
@@ -64,6 +66,15 @@ class BalanceWindow:
         estimator: "ratio_of_means" (robust) or "mean_of_ratios" (the paper's: the mean of ``beta / alpha`` over
             measurements, which a single alpha near 0 can spoil).
     """
+
+    state_form: ClassVar[Form] = {
+        "samples": Leaf(
+            "a tensor of floating-point numbers of shape (n, 4)",
+            lambda value: value.is_floating_point() and value.dim() == 2 and len(value) > 0 and value.shape[1] == 4,
+        ),
+        "added": COUNT,
+    }
+    """The form of `state_dict`."""
 
     def __init__(self, size: int, estimator: Estimator = "ratio_of_means") -> None:
         self._samples = torch.full((size, 4), float("nan"))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from lightning_ddst.balance.calls import Adversarial, Call, Generated, Scored
 from lightning_ddst.balance.layout import Order, find_order, list_orders, move
 from lightning_ddst.balance.scores import cannot_measure
 from lightning_ddst.utils.nested import Place, describe_tensors, get_entry, get_first_tensor, tensors_in
+from lightning_ddst.utils.states import COUNT, FLAG, Form, each, maybe
 
 _SAME = 1e-2
 """Relative deviation up to which images count as the batch's images, shifted and scaled."""
@@ -33,6 +34,9 @@ class RealImages:
         checked: Whether no more calls are compared with the batch's images: a call on them was seen, unchanged apart
             from their axes, or none was in 20 training steps.
     """
+
+    state_form: ClassVar[Form] = {"checked": FLAG, "order": maybe(each(COUNT))}
+    """The form of `state_dict`."""
 
     def __init__(self, place: Place | None, *, one_call: bool = False) -> None:
         self.checked = False

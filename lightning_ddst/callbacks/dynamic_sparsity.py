@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_ddst.attached.checks import (
+    check_masks,
     check_not_overwritten,
     check_separate,
     check_settings,
@@ -16,7 +17,7 @@ from lightning_ddst.attached.checks import (
     check_unlimited,
     is_same,
 )
-from lightning_ddst.attached.hooks import AttachedTraining
+from lightning_ddst.attached.hooks import AttachedTraining, check_attached
 from lightning_ddst.attached.options import RunOptions
 from lightning_ddst.attached.readings import RunReadings
 from lightning_ddst.balance.ratio import Estimator
@@ -43,8 +44,11 @@ from lightning_ddst.utils.lightning_private import state_key
 from lightning_ddst.utils.nested import Place
 from lightning_ddst.utils.networks import Name, name_in, refuse_other_averages
 from lightning_ddst.utils.rng import random_states, resume_randomness
+from lightning_ddst.utils.states import ANYTHING, RANDOM_STATES, Form, check_state, each, named, restoring
 
 _UNLIMITED = "none of max_epochs, max_steps and max_time limits this run, so its length in generator updates is unknown"
+_STATE_FORM: Form = {"length": RunLength.state_form, "random": each(RANDOM_STATES)}
+"""The form of the state, next to that of `AttachedTraining`."""
 
 
 class DynamicSparsityCallback(RunReadings, Callback):
@@ -238,6 +242,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
             pair,
             self._options,
             trainer.optimizers,
+            name=self.state_key,
             plan=self._planned(),
             unscaled=make_unscaler(trainer),
             after_update=lambda rewound: self._after_update(trainer, rewound),
@@ -284,7 +289,8 @@ class DynamicSparsityCallback(RunReadings, Callback):
         if self._resumed is not None and self._attached is not None:
             if self._length.resume(trainer):
                 self._attached.training.schedule(self._planned())
-            self._attached.pending.load_state_dict(self._resumed["pending_gradients"])
+            with restoring(self.state_key):
+                self._attached.pending.load_state_dict(self._resumed["pending_gradients"])
             resume_randomness(trainer, self._resumed["random"])
         self._resumed = None
 
@@ -362,9 +368,10 @@ class DynamicSparsityCallback(RunReadings, Callback):
         self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Removes every hook, and forgets a checkpoint that a fit should have resumed from."""
-        self._resumed = None
+        """Removes every hook, and forgets a state that could not be resumed."""
         self._detach()
+        if self._resumed is not None:
+            self._saved = self._resumed = self._pair = self._attached = None
 
     def _detach(self) -> None:
         self._report = None
@@ -391,17 +398,33 @@ class DynamicSparsityCallback(RunReadings, Callback):
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Rejects a checkpoint without masks for this callback, unless ``initial_masks="magnitude"``."""
+        """Rejects a checkpoint that a fit cannot resume from, before anything has changed.
+
+        Raises:
+            ValueError: If the checkpoint is of other settings, has a state of another form, or has no masks for this
+                callback, unless ``initial_masks="magnitude"``.
+        """
         self._evaluates = trainer.state.fn != "fit"
         saved = checkpoint.get("callbacks", {})
-        if self._training is not None and self._module is pl_module:  # the Trainer has loaded the weights already
-            self._overwritten = not self._is_state(saved.get(self.state_key, {}))
-        if not self._evaluates:
-            needs_masks = self._options.masking.initial_masks != "magnitude"
-            check_checkpoint(saved, self.state_key, self.settings, needs_masks=needs_masks)
-            check_settings(saved.get(self.state_key, {}).get("settings", {}), self._options.arguments())
+        if refits := self._training is not None and self._module is pl_module:
+            self._overwritten = True  # the Trainer has loaded the weights already
+        check_state("the checkpoint", {"callbacks": saved}, {"callbacks": named(ANYTHING)})
+        if state := saved.get(self.state_key):
+            check_attached(self.state_key, state, _STATE_FORM)
+        if refits:
+            self._overwritten = not self._is_state(state)
+        if self._evaluates:
+            return
+        needs_masks = self._options.masking.initial_masks != "magnitude"
+        check_checkpoint(saved, self.state_key, self.settings, needs_masks=needs_masks)
+        if state:
+            check_settings(state["settings"], self._options.arguments())
+            with restoring(self.state_key):
+                check_masks(pl_module, self._options.masking.find_networks(pl_module), state["networks"])
+                for update, held in zip(self.settings.mask_updates(), state["training"]["mask_updates"], strict=False):
+                    update.load_state_dict(held["state"])
 
-    def _is_state(self, saved: Mapping[str, Any]) -> bool:
+    def _is_state(self, saved: Mapping[str, Any] | None) -> bool:
         """Returns whether a saved state is of the same update, with the same masks and measurements."""
         own = self.state_dict()
         if not saved or saved["training"]["updates"] != own["training"]["updates"]:
@@ -419,8 +442,14 @@ class DynamicSparsityCallback(RunReadings, Callback):
         """Restores the state returned by `state_dict` when fitting starts.
 
         A checkpoint that is loaded for an evaluation can be read, if nothing was fitted before, and no fit resumes it.
+
+        Raises:
+            ValueError: For another form of state; nothing has changed in that case.
         """
-        if not state_dict or (self._evaluates and self._training is not None):
+        if not state_dict:
+            return
+        check_attached(self.state_key, state_dict, _STATE_FORM)
+        if self._evaluates and self._training is not None:
             return
         self._saved = state_dict
         self._resumed = None if self._evaluates else state_dict

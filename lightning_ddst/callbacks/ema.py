@@ -21,6 +21,7 @@ from lightning_ddst.utils.checkpoints import AVERAGES
 from lightning_ddst.utils.compilation import uncompiled
 from lightning_ddst.utils.lightning_private import state_key
 from lightning_ddst.utils.networks import Name, find_network, is_same_network
+from lightning_ddst.utils.states import check_state, restoring
 
 
 class GeneratorEMA(Callback):
@@ -124,11 +125,12 @@ class GeneratorEMA(Callback):
         if self._saved is None and begun:
             return
         with torch.inference_mode(False):  # evaluation may come before training
-            self._generator = generator
-            self._average = self.average_class(generator, self._decay, self._buffers)
-            if self._saved is not None:
-                self._average.load_state_dict(self._saved)
-                self._saved = None
+            average = self.average_class(generator, self._decay, self._buffers)
+            saved, self._saved = self._saved, None
+            if saved is not None:
+                with restoring(self.state_key):
+                    average.load_state_dict(saved)
+            self._generator, self._average = generator, average
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Removes every hook."""
@@ -179,8 +181,13 @@ class GeneratorEMA(Callback):
             self._average.swap()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the state returned by `state_dict`, once the generator exists."""
+        """Restores the state returned by `state_dict`, once the generator exists.
+
+        Raises:
+            ValueError: For another form of state.
+        """
         if state_dict:
+            check_state(self.state_key, state_dict, self.average_class.state_form)
             self._saved = state_dict
 
     def save_average(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

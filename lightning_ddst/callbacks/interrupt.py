@@ -37,7 +37,7 @@ class InterruptCheckpoint(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Installs signal handlers; Python allows that only in the main thread."""
-        self._signal = None
+        self._signal = self.path = None
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._interrupted) for number in _SIGNALS}
 

@@ -5,8 +5,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_ddst.callbacks._support.last_fit import LastFit
 from lightning_ddst.report.runs import find_source
 from lightning_ddst.utils.logging import generator_updates, tensorboards
+from lightning_ddst.utils.states import COUNT, NUMBER, check_state, each, named
 from lightning_ddst.utils.validation import check_count
 
 _MOST_POINTS = 2000
@@ -32,6 +34,7 @@ class SparsityPlots(Callback):
         self._validations = 0
         self._series: dict[str, list[tuple[int, float]]] = {}
         self._drawn: int | None = None
+        self._last_fit = LastFit()
 
     def record_scalars(self, values: Mapping[str, float], updates: int) -> None:
         """Records logged values.
@@ -60,6 +63,11 @@ class SparsityPlots(Callback):
             self._series[name] = [point for point in points if point[0] in kept]
 
     # ---- drawing ---------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forgets another module's run."""
+        if self._last_fit.starts(pl_module, stage):
+            self._series, self._validations, self._drawn = {}, 0, None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets an earlier run if a new one starts."""
@@ -99,6 +107,13 @@ class SparsityPlots(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the state returned by `state_dict`."""
+        """Restores the state returned by `state_dict`.
+
+        Raises:
+            ValueError: For another form of state.
+        """
+        check_state(self.state_key, state_dict, {"series": named(each((COUNT, NUMBER))), "validations": COUNT})
+        if not self._last_fit.restores():
+            return
         self._series = {name: [(update, value) for update, value in p] for name, p in state_dict["series"].items()}
         self._validations = state_dict["validations"]

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lightning_ddst.callbacks._support.last_fit import LastFit
 from lightning_ddst.callbacks.ema import GeneratorEMA
 from lightning_ddst.metrics.sources import PixelRange, RealImages, check_value_range, in_turn, sampled
 from lightning_ddst.metrics.statistics import LEAST, Comparison, MetricName, RealStatistics, keeps
@@ -22,6 +23,7 @@ from lightning_ddst.utils.lightning_private import state_key
 from lightning_ddst.utils.logging import generator_updates, log_scalars
 from lightning_ddst.utils.nested import Place
 from lightning_ddst.utils.networks import check_sample
+from lightning_ddst.utils.states import COUNT, FLAG, NUMBER, check_state, each, named
 from lightning_ddst.utils.validation import check_choice, check_count
 
 GeneratorWeights = Literal["average", "raw"]
@@ -74,6 +76,8 @@ class SampleQuality(Callback):
 
     Attributes:
         history: Every value with the number of generator updates before it, by metric as logged without ``/<name>``.
+            A fit of another module begins anew. After a fit, evaluations of other modules and of checkpoints are not
+            added.
         real_halves: The Frechet distance between two halves of the real images; None before they are seen. Distances
             near it are noise.
 
@@ -124,6 +128,7 @@ class SampleQuality(Callback):
         self._cache = None if cache is None else Path(cache).expanduser()
         self._value_range = check_value_range(value_range)
         self._real = real
+        self._last_fit = LastFit()
         self._dark_samples = False  # whether samples had pixels below 0, in any evaluation
         self._num_features = num_features
         self._features = features.requires_grad_(False).eval()
@@ -137,7 +142,9 @@ class SampleQuality(Callback):
         return [f"{metric}{suffix}/{self.name}" for metric in self._metrics for suffix in suffixes]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks that the module has a method `sample`, and that the arguments fit this run."""
+        """Checks that the module has a method `sample` and the arguments fit this run; forgets another module's."""
+        if self._last_fit.starts(pl_module, stage):
+            self.history, self._dark_samples = {}, False
         check_sample(self, pl_module)
         if len(self._generators) > 1 and not _averages(trainer):
             raise ValueError("generators: average and raw are the same weights without a GeneratorEMA callback.")
@@ -152,8 +159,9 @@ class SampleQuality(Callback):
         with torch.inference_mode(False), torch.no_grad(), isolate_rng(pl_module.device.type == "cuda"):
             values = self._measure(trainer, pl_module)
         updates = generator_updates(trainer)
-        for metric, value in values.items():
-            self.history.setdefault(metric, []).append((updates, value))
+        if not self._last_fit.evaluates_another:
+            for metric, value in values.items():
+                self.history.setdefault(metric, []).append((updates, value))
         named = {f"{metric}/{self.name}": value for metric, value in values.items()}
         fitting = trainer.state.fn == "fit"
         if fitting:
@@ -272,8 +280,16 @@ class SampleQuality(Callback):
         return {"history": history, "dark_samples": self._dark_samples}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the state returned by `state_dict`."""
-        self._dark_samples = state_dict.get("dark_samples", False)
+        """Restores the state returned by `state_dict`.
+
+        Raises:
+            ValueError: For another form of state.
+        """
+        form = {"history": named(each((COUNT, NUMBER))), "dark_samples": FLAG}
+        check_state(self.state_key, state_dict, form)
+        if not self._last_fit.restores():
+            return
+        self._dark_samples = state_dict["dark_samples"]
         self.history = {
             metric: [(updates, value) for updates, value in values] for metric, values in state_dict["history"].items()
         }

@@ -4,9 +4,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torchvision.utils import make_grid
 
+from lightning_ddst.callbacks._support.last_fit import LastFit
 from lightning_ddst.metrics.sources import check_below_zero, check_value_range, spans_wide
 from lightning_ddst.utils.logging import generator_updates, tensorboards
 from lightning_ddst.utils.networks import check_sample
+from lightning_ddst.utils.states import FLAG, check_state
 from lightning_ddst.utils.validation import check_count
 
 
@@ -44,10 +46,13 @@ class SampleGrid(Callback):
         self._scale = scale
         self._seed = seed
         self._value_range = check_value_range(value_range)
+        self._last_fit = LastFit()
         self._dark = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks that the module has a method `sample`."""
+        """Checks that the module has a method `sample`; forgets another module's samples."""
+        if self._last_fit.starts(pl_module, stage):
+            self._dark = False
         check_sample(self, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -71,5 +76,11 @@ class SampleGrid(Callback):
         return {"dark": self._dark}
 
     def load_state_dict(self, state_dict: dict[str, bool]) -> None:
-        """Restores the state returned by `state_dict`."""
-        self._dark = state_dict["dark"]
+        """Restores the state returned by `state_dict`.
+
+        Raises:
+            ValueError: For another form of state.
+        """
+        check_state(self.state_key, state_dict, {"dark": FLAG})
+        if self._last_fit.restores():
+            self._dark = state_dict["dark"]

@@ -1,5 +1,7 @@
 """Images in NumPy files."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from lightning_ddst.data.images import ImageDataModule
+from lightning_ddst.utils.cache import first_line
 from lightning_ddst.utils.validation import check_choice
 
 Layout = Literal["NHW", "NHWC", "NCHW"]
@@ -68,15 +71,18 @@ class ArrayDataModule(ImageDataModule):
         if not path.is_file():
             raise self.missing(path, "images of a .npz or .npy file")
         if path.suffix == ".npy":
-            mapped = np.load(path, mmap_mode="r")
+            with _reading(path):
+                mapped = np.load(path, mmap_mode="r")
             return _Mapped(path, self._layout(path, mapped), self._range(path, mapped))
         if path.suffix != ".npz":
             raise ValueError(f"{path} must be a .npz or .npy file.")
-        with np.load(path) as arrays:
-            if "images" not in arrays:
-                raise ValueError(f"{path} must hold images; it holds {', '.join(arrays) or 'nothing'}.")
-            images = arrays["images"]
-            labels = arrays["labels"] if "labels" in arrays else np.zeros(len(images), np.int64)
+        with _reading(path), np.load(path) as arrays:
+            held = {name: arrays[name] for name in ("images", "labels") if name in arrays}
+            others = ", ".join(arrays) or "nothing"
+        if "images" not in held:
+            raise ValueError(f"{path} must hold images; it holds {others}.")
+        images = held["images"]
+        labels = held.get("labels", np.zeros(images.shape[:1], np.int64))
         if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
             raise ValueError(
                 f"{path}: labels {labels.dtype}{labels.shape} must be integers, one per image: {images.shape[:1]}."
@@ -123,6 +129,17 @@ class ArrayDataModule(ImageDataModule):
             f"{path}: floats from {low} to {high} are neither in [0, 1], nor in [-1, 1] and down to -0.5 at least; "
             "set value_range to the values of black and white."
         )
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns whatever NumPy raises for a damaged file into a ValueError of one line."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is damaged, or holds no plain arrays: {first_line(error)}") from error
 
 
 def _tensor(images: NDArray[Any], layout: Layout, value_range: tuple[float, float]) -> Tensor:

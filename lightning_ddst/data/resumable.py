@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_ddst.utils import distributed
+from lightning_ddst.utils.states import COUNT, INTEGER, check_state
 from lightning_ddst.utils.validation import check_count
 
-_STATE = ("epoch", "samples", "seed", "batch_size", "images")
+_STATE_FORM = {"epoch": COUNT, "samples": COUNT, "seed": INTEGER, "batch_size": COUNT, "images": COUNT}
 
 
 class ShuffledSampler(DistributedSampler[Any]):
@@ -176,12 +177,12 @@ class ResumableLoader(DataLoader[tuple[Tensor, ...]]):
         }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Restores the state returned by `state_dict`."""
-        if missing := [name for name in _STATE if name not in state]:
-            raise ValueError(
-                f"the train loader's state in the checkpoint has {', '.join(map(str, state))} but no "
-                f"{', '.join(missing)}: an earlier version or another loader than ResumableLoader saved it."
-            )
+        """Restores the state returned by `state_dict`.
+
+        Raises:
+            ValueError: For another form of state, such as another loader's.
+        """
+        check_state("ResumableLoader", state, _STATE_FORM)
         self._loaded = dict(state)
         self._shuffled.seed = state["seed"]
         self._shuffled.set_epoch(state["epoch"])

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningModule
 from torch import nn
@@ -14,7 +13,7 @@ from lightning_ddst.export.benchmark import WORTHWHILE, onnx_time_ratio, sparse_
 from lightning_ddst.export.traced import Computation
 from lightning_ddst.sparsity import compact
 from lightning_ddst.sparsity.reparametrized import copy_network
-from lightning_ddst.utils.configurations import check_classes, without_optimizers
+from lightning_ddst.utils.configurations import check_classes, read_yaml, without_optimizers
 from lightning_ddst.utils.example_inputs import get_generator_inputs
 from lightning_ddst.utils.modules import eval_mode
 from lightning_ddst.utils.networks import find_network
@@ -151,9 +150,9 @@ def _config_of(checkpoint: Path) -> Path:
 def _read(config: Path) -> dict[str, Any]:
     """Reads the configuration of a run."""
     try:
-        content = yaml.safe_load(config.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{config} is not the configuration of a run: {_in_one_line(error)}") from error
+        content = read_yaml(config)
+    except ValueError as error:
+        raise ValueError(f"{config} is not the configuration of a run: {error}") from error
     if not isinstance(content, dict) or "model" not in content:
         raise ValueError(f"{config} is not the configuration of a run: it has no model.")
     return content

@@ -29,7 +29,7 @@ from lightning_ddst.sparsity.bitpack import view_as_integers
 from lightning_ddst.sparsity.reparametrized import copy_network, fold_weight_norm, has_weight_norm
 from lightning_ddst.sparsity.spectral import spectral_norms
 from lightning_ddst.utils import cache
-from lightning_ddst.utils.checkpoints import AVERAGES, find_damage
+from lightning_ddst.utils.checkpoints import AVERAGES, describe_error, find_damage
 from lightning_ddst.utils.lightning_private import state_key_of
 from lightning_ddst.utils.nested import Place
 from lightning_ddst.utils.networks import USUAL_NAMES
@@ -98,7 +98,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load may raise anything for a damaged file
-        raise ValueError(f"{path} is damaged, or not a checkpoint: {cache.first_line(error)}") from error
+        raise ValueError(f"{path} is damaged, or not a checkpoint: {describe_error(error)}.") from error
     if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} is not a checkpoint of Lightning: it has no state_dict.")
     return checkpoint

@@ -19,6 +19,7 @@ from lightning_ddst.utils.lightning_private import recount_batches, set_ddp_defa
 from lightning_ddst.utils.logging import log_scalars, logs_at
 from lightning_ddst.utils.modules import eval_mode
 from lightning_ddst.utils.nested import Place, describe_tensors, find_images, find_labels, get_tensor, tensors_in
+from lightning_ddst.utils.states import COUNT, check_state
 from lightning_ddst.utils.validation import check_count
 
 
@@ -277,8 +278,14 @@ class GANMixin(_Module):
         checkpoint["gan_updates"] = (self.generator_updates, self._discriminator_updates)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the counts of updates."""
-        self.generator_updates, self._discriminator_updates = checkpoint.get("gan_updates", (0, 0))
+        """Restores the counts of updates.
+
+        Raises:
+            ValueError: For counts of another form.
+        """
+        counts = checkpoint.get("gan_updates", (0, 0))  # the checkpoint may be of another module
+        check_state(type(self).__name__, {"gan_updates": counts}, {"gan_updates": (COUNT, COUNT)})
+        self.generator_updates, self._discriminator_updates = counts
 
 
 class GANModule(GANMixin, LightningModule):

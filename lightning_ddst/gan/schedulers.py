@@ -10,10 +10,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.hooks import RemovableHandle
 
+from lightning_ddst.utils.states import COUNT, NUMBER, Form, check_state, each, maybe
 from lightning_ddst.utils.validation import check_choice, check_count
 
 _UNUSED = ("monitor", "reduce_on_plateau", "strict")
 """Keys that Lightning drops with a warning in manual optimization."""
+_STATE_FORM: Form = each({"steps": COUNT, "due": COUNT, "value": maybe(NUMBER)})
 
 
 @dataclass
@@ -105,6 +107,7 @@ class SchedulerSteps(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restores counts, and starts to count the optimizers' steps."""
         if pl_module is not self._module:
+            self._scheduled = []
             return
         known = {id(monitored.scheduler): monitored for monitored in self._monitored}
         self._scheduled = [
@@ -151,9 +154,8 @@ class SchedulerSteps(Callback):
         self._step_due(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Counts no more steps."""
+        """Counts no more steps; the counts stay, for a checkpoint that is saved after the fit."""
         self._remove_hooks()
-        self._scheduled = []
 
     # ---- stepping --------------------------------------------------------------------------------------
 
@@ -246,5 +248,11 @@ class SchedulerSteps(Callback):
         return None if value is None else float(value)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restores the counts."""
-        self._loaded = checkpoint.get("gan_schedulers", [])
+        """Restores the counts.
+
+        Raises:
+            ValueError: For counts of another form.
+        """
+        loaded = checkpoint.get("gan_schedulers", [])
+        check_state(type(self._module).__name__, {"gan_schedulers": loaded}, {"gan_schedulers": _STATE_FORM})
+        self._loaded = list(loaded)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
 from lightning_ddst.methods.intervals import Plan
 from lightning_ddst.utils.registry import Registry
-from lightning_ddst.utils.validation import check_density
+from lightning_ddst.utils.validation import check_density, to_plain_numbers
 
 if TYPE_CHECKING:
     from lightning_ddst.methods.training import SparseTraining
@@ -73,7 +73,7 @@ class MaskUpdate(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 -- most have nothing to remember
-        """Restores the state returned by `state_dict`."""
+        """Restores the state returned by `state_dict`; it may be called before `begin`, to check a state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +105,7 @@ class Method(ABC):
 
     def __post_init__(self) -> None:
         """Checks the densities."""
+        to_plain_numbers(self)
         check_density("generator_density", self.generator_density)
         if self.discriminator_density is not None:
             check_density("discriminator_density", self.discriminator_density)

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Literal
+from typing import ClassVar, Literal
 
-from lightning_ddst.utils.validation import check_count
+from lightning_ddst.utils.states import COUNT, POSITIVE, Form, maybe
+from lightning_ddst.utils.validation import check_count, to_plain_numbers
 
 _UNKNOWN_LENGTH_INTERVAL = 1000
 _LONGEST_WINDOW = 10_000
@@ -31,6 +32,7 @@ class Intervals:
 
     def __post_init__(self) -> None:
         """Checks the intervals."""
+        to_plain_numbers(self)
         for name in ("interval", "explore_interval"):
             if (value := getattr(self, name)) is not None:
                 check_count(name, value)
@@ -58,6 +60,14 @@ class Plan:
     explore_interval: int | None = None
     probe_interval: int | None = None
     updates: int | None = None
+
+    state_form: ClassVar[Form] = {
+        "interval": maybe(POSITIVE),
+        "explore_interval": maybe(POSITIVE),
+        "probe_interval": maybe(POSITIVE),
+        "updates": maybe(COUNT),
+    }
+    """The form of the fields as a dict."""
 
     @classmethod
     def for_run(cls, intervals: Intervals, updates: int | None, *, known: bool, reference: int | None = None) -> "Plan":

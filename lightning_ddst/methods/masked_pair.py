@@ -5,9 +5,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from lightning_ddst.methods.base import Role
-from lightning_ddst.sparsity import MaskedNetwork
+from lightning_ddst.methods.base import ROLES, Role
+from lightning_ddst.sparsity import MaskedNetwork, find_units
 from lightning_ddst.sparsity.selection import count_true
+from lightning_ddst.utils.states import TEXT, Form, named
 
 T = TypeVar("T")
 
@@ -48,6 +49,12 @@ class MaskedPair:
         """Joins values of each network's weights in one dict, by the weights' names in the module."""
         pairs = zip(self.names.values(), of_networks, strict=True)
         return {names[name]: value for names, values in pairs for name, value in values.items()}
+
+    @staticmethod
+    def state_form(granularity: str) -> Form:
+        """Returns the form of `state_dict` for masks of a granularity."""
+        form = MaskedNetwork.state_form | find_units(granularity).state_form | {"names": named(TEXT)}
+        return dict.fromkeys(ROLES, form)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Returns the state of both networks with the names in the module; loads with ``weights_only=True``."""

@@ -14,6 +14,7 @@ from lightning_ddst.methods.base import MaskUpdate, Method, Role, training_metho
 from lightning_ddst.methods.intervals import Plan
 from lightning_ddst.methods.training import SparseTraining
 from lightning_ddst.sparsity.sharding import copy_like, full_tensor
+from lightning_ddst.utils.states import COUNT, TENSOR, check_state, check_tensors, maybe, named
 
 _POST_HOC_AT = 2 / 3
 """Share of the run after which weights are pruned: fine-tuning takes half as long as training (DDST)."""
@@ -92,8 +93,14 @@ class InitialWeights:
         """Returns the values; loads with ``weights_only=True``."""
         return [{name: full_tensor(value).clone() for name, value in values.items()} for values in self._values]
 
-    def load_state_dict(self, state: Iterable[Mapping[str, Any]]) -> None:
-        """Restores the state returned by `state_dict`."""
+    def load_state_dict(self, state: Sequence[Mapping[str, Any]]) -> None:
+        """Restores the state returned by `state_dict`.
+
+        Raises:
+            ValueError: If it has values of other networks.
+        """
+        for values, saved in zip(self._values, state, strict=True):
+            check_tensors("the saved initial weights", saved, values)
         for values, saved in zip(self._values, state, strict=True):
             for name, value in saved.items():
                 values[name] = copy_like(value, values[name])
@@ -152,7 +159,14 @@ class PruneByMagnitude(MaskUpdate):
         return {"done": self._done, "initial": None if self._initial is None else self._initial.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores the state returned by `state_dict`."""
+        """Restores the state returned by `state_dict`.
+
+        Raises:
+            ValueError: For another form of state.
+        """
+        values = (named(TENSOR), named(TENSOR))
+        initial = values if self._pruning.rewinds else maybe(values)
+        check_state(type(self).__name__, state, {"done": COUNT, "initial": initial})
         self._done = state["done"]
         if self._initial is not None:
             self._initial.load_state_dict(state["initial"])

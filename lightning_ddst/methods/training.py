@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,10 +23,11 @@ from lightning_ddst.sparsity import (
     has_updated,
 )
 from lightning_ddst.sparsity.channels.structured_forward import can_run_structured
-from lightning_ddst.sparsity.dense_gradients import Unscaled
+from lightning_ddst.sparsity.dense_gradients import DenseGradients, Unscaled
 from lightning_ddst.sparsity.enforcement import OptimizerState
 from lightning_ddst.sparsity.optimizers import get_parameters
 from lightning_ddst.utils import distributed
+from lightning_ddst.utils.states import ANYTHING, COUNT, FLAG, Form, each, maybe, named
 
 
 class SparseTraining:
@@ -63,6 +64,21 @@ class SparseTraining:
         ValueError: If a maskable weight is in none of the optimizers, or a mask update needs the balance ratio and
             there is no probe.
     """
+
+    state_form: ClassVar[Form] = {
+        "updates": COUNT,
+        "measurements": COUNT,
+        "probe": maybe(BalanceProbe.state_form),
+        "decisions": each((COUNT, Decision.state_form)),
+        "mask_updates": each({"pending": FLAG, "state": named(ANYTHING)}),
+        "plan": Plan.state_form,
+        "window": BalanceWindow.state_form,
+        "divergence": Divergence.state_form,
+        "flops": TrainingFlops.state_form,
+        "gradients": each(DenseGradients.state_form),
+        "rewinds": COUNT,
+    }
+    """The form of `state_dict`; mask updates check their own states."""
 
     def __init__(
         self,
@@ -296,7 +312,9 @@ class SparseTraining:
             "updates": self.updates,
             "measurements": self.measurements,
             "probe": None if self._probe is None else self._probe.state_dict(),
-            "decisions": [(update, asdict(decision)) for update, decision in self.decisions],
+            "decisions": [
+                (update, asdict(decision) | {"density": float(decision.density)}) for update, decision in self.decisions
+            ],
             "mask_updates": [{"pending": each.pending, "state": each.state_dict()} for each in self.mask_updates],
             "plan": asdict(self.plan),
             "window": self.window.state_dict(),
@@ -307,7 +325,14 @@ class SparseTraining:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores the state returned by `state_dict`."""
+        """Restores the state returned by `state_dict`.
+
+        Raises:
+            ValueError: For a state of other networks or of another method.
+        """
+        for key, own in (("mask_updates", self.mask_updates), ("gradients", self._enforcers)):
+            if len(state[key]) != len(own):
+                raise ValueError(f"{key} must have {len(own)} entries, and has {len(state[key])}.")
         self.updates, self.measurements, self.rewinds = state["updates"], state["measurements"], state["rewinds"]
         if self._probe is not None and state.get("probe") is not None:
             self._probe.load_state_dict(state["probe"])

@@ -1,6 +1,7 @@
 """Logged series of a run: the names that figures use, and the scalars in TensorBoard event files."""
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,6 +15,8 @@ METRICS = ("frechet_distance", "kernel_distance", "inception_score", "precision"
 """Metrics of `SampleQuality`, logged as ``<metric>/<features>`` and ``<metric>_raw/<features>``."""
 
 _EVENTS = "events.out.tfevents.*"
+_FRAME = 16
+"""Bytes of length and checksums around each record in an event file."""
 _OF_A_PAIR = re.compile(
     r"(?:(?P<pair>[^/]+)/)?(?P<name>balance/(?:ratio|real_sign)|control/(?:signal|lower|upper)"
     r"|(?:density|coverage|overlap)/(?:generator|discriminator)|layer_density/.+|flops/training_ratio)"
@@ -72,6 +75,13 @@ def read_run(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing import event_accumulator
 
     place = _place(Path(folder))
+    for path in place.glob(_EVENTS):
+        if unread := _count_unread(path):
+            warnings.warn(
+                f"the last {unread} bytes of {path} cannot be read: its process was killed while writing, or the file "
+                "is damaged. What it logged from there on is missing.",
+                stacklevel=2,
+            )
     accumulators = [
         event_accumulator.EventAccumulator(str(path), {"scalars": 0, "images": 1}, purge_orphaned_data=False).Reload()
         for path in place.glob(_EVENTS)
@@ -89,6 +99,15 @@ def read_run(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
             f"balance/ratio; {found}. Name the folder of a run with a DynamicSparsityCallback."
         )
     return {name: sorted(points.items()) for name, points in series.items()}
+
+
+def _count_unread(path: Path) -> int:
+    """Returns the number of bytes from the first damaged record on, where TensorBoard stops reading."""
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+
+    with path.open("rb") as file:
+        size = file.seek(0, 2)  # before reading, since a run may go on writing
+    return max(0, size - sum(len(record) + _FRAME for record in RawEventFileLoader(str(path)).Load()))
 
 
 def _first_time(accumulator: Any) -> float:

@@ -1,7 +1,7 @@
 """An exponential moving average of a network's weights that respects masks."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from lightning_ddst.sparsity.sharding import full_tensor, is_split, reshard, spl
 from lightning_ddst.sparsity.spectral import spectral_norms
 from lightning_ddst.sparsity.stored_tensors import weight_norms
 from lightning_ddst.sparsity.weight_norm import group_lengths, rescale
+from lightning_ddst.utils.states import AGES, COUNT, FLOATS, Form, check_tensors, named
 from lightning_ddst.utils.validation import check_choice
 
 BufferHandling = Literal["average", "copy"]
@@ -33,6 +34,9 @@ class WeightAverage:
     Raises:
         ValueError: For an argument outside the allowed range.
     """
+
+    state_form: ClassVar[Form] = {"updates": COUNT, "averages": named(FLOATS), "ages": named(AGES)}
+    """The form of `state_dict`."""
 
     def __init__(self, network: nn.Module, decay: float = 0.999, buffers: BufferHandling = "average") -> None:
         if not 0 <= decay < 1:
@@ -139,9 +143,7 @@ class WeightAverage:
         """
         pairs = ((state["averages"], self._averages), (state["ages"], self._ages))
         for saved, own in pairs:
-            for name in sorted(saved.keys() | own.keys()):
-                if name not in saved or name not in own or saved[name].shape != own[name].shape:
-                    raise ValueError(f"the saved average is of another network: {name!r} is missing or differs.")
+            check_tensors("the saved averages", saved, own)
         for saved, own in pairs:
             for name, value in saved.items():
                 own[name].copy_(split_like(value.to(own[name].device), own[name]))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_ddst.utils.compilation import uncompiled
+from lightning_ddst.utils.states import Form, Leaf
 
 Signature = tuple[Any, ...]
 """The calls of a piece of training and the numbers of backward passes: nested tuples of int, bool and str."""
@@ -161,3 +162,12 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
     elif isinstance(value, Mapping):
         yield from _tensors(tuple(value.values()))
+
+
+def _is_signature(value: Any) -> bool:
+    hash(value)  # lists are none
+    return get_size(value) >= 0 and all(type(number) is int for number in called_networks(value))
+
+
+SIGNATURE: Form = Leaf("the calls of networks, as a CallLog returns them", _is_signature)
+"""The form of a saved signature."""

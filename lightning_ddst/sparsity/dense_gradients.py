@@ -1,7 +1,7 @@
 """Keeps the gradients of all weights, active and inactive, for growth rules that need them."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from lightning_ddst.sparsity.masked import MaskedNetwork
 from lightning_ddst.sparsity.sharding import copy_like, full_tensor, is_split, local_part
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.compilation import uncompiled
+from lightning_ddst.utils.states import FLAG, FLOATS, Form, Leaf, check_tensors, named
 
 Unscaled = Callable[[Tensor], Tensor]
 _AVERAGE_DECAY = 0.9
@@ -43,6 +44,16 @@ class DenseGradients:
         recording: Whether the next update's gradients will be needed. Growth rules that use the average need every
             update's gradients anyway.
     """
+
+    state_form: ClassVar[Form] = {
+        "recording": FLAG,
+        "kept": named(FLOATS),
+        "accumulated": named(FLOATS),
+        "finite": named(
+            Leaf("a bool tensor of one entry", lambda value: value.dtype == torch.bool and value.numel() == 1)
+        ),
+    }
+    """The form of `state_dict`."""
 
     def __init__(self, network: MaskedNetwork, unscaled: Unscaled = torch.clone) -> None:
         self.recording = False
@@ -151,7 +162,15 @@ class DenseGradients:
         return {"recording": self.recording, "kept": kept, "accumulated": accumulated, "finite": finite}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the state returned by `state_dict`."""
+        """Restores the state returned by `state_dict`.
+
+        Raises:
+            ValueError: If it has gradients of other weights.
+        """
+        for saved in (state["kept"], state["accumulated"]):
+            check_tensors("the saved gradients", saved, self._network.parameters, complete=False)
+        if unknown := sorted(state["kept"].keys() - state["finite"].keys()):
+            raise ValueError(f"finite must hold whether the saved gradient of {unknown[0]!r} was finite.")
         self.recording = state["recording"]
         for held, saved in ((self._kept, state["kept"]), (self._accumulated, state["accumulated"])):
             for name, gradient in saved.items():

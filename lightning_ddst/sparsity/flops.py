@@ -5,17 +5,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ddst.sparsity.call_log import CallLog, Signature, called_networks, get_kind, get_size
+from lightning_ddst.sparsity.call_log import SIGNATURE, CallLog, Signature, called_networks, get_kind, get_size
 from lightning_ddst.sparsity.masked import MaskedNetwork
 from lightning_ddst.sparsity.op_counter import OpCounter
 from lightning_ddst.sparsity.workloads import ActiveCounts, ActiveSum, Uses, Workload
 from lightning_ddst.utils.compilation import run_eagerly, uncompiled
+from lightning_ddst.utils.states import COUNT, FLAG, Form, each, maybe
 
 _MOST_WORKLOADS = 32
 
@@ -66,6 +67,18 @@ class TrainingFlops:
         networks: The networks.
         optimizers: Optimizers whose steps end a workload; every generator update does, too.
     """
+
+    state_form: ClassVar[Form] = {
+        "steps": COUNT,
+        "measured": FLAG,
+        "updates": ActiveSum.state_form,
+        "probes": ActiveSum.state_form,
+        "probe": maybe(Uses.state_form),
+        "workloads": each(Workload.state_form),
+        "since_update": each(COUNT),
+        "calls": SIGNATURE,
+    }
+    """The form of `state_dict`."""
 
     def __init__(self, networks: Iterable[MaskedNetwork], optimizers: Iterable[Optimizer] = ()) -> None:
         self._networks = list(networks)
@@ -145,8 +158,8 @@ class TrainingFlops:
         ]
 
     def _settle(self) -> None:
-        for each in [self._updates, self._probes, *(sums for w in self._workloads.values() for sums in w.sums)]:
-            each.settle(self._counts)
+        for sums in [self._updates, self._probes, *(held for w in self._workloads.values() for held in w.sums)]:
+            sums.settle(self._counts)
 
     # ---- training ----------------------------------------------------------------------------------
 
@@ -329,7 +342,11 @@ class TrainingFlops:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores the state returned by `state_dict`."""
+        """Restores the state returned by `state_dict`.
+
+        Raises:
+            ValueError: If it is of other networks.
+        """
         self._stop_counting()
         self._steps, self._measured = state["steps"], state["measured"]
         self._updates.load_state_dict(state["updates"])

@@ -3,7 +3,7 @@
 import hashlib
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from lightning_ddst.sparsity.maskable import MaskableWeight, MaskedParameters, a
 from lightning_ddst.sparsity.sharding import is_split, local_part, reshard, split_like
 from lightning_ddst.sparsity.units import Units, find_units
 from lightning_ddst.sparsity.units.base import INITIAL, ByTensor, Gradients, Initial
+from lightning_ddst.utils.states import BITS, DENSITY, MASK, SHARE, TORCH_STATE, Form, check_tensors, named
 from lightning_ddst.utils.validation import check_choice, check_rate
 
 Regrown = Literal["keep", "reset"]
@@ -63,6 +64,15 @@ class MaskedNetwork:
         ValueError: For an argument outside the allowed range, or a network without maskable weights.
     """
 
+    state_form: ClassVar[Form] = {
+        "target": DENSITY,
+        "rng": TORCH_STATE,
+        "masks": named(MASK),
+        "ever": named(BITS),
+        "overlap": SHARE,
+    }
+    """The form of `state_dict`, without the keys of the units."""
+
     def __init__(
         self,
         network: nn.Module,
@@ -96,7 +106,7 @@ class MaskedNetwork:
         if not self.weights:
             raise ValueError(f"granularity={granularity!r} fits the shape of no layer, so there is nothing to mask.")
         self._left_dense = {weight.name for weight in maskable} - self.weights.keys()
-        self.target = density
+        self.target = float(density)  # of NumPy, for example, which does not load with weights_only=True
         # Not the seed itself: weights may have been drawn from it, and masks must be independent of them.
         digest = hashlib.sha256(f"masks {seed}".encode()).digest()
         self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") // 2)
@@ -365,10 +375,7 @@ class MaskedNetwork:
         Raises:
             ValueError: If the state is of a network with other maskable weights, or of other units.
         """
-        saved = state["masks"]
-        for name in sorted(self.weights.keys() | saved.keys()):
-            if name not in self.weights or name not in saved or saved[name].shape != self.weights[name].parameter.shape:
-                raise ValueError(f"the saved masks are another network's: {name!r} is missing or differs in shape.")
+        check_tensors("the saved masks", state["masks"], self.parameters)
         self.units.load_state_dict(state)
         ever = state.get("ever", {})
         self._ever = {name: bits.to(self.masks[name].device, copy=True) for name, bits in ever.items()}

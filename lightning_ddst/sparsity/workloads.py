@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
-from lightning_ddst.sparsity.call_log import Signature
+from lightning_ddst.sparsity.call_log import SIGNATURE, Signature
+from lightning_ddst.utils.states import COUNT, POSITIVE, Form, each, maybe, named
 
 PATIENCE = 64
 """Steps after a new workload in which it is expected again."""
@@ -27,9 +28,12 @@ class ActiveSum:
         active: The sum of active weights by name, for each network, of occurrences before `settle`.
     """
 
+    state_form: ClassVar[Form] = {"times": COUNT, "active": each(named(COUNT))}
+    """The form of `state_dict`."""
+
     def __init__(self, names: Iterable[Iterable[str]]) -> None:
         self.times = 0
-        self.active = [dict.fromkeys(each, 0) for each in names]
+        self.active = [dict.fromkeys(weights, 0) for weights in names]
         self._pending = 0
 
     def add(self, times: int = 1) -> None:
@@ -50,7 +54,13 @@ class ActiveSum:
         return {"times": self.times, "active": [dict(sums) for sums in self.active]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores the state returned by `state_dict`."""
+        """Restores the state returned by `state_dict`.
+
+        Raises:
+            ValueError: If it has sums of other weights.
+        """
+        if [sums.keys() for sums in state["active"]] != [sums.keys() for sums in self.active]:
+            raise ValueError("the saved sums of operations are of other weights.")
         self.times, self._pending = state["times"], 0
         self.active = [dict(sums) for sums in state["active"]]
 
@@ -66,6 +76,9 @@ class Uses:
 
     all: Sequence[Mapping[str, Fraction]]
     gradient: Sequence[Mapping[str, Fraction]]
+
+    state_form: ClassVar[Form] = dict.fromkeys(("all", "gradient"), each(named((COUNT, POSITIVE))))
+    """The form of `state_dict`."""
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the numbers as pairs of int; loads with ``weights_only=True``."""
@@ -99,6 +112,15 @@ class Workload:
         uses: The measured operations; None if they were not measured yet.
     """
 
+    state_form: ClassVar[Form] = {
+        "signature": SIGNATURE,
+        "sums": each(ActiveSum.state_form),
+        "uses": maybe(Uses.state_form),
+        "last": COUNT,
+        "gap": maybe(COUNT),
+    }
+    """The form of `state_dict`."""
+
     def __init__(self, signature: Signature, names: Sequence[Iterable[str]]) -> None:
         self.signature = signature
         self.steps = ActiveSum(names)
@@ -127,7 +149,7 @@ class Workload:
         """Returns the state after all sums were settled; loads with ``weights_only=True``."""
         return {
             "signature": self.signature,
-            "sums": [each.state_dict() for each in self.sums],
+            "sums": [sums.state_dict() for sums in self.sums],
             "uses": None if self.uses is None else self.uses.state_dict(),
             "last": self._last,
             "gap": self._gap,
@@ -137,8 +159,8 @@ class Workload:
     def from_state(cls, state: Mapping[str, Any], names: Sequence[Iterable[str]]) -> "Workload":
         """Returns the workload whose state `state_dict` returned."""
         workload = cls(state["signature"], names)
-        for each, saved in zip(workload.sums, state["sums"], strict=True):
-            each.load_state_dict(saved)
+        for sums, saved in zip(workload.sums, state["sums"], strict=True):
+            sums.load_state_dict(saved)
         workload.uses = None if state["uses"] is None else Uses.from_state(state["uses"])
         workload._last, workload._gap = state["last"], state["gap"]
         return workload

@@ -3,6 +3,8 @@
 import errno
 import io
 import os
+import pickle
+import re
 import time
 import zipfile
 from collections.abc import Callable
@@ -14,11 +16,15 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lightning_ddst.utils import cache
+from lightning_ddst.utils.lightning_private import load_checkpoint
 
 AVERAGES = "generator_averages"
 """The key in weights-only checkpoints that holds the states of `GeneratorEMA` callbacks, by their `state_key`."""
 _ABANDONED = 3600.0
 """Seconds after which a temporary file is one of a killed process."""
+_OBJECTS = "holds other objects than tensors, numbers, texts and containers"
+_COLORS = re.compile("\x1b\\[[0-9;]*m")
+"""Codes of a terminal's colors, which torch writes into errors."""
 
 
 class CheckpointError(OSError):
@@ -29,8 +35,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint next to the earlier one, and then replaces it: one of them is always there and complete.
 
     The temporary file is in the folder of the checkpoint, so ``TMPDIR`` may be on another file system. A full disk or a
-    process that is killed leaves the earlier checkpoint as it was. Before it loads a checkpoint it compares the file's
-    checksums. ``lightning-ddst`` uses it by default. URLs of other file systems ("s3://...") are left to Lightning.
+    process that is killed leaves the earlier checkpoint as it was. ``lightning-ddst`` uses it by default. URLs of other
+    file systems ("s3://...") are left to Lightning.
+
+    Before it loads a checkpoint it compares the file's checksums. It loads tensors, numbers, texts and containers only,
+    so that no checkpoint runs code, unless ``Trainer.fit(weights_only=False)`` allows other objects.
 
     Example::
 
@@ -80,17 +89,34 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Args:
             path: Path of the file.
             map_location: As for `torch.load`.
-            weights_only: As for `torch.load`.
+            weights_only: As for `torch.load`; True by default.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            CheckpointError: If the file's contents do not match its checksums.
+            CheckpointError: If the file is damaged, or holds other objects.
         """
         local = Path(path).expanduser()
         if not _is_url(path) and local.is_file() and (damage := find_damage(local)):
             raise CheckpointError(f"the checkpoint {path} is damaged: {damage}.")
-        asked = {} if weights_only is None else {"weights_only": weights_only}  # an argument from Lightning 2.6 on
-        return super().load_checkpoint(path, map_location, **asked)
+        try:
+            content: dict[str, Any] = load_checkpoint(path, map_location, weights_only is not False)
+        except OSError:
+            raise
+        except Exception as error:  # torch.load may raise anything for a damaged file
+            raise CheckpointError(
+                f"the checkpoint {path} is damaged or {_OBJECTS}: {describe_error(error)}. If you trust "
+                "it, load it with Trainer.fit(weights_only=False)."
+            ) from error
+        return content
+
+
+def describe_error(error: Exception) -> str:
+    """Returns an error of `torch.load` in one line without control characters."""
+    line = _COLORS.sub("", cache.first_line(error))
+    if isinstance(error, pickle.UnpicklingError) and line.startswith("Weights only load failed"):
+        reason = str(error).partition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
+        return reason.removesuffix(".") or "it is no pickle of tensors"
+    return line.removesuffix(".")
 
 
 def find_damage(path: Path) -> str | None:

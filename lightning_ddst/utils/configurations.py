@@ -1,14 +1,53 @@
 """Checks of configurations before their classes are instantiated: jsonargparse also calls functions that they name."""
 
 import inspect
+import math
 import pydoc
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
+import yaml
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+_MOST_VALUES = 100_000
+"""Values that a configuration may hold when its aliases are expanded."""
+
+
+def read_yaml(path: Path) -> Any:
+    """Reads a configuration file.
+
+    Args:
+        path: Path of the file.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is not text in UTF-8, not YAML, or its aliases stand for very many values or themselves.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _count_values(content, {})
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"it is not a YAML file: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply.") from error
+    if values > _MOST_VALUES:
+        raise ValueError(f"it holds more than {_MOST_VALUES:,} values.")
+    return content
+
+
+def _count_values(value: Any, known: dict[int, float]) -> float:
+    """Counts values with each alias expanded; infinite if one stands for a part of itself."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count_values(part, known) for part in parts)
+    return known[id(value)]
 
 
 def check_classes(config: Any, name: str = "") -> None:

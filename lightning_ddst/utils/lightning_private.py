@@ -6,6 +6,7 @@ Lightning breaks one file. `tests/utils/test_lightning_private.py` checks both.
 
 from typing import Any
 
+from lightning.fabric.utilities.cloud_io import _load
 from lightning.pytorch import Callback, Trainer
 
 from lightning_ddst.utils.lightning_packages import is_a
@@ -130,10 +131,23 @@ def renew_train_iterator(trainer: Trainer) -> None:
     another one later. Uses ``_FitLoop._data_fetcher`` (Lightning 1.5) and ``_TrainingEpochLoop.restarted_on_last``
     (2.5).
 
-    It also corrects Lightning's count of batches, see `recount_batches`.
+    Call `recount_batches` before.
     """
-    recount_batches(trainer)
     loop = trainer.fit_loop
     made_later = resumes_mid_epoch(trainer) or (loop.restarted_mid_epoch and loop.epoch_loop.restarted_on_last)
     if not made_later and loop._data_fetcher is not None:
         iter(loop._data_fetcher)
+
+
+def load_checkpoint(path: Any, map_location: Any, weights_only: bool) -> Any:
+    """Reads a checkpoint from a file or a URL.
+
+    Uses ``lightning.fabric.utilities.cloud_io._load`` (Lightning 2.0): `TorchCheckpointIO.load_checkpoint` takes
+    `weights_only` from Lightning 2.6 on only.
+
+    Args:
+        path: Path or URL of the checkpoint.
+        map_location: As for `torch.load`.
+        weights_only: As for `torch.load`.
+    """
+    return _load(path, map_location, weights_only=weights_only)

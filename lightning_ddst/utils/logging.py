@@ -40,8 +40,14 @@ def logs_at(trainer: Trainer, updates: int) -> bool:
 
 
 def generator_updates(trainer: Trainer) -> int:
-    """Returns the generator updates so far, as counted by the `DynamicSparsityCallback` or else by the module."""
+    """Returns the generator updates so far, as counted by the `DynamicSparsityCallback` or else by the module.
+
+    In an evaluation the module's count comes first: it is that of an evaluated checkpoint, and the callback keeps that
+    of its last fit.
+    """
     counters = [*trainer.callbacks, trainer.lightning_module]  # type: ignore[attr-defined]
+    if trainer.state.fn != "fit":
+        counters.reverse()
     counts = (getattr(counter, "generator_updates", None) for counter in counters)
     return next((count for count in counts if count is not None), 0)
 

@@ -1,5 +1,6 @@
 """The random states of training, in types that load with ``weights_only=True``."""
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +11,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_ddst.utils import distributed
-from lightning_ddst.utils.lightning_private import renew_train_iterator, resumes_mid_epoch, train_loaders
+from lightning_ddst.utils.lightning_private import (
+    recount_batches,
+    renew_train_iterator,
+    resumes_mid_epoch,
+    train_loaders,
+)
 
 
 def random_states() -> dict[str, Any]:
@@ -42,14 +48,18 @@ def resume_randomness(trainer: Trainer, states: Sequence[Mapping[str, Any]]) -> 
         trainer: The Trainer, which has restored its loops and asked the loaders for iterators.
         states: The states returned by `random_states` in each process.
     """
+    recount_batches(trainer)
     stateful = all(hasattr(loader, "load_state_dict") for loader in train_loaders(trainer))
     if resumes_mid_epoch(trainer) and not stateful:
         batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        left = max(0, trainer.num_training_batches - batches)
+        first = f"{left:.0f} " if left < math.inf else ""
         rank_zero_warn(
             f"the checkpoint was made after batch {batches} of an epoch, and the train loader cannot "
-            "resume there: the rest of the epoch has other batches than the interrupted run would have had. Resume "
-            "from the end of an epoch, or use a loader with state_dict and load_state_dict "
-            "(lightning_ddst.data.ResumableLoader)."
+            f"resume there: the rest of the epoch is the first {first}batches of a new order, so it sees some images "
+            "twice and others not at all. With another batch size or number of processes than before, the epoch also "
+            "has another number of images. Resume from the end of an epoch, or use a loader with state_dict and "
+            "load_state_dict (lightning_ddst.data.ResumableLoader)."
         )
     processes = distributed.get_world_size()
     if len(states) != processes:

@@ -1,8 +1,9 @@
 """Checks of arguments; each raises a ValueError that names the argument, its value and the allowed values."""
 
 from collections.abc import Collection
+from dataclasses import fields
 from numbers import Integral, Real
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -33,3 +34,19 @@ def check_choice(name: str, value: T, allowed: Collection[T]) -> None:
     """Checks that a value is one of several names or numbers."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is unknown; allowed are {', '.join(map(str, allowed))}.")
+
+
+def to_plain_numbers(options: Any) -> None:
+    """Replaces the numbers in a dataclass, which may be frozen, by `plain_number`; also the entries of sequences."""
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if type(value) in (tuple, list):
+            value = type(value)(map(plain_number, value))
+        object.__setattr__(options, field.name, plain_number(value))
+
+
+def plain_number(value: Any) -> Any:
+    """Returns a number of NumPy or another kind as Python's, which loads with ``weights_only=True``; others as is."""
+    if isinstance(value, bool | int) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from toys import ToyGAN, toy_data, toy_trainer, trained
+from toys import LATENT, ToyGAN, toy_data, toy_trainer, trained
 
 from lightning_ddst import DynamicSparsityCallback
 from lightning_ddst.methods import Plan
@@ -46,6 +46,32 @@ def test_probing_changes_nothing_in_a_sparse_run(method: str) -> None:
     )
     expected = unprobed.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in probed.state_dict().items())
+
+
+def test_the_ratio_of_means_is_the_default() -> None:
+    def ratio(**estimator: str) -> float | None:
+        sparsity = DynamicSparsityCallback(0.5, method="static", interval=10, seed=1, **estimator)
+        trained(sparsity, epochs=3)
+        assert sparsity.measurements == 30
+        return sparsity.balance_ratio
+
+    assert ratio() == ratio(estimator="ratio_of_means") != ratio(estimator="mean_of_ratios")
+
+
+def test_operations_of_validation_are_not_counted() -> None:
+    class Validated(ToyGAN):
+        def validation_step(self, batch, batch_idx) -> None:
+            generator, discriminator = self.networks()
+            discriminator(generator(torch.zeros(50, LATENT)))
+
+    def ledger(**validation) -> dict:
+        sparsity = DynamicSparsityCallback(0.25, method="static", probe_interval=None, seed=1)
+        trainer = toy_trainer(sparsity, epochs=3, **validation)
+        trainer.fit(Validated(), toy_data(), toy_data(2))
+        return sparsity.flops_ledger
+
+    # After every batch, so also between the two updates whose operations are counted.
+    assert ledger(val_check_interval=1) == ledger(limit_val_batches=0) != {}
 
 
 def test_everything_can_be_read_before_fitting() -> None:

@@ -345,7 +345,7 @@ def test_a_checkpoint_of_another_generator_is_rejected(tmp_path) -> None:
     gan = WatchedGAN()
     gan.generator = nn.Sequential(*gan.generator, nn.Tanh(), nn.Linear(PIXELS, PIXELS))
     gan.strict_loading = False
-    with pytest.raises(ValueError, match=r"the saved average is of another network: '5\.bias'"):
+    with pytest.raises(ValueError, match=r"the saved averages are another network's: '5\.bias'"):
         toy_trainer(GeneratorEMA(0.9)).validate(gan, one_batch(), ckpt_path=path, verbose=False)
 
 

@@ -1,6 +1,7 @@
 """One callback in several fits, evaluations and resumed runs; and a world that changes under it."""
 
 import copy
+import io
 import pickle
 import warnings
 from functools import partial
@@ -437,9 +438,19 @@ def test_an_empty_layer_is_left_out():
 def test_integers_and_floats_of_any_kind_are_taken():
     import numpy as np
 
-    sparsity = DynamicSparsityCallback(np.float64(0.25), interval=np.int64(5), probe_interval=np.int32(1))
+    numbers = {"interval": np.int64(5), "probe_interval": np.int32(1), "bounds": (np.float32(0.25), np.float64(0.5))}
+    layers = {"generator.0": np.float64(0.5)}
+    sparsity = DynamicSparsityCallback(np.float64(0.25), delta=np.float64(0.125), layer_densities=layers, **numbers)
     fit(sparsity)
     assert sparsity.generator_density == 0.25
+    plain = {"interval": 5, "probe_interval": 1, "bounds": (0.25, 0.5), "delta": 0.125}
+    same = DynamicSparsityCallback(0.25, layer_densities={"generator.0": 0.5}, **plain)
+    fit(same)
+    assert sparsity.state_dict()["settings"] == same.state_dict()["settings"]
+    file = io.BytesIO()
+    torch.save(sparsity.state_dict(), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["training"]["plan"]["interval"] == 5
     with pytest.raises(ValueError, match="generator_density='10%'"):
         DynamicSparsityCallback("10%")
 
@@ -447,6 +458,19 @@ def test_integers_and_floats_of_any_kind_are_taken():
 def test_the_window_of_measurements_is_bounded():
     assert Plan(10**7, 5, 1).window == 10_000
     assert Plan(2**40, 5, 1).window == 10_000
+
+
+@pytest.mark.parametrize("settings", [{}, {"probe_interval": 1}, {"probe_interval": 2**39, "explore_interval": 2**40}])
+def test_a_huge_interval_costs_no_memory(settings, tmp_path):
+    _, checkpoint = saved_run(tmp_path, interval=2**40, **settings)
+    assert checkpoint.stat().st_size < 500_000
+    window = torch.load(checkpoint, weights_only=True)["callbacks"]["DynamicSparsityCallback"]["training"]["window"]
+    assert len(window["samples"]) <= 10_000
+    sparsity = DynamicSparsityCallback(0.25, interval=2**40, **settings)
+    fit(sparsity, epochs=3, ckpt_path=checkpoint)
+    assert sparsity.generator_updates == 30
+    assert sparsity.plan.interval == 2**40
+    assert sparsity.decisions == []
 
 
 def test_averages_follow_optimizers_made_anew():

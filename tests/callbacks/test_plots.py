@@ -119,6 +119,25 @@ def test_a_run_from_the_beginning_starts_over(drawn, tmp_path) -> None:
     assert [step for step, _ in drawn[-1]["density/generator"]] == [2, 4, 6, 8, 10]
 
 
+def test_an_evaluated_checkpoint_leaves_the_series_of_a_fit(tmp_path) -> None:
+    fit(tmp_path / "first", SparsityPlots(), ModelCheckpoint(tmp_path, filename="first"), epochs=1)
+    callback = SparsityPlots()
+    trainer = fit(tmp_path / "second", callback, epochs=2)
+    before = callback.state_dict()
+    assert [step for step, _ in before["series"]["density/generator"]] == list(range(2, 21, 2))
+    evaluated = toy_trainer(callback, DynamicSparsityCallback(0.25))
+    evaluated.validate(trainer.lightning_module, toy_data(), ckpt_path=tmp_path / "first.ckpt", verbose=False)
+    assert callback.state_dict() == before
+
+
+def test_another_modules_run_of_as_many_updates_is_drawn_at_its_end(drawn, tmp_path) -> None:
+    callback = SparsityPlots(5)
+    for name in ("first", "second"):
+        fit(tmp_path / name, callback, epochs=1)
+    assert len(drawn) == 2
+    assert callback.state_dict()["validations"] == 1
+
+
 @pytest.mark.parametrize("logger", ["none", "csv"])
 def test_without_tensorboard_nothing_is_drawn(logger: str, drawn, tmp_path) -> None:
     fit(None, SparsityPlots(), logger=CSVLogger(tmp_path) if logger == "csv" else False)

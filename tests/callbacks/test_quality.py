@@ -302,6 +302,47 @@ def test_a_resumed_run_remembers_what_was_measured(tmp_path) -> None:
     assert frechet.history[FRECHET][:2] == first.history[FRECHET]
 
 
+def updates_of(frechet: SampleQuality) -> list[int]:
+    return [updates for updates, _ in frechet.history[FRECHET]]
+
+
+def test_the_history_is_of_one_module() -> None:
+    frechet = distance()
+    gan = fitted(frechet)
+    fitted(frechet, gan=gan, epochs=1)
+    assert updates_of(frechet) == [10, 20, 30]
+    other = fitted(frechet, epochs=1)
+    assert updates_of(frechet) == [10]
+    toy_trainer(frechet).validate(gan, toy_data(), verbose=False)
+    assert updates_of(frechet) == [10]
+    toy_trainer(frechet).validate(other, toy_data(), verbose=False)
+    assert updates_of(frechet) == [10, 10]
+
+
+def test_an_evaluated_checkpoint_leaves_the_history_of_a_fit(tmp_path) -> None:
+    first = distance()
+    fitted(first, epochs=1, folder=tmp_path)
+    (path,) = tmp_path.rglob("*.ckpt")
+    frechet, gan = distance(), vector_gan()
+    fitted(frechet, gan=gan)
+    before = frechet.history[FRECHET]
+    toy_trainer(frechet).test(gan, toy_data(), ckpt_path=path, verbose=False)
+    assert frechet.history[FRECHET] == before
+    assert [updates for updates, _ in before] == [10, 20]
+    fresh = distance()
+    toy_trainer(fresh).test(gan, toy_data(), ckpt_path=path, verbose=False)
+    assert updates_of(fresh) == [10, 10]
+    fitted(fresh, epochs=1)
+    assert updates_of(fresh) == [10]
+
+
+def test_evaluations_of_several_modules_are_not_mixed() -> None:
+    frechet = distance()
+    for _ in range(2):
+        toy_trainer(frechet).validate(vector_gan(), toy_data(), verbose=False)
+        assert updates_of(frechet) == [0]
+
+
 # ---- where it is shown ---------------------------------------------------------------------------------
 
 

@@ -134,8 +134,9 @@ def test_samples_of_an_untrained_generator_are_accepted() -> None:
 
 def test_a_generator_that_was_dark_may_become_bright(tmp_path) -> None:
     quality = SampleQuality(Pixels(), "pixels")
-    evaluate(quality, Given(signed()), loader(signed(1)))
-    evaluate(quality, Given(unit()), loader(signed(1)))
+    module = Given(signed(), unit())
+    evaluate(quality, module, loader(signed(1)))
+    evaluate(quality, module, loader(signed(1)))
     assert len(quality.history["frechet_distance"]) == 2
     resumed = SampleQuality(Pixels(), "pixels")
     resumed.load_state_dict(quality.state_dict())

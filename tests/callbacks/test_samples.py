@@ -148,6 +148,14 @@ def test_samples_that_become_bright_later_are_shown(tmp_path) -> None:
     assert len(grids(tmp_path, SampleGrid(), gan=gan)) == 2
 
 
+def test_samples_of_another_module_are_looked_at_anew(tmp_path) -> None:
+    grid = SampleGrid()
+    grids(tmp_path / "first", grid)
+    assert grid.state_dict() == {"dark": True}
+    with pytest.raises(ValueError, match=r"pass value_range=\(0, 1\)"):
+        grids(tmp_path / "second", grid, gan=unit_painting())
+
+
 @pytest.mark.parametrize("logger", ["none", "csv"])
 def test_without_tensorboard_nothing_is_drawn(logger: str, tmp_path) -> None:
     class Counting(GANModule):

@@ -161,6 +161,71 @@ def test_bad_arguments_are_rejected(settings, message):
         ArrayDataModule("images.npz", 4, **settings)
 
 
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".npy"])
+def test_an_array_of_objects_executes_nothing(suffix, tmp_path):
+    path, objects = tmp_path / f"images{suffix}", np.array([Payload(tmp_path / "called")], dtype=object)
+    save = np.save if suffix == ".npy" else lambda path, images: np.savez(path, images=images)
+    save(path, objects)
+    with pytest.raises(ValueError, match=f"images{suffix} is damaged, or holds no plain arrays: ") as error:
+        ArrayDataModule(path, 4).setup("fit")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "called").exists()
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".npy"])
+def test_a_truncated_array_is_rejected_by_one_line(suffix, tmp_path):
+    path = tmp_path / f"images{suffix}"
+    save = np.save if suffix == ".npy" else lambda path, images: np.savez(path, images=images)
+    save(path, BYTES)
+    whole = path.read_bytes()
+    for size in range(0, len(whole), 13):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=f"images{suffix} is damaged, or holds no plain arrays: ") as error:
+            ArrayDataModule(path, 4).setup("fit")
+        assert "\n" not in str(error.value)
+
+
+def test_a_flipped_bit_of_a_zipped_array_is_noticed(tmp_path):
+    path = tmp_path / "images.npz"
+    np.savez(path, images=BYTES)
+    whole = path.read_bytes()
+    start = whole.index(BYTES.tobytes())
+    path.write_bytes(whole[:start] + bytes([whole[start] ^ 1]) + whole[start + 1 :])
+    with pytest.raises(ValueError, match=r"images\.npz is damaged, or holds no plain arrays: Bad CRC-32"):
+        ArrayDataModule(path, 4).setup("fit")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("settings", [{}, {"value_range": (0, 1)}])
+def test_values_that_are_not_finite_are_rejected(value, settings, tmp_path):
+    images = np.random.default_rng(0).random((5, 4, 4))
+    images[3, 2, 1] = value
+    for suffix in (".npz", ".npy"):
+        path = tmp_path / f"images{suffix}"
+        np.save(path, images) if suffix == ".npy" else np.savez(path, images=images)
+        with pytest.raises(ValueError, match=f"images{suffix}: .*{value}"):
+            ArrayDataModule(path, 4, channels=1, **settings).setup("fit")
+
+
+@pytest.mark.parametrize("images", [np.array(1.0), np.zeros((4,)), np.zeros((0, 4, 4)), np.zeros((2, 4, 4), "M8[s]")])
+def test_other_shapes_and_types_are_rejected_by_one_line(images, tmp_path):
+    path = tmp_path / "images.npz"
+    np.savez(path, images=images)
+    with pytest.raises(ValueError, match="images") as error:
+        ArrayDataModule(path, 4, channels=1).setup("fit")
+    assert "\n" not in str(error.value)
+
+
 def test_files_that_are_not_there_or_hold_something_else(tmp_path):
     missing = tmp_path / "images.npz"
     with pytest.raises(FileNotFoundError) as caught:

@@ -197,6 +197,38 @@ def test_every_image_is_seen_once_with_another_batch_size(tmp_path, module: bool
     assert [place for place, last in enumerate(after.last) if last] == [batches // 2 - 1, batches // 2 + batches - 1]
 
 
+@pytest.mark.parametrize("module", [False, True])
+def test_every_image_is_seen_once_with_another_number_of_processes(tmp_path, module: bool) -> None:
+    def run(loader, *callbacks, **settings) -> Seen:
+        gan = gan_module() if module else Validated()
+        return fit(loader, *callbacks, DynamicSparsityCallback(0.5), gan=gan, epochs=2, **settings)
+
+    # One process with batches of 16 saves what two with batches of 8 do, but for the random states.
+    path = tmp_path / "a.ckpt"
+    before = run(ResumableLoader(numbered(), 16, 6, seed=0), Seen(path, after=2))
+    content = torch.load(path, weights_only=True)
+    content["callbacks"]["DynamicSparsityCallback"]["random"] *= 2
+    torch.save(content, path)
+    with pytest.warns(UserWarning, match="random states of 2 processes, and there are 1"):
+        after = run(ResumableLoader(numbered(), 8, 12, seed=0), ckpt=path)
+    assert after.images(0) == before.images(0)[32:]
+    assert after.indices == {0: list(range(4, 12)), 1: list(range(12))}
+    assert after.validated == [0, 1]
+
+
+@pytest.mark.parametrize(("size", "left"), [(8, 6), (16, 1), (4, 16)])
+def test_another_loader_says_what_the_rest_of_the_epoch_sees(tmp_path, size: int, left: int) -> None:
+    def run(size: int, *callbacks, **settings) -> Seen:
+        return fit(DataLoader(numbered(80), size), *callbacks, DynamicSparsityCallback(0.5), epochs=2, **settings)
+
+    path = tmp_path / "a.ckpt"
+    run(8, Seen(path, after=4))
+    with pytest.warns(UserWarning, match=f"after batch 4 .* first {left} batches of a new order.* twice") as warned:
+        after = run(size, ckpt=path)
+    assert after.images(0) == list(range(left * size))
+    assert sum("another number of images" in str(warning.message) for warning in warned) == 1
+
+
 @pytest.mark.parametrize(("size", "batches", "rest"), [(20, 4, 1), (20, 5, 2), (10, 9, 4), (5, 19, 9)])
 def test_images_that_fill_no_batch_are_left_out_with_a_warning(tmp_path, size, batches, rest) -> None:
     path = tmp_path / "a.ckpt"
@@ -265,7 +297,7 @@ def test_another_number_of_processes_continues_at_the_same_image(monkeypatch, sa
 
 def test_a_state_that_counts_batches_is_rejected() -> None:
     loader = ResumableLoader(numbered(), 8, 12)
-    with pytest.raises(ValueError, match=r"train loader's state .*epoch, batches, seed but no samples, .*an earlier"):
+    with pytest.raises(ValueError, match=r"ResumableLoader: samples is missing: another version"):
         loader.load_state_dict({"epoch": 0, "batches": 6, "seed": 0})
 
 

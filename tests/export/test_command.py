@@ -97,7 +97,10 @@ def test_a_run_with_masks_of_channels_has_smaller_layers_and_prints_the_gain(tmp
         (["none.ckpt", "--config", "run.yaml"], "CKPT=none.ckpt: no such file."),
         (["run.yaml"], "there is no config.yaml in "),
         (["run.yaml", "--config", "run.yaml"], "run.yaml is damaged, or not a checkpoint"),
-        (["CKPT", "--config", "bad.yaml"], "bad.yaml is not the configuration of a run: while scanning"),
+        (
+            ["CKPT", "--config", "bad.yaml"],
+            "bad.yaml is not the configuration of a run: it is not a YAML file: while scanning",
+        ),
         (["CKPT", "--config", "unknown.yaml"], "unknown.yaml describes no module: Parser key"),
         (["CKPT", "--config", "empty.yaml"], "empty.yaml is not the configuration of a run: it has no model"),
         (["CKPT", "--config", "wider.yaml"], "is of another generator than this SmallGenerator"),

@@ -374,6 +374,31 @@ def test_a_checkpoint_that_is_not_there_or_damaged(run, tmp_path):
         export.load_generator(generator(), tmp_path / "other.ckpt")
 
 
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("place", ["state_dict", "callbacks", "hyper_parameters"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_executes_nothing(run, place, zipped, tmp_path):
+    checkpoint, *_ = run
+    content = torch.load(checkpoint, weights_only=True) | {place: Payload(tmp_path / "called")}
+    torch.save(content, tmp_path / "evil.ckpt", _use_new_zipfile_serialization=zipped)
+    network = generator()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(ValueError, match=r"evil\.ckpt is damaged, or not a checkpoint: ") as error:
+        export.load_generator(network, tmp_path / "evil.ckpt")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "called").exists()
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
 def test_loading_into_another_generator_fails_and_changes_nothing(run):
     checkpoint, *_ = run
     wider = nn.Sequential(nn.Linear(LATENT, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, PIXELS))

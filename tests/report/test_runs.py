@@ -1,4 +1,6 @@
 import math
+import random
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,30 @@ def test_an_empty_file_next_to_others_does_no_harm(tmp_path) -> None:
     write(tmp_path, {"density/generator": [(1, 0.5)]})
     (tmp_path / "events.out.tfevents.9999999999.host.1.0").touch()
     assert read_run(tmp_path) == {"density/generator": [(1, 0.5)]}
+
+
+def test_a_truncated_file_is_read_to_its_last_whole_record_with_a_warning(tmp_path) -> None:
+    write(tmp_path, {"density/generator": [(1, 0.5), (2, 0.25), (3, 0.125)]})
+    (file,) = tmp_path.glob("events*")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-10])
+    with pytest.warns(UserWarning, match=rf"the last \d+ bytes of {file} cannot be read"):
+        assert read_run(tmp_path) == {"density/generator": [(1, 0.5), (2, 0.25)]}
+
+
+def test_a_damaged_file_gives_no_other_values(tmp_path) -> None:
+    points = [(step, step / 8) for step in range(20)]
+    write(tmp_path, {"density/generator": points})
+    (file,) = tmp_path.glob("events*")
+    whole, rng = file.read_bytes(), random.Random(0)
+    for _ in range(60):
+        damaged, bit = bytearray(whole), rng.randrange(8 * len(whole))
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        read = []
+        with pytest.warns(UserWarning, match=r"the last \d+ bytes of .* cannot be read"), suppress(ValueError):
+            read = read_run(tmp_path)["density/generator"]
+        assert read == points[: len(read)]
 
 
 def test_the_only_run_below_a_folder_is_found(tmp_path) -> None:

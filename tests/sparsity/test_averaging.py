@@ -298,7 +298,7 @@ def test_what_was_saved_does_not_change_later() -> None:
 def test_the_average_of_another_network_is_rejected_and_changes_nothing(other: nn.Module, name: str) -> None:
     average = WeightAverage(nn.Linear(4, 3))
     before = average.values()
-    with pytest.raises(ValueError, match=f"saved average .*another network: '{name}'"):
+    with pytest.raises(ValueError, match=f"saved averages .*another network's: '{name}'"):
         average.load_state_dict(WeightAverage(other).state_dict())
     assert same(average.values(), before)
 

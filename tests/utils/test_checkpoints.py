@@ -220,6 +220,51 @@ def test_a_checkpoint_of_the_old_format_without_checksums_is_loaded(tmp_path) ->
     assert torch.equal(loaded(tmp_path / "old.ckpt"), NEW["weight"])
 
 
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_executes_nothing_unless_it_is_trusted(zipped: bool, tmp_path) -> None:
+    path, called = tmp_path / "evil.ckpt", tmp_path / "called"
+    torch.save({"state_dict": {}, "hyper_parameters": Payload(called)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError) as error:
+        toy_trainer(folder=tmp_path, plugins=[AtomicCheckpointIO()]).fit(ToyGAN(), toy_data(), ckpt_path=path)
+    said = str(error.value)
+    assert said.startswith(f"the checkpoint {path} is damaged or holds other objects than tensors")
+    assert "_io.open" in said or "io.open" in said
+    assert "\n" not in said
+    assert not called.exists()
+    AtomicCheckpointIO().load_checkpoint(path, weights_only=False)
+    assert called.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"garbage", b"\x80\x02.", b"\x80\x02}q\x00."])
+def test_a_file_that_is_no_checkpoint_is_rejected_by_one_line(content: bytes, tmp_path) -> None:
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"^the checkpoint {path} is damaged") as error:
+        AtomicCheckpointIO().load_checkpoint(path)
+    assert "\n" not in str(error.value)
+    assert "\x1b" not in str(error.value)
+
+
+def test_a_truncated_checkpoint_is_rejected_at_any_byte(tmp_path) -> None:
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"weight": torch.randn(30)}, path)
+    whole = path.read_bytes()
+    for size in range(0, len(whole), 97):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match="is damaged"):
+            AtomicCheckpointIO().load_checkpoint(path)
+
+
 # ---- the command ---------------------------------------------------------------------------------------
 
 
@@ -244,3 +289,28 @@ def test_the_command_ends_with_one_line_on_a_full_disk(tmp_path, monkeypatch, ca
     assert line.startswith("lightning-ddst: error: the checkpoint ")
     assert "cannot be written: No space left on device; an earlier file of this name is unchanged." in line
     assert not list(tmp_path.rglob("*.ckpt*"))
+
+
+def test_the_command_ends_with_one_line_for_a_damaged_state(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    options = ["--trainer.default_root_dir", str(tmp_path), "--data.init_args.batches_per_epoch", "2"]
+    command = ["lightning-ddst", "fit", "--config", str(tmp_path / "tiny.yaml"), *options]
+    monkeypatch.setattr(sys, "argv", command)
+    cli.main()
+    path = next(tmp_path.rglob("*.ckpt"))
+    content = torch.load(path, weights_only=True)
+    content["callbacks"]["DynamicSparsityCallback"]["training"]["updates"] = -1
+    torch.save(content, tmp_path / "damaged.ckpt")
+    torch.save(content | {"hyper_parameters": Payload(tmp_path / "called")}, tmp_path / "evil.ckpt")
+    for name, message in (
+        ("damaged", "training.updates=-1 must be an integer, at least 0."),
+        ("evil", "Unsupported global: GLOBAL io.open"),
+    ):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", [*command, "--ckpt_path", str(tmp_path / f"{name}.ckpt")])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 1
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert message in line
+    assert not (tmp_path / "called").exists()

@@ -1,6 +1,8 @@
 import copy
+import re
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 from torch.optim import Adam, Optimizer
 
-from lightning_ddst.utils.configurations import check_classes, without_optimizers
+from lightning_ddst.utils.configurations import check_classes, read_yaml, without_optimizers
 
 
 class Parent(nn.Module):
@@ -101,6 +103,34 @@ def test_optimizers_must_be_subclasses(place: str, value: Any) -> None:
 def test_other_contents_are_left_to_the_parser(text: Any) -> None:
     check_classes(text)
     assert without_optimizers(text) == text
+
+
+BOMB = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefgh"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: \xff\xfe", "it is not a YAML file: 'utf-8' codec can't decode byte 0xff"),
+        (b"a: [", "it is not a YAML file: while parsing a flow node"),
+        (b"a: !!python/object/apply:os.system [touch called]", "it is not a YAML file: could not determine a constr"),
+        (b"a: &a [*a]", "it holds more than 100,000 values"),
+        (b"a: &a [x, x, x]\n" + BOMB.encode(), "it holds more than 100,000 values"),
+        (b"a: " + b"[" * 5000, "it is nested too deeply"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_rejected_by_one_line(content, message, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        read_yaml(tmp_path / "a.yaml")
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.yaml"]
+
+
+def test_aliases_are_allowed(tmp_path) -> None:
+    (tmp_path / "a.yaml").write_text("a: &a [1, 2]\nb: {c: *a}")
+    assert read_yaml(tmp_path / "a.yaml") == {"a": [1, 2], "b": {"c": [1, 2]}}
 
 
 def test_a_module_is_made_without_optimizers() -> None:

@@ -47,7 +47,7 @@ def test_the_search_finds_what_it_looks_for():
     assert private_uses(source) == ["_FitLoop", "_data_fetcher"]
     assert set(private_uses((PACKAGE / "utils/lightning_private.py").read_text())) == {
         *("_generate_state_key", "_ddp_kwargs", "_evaluation_loop", "_combined_loader", "_on_before_batch_transfer"),
-        *("restarted_mid_epoch", "restarted_on_last", "_data_fetcher", "_strategy"),
+        *("restarted_mid_epoch", "restarted_on_last", "_data_fetcher", "_strategy", "_load"),
     }
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.lightning_packages import is_a
+from lightning_ddst.utils.states import COUNT, FLAG, SECONDS, Form, maybe
 
 _CORRECTED_BEYOND = 0.1
 """Relative change of the length beyond which default intervals are derived anew."""
@@ -38,6 +39,18 @@ class RunLength:
         reference: The length that default intervals are derived from: an estimate that `updates` has not left by more
             than a tenth since.
     """
+
+    state_form: ClassVar[Form] = {
+        "known": FLAG,
+        "updates": maybe(COUNT),
+        "reference": maybe(COUNT),
+        **dict.fromkeys(
+            ("since", "middle", "last"),
+            maybe({"updates": COUNT, "batches": COUNT, "steps": COUNT, "seconds": SECONDS}),
+        ),
+        "ask_at": COUNT,
+    }
+    """The form of `state_dict`."""
 
     def __init__(self) -> None:
         self.restart()

@@ -12,6 +12,7 @@ from lightning_ddst.sparsity.maskable import MaskableWeight
 from lightning_ddst.sparsity.selection import Key, count_true, select
 from lightning_ddst.utils import validation
 from lightning_ddst.utils.registry import Registry
+from lightning_ddst.utils.states import Form
 
 Initial = Literal["random", "magnitude"]
 INITIAL = get_args(Initial)
@@ -62,6 +63,8 @@ class Units(ABC):
     """Whether training computes with inactive units, which are 0; if not, layers are smaller without them."""
     fixed_density: ClassVar[float | None] = None
     """The only possible density; None if all are possible."""
+    state_form: ClassVar[Mapping[str, Form]] = {}
+    """The form of `state_dict`, as in `lightning_ddst.utils.states`."""
     options: ClassVar[Options] = {}
     """Arguments of these units by name, each with a function ``check(name, value)`` that raises ValueError."""
 

@@ -21,6 +21,7 @@ from lightning_ddst.sparsity.units.base import (
     all_active,
     check_finite,
 )
+from lightning_ddst.utils.states import BOOL_TENSOR, Form
 from lightning_ddst.utils.validation import check_choice, check_density
 
 
@@ -51,6 +52,7 @@ class ChannelUnits(Units):
     drop_fraction = 0.1  # one of the two best values tested (docs/results.md)
     needs_inputs = True
     dense_kernels = False
+    state_form: ClassVar[Form] = {"channels": BOOL_TENSOR}
     options: ClassVar[Options] = {
         "growth": partial(check_choice, allowed=("random",)),
         "narrow_features": partial(check_choice, allowed=(True, False)),
@@ -235,8 +237,14 @@ class ChannelUnits(Units):
         saved = state.get("channels")
         if saved is None or saved.shape != self._all.shape:
             raise ValueError("the saved masks are of single weights, or of a network with other channels.")
+        before = self._all.clone()
         self._all.copy_(saved)
         self.update_masks()
+        for name, mask in self.masks.items():
+            if not torch.equal(mask.cpu(), state["masks"][name].cpu()):
+                self._all.copy_(before)
+                self.update_masks()
+                raise ValueError(f"the saved channels are not those of the saved masks: {name!r} differs.")
 
 
 def _path(sizes: Sequence[int]) -> list[list[int]]:
