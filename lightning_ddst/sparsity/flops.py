@@ -351,7 +351,7 @@ class TrainingFlops:
         self._steps, self._measured = state["steps"], state["measured"]
         self._updates.load_state_dict(state["updates"])
         self._probes.load_state_dict(state["probes"])
-        self._probe = None if state["probe"] is None else Uses.from_state(state["probe"])
+        self._probe = None if state["probe"] is None else Uses.from_state(state["probe"], self._names)
         workloads = [Workload.from_state(saved, self._names) for saved in state["workloads"]]
         self._workloads = {workload.signature: workload for workload in workloads}
         self._since_update = [workloads[index] for index in state["since_update"]]

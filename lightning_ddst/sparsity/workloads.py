@@ -88,14 +88,22 @@ class Uses:
         }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> "Uses":
-        """Returns the numbers that `state_dict` returned."""
-        return cls(
-            *(
-                [{name: Fraction(*number) for name, number in uses.items()} for uses in state[part]]
-                for part in ("all", "gradient")
-            )
-        )
+    def from_state(cls, state: Mapping[str, Any], names: Sequence[Iterable[str]]) -> "Uses":
+        """Returns the numbers that `state_dict` returned.
+
+        Args:
+            state: The state.
+            names: The names of weights, for each network.
+
+        Raises:
+            ValueError: If the state has numbers of other weights.
+        """
+        parts = []
+        for part in ("all", "gradient"):
+            if len(state[part]) != len(names) or any(set(u) - set(n) for u, n in zip(state[part], names, strict=True)):
+                raise ValueError("the saved numbers of operations are of other weights.")
+            parts.append([{name: Fraction(*number) for name, number in uses.items()} for uses in state[part]])
+        return cls(*parts)
 
 
 class Workload:
@@ -161,6 +169,6 @@ class Workload:
         workload = cls(state["signature"], names)
         for sums, saved in zip(workload.sums, state["sums"], strict=True):
             sums.load_state_dict(saved)
-        workload.uses = None if state["uses"] is None else Uses.from_state(state["uses"])
+        workload.uses = None if state["uses"] is None else Uses.from_state(state["uses"], names)
         workload._last, workload._gap = state["last"], state["gap"]
         return workload

@@ -873,16 +873,6 @@ def test_seeds_share_no_noise_and_batches_of_one_neither() -> None:
 # ---- several modules and checkpoints -------------------------------------------------------------------
 
 
-def test_the_history_is_of_the_module_that_was_fitted_last():
-    frechet = distance()
-    gan = fitted(DynamicSparsityCallback(0.5), frechet, epochs=2)
-    assert [updates for updates, _ in frechet.history[FRECHET]] == [10, 20]
-    fitted(DynamicSparsityCallback(0.5), frechet, gan=gan, epochs=1)
-    assert len(frechet.history[FRECHET]) == 3
-    fitted(DynamicSparsityCallback(0.5), frechet, epochs=1)
-    assert [updates for updates, _ in frechet.history[FRECHET]] == [10]
-
-
 def test_evaluating_a_checkpoint_keeps_the_history_of_the_fit(tmp_path):
     frechet, sparsity = distance(), DynamicSparsityCallback(0.5)
     saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)

@@ -15,6 +15,7 @@ class LastFit:
         self._module: nn.Module | None = None
         self._is_fitted = False
         self._fits = False
+        self._overwritten = False  # whether a checkpoint was loaded into the module since its last fit
 
     def starts(self, module: nn.Module, stage: str) -> bool:
         """Notes the start of a fit or an evaluation; call it in ``Callback.setup``.
@@ -29,7 +30,8 @@ class LastFit:
         """
         self._fits = stage == "fit"
         belongs = self._module is module
-        self.evaluates_another = not self._fits and self._is_fitted and not belongs
+        self._overwritten &= not self._fits
+        self.evaluates_another = not self._fits and self._is_fitted and (not belongs or self._overwritten)
         if self._is_fitted and not self._fits:
             return False
         forgets = self._module is not None and (not belongs or (self._fits and not self._is_fitted))
@@ -41,5 +43,5 @@ class LastFit:
 
         An evaluated checkpoint is restored only if there was no fit, whose state it would replace.
         """
-        self.evaluates_another = not self._fits and self._is_fitted
+        self.evaluates_another = self._overwritten = not self._fits and self._is_fitted
         return not self.evaluates_another
