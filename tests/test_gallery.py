@@ -1,5 +1,6 @@
 """The gallery's GANs: exact masks, BR as worked out by hand, operations as torch counts them, exact resuming."""
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from lightning_ddst.data import ResumableLoader
 
 BATCHES, EPOCHS = 6, 3
 DENSITY = 0.3
+PAGE = Path(__file__).parent.parent / "docs" / "gallery.md"
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,14 @@ def of_generated(gan: Any, batch: Any, called: tuple[Tensor, ...]) -> Tensor:
 
 
 FAMILIES = [
-    Family("vocoder", "Vocoder", "generator", of_vocoder(0), of_vocoder(1), ((0, 0), (0, 0))),
+    Family("vocoder", "Vocoder", "generator", of_vocoder(0), of_vocoder(1), ((2292, 2292), (816, 816)), decides=False),
     Family(
         "stylegan2",
         "StyleGAN2",
         "G",
         lambda gan, batch, called: gan.D.forward(batch[0]).mean(),
         lambda gan, batch, called: gan.D.forward(gan.G.forward(*called)).mean(),
-        ((0, 0), (0, 0)),
+        ((5512, 5768), (3752, 4008)),
         whole={"masked_parameters": {"D.score.weight": (0, 1)}},
     ),
     Family(
@@ -96,7 +98,7 @@ FAMILIES = [
         "net_g",
         lambda gan, batch, called: gan.net_d.forward(batch["high"]).mean(),
         lambda gan, batch, called: gan.net_d.forward(gan.net_g.forward(*called)).mean(),
-        ((0, 0), (0, 0)),
+        ((7056, 7056), (2496, 2496)),
         measured=BATCHES * (EPOCHS - 1),
     ),
     Family(
@@ -105,7 +107,7 @@ FAMILIES = [
         "",
         of_first,
         lambda gan, batch, called: gan.discriminator.forward(gan.forward(*called)[0]).mean(),
-        ((0, 0), (0, 0)),
+        ((5648, 5648), (2704, 2704)),
         measured=BATCHES * EPOCHS - 8,
     ),
     Family(
@@ -114,11 +116,11 @@ FAMILIES = [
         "generator",
         lambda gan, batch, called: of_scales(gan, batch["source"], batch["target"]),
         lambda gan, batch, called: of_scales(gan, batch["source"], gan.generator.forward(*called)),
-        ((0, 0), (0, 0)),
+        ((4384, 4384), (3616, 3616)),
     ),
-    Family("time_series", "TimeSeriesGAN", "generator", of_first, of_generated, ((0, 0), (0, 0))),
-    Family("r3gan", "R3GAN", "generator", of_first, of_generated, ((0, 0), (0, 0))),
-    Family("attention", "AttentionGAN", "generator", of_first, of_generated, ((0, 0), (0, 0))),
+    Family("time_series", "TimeSeriesGAN", "generator", of_first, of_generated, ((3360, 3360), (1760, 1760))),
+    Family("r3gan", "R3GAN", "generator", of_first, of_generated, ((1752, 1944), (1824, 1888))),
+    Family("attention", "AttentionGAN", "generator", of_first, of_generated, ((6208, 6464), (1632, 1888))),
 ]
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.path)
 
@@ -289,3 +291,12 @@ def test_runs_resume_bit_for_bit(family: Family, tmp_path: Path) -> None:
         for name, mask in masks.items():
             assert effective(gan, name).isfinite().all()
             assert not effective(gan, name)[~mask].any()
+
+
+@each_family
+def test_the_page_lists_arguments_and_shares(family: Family) -> None:
+    (row,) = [line for line in PAGE.read_text().splitlines() if f"gallery/{family.path}.py)" in line and line[0] == "|"]
+    *_, arguments, shares, _ = (cell.strip() for cell in row.split("|"))
+    listed = [f"`{name}={json.dumps(value)}`" for name, value in family.gan.ARGUMENTS.items()]
+    assert arguments == (", ".join(listed) or "none")
+    assert shares == ", ".join(f"{100 * masked / total:.1f} %" for masked, total in family.maskable)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from training import train
 
-STEPS, LATENT, SERIES = 12, 4, 2
+STEPS, LATENT, SERIES = 8, 4, 2
 
 
 class Generator(nn.Module):
