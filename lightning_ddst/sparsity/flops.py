@@ -15,7 +15,7 @@ from lightning_ddst.sparsity.call_log import SIGNATURE, CallLog, Signature, call
 from lightning_ddst.sparsity.masked import MaskedNetwork
 from lightning_ddst.sparsity.op_counter import OpCounter
 from lightning_ddst.sparsity.workloads import ActiveCounts, ActiveSum, Uses, Workload
-from lightning_ddst.utils.compilation import run_eagerly, uncompiled
+from lightning_ddst.utils.compilation import is_called_by_compiled, run_eagerly, uncompiled
 from lightning_ddst.utils.states import COUNT, FLAG, Form, each, maybe
 
 _MOST_WORKLOADS = 32
@@ -61,7 +61,8 @@ class TrainingFlops:
     sizes are counted as they come. The operations of a workload are counted once, when it occurs again after it was
     first seen, and are assumed for every time it occurs. A workload that is not measured yet counts like a measured one
     that differs in sizes only; if there is none, it counts once it is measured. Likewise, one measurement of the
-    balance ratio is counted once. Compiled networks run uncompiled while operations are counted.
+    balance ratio is counted once. Compiled networks run uncompiled while operations are counted. In a compiled training
+    step nothing is counted.
 
     Args:
         networks: The networks.
@@ -77,6 +78,7 @@ class TrainingFlops:
         "workloads": each(Workload.state_form),
         "since_update": each(COUNT),
         "calls": SIGNATURE,
+        "in_compiled": FLAG,
     }
     """The form of `state_dict`."""
 
@@ -98,6 +100,7 @@ class TrainingFlops:
         self._counter: OpCounter | None = None
         self._counting: ExitStack | None = None
         self._overflowed = False
+        self._in_compiled = False  # whether optimizers step inside of compiled code
 
     # ---- results -----------------------------------------------------------------------------------
 
@@ -202,6 +205,7 @@ class TrainingFlops:
 
     @uncompiled
     def _on_step(self, *_: Any) -> None:
+        self._in_compiled = self._in_compiled or is_called_by_compiled()
         if not self._log.empty:
             self._end_workload()
 
@@ -221,6 +225,8 @@ class TrainingFlops:
         self._expect()
 
     def _expect(self) -> None:
+        if self._in_compiled:
+            return
         if any(workload.is_expected(self._steps) for workload in self._workloads.values()):
             self._counter = self._make_counter()
             self._start_counting()
@@ -339,6 +345,7 @@ class TrainingFlops:
             "workloads": [workload.state_dict() for workload in workloads],
             "since_update": [workloads.index(workload) for workload in self._since_update],
             "calls": self._log.signature,
+            "in_compiled": self._in_compiled,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -355,6 +362,6 @@ class TrainingFlops:
         workloads = [Workload.from_state(saved, self._names) for saved in state["workloads"]]
         self._workloads = {workload.signature: workload for workload in workloads}
         self._since_update = [workloads[index] for index in state["since_update"]]
-        self._log.signature = state["calls"]
+        self._log.signature, self._in_compiled = state["calls"], state["in_compiled"]
         if not state["calls"]:  # else a part of the current workload was missed
             self._expect()

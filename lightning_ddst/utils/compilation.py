@@ -1,5 +1,6 @@
 """Support for torch.compile: finds compiled networks, and keeps hooks and measurements out of compilation."""
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast
@@ -28,6 +29,17 @@ def run_eagerly(network: nn.Module) -> AbstractContextManager[Any]:
         raise RuntimeError(f"a compiled {type(network).__name__} needs torch 2.6; this is {torch.__version__}.")
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
+
+
+def is_called_by_compiled() -> bool:
+    """Returns whether compiled code is running further up the stack, such as a compiled training step.
+
+    Torch restores its dispatch keys when such code returns, so modes must not begin or end inside.
+    """
+    frame = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
 
 
 def uncompiled(hook: F) -> F:

@@ -215,7 +215,7 @@ def test_a_saved_state_is_a_copy():
 
 def test_the_state_of_other_shapes_is_rejected_by_the_weights_name():
     state = MaskedNetwork(deep(), 0.3).state_dict()
-    with pytest.raises(ValueError, match=r"'2\.weight' is missing or differs in shape"):
+    with pytest.raises(ValueError, match=r"'2\.weight'"):
         MaskedNetwork(nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 9)), 0.3, state=state)
 
 
@@ -228,7 +228,7 @@ def test_the_state_of_other_shapes_is_rejected_by_the_weights_name():
 )
 def test_the_state_of_other_weights_is_rejected_by_the_weights_name(network, name):
     state = MaskedNetwork(deep(), 0.3).state_dict()
-    with pytest.raises(ValueError, match=rf"'{name}' is missing or differs in shape"):
+    with pytest.raises(ValueError, match=rf"'{name}'"):
         MaskedNetwork(network, 0.3, state=state)
 
 
