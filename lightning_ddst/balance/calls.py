@@ -81,12 +81,15 @@ class Scored:
         version: The version of the discriminator's weights.
         part: Number of the part of the discriminator that was called.
         trains: Whether gradients were enabled, so that the call may train a network.
+        reached: Whether the last gradient of a returned tensor has entries other than 0, by the tensor's number; empty
+            before a backward pass, and where gradients are not looked at.
     """
 
     call: Call
     version: int
     part: int = field(default=0, kw_only=True)
     trains: bool = field(default=True, kw_only=True)
+    reached: dict[int, Tensor] = field(default_factory=dict, kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,8 @@ class BalanceProbe:
     the part takes. Where a part returns several scores, its mean score is the mean of their means.
 
     While the generator is trained without the discriminator, nothing is measured: until the discriminator is called or
-    trained, and at later updates before which it was not called since its own last update.
+    trained with a loss whose weight is not 0, and at later updates before which it was not called since its own last
+    update.
 
     Args:
         generator: The generator; `SeveralParts` if it is not one module.
@@ -154,6 +155,7 @@ class BalanceProbe:
         try:
             in_use = self._is_in_use()
             self.used |= in_use
+            self._recorder.watches_gradients = not self.used
             scores = self._score_calls(batch, in_use) if self._module is None else self._score_module(batch)
             if not scores:
                 return None
@@ -165,7 +167,13 @@ class BalanceProbe:
             self._forget()
 
     def _is_in_use(self) -> bool:
-        """Returns whether the discriminator was called, trained, or given gradients since the last update."""
+        """Returns whether the discriminator was called, trained, or given gradients since the last update.
+
+        Until it is used, losses of weight 0 do not count (VQGAN's `disc_factor`): all gradients of its outputs are 0.
+        """
+        reached = [each for scored in self._recorder.scored for each in scored.reached.values()]
+        if reached and not torch.stack(reached).any():
+            return False
         if any(scored.trains for scored in self._recorder.scored) or self._expected is None:
             return True
         version = sum(self._part_versions())
@@ -177,17 +185,16 @@ class BalanceProbe:
         """Returns the versions of the discriminator's weights before the update, which may change them, too."""
         return [get_weights_version(part) for part in self._parts] if self._versions is None else self._versions[1]
 
-    def _is_gap(self, in_use: bool) -> bool:
+    def _is_gap(self) -> bool:
         """Returns whether the generator was updated without the discriminator, not by calls that cannot be seen."""
-        if not in_use:
-            return True
         if not self._measured:
             return False
         versions = self._part_versions()
         return not any(each.trains and each.version == versions[each.part] for each in self._recorder.scored)
 
     def _score_calls(self, batch: Any, in_use: bool) -> list["_Scores"]:
-        if not any(map(self._recorder.has_generator_step, range(len(self._parts)))) and self._is_gap(in_use):
+        seen = any(map(self._recorder.has_generator_step, range(len(self._parts))))
+        if not in_use or (not seen and self._is_gap()):
             return []
         steps = [self._recorder.find_generator_step(part) for part in range(len(self._parts))]
         calls = [self._find_call_on_real(batch, step) for step in steps]

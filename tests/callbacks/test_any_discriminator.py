@@ -1,5 +1,6 @@
 """Discriminators of all kinds, networks of several parts, and training steps of all kinds, measured as by hand."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -793,6 +794,28 @@ class Pretraining(Usual):
         self.step(self.optimizers()[0], F.mse_loss(self.generate(z), x))
 
 
+class WeightZero(Usual):
+    """The discriminator is called from the start, but its losses are multiplied by 0 (VQGAN's `disc_factor`)."""
+
+    alone: ClassVar = {0, 1}
+    factor = 0.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.factor = float(batch_idx not in self.alone)
+        super().training_step(batch, batch_idx)
+
+    def step(self, optimizer: Any, loss: Tensor) -> None:
+        torch.autograd.grad(loss, self.discriminator.score.weight, retain_graph=True)  # for an adaptive weight
+        super().step(optimizer, self.factor * loss)
+
+    def worked_out(self, *scores: Any) -> Any:
+        return super().worked_out(*scores) if self.factor else nullcontext()
+
+
+class WeightZeroGeneratorFirst(WeightZero):
+    first = "generator"
+
+
 class PretrainingOfAnEpoch(Pretraining):
     alone: ClassVar = {*range(BATCHES)}
 
@@ -844,6 +867,8 @@ class PretrainingWithScoresGeneratorFirst(PretrainingWithScores):
         (Pretraining, 3),
         (PretrainingGeneratorFirst, 3),
         (PretrainingWithValidation, 3),
+        (WeightZero, 4),
+        (WeightZeroGeneratorFirst, 4),
         (PretrainingWithScores, 4),
         (PretrainingWithScoresGeneratorFirst, 4),
     ],

@@ -454,6 +454,7 @@ def test_strict_explores_at_once_where_it_starts_at_its_largest_density():
         options = {"densities": (0.3, density), "discriminator": FiftySix, "controller": controller}
         gan = scripted([HIGH], Plan(1, 100, 1), **options).train(1)
         assert gan.decided() == [(1, "explore", density)]
+        gan.training.detach()  # it waits for the next update to count operations
 
 
 def test_strict_explores_the_discriminator_at_its_largest_density():
