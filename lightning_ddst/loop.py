@@ -1,7 +1,7 @@
 """Sparse training without a Trainer: in a plain PyTorch loop, or with Lightning Fabric."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from types import TracebackType
@@ -41,13 +41,15 @@ _STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 """Strategies of Fabric that keep parameters in one piece."""
 _STATE_FORM: Form = {"average": maybe(WeightAverage.state_form)}
 """The form of the state, next to that of `AttachedTraining`."""
+Networks = nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
+"""A network, or its parts."""
 _SPARSIFIED: "WeakSet[nn.Module]" = WeakSet()
 """The networks that are trained sparsely at present."""
 
 
 def sparsify(
-    generator: nn.Module,
-    discriminator: nn.Module,
+    generator: Networks,
+    discriminator: Networks,
     optimizers: Iterable[Optimizer],
     *,
     length: int | None = None,
@@ -66,7 +68,8 @@ def sparsify(
 
     Args:
         generator: The generator; also one that `Fabric.setup` or DistributedDataParallel returned.
-        discriminator: The discriminator, likewise.
+        discriminator: The discriminator, likewise. Each may also be a list or dict of modules (ModuleList and
+            ModuleDict included), several discriminators for example, which share one density.
         optimizers: The optimizers of both, in any order, but always in the same one. They are found by the parameters
             they hold.
         length: Generator updates of the whole run. The default intervals and the decay of the drop fraction depend on
@@ -106,14 +109,14 @@ def sparsify(
     except TypeError as error:
         raise TypeError(f"sparsify() {error}.") from None
     bound.apply_defaults()
-    options = RunOptions.of_arguments(bound.arguments)
+    networks = _Networks(generator, discriminator)
+    options = RunOptions.of_arguments(bound.arguments | networks.part_names())
     if length is not None:
         check_count("length", length)
     check_count("log_every", log_every)
     given = list(optimizers)
     found = [_unwrap_optimizer(optimizer) for optimizer in given]
     scaler = scaler or next(filter(None, (_scaler_of(each) for each in given)), None)
-    networks = _Networks(_unwrap(generator, "generator"), _unwrap(discriminator, "discriminator"))
     if balance_scores is not None:
         networks.balance_scores = balance_scores  # type: ignore[assignment]
     if example_inputs is not None:
@@ -184,7 +187,7 @@ class SparseLoop(RunReadings):
         self._steps = 0
         self._inside = False
         self._handles: list[RemovableHandle] = []
-        for role, network in networks.named_children():
+        for role, network in networks.parts():
             if network in _SPARSIFIED:
                 raise ValueError(f"the {role} is trained sparsely already: call close() of its training first.")
         if length is None:
@@ -218,7 +221,7 @@ class SparseLoop(RunReadings):
         if self._average is not None and state is not None and state["average"] is not None:
             self._average.load_state_dict(state["average"])
         self._hook_average()
-        _SPARSIFIED.update(self._networks.children())
+        _SPARSIFIED.update(part for _, part in self._networks.parts())
         return self._attached
 
     # ---- around a step -----------------------------------------------------------------------------
@@ -375,7 +378,7 @@ class SparseLoop(RunReadings):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        _SPARSIFIED.difference_update(self._networks.children())
+        _SPARSIFIED.difference_update(part for _, part in self._networks.parts())
 
     def __enter__(self) -> "SparseLoop":
         """Returns the training itself."""
@@ -419,10 +422,24 @@ class _LoopReport(RunReport):
 class _Networks(nn.Module):
     """Holds both networks under their usual names; its mode and device are not used."""
 
-    def __init__(self, generator: nn.Module, discriminator: nn.Module) -> None:
+    def __init__(self, generator: Networks, discriminator: Networks) -> None:
         super().__init__()
-        self.generator = generator
-        self.discriminator = discriminator
+        self.generator = _unwrap_parts(generator, "generator")
+        self.discriminator = _unwrap_parts(discriminator, "discriminator")
+
+    def part_names(self) -> dict[str, list[str]]:
+        """Returns the dotted names of the parts of each network that was given as several."""
+        return {
+            role: [f"{role}.{name}" for name, _ in network.named_children()]
+            for role, network in self.named_children()
+            if _holds_parts(network)
+        }
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yields every network that was given, with its role."""
+        for role, network in self.named_children():
+            for part in network.children() if _holds_parts(network) else (network,):
+                yield role, part
 
 
 class _Values:
@@ -457,6 +474,20 @@ class _Values:
 # ---- wrapped networks and optimizers -------------------------------------------------------------------
 
 
+def _holds_parts(network: Any) -> bool:
+    """Returns whether this is a container of modules, which cannot be called itself."""
+    return isinstance(network, nn.ModuleDict | nn.ModuleList) and type(network).forward is nn.Module.forward
+
+
+def _unwrap_parts(network: Any, role: str) -> nn.Module:
+    """Returns a network, or a container of its parts, without wrappers."""
+    if isinstance(network, Mapping) or (_holds_parts(network) and isinstance(network, nn.ModuleDict)):
+        return nn.ModuleDict({name: _unwrap(part, role) for name, part in network.items()})
+    if isinstance(network, list | tuple) or _holds_parts(network):
+        return nn.ModuleList(_unwrap(part, role) for part in network)
+    return _unwrap(network, role)
+
+
 def _unwrap(network: Any, role: str) -> nn.Module:
     """Returns the network inside Fabric's wrapper and DistributedDataParallel."""
     if (strategy := fabric_strategy(network)) is not None:
@@ -469,7 +500,7 @@ def _unwrap(network: Any, role: str) -> nn.Module:
     while type(network).__name__ in _WRAPPERS:
         network = network.module
     if not isinstance(network, nn.Module):
-        raise ValueError(f"{role}={network!r} must be a torch.nn.Module.")
+        raise ValueError(f"{role}={network!r} must be a torch.nn.Module, or a list or dict of these.")
     whole = type(network).__name__ not in ("DataParallel", "FullyShardedDataParallel")
     if not whole or any(is_split(parameter) for parameter in network.parameters()):
         raise ValueError(

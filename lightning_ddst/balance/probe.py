@@ -15,7 +15,7 @@ from lightning_ddst.balance.replay import CallState, replay, swap_weights
 from lightning_ddst.balance.scores import ScorePlaces, ScoreReader, average_all, cannot_measure
 from lightning_ddst.sparsity.sharding import reshard
 from lightning_ddst.utils.compilation import is_compiled, run_eagerly
-from lightning_ddst.utils.nested import Place, get_first_tensor
+from lightning_ddst.utils.nested import Place, tensors_in
 from lightning_ddst.utils.networks import get_parts
 from lightning_ddst.utils.states import FLAG, Form, each
 
@@ -245,11 +245,12 @@ class BalanceProbe:
         return [scored.get(step.part, [step.score]) for step in steps]
 
     def _score_generated(self, steps: Sequence[Adversarial]) -> list[list[Tensor]]:
-        made: dict[int, Tensor] = {}  # by the mark of their call, which several parts may score
+        made: dict[tuple[int, int], Tensor] = {}  # by their call and place in it: several parts may score them
         for step in steps:
-            if id(step.made.mark) not in made:
-                made[id(step.made.mark)] = self._generate(step.made)
-        return [self._score_images(made[id(step.made.mark)], step) for step in steps]
+            key = (id(step.made.mark), step.made.output)
+            if key not in made:
+                made[key] = self._generate(step.made)
+        return [self._score_images(made[id(step.made.mark), step.made.output], step) for step in steps]
 
     def _score_images(self, images: Tensor, step: Adversarial) -> list[Tensor]:
         argument = step.argument
@@ -261,7 +262,7 @@ class BalanceProbe:
         inputs = {place: self._generate(earlier) for place, earlier in (made.inputs or {}).items()}
         call = made.call.cloned().replaced(inputs)  # networks may write to their arguments
         with self._replay(made.network, made.state):
-            return get_first_tensor(made.network(*call.args, **call.kwargs))
+            return [tensor for _, tensor in tensors_in(made.network(*call.args, **call.kwargs))][made.output]
 
     def _discriminate(self, call: Call, step: Adversarial, read: Callable[[Any], list[Tensor]]) -> list[Tensor]:
         call, part = call.cloned(), self._parts[step.part]

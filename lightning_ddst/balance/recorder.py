@@ -153,7 +153,7 @@ class CallRecorder:
         if self._records_discriminator():
             call = Call(args, kwargs)
             trained = any(value.requires_grad for _, value in call.tensors())
-            self._state = CallState.capture(module) if trained else None
+            self._state = CallState.capture(module, args, kwargs) if trained else None
             self._arguments, self._argument_versions = call.cloned(), call.versions()
 
     @uncompiled

@@ -43,6 +43,7 @@ class DenseGradients:
     Attributes:
         recording: Whether the next update's gradients will be needed. Growth rules that use the average need every
             update's gradients anyway.
+        unusable: Names of the weights whose gradient was missing or not finite at the last `pop`.
     """
 
     state_form: ClassVar[Form] = {
@@ -57,6 +58,7 @@ class DenseGradients:
 
     def __init__(self, network: MaskedNetwork, unscaled: Unscaled = torch.clone) -> None:
         self.recording = False
+        self.unusable: list[str] = []
         self._unscaled = unscaled
         self._kind = network.growth.gradient
         self._network = network
@@ -147,8 +149,8 @@ class DenseGradients:
             self._kept.clear()
         if self._kind == "none":
             return {}
-        usable = kept.keys() == self._weights.keys() and all(bool(self._finite[name]) for name in kept)
-        if not all(distributed.all_gather(usable)):
+        self.unusable = [name for name in self._weights if name not in kept or not bool(self._finite[name])]
+        if any(distributed.all_gather(bool(self.unusable))):
             return None
         return {name: full_tensor(gradient) for name, gradient in kept.items()}
 

@@ -340,6 +340,38 @@ class HeldByAModel(VariationalAutoencoder):
         return VariationalAutoencoder.generate_by_forward(self.model, x)
 
 
+class CodeFirst(VariationalAutoencoder):
+    """``self(x)`` returns the images after the code."""
+
+    def forward(self, x: Tensor) -> Any:
+        images, center, scale = super().forward(x)
+        return center, images, {"scale": scale}
+
+    def generate(self, x: Tensor) -> Tensor:
+        return self(x)[1]
+
+
+class Sampler(nn.Module):
+    """A part without parameters."""
+
+    def forward(self, moments: Tensor) -> Any:
+        center, scale = moments.chunk(2, dim=1)
+        return {"scale": scale}, center + scale.exp() * torch.randn_like(center)
+
+
+class SampledBetween(VariationalAutoencoder):
+    """The training step passes the second entry that the sampler returns to the decoder."""
+
+    arguments: ClassVar = {"generator": ["encoder", "sampler", "decoder"]}
+
+    def make_networks(self) -> None:
+        super().make_networks()
+        self.sampler = Sampler()
+
+    def generate(self, x: Tensor) -> Tensor:
+        return self.decoder(self.sampler(self.encoder(x))[1])
+
+
 class Chain(VariationalAutoencoder):
     """The training step passes the code from part to part as it is."""
 
@@ -620,6 +652,8 @@ PATTERNS: list[type[GAN]] = [
     RelativisticAverage,
     VariationalAutoencoder,
     HeldByAModel,
+    CodeFirst,
+    SampledBetween,
     Chain,
     ByItsSecondPart,
     SeveralOfEach,

@@ -716,9 +716,14 @@ def test_a_decision_to_grow_waits_for_a_finite_gradient(remedy):
     gan.remedy, gan.bad_updates = remedy, (4, 5)
     gan.training.window = Scripted([HIGH] * 4)
     gan.train(3)
-    for update in (4, 5):
-        with pytest.warns(UserWarning, match=rf"discriminator's mask is postponed: at generator update {update} "):
+    for update, warned in ((4, 1), (5, 0)):  # one warning for a change that waits, which names the weight
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             gan.train(1)
+        messages = [str(warning.message) for warning in caught]
+        assert len(messages) == warned
+        assert all(f"discriminator's mask is postponed: at generator update {update} " in each for each in messages)
+        assert all("'0.weight'" in each and "dense_layers" in each for each in messages)
         assert gan.discriminator.active == 30
         assert gan.discriminator.target == 0.3
         assert gan.decided() == []
