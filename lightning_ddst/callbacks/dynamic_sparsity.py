@@ -31,7 +31,11 @@ from lightning_ddst.callbacks._support.strategies import (
     loads_late,
     make_unscaler,
 )
-from lightning_ddst.callbacks._support.trainer_checks import check_checkpoint, warn_of_raw_optimizers
+from lightning_ddst.callbacks._support.trainer_checks import (
+    check_checkpoint,
+    check_other_averages,
+    warn_of_raw_optimizers,
+)
 from lightning_ddst.callbacks.ema import GeneratorEMA
 from lightning_ddst.callbacks.quality import SampleQuality
 from lightning_ddst.methods import Method, Plan, SparseTraining
@@ -42,7 +46,7 @@ from lightning_ddst.utils import distributed
 from lightning_ddst.utils.lightning_packages import is_a
 from lightning_ddst.utils.lightning_private import state_key
 from lightning_ddst.utils.nested import Place
-from lightning_ddst.utils.networks import Name, name_in, refuse_other_averages
+from lightning_ddst.utils.networks import Name, name_in
 from lightning_ddst.utils.rng import random_states, resume_randomness
 from lightning_ddst.utils.states import ANYTHING, RANDOM_STATES, Form, check_state, each, named, restoring
 
@@ -232,7 +236,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
         generator = pair.networks["generator"]
         changes = [each for each in self.settings.mask_updates() if "generator" in each.roles]
         if any(each.resizes or generator.density < 1 for each in changes):
-            refuse_other_averages(trainer, pl_module, generator.network)
+            check_other_averages(trainer, pl_module, generator.network)
         others = self._others(trainer)
         check_separate(pair, [other._fitted for other in others if other._module is pl_module], pl_module)
         self._length = RunLength()
