@@ -18,15 +18,14 @@ from lightning_ddst.attached.hooks import AttachedTraining, check_attached
 from lightning_ddst.attached.options import RunOptions
 from lightning_ddst.attached.readings import RunReadings
 from lightning_ddst.attached.report import RunReport
+from lightning_ddst.attached.wrapped import find_scaler, unwrap_network, unwrap_optimizer
 from lightning_ddst.callbacks import DynamicSparsityCallback
 from lightning_ddst.methods import Plan
 from lightning_ddst.sparsity import find_optimizers, find_units, has_updated
 from lightning_ddst.sparsity.averaging import WeightAverage
 from lightning_ddst.sparsity.dense_gradients import unscale_by
-from lightning_ddst.sparsity.sharding import is_split
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.compilation import uncompiled
-from lightning_ddst.utils.lightning_private import fabric_strategy
 from lightning_ddst.utils.nested import tensors_in
 from lightning_ddst.utils.states import Form, maybe
 from lightning_ddst.utils.validation import check_count
@@ -35,10 +34,6 @@ Log = Callable[[dict[str, float], int], object]
 """A function of scalars by name and of the generator updates so far."""
 _CHECKED_EVERY = 1000
 """Training steps after which the weights are compared with the masks again, which waits for the device."""
-_WRAPPERS = ("_FabricModule", "DistributedDataParallel")
-"""Classes that wrap a network, which is their attribute ``module``."""
-_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
-"""Strategies of Fabric that keep parameters in one piece."""
 _STATE_FORM: Form = {"average": maybe(WeightAverage.state_form)}
 """The form of the state, next to that of `AttachedTraining`."""
 _SPARSIFIED: "WeakSet[nn.Module]" = WeakSet()
@@ -111,9 +106,9 @@ def sparsify(
         check_count("length", length)
     check_count("log_every", log_every)
     given = list(optimizers)
-    found = [_unwrap_optimizer(optimizer) for optimizer in given]
-    scaler = scaler or next(filter(None, (_scaler_of(each) for each in given)), None)
-    networks = _Networks(_unwrap(generator, "generator"), _unwrap(discriminator, "discriminator"))
+    found = [unwrap_optimizer(optimizer) for optimizer in given]
+    scaler = scaler or next(filter(None, (find_scaler(each) for each in given)), None)
+    networks = _Networks(unwrap_network(generator, "generator"), unwrap_network(discriminator, "discriminator"))
     if balance_scores is not None:
         networks.balance_scores = balance_scores  # type: ignore[assignment]
     if example_inputs is not None:
@@ -452,46 +447,6 @@ class _Values:
         for name, tensor in self._tensors():
             if name in self._after and torch.equal(tensor, self._after[name].to(tensor.device)):
                 tensor.copy_(self._before[name])
-
-
-# ---- wrapped networks and optimizers -------------------------------------------------------------------
-
-
-def _unwrap(network: Any, role: str) -> nn.Module:
-    """Returns the network inside Fabric's wrapper and DistributedDataParallel."""
-    if (strategy := fabric_strategy(network)) is not None:
-        kinds = {kind.__name__ for kind in type(strategy).__mro__}
-        if kinds.isdisjoint(_STRATEGIES) or "DeepSpeedStrategy" in kinds:
-            raise ValueError(
-                f"Fabric's {type(strategy).__name__} keeps the {role}'s parameters in a form that cannot be masked "
-                'here: use Fabric(strategy="ddp") or a single device.'
-            )
-    while type(network).__name__ in _WRAPPERS:
-        network = network.module
-    if not isinstance(network, nn.Module):
-        raise ValueError(f"{role}={network!r} must be a torch.nn.Module.")
-    whole = type(network).__name__ not in ("DataParallel", "FullyShardedDataParallel")
-    if not whole or any(is_split(parameter) for parameter in network.parameters()):
-        raise ValueError(
-            f"the {role} is split or copied over devices by {type(network).__name__}, which cannot be masked here: use "
-            "DistributedDataParallel."
-        )
-    return network
-
-
-def _unwrap_optimizer(optimizer: Any) -> Optimizer:
-    """Returns torch's own optimizer, whose hooks every step calls."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    if not isinstance(optimizer, Optimizer):
-        raise ValueError(f"optimizers must be a list of torch.optim.Optimizer, and one is {type(optimizer).__name__}.")
-    return optimizer
-
-
-def _scaler_of(optimizer: Any) -> Any:
-    """Returns the GradScaler of an optimizer's Fabric, or None."""
-    strategy = fabric_strategy(optimizer)
-    return None if strategy is None else getattr(strategy.precision, "scaler", None)
 
 
 def _check_device(batch: Any, networks: nn.Module) -> None:
