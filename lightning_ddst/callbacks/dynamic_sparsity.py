@@ -109,7 +109,8 @@ class DynamicSparsityCallback(RunReadings, Callback):
             scores real and generated images in one call; ``{"difference": ""}`` if that call returns one score of how
             much more real the real images look.
         dense_layers: Layers of either network that stay dense and outside its density: patterns of their names in the
-            module (``"generator.to_rgb"``, ``"*.attention.*"``), or class names (``"Linear"``).
+            module (``"generator.to_rgb"``, ``"*.attention.*"``), or class names (``"Linear"``); outside Linear and Conv
+            layers also patterns of a weight's own name (``"generator.style.weight_mean"``).
         layer_densities: Densities of single layers, in (0, 1], by such patterns; the first match counts. These layers
             keep their densities, and the other layers of their network share the rest.
         masked_parameters: Further parameters to mask, in layers of your own: their dimensions of outputs and of inputs
@@ -333,7 +334,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Follows the run's length, as the Trainer's progress tells it."""
+        """Ends the training step, and estimates the run's length again from the Trainer's progress."""
         if self._attached is None:
             return
         self._attached.end_batch(batch)
