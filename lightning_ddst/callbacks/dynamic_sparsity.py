@@ -307,9 +307,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
             self._attached.begin_batch(batch)
 
     def _follow_optimizers(self, trainer: Trainer, module: LightningModule) -> None:
-        length = self._length.state_dict()
-        self._resumed = self.state_dict() | {"length": length}
-        self._saved = self._resumed
+        self._saved = self._resumed = self.state_dict()
         self._detach()
         self._begin(trainer, module)
         self._resumed = None  # random states and gradients stay what they are
