@@ -78,6 +78,7 @@ class TrainingFlops:
         "workloads": each(Workload.state_form),
         "since_update": each(COUNT),
         "calls": SIGNATURE,
+        "counter": maybe(Uses.state_form),
         "in_compiled": FLAG,
     }
     """The form of `state_dict`."""
@@ -292,6 +293,12 @@ class TrainingFlops:
         ]
         return Uses(*parts)
 
+    @staticmethod
+    def _write(counter: OpCounter, uses: Uses) -> None:
+        """Gives a counter the counts that `_read` returned."""
+        for counts, networks in ((counter.uses, uses.all), (counter.gradient_uses, uses.gradient)):
+            counts.update({f"{n}.{name}": number for n, each in enumerate(networks) for name, number in each.items()})
+
     def _start_counting(self) -> None:
         assert self._counter is not None
         self._counting = ExitStack()
@@ -341,6 +348,7 @@ class TrainingFlops:
             "workloads": [workload.state_dict() for workload in workloads],
             "since_update": [workloads.index(workload) for workload in self._since_update],
             "calls": self._log.signature,
+            "counter": None if self._counter is None else self._read(self._counter).state_dict(),
             "in_compiled": self._in_compiled,
         }
 
@@ -359,5 +367,7 @@ class TrainingFlops:
         self._workloads = {workload.signature: workload for workload in workloads}
         self._since_update = [workloads[index] for index in state["since_update"]]
         self._log.signature, self._in_compiled = state["calls"], state["in_compiled"]
-        if not state["calls"]:  # else a part of the current workload was missed
-            self._expect()
+        if state["counter"] is not None:
+            self._counter = self._make_counter()
+            self._write(self._counter, Uses.from_state(state["counter"], self._names))
+            self._start_counting()
