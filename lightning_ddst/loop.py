@@ -18,15 +18,14 @@ from lightning_ddst.attached.hooks import AttachedTraining, check_attached
 from lightning_ddst.attached.options import RunOptions
 from lightning_ddst.attached.readings import RunReadings
 from lightning_ddst.attached.report import RunReport
+from lightning_ddst.attached.wrapped import find_scaler, holds_parts, unwrap_optimizer, unwrap_parts
 from lightning_ddst.callbacks import DynamicSparsityCallback
 from lightning_ddst.methods import Plan
 from lightning_ddst.sparsity import find_optimizers, find_units, has_updated
 from lightning_ddst.sparsity.averaging import WeightAverage
 from lightning_ddst.sparsity.dense_gradients import unscale_by
-from lightning_ddst.sparsity.sharding import is_split
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.compilation import uncompiled
-from lightning_ddst.utils.lightning_private import fabric_strategy
 from lightning_ddst.utils.nested import tensors_in
 from lightning_ddst.utils.states import Form, maybe
 from lightning_ddst.utils.validation import check_count
@@ -35,10 +34,6 @@ Log = Callable[[dict[str, float], int], object]
 """A function of scalars by name and of the generator updates so far."""
 _CHECKED_EVERY = 1000
 """Training steps after which the weights are compared with the masks again, which waits for the device."""
-_WRAPPERS = ("_FabricModule", "DistributedDataParallel")
-"""Classes that wrap a network, which is their attribute ``module``."""
-_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
-"""Strategies of Fabric that keep parameters in one piece."""
 _STATE_FORM: Form = {"average": maybe(WeightAverage.state_form)}
 """The form of the state, next to that of `AttachedTraining`."""
 Networks = nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
@@ -115,8 +110,8 @@ def sparsify(
         check_count("length", length)
     check_count("log_every", log_every)
     given = list(optimizers)
-    found = [_unwrap_optimizer(optimizer) for optimizer in given]
-    scaler = scaler or next(filter(None, (_scaler_of(each) for each in given)), None)
+    found = [unwrap_optimizer(optimizer) for optimizer in given]
+    scaler = scaler or next(filter(None, (find_scaler(each) for each in given)), None)
     if balance_scores is not None:
         networks.balance_scores = balance_scores  # type: ignore[assignment]
     if example_inputs is not None:
@@ -424,21 +419,21 @@ class _Networks(nn.Module):
 
     def __init__(self, generator: Networks, discriminator: Networks) -> None:
         super().__init__()
-        self.generator = _unwrap_parts(generator, "generator")
-        self.discriminator = _unwrap_parts(discriminator, "discriminator")
+        self.generator = unwrap_parts(generator, "generator")
+        self.discriminator = unwrap_parts(discriminator, "discriminator")
 
     def part_names(self) -> dict[str, list[str]]:
         """Returns the dotted names of the parts of each network that was given as several."""
         return {
             role: [f"{role}.{name}" for name, _ in network.named_children()]
             for role, network in self.named_children()
-            if _holds_parts(network)
+            if holds_parts(network)
         }
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
         """Yields every network that was given, with its role."""
         for role, network in self.named_children():
-            for part in network.children() if _holds_parts(network) else (network,):
+            for part in network.children() if holds_parts(network) else (network,):
                 yield role, part
 
 
@@ -469,60 +464,6 @@ class _Values:
         for name, tensor in self._tensors():
             if name in self._after and torch.equal(tensor, self._after[name].to(tensor.device)):
                 tensor.copy_(self._before[name])
-
-
-# ---- wrapped networks and optimizers -------------------------------------------------------------------
-
-
-def _holds_parts(network: Any) -> bool:
-    """Returns whether this is a container of modules, which cannot be called itself."""
-    return isinstance(network, nn.ModuleDict | nn.ModuleList) and type(network).forward is nn.Module.forward
-
-
-def _unwrap_parts(network: Any, role: str) -> nn.Module:
-    """Returns a network, or a container of its parts, without wrappers."""
-    if isinstance(network, Mapping) or (_holds_parts(network) and isinstance(network, nn.ModuleDict)):
-        return nn.ModuleDict({name: _unwrap(part, role) for name, part in network.items()})
-    if isinstance(network, list | tuple) or _holds_parts(network):
-        return nn.ModuleList(_unwrap(part, role) for part in network)
-    return _unwrap(network, role)
-
-
-def _unwrap(network: Any, role: str) -> nn.Module:
-    """Returns the network inside Fabric's wrapper and DistributedDataParallel."""
-    if (strategy := fabric_strategy(network)) is not None:
-        kinds = {kind.__name__ for kind in type(strategy).__mro__}
-        if kinds.isdisjoint(_STRATEGIES) or "DeepSpeedStrategy" in kinds:
-            raise ValueError(
-                f"Fabric's {type(strategy).__name__} keeps the {role}'s parameters in a form that cannot be masked "
-                'here: use Fabric(strategy="ddp") or a single device.'
-            )
-    while type(network).__name__ in _WRAPPERS:
-        network = network.module
-    if not isinstance(network, nn.Module):
-        raise ValueError(f"{role}={network!r} must be a torch.nn.Module, or a list or dict of these.")
-    whole = type(network).__name__ not in ("DataParallel", "FullyShardedDataParallel")
-    if not whole or any(is_split(parameter) for parameter in network.parameters()):
-        raise ValueError(
-            f"the {role} is split or copied over devices by {type(network).__name__}, which cannot be masked here: use "
-            "DistributedDataParallel."
-        )
-    return network
-
-
-def _unwrap_optimizer(optimizer: Any) -> Optimizer:
-    """Returns torch's own optimizer, whose hooks every step calls."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    if not isinstance(optimizer, Optimizer):
-        raise ValueError(f"optimizers must be a list of torch.optim.Optimizer, and one is {type(optimizer).__name__}.")
-    return optimizer
-
-
-def _scaler_of(optimizer: Any) -> Any:
-    """Returns the GradScaler of an optimizer's Fabric, or None."""
-    strategy = fabric_strategy(optimizer)
-    return None if strategy is None else getattr(strategy.precision, "scaler", None)
 
 
 def _check_device(batch: Any, networks: nn.Module) -> None:

@@ -19,6 +19,9 @@ from lightning_ddst.utils.nested import Place, tensors_in
 from lightning_ddst.utils.networks import get_parts
 from lightning_ddst.utils.states import FLAG, Form, each
 
+_Scores = tuple[list[Tensor], list[Tensor], list[Tensor]]
+"""Scores of a part of the discriminator: of real images, of fakes before and of fakes after the update."""
+
 
 @runtime_checkable
 class ScoresItself(Protocol):
@@ -192,7 +195,7 @@ class BalanceProbe:
         versions = self._part_versions()
         return not any(each.trains and each.version == versions[each.part] for each in self._recorder.scored)
 
-    def _score_calls(self, batch: Any, in_use: bool) -> list["_Scores"]:
+    def _score_calls(self, batch: Any, in_use: bool) -> list[_Scores]:
         seen = any(map(self._recorder.has_generator_step, range(len(self._parts))))
         if not in_use or (not seen and self._is_gap()):
             return []
@@ -218,7 +221,7 @@ class BalanceProbe:
             return step.call
         return images.find_call(batch, step, self._recorder.generated, scored)
 
-    def _score_module(self, batch: Any) -> list["_Scores"]:
+    def _score_module(self, batch: Any) -> list[_Scores]:
         assert isinstance(self._module, ScoresItself)
         if not self.used:
             return []
@@ -305,10 +308,6 @@ class BalanceProbe:
         self.used, self._measured = state["used"], state["measured"]
         for images, saved in zip(self._real, state["real"], strict=True):
             images.load_state_dict(saved)
-
-
-_Scores = tuple[list[Tensor], list[Tensor], list[Tensor]]
-"""Scores of a part of the discriminator: of real images, of fakes before and of fakes after the update."""
 
 
 def _average_parts(scores: Iterable[Sequence[Tensor]]) -> Tensor:

@@ -58,8 +58,8 @@ class TrainingFlops:
 
     Training is split into workloads: the work between two steps of optimizers. Cheap hooks recognise equal workloads by
     the networks' calls, so changing numbers of steps, warm-up phases, penalties at every 16th step and other batch
-    sizes are counted as they come. The operations of a workload are counted once, when it occurs again after it was
-    first seen, and are assumed for every time it occurs. A workload that is not measured yet counts like a measured one
+    sizes are counted as they come. The operations of each workload are measured once, when it occurs for the second
+    time, and are assumed for every time it occurs. A workload that is not measured yet counts like a measured one
     that differs in sizes only; if there is none, it counts once it is measured. Likewise, one measurement of the
     balance ratio is counted once. Compiled networks run uncompiled while operations are counted. In a compiled training
     step nothing is counted.
@@ -259,13 +259,9 @@ class TrainingFlops:
         measured = [each for each in self._workloads.values() if each.uses is not None]
         found = []
         for workload in self._workloads.values():
-            nearest = (
-                workload
-                if workload.uses is not None
-                else next(iter(self._sort_similar(workload.signature, measured)), None)
-            )
-            if nearest is not None and nearest.uses is not None:
-                found.append((workload, nearest.uses))
+            similar = [workload] if workload.uses is not None else self._sort_similar(workload.signature, measured)
+            if similar and (uses := similar[0].uses) is not None:
+                found.append((workload, uses))
         return found
 
     # ---- counting ----------------------------------------------------------------------------------
