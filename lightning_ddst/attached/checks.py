@@ -153,7 +153,7 @@ def tell_masked_share(pair: MaskedPair, training: SparseTraining) -> None:
         if shares[role] < _WARN_BELOW and training.is_masked(role):
             largest = sorted(dense.items(), key=lambda named: -named[1].numel())[:_NAMED]
             names = ", ".join(
-                f"{name!r} {tuple(parameter.shape)}{'' if parameter.requires_grad else ' (frozen)'}"
+                f"{network.full_name(name)!r} {tuple(parameter.shape)}{'' if parameter.requires_grad else ' (frozen)'}"
                 for name, parameter in largest
             )
             distributed.warn(
@@ -202,7 +202,8 @@ def check_unchanged(pair: MaskedPair) -> None:
                 )
         if added := network.unmasked():
             raise RuntimeError(
-                f"the {role} has weights that came since it was masked and have no mask: {', '.join(added)}. Add "
+                f"the {role} has weights that came since it was masked and have no mask: "
+                f"{', '.join(map(network.full_name, added))}. Add "
                 "layers before training starts, or name them in dense_layers."
             )
         if written := network.written():

@@ -271,7 +271,10 @@ class SparseTraining:
     def _warn_of_postponed(self, update: MaskUpdate) -> None:
         roles = " and the ".join(update.roles)
         names = [
-            name for role in update.roles if self.is_masked(role) for name in self._enforcers[role].gradients.unusable
+            self._networks[role].full_name(name)
+            for role in update.roles
+            if self.is_masked(role)
+            for name in self._enforcers[role].gradients.unusable
         ]
         shown = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         warnings.warn(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_ddst.sparsity.bitpack import choose_chunk, count_bits, pack_bits, view_as_integers
 from lightning_ddst.sparsity.growth import GrowthRule
-from lightning_ddst.sparsity.layer_patterns import first_match
+from lightning_ddst.sparsity.layer_patterns import first_match, name_of_layer
 from lightning_ddst.sparsity.maskable import MaskableWeight, MaskedParameters, all_weights, maskable_weights
 from lightning_ddst.sparsity.sharding import is_split, local_part, reshard, split_like
 from lightning_ddst.sparsity.units import Units, find_units
@@ -185,6 +185,10 @@ class MaskedNetwork:
     def reachable(self, density: float) -> float:
         """Returns the allowed density that is nearest to this one."""
         return self.units.reachable(density)
+
+    def full_name(self, name: str) -> str:
+        """Returns the name of a weight or layer in the module that holds the network, as patterns match it."""
+        return name_of_layer(self._name, name)
 
     def unmasked(self) -> list[str]:
         """Returns the names of maskable weights that came after the masks were made."""

@@ -53,7 +53,7 @@ def test_a_warning_names_weights_that_stay_dense(caplog):
     (line,), (warning,) = said.lines, said.warnings
     assert "33.3% of the generator's and 100.0% of the discriminator's" in line  # 256 of 768
     assert "33.3% of the generator's" in warning
-    assert "'3.projection' (32, 16)" in warning
+    assert "'generator.3.projection' (32, 16)" in warning
     assert list(said.sparsity.masks("generator")) == ["generator.0.weight"]
 
 
@@ -80,7 +80,7 @@ def test_a_frozen_weight_is_named_as_frozen(caplog):
     gan = ToyGAN()
     gan.generator[3].weight.requires_grad_(False)
     (warning,) = Said(gan, caplog).warnings
-    assert "'3.weight' (16, 32) (frozen)" in warning
+    assert "'generator.3.weight' (16, 32) (frozen)" in warning
 
 
 def test_the_norms_of_weight_norm_are_no_weights(caplog):
@@ -98,10 +98,27 @@ def test_layers_that_a_granularity_leaves_dense_are_named(granularity):
     gan.generator = nn.Sequential(nn.Linear(LATENT, 32), nn.ReLU(), nn.Linear(32, PIXELS), nn.ReLU(), last)
     densities = {"generator_density": 0.5, "discriminator_density": 0.5}
     sparsity = DynamicSparsityCallback(method="static", granularity=granularity, **densities)
-    match = r"only 75\.0% .* maskable.*'4\.parametrizations\.weight\.original1' \(16, 16\)"  # 768 of 1024
+    match = r"only 75\.0% .* maskable.*'generator\.4\.parametrizations\.weight\.original1' \(16, 16\)"  # 768 of 1024
     with pytest.warns(UserWarning, match=match):
         trained(sparsity, gan=gan)
     assert list(sparsity.masks("generator")) == ["generator.0.weight", "generator.2.weight"]
+
+
+class SpareLayer(nn.Linear):
+    """A layer that training does not use."""
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize(("dense_layers", "count"), [([], 1), (["generator.4"], 0)])
+def test_the_warning_of_a_postponed_change_names_what_dense_layers_takes(dense_layers, count, recwarn):
+    gan = ToyGAN()
+    gan.generator.append(SpareLayer(PIXELS, PIXELS))
+    trained(DynamicSparsityCallback(0.25, explore_interval=3, dense_layers=dense_layers), gan=gan)
+    messages = [str(warning.message) for warning in recwarn if "postponed" in str(warning.message)]
+    assert len(messages) == count
+    assert all(" 'generator.4.weight'. " in message for message in messages)
 
 
 def test_a_layer_that_stays_dense_may_be_computed_in_any_way():
