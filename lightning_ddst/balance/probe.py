@@ -99,8 +99,7 @@ class BalanceProbe:
         self._expected: int | None = None  # the version of the discriminator's weights after the last update
         self._recorder = CallRecorder(generator, discriminator, self._reader)
         self._forget()
-        if module is None:
-            self._recorder.attach()
+        self._recorder.attach(generator=module is None)
 
     @property
     def checked(self) -> bool:
@@ -159,6 +158,8 @@ class BalanceProbe:
             in_use = self._is_in_use()
             self.used |= in_use
             self._recorder.watches_gradients = not self.used
+            if self.used and self._module is not None:  # the calls only told whether the discriminator is used
+                self._recorder.remove()
             scores = self._score_calls(batch, in_use) if self._module is None else self._score_module(batch)
             if not scores:
                 return None

@@ -56,9 +56,9 @@ class CallRecorder:
         """The generator's calls, oldest first."""
         return self._calls.calls
 
-    def attach(self) -> None:
-        """Registers the hooks on both networks."""
-        self._handles = self._calls.attach()
+    def attach(self, *, generator: bool = True) -> None:
+        """Registers the hooks on both networks, or on the discriminator alone."""
+        self._handles = self._calls.attach() if generator else []
         for part in self._parts:
             self._handles += [
                 part.register_forward_pre_hook(self._before_discriminator, with_kwargs=True),

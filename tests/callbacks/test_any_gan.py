@@ -532,9 +532,15 @@ class StyleBased(GAN):
         return self.D(batch[0]), self.D(self.generate(self.scored[-1]))
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        (x, _), (g, d) = batch, self.optimizers()
+        self.train_discriminator(batch[0])
+        self.train_generator(batch[0])
+
+    def train_discriminator(self, x: Tensor) -> None:
         fake = self.generate(self.noise(x))
-        self.step(d, F.softplus(-self.D(x)).mean() + F.softplus(self.D(fake.detach())).mean())
+        loss = F.softplus(-self.D(x)).mean() + F.softplus(self.D(fake.detach())).mean()
+        self.step(self.optimizers()[1], loss)
+
+    def train_generator(self, x: Tensor) -> None:
         loss = F.softplus(-self.D(self.generate(self.noise(x)))).mean()
         state = torch.get_rng_state()
         z = self.noise(x)  # what will be drawn for the scores
@@ -543,10 +549,21 @@ class StyleBased(GAN):
             lambda: self.D.forward(x),
             lambda: self.D.forward(self.G["synthesis"].forward(self.G["mapping"].forward(z))),
         ):
-            self.step(g, loss)
+            self.step(self.optimizers()[0], loss)
         if self.scored:
             assert all(torch.equal(z, drawn) for drawn in self.scored), "each time the same noise"
             self.scored.clear()
+
+
+class StyleBasedGeneratorFirst(StyleBased):
+    """At the first update the discriminator was called, but has neither stepped nor received a gradient."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()[0]
+        self.toggle_optimizer(optimizer)
+        self.train_generator(batch[0])
+        self.untoggle_optimizer(optimizer)
+        self.train_discriminator(batch[0])
 
 
 PATTERNS: list[type[GAN]] = [
@@ -580,6 +597,7 @@ PATTERNS: list[type[GAN]] = [
     Vectors,
     Nested,
     StyleBased,
+    StyleBasedGeneratorFirst,
 ]
 UPDATES = {CriticStepsAcross: 2, GeneratorEverySecondBatch: 3, Accumulation: 3}
 
