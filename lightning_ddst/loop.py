@@ -460,10 +460,16 @@ class _Values:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Restores the values of tensors that nothing has written to since `mark`."""
-        for name, tensor in self._tensors():
-            if name in self._after and torch.equal(tensor, self._after[name].to(tensor.device)):
-                tensor.copy_(self._before[name])
+        """Restores the values of layers that nothing has written to since `mark`.
+
+        One tensor alone does not tell: spectral norm's left vector of a single output is 1 or -1, loaded or not.
+        """
+        now = dict(self._tensors())
+        same = {n: torch.equal(now[n], after.to(now[n].device)) for n, after in self._after.items() if n in now}
+        written = {name.rpartition(".")[0] for name, is_same in same.items() if not is_same}
+        for name in same:
+            if name.rpartition(".")[0] not in written:
+                now[name].copy_(self._before[name])
 
 
 def _check_device(batch: Any, networks: nn.Module) -> None:

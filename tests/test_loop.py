@@ -14,6 +14,7 @@ from test_resume import METHODS
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.utils import spectral_norm
 from torch.optim import SGD, Adam
 from toys import LATENT, PIXELS, ToyGAN, toy_data, toy_trainer
 
@@ -39,9 +40,11 @@ def settings_of(method):
 class PlainLoop:
     """The training of `ToyGAN`, without Lightning."""
 
+    gan = ToyGAN
+
     def __init__(self, batches=20, **settings):
         seed_everything(0, verbose=False)
-        gan = ToyGAN()
+        gan = self.gan()
         self.generator, self.discriminator = gan.networks()
         self.optimizers = gan.configure_optimizers()
         self.data = toy_data(batches)
@@ -189,6 +192,32 @@ def test_states_may_be_loaded_in_any_order(order):
     resumed.sparse.load_state_dict(saved["sparse"])
     if order == "networks after the masks":
         resumed.load_networks(saved)
+    set_random_states(saved["random"])
+    assert_same_end(whole, resumed.train(start=9))
+
+
+class OneOutputGAN(ToyGAN):
+    """Spectral norm with one output: its left vector starts at -1, and the first masks make it 1, as saved."""
+
+    def __init__(self):
+        super().__init__()
+        self.discriminator = nn.Sequential(spectral_norm(nn.Linear(PIXELS, 1)))
+        self.discriminator[0].weight_u.fill_(-1)
+
+
+class OneOutputLoop(PlainLoop):
+    gan = OneOutputGAN
+
+
+def test_a_loaded_tensor_that_happens_to_be_as_the_first_masks_left_it_stays():
+    given = settings_of("strict") | {"ema_decay": 0.9}
+    whole, killed, resumed = (OneOutputLoop(**given) for _ in range(3))
+    assert resumed.discriminator[0].weight_u.tolist() == [1]
+    whole.train()
+    saved = killed.train(end=9).save()
+    resumed.load_networks(saved)
+    resumed.sparse.load_state_dict(saved["sparse"])
+    assert resumed.discriminator[0].weight_u.tolist() == [1]
     set_random_states(saved["random"])
     assert_same_end(whole, resumed.train(start=9))
 
