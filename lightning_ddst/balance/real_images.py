@@ -11,7 +11,7 @@ from lightning_ddst.balance.calls import Adversarial, Call, Generated, Scored
 from lightning_ddst.balance.layout import Order, find_order, list_orders, move
 from lightning_ddst.balance.scores import cannot_measure
 from lightning_ddst.utils.nested import Place, describe_tensors, get_entry, get_first_tensor, tensors_in
-from lightning_ddst.utils.states import COUNT, FLAG, Form, each, maybe
+from lightning_ddst.utils.states import FLAG, Form, Leaf, maybe
 
 _SAME = 1e-2
 """Relative deviation up to which images count as the batch's images, shifted and scaled."""
@@ -35,7 +35,12 @@ class RealImages:
             from their axes, or none was in 20 training steps.
     """
 
-    state_form: ClassVar[Form] = {"checked": FLAG, "order": maybe(each(COUNT))}
+    state_form: ClassVar[Form] = {
+        "checked": FLAG,
+        "order": maybe(
+            Leaf("a permutation of 1 to n", lambda value: sorted(value) == [*range(1, len(value) + 1)] != [])
+        ),
+    }
     """The form of `state_dict`."""
 
     def __init__(self, place: Place | None, *, one_call: bool = False) -> None:
@@ -79,7 +84,7 @@ class RealImages:
                 'discriminator_output="" if it scores the generated images'
             )
         self._look(real, batch, generated, scored)
-        order = self._order
+        order = self._order if self._order is not None and len(self._order) == real.dim() - 1 else None
         if order is None and real.shape[1:] != shape:
             shown = [earlier.call.tensor_at(step.place) for earlier in scored]
             if any(value is not None and is_itself(value, real) for value in shown):  # a network that takes any size
