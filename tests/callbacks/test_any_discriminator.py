@@ -737,7 +737,7 @@ class RescaledAndMoved(ChannelsLast):
         ),
         (PartsUnseen, r"discriminator \(msd\) was not called, .*\(4, 1, 4, 4\); it was called on nothing"),
         (WrongShape, r"real=0 has the shape \(4, 1, 6, 6\) in the batch, and .* images of shape \(batch, 1, 4, 4\)"),
-        (RescaledAndMoved, "shifts and scales the batch's images"),
+        (RescaledAndMoved, "changes the values of the batch's images"),
     ],
 )
 def test_the_first_update_says_what_is_needed(pattern: type[GAN], message: str) -> None:
