@@ -109,6 +109,8 @@ class SparseTraining:
         self.optimizers = list(optimizers)
         self.flops = TrainingFlops(self._networks.values(), self.optimizers)
         self._warned_of_uncounted = False
+        self._warned_of_postponed: set[MaskUpdate] = set()
+        self._told_frozen: dict[Role, set[str]] = {role: set() for role in self._networks}
         self.generator_optimizers = find_optimizers(generator.parameters, self.optimizers)
         find_optimizers(discriminator.parameters, self.optimizers)
         self.divergence = Divergence({role: network.network for role, network in self._networks.items()})
@@ -259,15 +261,28 @@ class SparseTraining:
         if not pending or not self.divergence.finite(self.updates):
             return
         for update in pending:
+            self._tell_frozen(update.roles)
             update.pending = not update.apply(self)
-            if update.pending:
+            if update.pending and update not in self._warned_of_postponed:
+                self._warned_of_postponed.add(update)
                 roles = " and the ".join(update.roles)
                 warnings.warn(
                     f"a change of the {roles}'s mask is postponed: at generator update {self.updates} there is no "
-                    f"finite dense gradient of the {roles} to grow by.",
+                    f"finite dense gradient of the {roles} to grow by. It is made as soon as there is; later ones are not "
+                    "reported.",
                     stacklevel=2,
                 )
         self.check_ranks()
+
+    def _tell_frozen(self, roles: Iterable[Role]) -> None:
+        for role in roles:
+            network = self.network(role)
+            if names := network.frozen - self._told_frozen[role]:
+                distributed.warn(
+                    f"weights of the {role} were frozen since they were masked, {', '.join(map(repr, sorted(names)))}: "
+                    "their masks stay as they are until these weights are trained again."
+                )
+            self._told_frozen[role] = set(network.frozen)
 
     def _expect_next(self) -> None:
         """Starts or stops recording, depending on the needs of the next update."""

@@ -406,6 +406,62 @@ def test_a_frozen_layer_stays_dense_outside_the_density():
     assert sparsity.networks()["generator"].coverage > 0.25
 
 
+class FrozenLater(ToyGAN):
+    """A layer of the generator is frozen in epochs 1 and 2."""
+
+    def on_train_epoch_start(self):
+        self.generator[0].weight.requires_grad_(self.current_epoch not in (1, 2))
+        if self.current_epoch == 1:
+            self.frozen = self.generator[0].weight.clone()
+        if self.current_epoch == 3:
+            self.thawed = self.generator[0].weight.clone()
+
+
+@pytest.mark.parametrize("growth", ["gradient", "random", "momentum"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_layer_that_is_frozen_later_keeps_its_weights_and_the_others_explore(growth, scope):
+    sparsity, watched = DynamicSparsityCallback(0.25, explore_interval=3, growth=growth, scope=scope), {}
+
+    class Watch(Callback):
+        def on_train_epoch_end(self, trainer, module):
+            watched[trainer.current_epoch] = {name: mask.clone() for name, mask in sparsity.masks("generator").items()}
+
+    gan = FrozenLater()
+    with pytest.warns(UserWarning, match=r"generator were frozen since they were masked, '0\.weight'") as said:
+        toy_trainer(sparsity, Watch(), epochs=5).fit(gan, toy_data())
+    assert sum("frozen" in str(each.message) for each in said) == 1
+    assert not any("postponed" in str(each.message) for each in said)
+    assert torch.equal(gan.frozen, gan.thawed)
+    changed = {
+        epoch: {name for name in watched[0] if not torch.equal(watched[epoch - 1][name], watched[epoch][name])}
+        for epoch in (1, 2, 3)
+    }
+    assert changed[1] == changed[2] == {"generator.3.weight"}
+    assert "generator.0.weight" in changed[3]
+    assert sparsity.networks()["generator"].active == round(0.25 * sparsity.networks()["generator"].total)
+
+
+def test_growth_collects_gradients_over_batches_of_several_generator_optimizers():
+    gan = TwoGeneratorOptimizers()
+    gan.together = False
+    sparsity = DynamicSparsityCallback(0.25, explore_interval=4, growth="gradient")
+    with pytest.warns(UserWarning, match="generator's mask is postponed: at generator update 4 ") as said:
+        fit(sparsity, gan, epochs=2)
+    assert sum("postponed" in str(each.message) for each in said) == 1
+    assert sparsity.networks()["generator"].coverage > 0.25
+
+
+def test_a_layer_that_is_frozen_between_two_fits_keeps_its_mask():
+    gan, sparsity = ToyGAN(), DynamicSparsityCallback(0.25, explore_interval=3)
+    fit(sparsity, gan)
+    gan.generator[0].weight.requires_grad_(False)
+    weight, mask = gan.generator[0].weight.clone(), sparsity.masks("generator")["generator.0.weight"].clone()
+    with pytest.warns(UserWarning, match="frozen since they were masked"):
+        fit(sparsity, gan)
+    assert torch.equal(gan.generator[0].weight, weight)
+    assert torch.equal(sparsity.masks("generator")["generator.0.weight"], mask)
+
+
 def test_a_network_that_is_frozen_as_a_whole_for_the_moment_is_masked():
     gan = ToyGAN()
     gan.discriminator.requires_grad_(False)
