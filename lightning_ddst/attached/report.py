@@ -65,7 +65,13 @@ class RunReport(ABC):
             self._warn_of_bounds()
 
     def after_run(self) -> None:
-        """Warns if the discriminator was never used."""
+        """Warns if the discriminator was never used, or something wrote into inactive weights at the end."""
+        for role, network in self._pair.networks.items():
+            if written := network.written():
+                distributed.warn(
+                    f"something else than the optimizers wrote into inactive weights of the {role} at the end of the run: "
+                    f"{', '.join(written)}. Masks and densities do not hold for these weights."
+                )
         if self._training.updates and not self._training.discriminator_used:
             distributed.warn(
                 f"the discriminator was neither called nor trained in {self._training.updates} generator updates, so "

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import warnings
 from itertools import pairwise
 
@@ -352,6 +353,40 @@ def test_a_shared_layer_is_rejected_with_both_names():
         trained(DynamicSparsityCallback(0.25, method="static", probe_interval=None), gan=gan)
 
 
+def test_weights_that_are_written_to_after_the_last_step_are_named():
+    class Averaged(ToyGAN):
+        def on_train_end(self):
+            nn.init.ones_(self.discriminator[0].parametrizations.weight.original)
+
+    with pytest.warns(UserWarning, match="inactive weights of the discriminator at the end of the run: 0.parametrizations"):
+        fit(DynamicSparsityCallback(0.25), Averaged())
+
+
+def test_a_layer_that_comes_with_new_optimizers_is_named():
+    class Growing(ToyGAN):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.generator.append(nn.Linear(PIXELS, PIXELS))
+                self.trainer.strategy.setup_optimizers(self.trainer)
+
+    with pytest.raises(RuntimeError, match=r"generator has weights that came since it was masked .*: 4\.weight"):
+        fit(DynamicSparsityCallback(0.25), Growing())
+
+
+def test_a_generator_that_is_never_updated_is_told_of():
+    class Discriminates(ToyGAN):
+        def training_step(self, batch, batch_idx):
+            _, optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(-self.discriminator(batch[0]).mean())
+            optimizer.step()
+
+    sparsity = DynamicSparsityCallback(0.25)
+    with pytest.warns(UserWarning, match="no optimizer step was seen that had gradients of the generator"):
+        fit(sparsity, Discriminates())
+    assert sparsity.generator_updates == 0
+
+
 class TwoGeneratorOptimizers(ToyGAN):
     """Each updates a layer of the generator; `together` in one batch, or in turn."""
 
@@ -479,6 +514,41 @@ def test_weights_that_are_not_finite_at_the_start_are_named():
         gan.generator[3].weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"generator's '3\.weight'"):
         trained(DynamicSparsityCallback(0.25), gan=gan)
+
+
+def test_a_buffer_that_is_nan_at_the_start_is_named():
+    gan = ToyGAN()
+    gan.generator[1].running_mean[0] = float("nan")
+    with pytest.raises(ValueError, match=r"generator's '1\.running_mean'"):
+        trained(DynamicSparsityCallback(0.25), gan=gan)
+
+
+def test_infinite_buffers_are_allowed():
+    gan = ToyGAN()
+    gan.generator.register_buffer("causal", torch.full((2, 2), float("-inf")))
+    sparsity = DynamicSparsityCallback(0.25)
+    fit(sparsity, gan)
+    assert sparsity.generator_updates == 20
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"seed": "a"}, {"seed": 1.5}, {"generator": 3}, {"discriminator": ["mpd", 1]}], ids=str
+)
+def test_arguments_of_other_types_are_named(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}")):
+        DynamicSparsityCallback(0.25, **wrong)
+
+
+def test_a_seed_of_numpy_is_the_same_seed():
+    import numpy as np
+
+    masks = []
+    for seed in (3, np.int32(3)):
+        sparsity = DynamicSparsityCallback(0.25, seed=seed)
+        sparsity.attach(ToyGAN())
+        masks.append(sparsity.masks("generator")["generator.0.weight"])
+    assert torch.equal(*masks)
 
 
 def test_an_empty_layer_is_left_out():
