@@ -121,13 +121,18 @@ class RealImages:
             )
         if not self._argument.changes_fakes:  # else they may be augmented alike
             distributed.warn(
-                f"in {_STEPS} training steps the discriminator was not called on the batch's real images as they are, but "
-                "the generated ones are not changed. The balance ratio scores them as they are in the batch; if the "
-                "training step changes them, give the module a method `balance_scores(self, batch)` (docs/attach.md)."
+                f"in {_STEPS} training steps the discriminator was not called on the batch's real images as they are, "
+                "but the generated ones are not changed. The balance ratio scores them as they are in the "
+                "batch; if the training step changes them, give the module a method `balance_scores(self, "
+                "batch)` (docs/attach.md)."
             )
 
     def _look(self, real: Tensor, batch: Any, generated: Iterable[Generated], scored: Sequence[Scored]) -> None:
         if self.checked or self._argument is None:
+            return
+        taken = [each.call.tensor_at(self._argument.place) for each in scored]
+        if not self._argument.changes_fakes and any(value is not None and _is_part(value, real) for value in taken):
+            self.checked = True  # the step takes a part of the batch, as it is
             return
         shown = self._argument.find_shown(real, generated, scored)
         order = check_shown(shown, real, batch, place=self._place, changes_fakes=self._argument.changes_fakes)
@@ -316,9 +321,9 @@ def check_shown(
         # Fakes that change, too, may be augmented alike, image by image.
         if any(is_rescaled(value, each) or (not changes_fakes and is_remapped(value, each)) for each in moved):
             raise cannot_measure(
-                "the training step changes the values of the batch's images (rescales, normalizes or clamps them) before "
-                "the discriminator sees them, and the probe would score them as they are in the batch. Do this in the "
-                "data pipeline"
+                "the training step changes the values of the batch's images (rescales, normalizes or clamps them) "
+                "before the discriminator sees them, and the probe would score them as they are in the batch. "
+                "Do this in the data pipeline"
             )
     return None
 
@@ -349,6 +354,12 @@ def is_itself(shown: Tensor, real: Tensor) -> bool:
     return shown.data_ptr() == real.data_ptr() and shown.shape == real.shape
 
 
+def _is_part(shown: Tensor, real: Tensor) -> bool:
+    """Returns whether shown images are fewer of the real images, by their memory."""
+    same_memory = shown.untyped_storage().data_ptr() == real.untyped_storage().data_ptr()
+    return same_memory and shown.shape[1:] == real.shape[1:] and len(shown) < len(real)
+
+
 def _size(images: Tensor) -> int:
     return images.shape[1:].numel() if images.dim() else 0
 
@@ -358,7 +369,7 @@ def _describe(shape: torch.Size) -> str:
 
 
 def is_remapped(value: Tensor, real: Tensor) -> bool:
-    """Returns whether values grow with those of `real` in every channel of every image, as under tanh or clamping."""
+    """Returns whether values grow with those of `real` in all channels of all images, as under tanh or clamping."""
     dims = min(2, real.dim() - 1)
     if dims < 1:
         return False

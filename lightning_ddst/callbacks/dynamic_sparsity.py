@@ -368,8 +368,8 @@ class DynamicSparsityCallback(RunReadings, Callback):
             self._report.after_run()
             if trainer.global_step and not self.generator_updates:
                 distributed.warn(
-                    "no optimizer step was seen that had gradients of the generator: its mask never changed, and nothing "
-                    "was measured."
+                    "no optimizer step was seen that had gradients of the generator: its mask never changed, and "
+                    "nothing was measured."
                 )
         self._detach()
 

@@ -268,8 +268,8 @@ class SparseTraining:
                 roles = " and the ".join(update.roles)
                 warnings.warn(
                     f"a change of the {roles}'s mask is postponed: at generator update {self.updates} there is no "
-                    f"finite dense gradient of the {roles} to grow by. It is made as soon as there is; later ones are not "
-                    "reported.",
+                    f"finite dense gradient of the {roles} to grow by. It is made as soon as there is; later ones are "
+                    "not reported.",
                     stacklevel=2,
                 )
         self.check_ranks()
@@ -279,8 +279,9 @@ class SparseTraining:
             network = self.network(role)
             if names := network.frozen - self._told_frozen[role]:
                 distributed.warn(
-                    f"weights of the {role} were frozen since they were masked, {', '.join(map(repr, sorted(names)))}: "
-                    "their masks stay as they are until these weights are trained again."
+                    f"weights of the {role} were frozen since they were masked, "
+                    f"{', '.join(map(repr, sorted(names)))}: their masks stay as they are until these weights "
+                    "are trained again."
                 )
             self._told_frozen[role] = set(network.frozen)
 

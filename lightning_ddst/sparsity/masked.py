@@ -248,9 +248,7 @@ class MaskedNetwork:
         room = [sum(limits[key] for key in pool) for pool in self.units.pools]  # less than planned if layers are frozen
         moves = [
             max(min(number - now, growable), -prunable)
-            for number, now, growable, prunable in zip(
-                numbers, self.units.now, self.units.growable, room, strict=True
-            )
+            for number, now, growable, prunable in zip(numbers, self.units.now, self.units.growable, room, strict=True)
         ]
         before = self.active
         if any(move > 0 for move in moves):

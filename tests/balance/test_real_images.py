@@ -224,7 +224,9 @@ def test_images_whose_values_are_changed_image_by_image_are_rejected(change):
     assert check_shown([change(real)], real, real, changes_fakes=True) is None  # an augmentation of both
 
 
-@pytest.mark.parametrize("change", [lambda x: x + 0.1 * torch.rand_like(x), lambda x: x.flip(3), lambda x: x.roll(1, 2)])
+@pytest.mark.parametrize(
+    "change", [lambda x: x + 0.1 * torch.rand_like(x), lambda x: x.flip(3), lambda x: x.roll(1, 2)]
+)
 def test_augmented_images_do_not_count_as_changed_by_their_values(change):
     torch.manual_seed(0)
     real = torch.rand(8, 3, 4, 4)
