@@ -1,7 +1,7 @@
 """A style-based generator, whose parts the training step calls one by one: `G.mapping`, then `G.synthesis`.
 
-Nothing calls `G` itself, so the module gives the scores that the balance ratio is made of: `balance_scores`.
-The mapping network is left dense.
+The step mixes styles between these calls, so the callback cannot repeat them, and the module returns scores itself, by
+`balance_scores`. (Without mixing, `generator=["G.mapping", "G.synthesis"]` is enough.) The mapping network stays dense.
 
 python examples/03_style_based.py
 """
@@ -55,7 +55,7 @@ class Generator(nn.Module):
 
 
 class StyleGAN(LightningModule):
-    """Calls the generator's parts, and so gives the scores itself."""
+    """Mixes styles between the generator's parts, so it returns the scores itself."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Sparse training without a Trainer: in a plain PyTorch loop, or with Lightning Fabric."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from types import TracebackType
@@ -18,15 +18,14 @@ from lightning_ddst.attached.hooks import AttachedTraining, check_attached
 from lightning_ddst.attached.options import RunOptions
 from lightning_ddst.attached.readings import RunReadings
 from lightning_ddst.attached.report import RunReport
+from lightning_ddst.attached.wrapped import find_scaler, holds_parts, unwrap_optimizer, unwrap_parts
 from lightning_ddst.callbacks import DynamicSparsityCallback
 from lightning_ddst.methods import Plan
 from lightning_ddst.sparsity import find_optimizers, find_units, has_updated
 from lightning_ddst.sparsity.averaging import WeightAverage
 from lightning_ddst.sparsity.dense_gradients import unscale_by
-from lightning_ddst.sparsity.sharding import is_split
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.compilation import uncompiled
-from lightning_ddst.utils.lightning_private import fabric_strategy
 from lightning_ddst.utils.nested import tensors_in
 from lightning_ddst.utils.states import Form, maybe
 from lightning_ddst.utils.validation import check_count
@@ -35,19 +34,17 @@ Log = Callable[[dict[str, float], int], object]
 """A function of scalars by name and of the generator updates so far."""
 _CHECKED_EVERY = 1000
 """Training steps after which the weights are compared with the masks again, which waits for the device."""
-_WRAPPERS = ("_FabricModule", "DistributedDataParallel")
-"""Classes that wrap a network, which is their attribute ``module``."""
-_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
-"""Strategies of Fabric that keep parameters in one piece."""
 _STATE_FORM: Form = {"average": maybe(WeightAverage.state_form)}
 """The form of the state, next to that of `AttachedTraining`."""
+Networks = nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
+"""A network, or its parts."""
 _SPARSIFIED: "WeakSet[nn.Module]" = WeakSet()
 """The networks that are trained sparsely at present."""
 
 
 def sparsify(
-    generator: nn.Module,
-    discriminator: nn.Module,
+    generator: Networks,
+    discriminator: Networks,
     optimizers: Iterable[Optimizer],
     *,
     length: int | None = None,
@@ -66,7 +63,8 @@ def sparsify(
 
     Args:
         generator: The generator; also one that `Fabric.setup` or DistributedDataParallel returned.
-        discriminator: The discriminator, likewise.
+        discriminator: The discriminator, likewise. Each may also be a list or dict of modules (ModuleList and
+            ModuleDict included), several discriminators for example, which share one density.
         optimizers: The optimizers of both, in any order, but always in the same one. They are found by the parameters
             they hold.
         length: Generator updates of the whole run. The default intervals and the decay of the drop fraction depend on
@@ -106,14 +104,14 @@ def sparsify(
     except TypeError as error:
         raise TypeError(f"sparsify() {error}.") from None
     bound.apply_defaults()
-    options = RunOptions.of_arguments(bound.arguments)
+    networks = _Networks(generator, discriminator)
+    options = RunOptions.of_arguments(bound.arguments | networks.part_names())
     if length is not None:
         check_count("length", length)
     check_count("log_every", log_every)
     given = list(optimizers)
-    found = [_unwrap_optimizer(optimizer) for optimizer in given]
-    scaler = scaler or next(filter(None, (_scaler_of(each) for each in given)), None)
-    networks = _Networks(_unwrap(generator, "generator"), _unwrap(discriminator, "discriminator"))
+    found = [unwrap_optimizer(optimizer) for optimizer in given]
+    scaler = scaler or next(filter(None, (find_scaler(each) for each in given)), None)
     if balance_scores is not None:
         networks.balance_scores = balance_scores  # type: ignore[assignment]
     if example_inputs is not None:
@@ -184,7 +182,7 @@ class SparseLoop(RunReadings):
         self._steps = 0
         self._inside = False
         self._handles: list[RemovableHandle] = []
-        for role, network in networks.named_children():
+        for role, network in networks.parts():
             if network in _SPARSIFIED:
                 raise ValueError(f"the {role} is trained sparsely already: call close() of its training first.")
         if length is None:
@@ -218,7 +216,7 @@ class SparseLoop(RunReadings):
         if self._average is not None and state is not None and state["average"] is not None:
             self._average.load_state_dict(state["average"])
         self._hook_average()
-        _SPARSIFIED.update(self._networks.children())
+        _SPARSIFIED.update(part for _, part in self._networks.parts())
         return self._attached
 
     # ---- around a step -----------------------------------------------------------------------------
@@ -375,7 +373,7 @@ class SparseLoop(RunReadings):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        _SPARSIFIED.difference_update(self._networks.children())
+        _SPARSIFIED.difference_update(part for _, part in self._networks.parts())
 
     def __enter__(self) -> "SparseLoop":
         """Returns the training itself."""
@@ -419,10 +417,24 @@ class _LoopReport(RunReport):
 class _Networks(nn.Module):
     """Holds both networks under their usual names; its mode and device are not used."""
 
-    def __init__(self, generator: nn.Module, discriminator: nn.Module) -> None:
+    def __init__(self, generator: Networks, discriminator: Networks) -> None:
         super().__init__()
-        self.generator = generator
-        self.discriminator = discriminator
+        self.generator = unwrap_parts(generator, "generator")
+        self.discriminator = unwrap_parts(discriminator, "discriminator")
+
+    def part_names(self) -> dict[str, list[str]]:
+        """Returns the dotted names of the parts of each network that was given as several."""
+        return {
+            role: [f"{role}.{name}" for name, _ in network.named_children()]
+            for role, network in self.named_children()
+            if holds_parts(network)
+        }
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yields every network that was given, with its role."""
+        for role, network in self.named_children():
+            for part in network.children() if holds_parts(network) else (network,):
+                yield role, part
 
 
 class _Values:
@@ -452,46 +464,6 @@ class _Values:
         for name, tensor in self._tensors():
             if name in self._after and torch.equal(tensor, self._after[name].to(tensor.device)):
                 tensor.copy_(self._before[name])
-
-
-# ---- wrapped networks and optimizers -------------------------------------------------------------------
-
-
-def _unwrap(network: Any, role: str) -> nn.Module:
-    """Returns the network inside Fabric's wrapper and DistributedDataParallel."""
-    if (strategy := fabric_strategy(network)) is not None:
-        kinds = {kind.__name__ for kind in type(strategy).__mro__}
-        if kinds.isdisjoint(_STRATEGIES) or "DeepSpeedStrategy" in kinds:
-            raise ValueError(
-                f"Fabric's {type(strategy).__name__} keeps the {role}'s parameters in a form that cannot be masked "
-                'here: use Fabric(strategy="ddp") or a single device.'
-            )
-    while type(network).__name__ in _WRAPPERS:
-        network = network.module
-    if not isinstance(network, nn.Module):
-        raise ValueError(f"{role}={network!r} must be a torch.nn.Module.")
-    whole = type(network).__name__ not in ("DataParallel", "FullyShardedDataParallel")
-    if not whole or any(is_split(parameter) for parameter in network.parameters()):
-        raise ValueError(
-            f"the {role} is split or copied over devices by {type(network).__name__}, which cannot be masked here: use "
-            "DistributedDataParallel."
-        )
-    return network
-
-
-def _unwrap_optimizer(optimizer: Any) -> Optimizer:
-    """Returns torch's own optimizer, whose hooks every step calls."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    if not isinstance(optimizer, Optimizer):
-        raise ValueError(f"optimizers must be a list of torch.optim.Optimizer, and one is {type(optimizer).__name__}.")
-    return optimizer
-
-
-def _scaler_of(optimizer: Any) -> Any:
-    """Returns the GradScaler of an optimizer's Fabric, or None."""
-    strategy = fabric_strategy(optimizer)
-    return None if strategy is None else getattr(strategy.precision, "scaler", None)
 
 
 def _check_device(batch: Any, networks: nn.Module) -> None:

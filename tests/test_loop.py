@@ -416,6 +416,44 @@ def test_a_network_is_sparsified_once_at_a_time():
     sparsify(loop.generator, loop.discriminator, loop.optimizers, length=20, **SETTINGS).close()
 
 
+@pytest.mark.parametrize(
+    ("collect", "names"),
+    [
+        (list, ["0", "1"]),
+        (nn.ModuleList, ["0", "1"]),
+        (lambda parts: dict(zip(("mpd", "msd"), parts, strict=True)), ["mpd", "msd"]),
+        (lambda parts: nn.ModuleDict(dict(zip(("mpd", "msd"), parts, strict=True))), ["mpd", "msd"]),
+    ],
+)
+def test_several_discriminators_share_one_density_and_are_measured_together(collect, names):
+    seed_everything(0, verbose=False)
+    generator = nn.Linear(4, 6)
+    parts = [nn.Linear(6, 1), nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1))]
+    optimizers = [SGD(generator.parameters(), 0.1), SGD([p for part in parts for p in part.parameters()], 0.1)]
+    settings = {"generator_density": 0.5, "method": "static", "probe_interval": 1, "interval": 1}
+    sparse = sparsify([generator], collect(parts), optimizers, length=2, **settings)
+    z, real = torch.randn(3, 4), torch.randn(3, 6)
+
+    def score(images):  # the mean over the parts, by calls that no hook sees
+        return sum(part.forward(images).mean().item() for part in parts) / 2
+
+    with sparse.step(real):
+        expected = [score(real), score(generator.forward(z))]
+        sum(part(generator(z)).mean() for part in parts).backward()
+        optimizers[0].step()
+        expected.append(score(generator.forward(z)))
+
+    masks = sparse.masks("discriminator")
+    assert [*masks] == [f"discriminator.{names[0]}.weight", *(f"discriminator.{names[1]}.{i}.weight" for i in (0, 2))]
+    assert sum(int(mask.sum()) for mask in masks.values()) == 17  # half of 6 + 24 + 4
+    assert [*sparse.masks("generator")] == ["generator.0.weight"]
+    balance = sparse.balance
+    assert [balance.real, balance.fake, balance.fake + balance.beta] == pytest.approx(expected)
+    with pytest.raises(ValueError, match="the discriminator is trained sparsely already"):
+        sparsify(nn.Linear(4, 6), parts[1], optimizers, **settings)
+    sparse.close()
+
+
 class Unseen(PlainLoop):
     """The generator is not called itself."""
 

@@ -98,14 +98,14 @@ class RunReadings:
 
     @property
     def flops_ratio(self) -> float | None:
-        """Training operations so far, relative to dense training; None before the second generator update."""
+        """Training operations so far, relative to dense training; None until a generator update was measured."""
         if self._training is None or not (flops := self._training.flops.total).dense:
             return None
         return flops.ratio
 
     @property
     def flops_ledger(self) -> dict[str, LayerFlops]:
-        """Training operations of each maskable weight, by its name in the module; empty before the second update."""
+        """Training operations of each maskable weight, by its name in the module; empty until one was measured."""
         return {} if self._training is None else self._fitted.by_full_name(self._training.flops.layers)
 
     @property

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ class Generated:
         network: The module that was called.
         inputs: The calls whose unchanged output was an argument, by its position or name. None if another part of the
             generator made an argument in another way, so that repeating this call alone would miss that part.
+        output: Number of `fake` among the tensors that the call returned.
     """
 
     call: Call
@@ -70,6 +71,11 @@ class Generated:
     mark: object
     network: nn.Module = field(default_factory=nn.Identity)
     inputs: Mapping[int | str, "Generated"] | None = field(default_factory=dict)
+    output: int = 0
+
+    def returned(self, output: int, fake: Tensor, version: int) -> "Generated":
+        """Returns the same call with another of the tensors that it returned as the images."""
+        return self if output == self.output else replace(self, output=output, fake=fake, fake_version=version)
 
 
 @dataclass(frozen=True)
@@ -81,12 +87,15 @@ class Scored:
         version: The version of the discriminator's weights.
         part: Number of the part of the discriminator that was called.
         trains: Whether gradients were enabled, so that the call may train a network.
+        reached: Whether the last gradient of a returned tensor has entries other than 0, by the tensor's number; empty
+            before a backward pass, and where gradients are not looked at.
     """
 
     call: Call
     version: int
     part: int = field(default=0, kw_only=True)
     trains: bool = field(default=True, kw_only=True)
+    reached: dict[int, Tensor] = field(default_factory=dict, kw_only=True)
 
 
 @dataclass(frozen=True)

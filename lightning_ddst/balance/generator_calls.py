@@ -80,7 +80,7 @@ class GeneratorCalls:
         if self._records():
             call = Call(args, kwargs)
             inputs = self._find_inputs(call) if self._several else {}
-            self._running.append(_Running(module, call.cloned(), CallState.capture(module), inputs))
+            self._running.append(_Running(module, call.cloned(), CallState.capture(module, args, kwargs), inputs))
 
     @uncompiled
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -93,13 +93,14 @@ class GeneratorCalls:
             return
         running = self._running.pop()
         self.returns_several |= len(made) > 1
-        if made[0].grad_fn is None:
+        if not self._several:
+            made = made[:1]  # the images; a module that holds parts may return codes before them
+        if not any(tensor.grad_fn is not None for tensor in made):
             return
         mark, version = object(), get_weights_version(self._generator)
-        # All tensors show that a part was called; only the first are the images.
-        for i, tensor in enumerate(made if self._several else made[:1]):
+        for i, tensor in enumerate(made):
             if tensor.grad_fn is not None:
-                get_metadata(tensor.grad_fn).setdefault(self, []).append((mark, i == 0))
+                get_metadata(tensor.grad_fn).setdefault(self, []).append((mark, i, tensor.detach(), tensor._version))
         fake, call = made[0], running.call
         self.calls.append(
             Generated(call, running.state, version, fake.detach(), fake._version, mark, module, running.inputs)
@@ -107,7 +108,7 @@ class GeneratorCalls:
 
     def find_source(self, value: Tensor) -> Generated | None:
         """Returns the call that made a tensor, found by autograd's graph; None if gradients do not reach one."""
-        sources = [made for made, is_image in self._find_nearest(value) if is_image]
+        sources = self._find_nearest(value)
         if not sources and value.grad_fn is not None:  # writing into a view makes other nodes than the marked one
             storage = value.untyped_storage().data_ptr()
             shared = [made for made in reversed(self.calls) if made.fake.untyped_storage().data_ptr() == storage]
@@ -121,11 +122,15 @@ class GeneratorCalls:
         weights = {id(parameter) for parameter in self._generator.parameters()}
         return any(id(getattr(node, "variable", None)) in weights for node in walk_graph(value))
 
-    def _find_nearest(self, value: Tensor) -> list[tuple[Generated, bool]]:
-        """Returns the calls at the nearest node that has any, the innermost first, and whether it made their images."""
+    def _find_nearest(self, value: Tensor) -> list[Generated]:
+        """Returns the calls at the nearest node that has any, the innermost first, each with the tensor made there."""
         known = {id(made.mark): made for made in self.calls}
         for node in walk_graph(value):
-            found = [(known[id(mark)], image) for mark, image in get_metadata(node).get(self, []) if id(mark) in known]
+            found = [
+                known[id(mark)].returned(*tensor)
+                for mark, *tensor in get_metadata(node).get(self, [])
+                if id(mark) in known
+            ]
             if found:
                 return found
         return []
@@ -134,7 +139,7 @@ class GeneratorCalls:
         places = {id(value): place for place, value in call.tensors()}
         inputs: dict[int | str, Generated] = {}
         for _, value in tensors_in([call.args, call.kwargs]):
-            nearest = [made for made, _ in self._find_nearest(value)]
+            nearest = self._find_nearest(value)
             unchanged = [made for made in nearest if made.inputs is not None and _is_unchanged(value, made)]
             if nearest and not (unchanged and id(value) in places):
                 return None

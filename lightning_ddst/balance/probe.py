@@ -15,9 +15,12 @@ from lightning_ddst.balance.replay import CallState, replay, swap_weights
 from lightning_ddst.balance.scores import ScorePlaces, ScoreReader, average_all, cannot_measure
 from lightning_ddst.sparsity.sharding import reshard
 from lightning_ddst.utils.compilation import is_compiled, run_eagerly
-from lightning_ddst.utils.nested import Place, get_first_tensor
+from lightning_ddst.utils.nested import Place, tensors_in
 from lightning_ddst.utils.networks import get_parts
 from lightning_ddst.utils.states import FLAG, Form, each
+
+_Scores = tuple[list[Tensor], list[Tensor], list[Tensor]]
+"""Scores of a part of the discriminator: of real images, of fakes before and of fakes after the update."""
 
 
 @runtime_checkable
@@ -56,7 +59,8 @@ class BalanceProbe:
     the part takes. Where a part returns several scores, its mean score is the mean of their means.
 
     While the generator is trained without the discriminator, nothing is measured: until the discriminator is called or
-    trained, and at later updates before which it was not called since its own last update.
+    trained with a loss whose weight is not 0, and at later updates before which it was not called since its own last
+    update.
 
     Args:
         generator: The generator; `SeveralParts` if it is not one module.
@@ -154,6 +158,7 @@ class BalanceProbe:
         try:
             in_use = self._is_in_use()
             self.used |= in_use
+            self._recorder.watches_gradients = not self.used
             scores = self._score_calls(batch, in_use) if self._module is None else self._score_module(batch)
             if not scores:
                 return None
@@ -165,7 +170,13 @@ class BalanceProbe:
             self._forget()
 
     def _is_in_use(self) -> bool:
-        """Returns whether the discriminator was called, trained, or given gradients since the last update."""
+        """Returns whether the discriminator was called, trained, or given gradients since the last update.
+
+        Until it is used, losses of weight 0 do not count (VQGAN's `disc_factor`): all gradients of its outputs are 0.
+        """
+        reached = [each for scored in self._recorder.scored for each in scored.reached.values()]
+        if reached and not torch.stack(reached).any():
+            return False
         if any(scored.trains for scored in self._recorder.scored) or self._expected is None:
             return True
         version = sum(self._part_versions())
@@ -177,17 +188,16 @@ class BalanceProbe:
         """Returns the versions of the discriminator's weights before the update, which may change them, too."""
         return [get_weights_version(part) for part in self._parts] if self._versions is None else self._versions[1]
 
-    def _is_gap(self, in_use: bool) -> bool:
+    def _is_gap(self) -> bool:
         """Returns whether the generator was updated without the discriminator, not by calls that cannot be seen."""
-        if not in_use:
-            return True
         if not self._measured:
             return False
         versions = self._part_versions()
         return not any(each.trains and each.version == versions[each.part] for each in self._recorder.scored)
 
-    def _score_calls(self, batch: Any, in_use: bool) -> list["_Scores"]:
-        if not any(map(self._recorder.has_generator_step, range(len(self._parts)))) and self._is_gap(in_use):
+    def _score_calls(self, batch: Any, in_use: bool) -> list[_Scores]:
+        seen = any(map(self._recorder.has_generator_step, range(len(self._parts))))
+        if not in_use or (not seen and self._is_gap()):
             return []
         steps = [self._recorder.find_generator_step(part) for part in range(len(self._parts))]
         calls = [self._find_call_on_real(batch, step) for step in steps]
@@ -211,7 +221,7 @@ class BalanceProbe:
             return step.call
         return images.find_call(batch, step, self._recorder.generated, scored)
 
-    def _score_module(self, batch: Any) -> list["_Scores"]:
+    def _score_module(self, batch: Any) -> list[_Scores]:
         assert isinstance(self._module, ScoresItself)
         if not self.used:
             return []
@@ -238,11 +248,12 @@ class BalanceProbe:
         return [scored.get(step.part, [step.score]) for step in steps]
 
     def _score_generated(self, steps: Sequence[Adversarial]) -> list[list[Tensor]]:
-        made: dict[int, Tensor] = {}  # by the mark of their call, which several parts may score
+        made: dict[tuple[int, int], Tensor] = {}  # by their call and place in it: several parts may score them
         for step in steps:
-            if id(step.made.mark) not in made:
-                made[id(step.made.mark)] = self._generate(step.made)
-        return [self._score_images(made[id(step.made.mark)], step) for step in steps]
+            key = (id(step.made.mark), step.made.output)
+            if key not in made:
+                made[key] = self._generate(step.made)
+        return [self._score_images(made[id(step.made.mark), step.made.output], step) for step in steps]
 
     def _score_images(self, images: Tensor, step: Adversarial) -> list[Tensor]:
         argument = step.argument
@@ -254,7 +265,7 @@ class BalanceProbe:
         inputs = {place: self._generate(earlier) for place, earlier in (made.inputs or {}).items()}
         call = made.call.cloned().replaced(inputs)  # networks may write to their arguments
         with self._replay(made.network, made.state):
-            return get_first_tensor(made.network(*call.args, **call.kwargs))
+            return [tensor for _, tensor in tensors_in(made.network(*call.args, **call.kwargs))][made.output]
 
     def _discriminate(self, call: Call, step: Adversarial, read: Callable[[Any], list[Tensor]]) -> list[Tensor]:
         call, part = call.cloned(), self._parts[step.part]
@@ -297,10 +308,6 @@ class BalanceProbe:
         self.used, self._measured = state["used"], state["measured"]
         for images, saved in zip(self._real, state["real"], strict=True):
             images.load_state_dict(saved)
-
-
-_Scores = tuple[list[Tensor], list[Tensor], list[Tensor]]
-"""Scores of a part of the discriminator: of real images, of fakes before and of fakes after the update."""
 
 
 def _average_parts(scores: Iterable[Sequence[Tensor]]) -> Tensor:

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from lightning_ddst.balance.layout import Order, find_order
 from lightning_ddst.balance.replay import CallState
 from lightning_ddst.balance.scores import ScoreReader, average_all, cannot_measure, check_is_score
 from lightning_ddst.utils.compilation import uncompiled
-from lightning_ddst.utils.nested import describe_tensors
+from lightning_ddst.utils.nested import describe_tensors, tensors_in
 from lightning_ddst.utils.networks import SeveralParts, get_parts
 
 _CALLS = 16
@@ -35,11 +36,12 @@ class CallRecorder:
 
     Attributes:
         recording: Whether calls are recorded; False at first.
+        watches_gradients: Whether `Scored.reached` is recorded; True at first.
         scored: The discriminator's calls, oldest first.
     """
 
     def __init__(self, generator: nn.Module, discriminator: nn.Module, reader: ScoreReader | None = None) -> None:
-        self.recording = False
+        self.recording, self.watches_gradients = False, True
         self._generator = generator
         self._calls = GeneratorCalls(generator, self._records_generator)
         self._parts = get_parts(discriminator)
@@ -153,7 +155,7 @@ class CallRecorder:
         if self._records_discriminator():
             call = Call(args, kwargs)
             trained = any(value.requires_grad for _, value in call.tensors())
-            self._state = CallState.capture(module) if trained else None
+            self._state = CallState.capture(module, args, kwargs) if trained else None
             self._arguments, self._argument_versions = call.cloned(), call.versions()
 
     @uncompiled
@@ -164,11 +166,14 @@ class CallRecorder:
             return
         call, version = Call(args, kwargs), get_weights_version(module)
         part = next(number for number, each in enumerate(self._parts) if each is module)
+        reached: dict[int, Tensor] = {}
+        if self.watches_gradients and torch.is_grad_enabled():
+            self._watch_gradients(output, reached)
         # Tensors are compared by memory, so copies replace the arguments only if the call itself changed one.
         kept = call.detached() if call.versions() == self._argument_versions else self._arguments
         found = None if self._state is None else self._find_images(call)
         if self._state is None or found is None:
-            self.scored.append(Scored(kept, version, part=part, trains=torch.is_grad_enabled()))
+            self.scored.append(Scored(kept, version, part=part, trains=torch.is_grad_enabled(), reached=reached))
             return
         place, value, made, order = found
         scores = self._reader.read(output)
@@ -178,8 +183,20 @@ class CallRecorder:
         as_it_is = same and value.numel() == made.fake.numel()
         score = average_all(scores)
         self.scored.append(
-            Adversarial(kept, version, self._state, score, made, place, as_it_is, part=part, order=order)
+            Adversarial(
+                *(kept, version, self._state, score, made, place, as_it_is), part=part, reached=reached, order=order
+            )
         )
+
+    @staticmethod
+    def _watch_gradients(output: Any, reached: dict[int, Tensor]) -> None:
+        def keep(number: int, gradient: Tensor | None) -> None:
+            if gradient is not None:
+                reached[number] = gradient.any()
+
+        for number, (_, value) in enumerate(tensors_in(output)):
+            if value.requires_grad:
+                value.register_hook(partial(keep, number))
 
     def _find_images(self, call: Call) -> tuple[int | str, Tensor, Generated, Order | None] | None:
         """Finds the argument that the generator made: its images, or these with their axes moved."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ddst.sparsity.sharding import reshard
+from lightning_ddst.utils.nested import tensors_in
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,17 @@ class CallState:
     device_rng: dict[int, Tensor]
 
     @classmethod
-    def capture(cls, network: nn.Module) -> "CallState":
-        """Snapshots the current buffers, autocast and random states."""
+    def capture(cls, network: nn.Module, *arguments: Any) -> "CallState":
+        """Snapshots the current buffers, autocast and random states.
+
+        Args:
+            network: The network.
+            *arguments: The call's arguments, which show the device of a network without parameters.
+        """
         buffers = [(module, name, buffer.clone()) for module, name, buffer in _list_buffers(network)]
-        devices = sorted({p.device.index for p in network.parameters() if p.device.type == "cuda"})
-        kind = next(network.parameters()).device.type
+        places = [p.device for p in network.parameters()] or [value.device for _, value in tensors_in(arguments)]
+        devices = sorted({place.index for place in places if place.type == "cuda"})
+        kind = places[0].type if places else "cpu"
         return cls(
             buffers,
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)),

@@ -31,7 +31,11 @@ from lightning_ddst.callbacks._support.strategies import (
     loads_late,
     make_unscaler,
 )
-from lightning_ddst.callbacks._support.trainer_checks import check_checkpoint, warn_of_raw_optimizers
+from lightning_ddst.callbacks._support.trainer_checks import (
+    check_checkpoint,
+    check_other_averages,
+    warn_of_raw_optimizers,
+)
 from lightning_ddst.callbacks.ema import GeneratorEMA
 from lightning_ddst.callbacks.quality import SampleQuality
 from lightning_ddst.methods import Method, Plan, SparseTraining
@@ -42,7 +46,7 @@ from lightning_ddst.utils import distributed
 from lightning_ddst.utils.lightning_packages import is_a
 from lightning_ddst.utils.lightning_private import state_key
 from lightning_ddst.utils.nested import Place
-from lightning_ddst.utils.networks import Name, name_in, refuse_other_averages
+from lightning_ddst.utils.networks import Name, name_in
 from lightning_ddst.utils.rng import random_states, resume_randomness
 from lightning_ddst.utils.states import ANYTHING, RANDOM_STATES, Form, check_state, each, named, restoring
 
@@ -105,7 +109,8 @@ class DynamicSparsityCallback(RunReadings, Callback):
             scores real and generated images in one call; ``{"difference": ""}`` if that call returns one score of how
             much more real the real images look.
         dense_layers: Layers of either network that stay dense and outside its density: patterns of their names in the
-            module (``"generator.to_rgb"``, ``"*.attention.*"``), or class names (``"Linear"``).
+            module (``"generator.to_rgb"``, ``"*.attention.*"``), or class names (``"Linear"``); outside Linear and Conv
+            layers also patterns of a weight's own name (``"generator.style.weight_mean"``).
         layer_densities: Densities of single layers, in (0, 1], by such patterns; the first match counts. These layers
             keep their densities, and the other layers of their network share the rest.
         masked_parameters: Further parameters to mask, in layers of your own: their dimensions of outputs and of inputs
@@ -232,7 +237,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
         generator = pair.networks["generator"]
         changes = [each for each in self.settings.mask_updates() if "generator" in each.roles]
         if any(each.resizes or generator.density < 1 for each in changes):
-            refuse_other_averages(trainer, pl_module, generator.network)
+            check_other_averages(trainer, pl_module, generator.network)
         others = self._others(trainer)
         check_separate(pair, [other._fitted for other in others if other._module is pl_module], pl_module)
         self._length = RunLength()
@@ -303,9 +308,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
 
     def _follow_optimizers(self, trainer: Trainer, module: LightningModule) -> None:
         check_unchanged(self._fitted)
-        length = self._length.state_dict()
-        self._resumed = self.state_dict() | {"length": length}
-        self._saved = self._resumed
+        self._saved = self._resumed = self.state_dict()
         self._detach()
         self._begin(trainer, module)
         self._resumed = None  # random states and gradients stay what they are
@@ -330,7 +333,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Follows the run's length, as the Trainer's progress tells it."""
+        """Ends the training step, and estimates the run's length again from the Trainer's progress."""
         if self._attached is None:
             return
         self._attached.end_batch(batch)

@@ -109,7 +109,7 @@ class SparseTraining:
         self.optimizers = list(optimizers)
         self.flops = TrainingFlops(self._networks.values(), self.optimizers)
         self._warned_of_uncounted = False
-        self._warned_of_postponed: set[MaskUpdate] = set()
+        self._postponed: set[int] = set()  # ids of the mask updates of which a warning told
         self._told_frozen: dict[Role, set[str]] = {role: set() for role in self._networks}
         self.generator_optimizers = find_optimizers(generator.parameters, self.optimizers)
         find_optimizers(discriminator.parameters, self.optimizers)
@@ -263,15 +263,9 @@ class SparseTraining:
         for update in pending:
             self._tell_frozen(update.roles)
             update.pending = not update.apply(self)
-            if update.pending and update not in self._warned_of_postponed:
-                self._warned_of_postponed.add(update)
-                roles = " and the ".join(update.roles)
-                warnings.warn(
-                    f"a change of the {roles}'s mask is postponed: at generator update {self.updates} there is no "
-                    f"finite dense gradient of the {roles} to grow by. It is made as soon as there is; later ones are "
-                    "not reported.",
-                    stacklevel=2,
-                )
+            if update.pending and id(update) not in self._postponed:
+                self._postponed.add(id(update))
+                self._warn_of_postponed(update)
         self.check_ranks()
 
     def _tell_frozen(self, roles: Iterable[Role]) -> None:
@@ -284,6 +278,19 @@ class SparseTraining:
                     "are trained again."
                 )
             self._told_frozen[role] = set(network.frozen)
+
+    def _warn_of_postponed(self, update: MaskUpdate) -> None:
+        roles = " and the ".join(update.roles)
+        names = [
+            name for role in update.roles if self.is_masked(role) for name in self._enforcers[role].gradients.unusable
+        ]
+        shown = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        warnings.warn(
+            f"a change of the {roles}'s mask is postponed: at generator update {self.updates} there is no finite dense "
+            f"gradient to grow by of {shown or 'a weight in another process'}. It is tried again at every update; name "
+            "layers that training does not use in dense_layers.",
+            stacklevel=2,
+        )
 
     def _expect_next(self) -> None:
         """Starts or stops recording, depending on the needs of the next update."""

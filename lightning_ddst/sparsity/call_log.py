@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_ddst.utils.compilation import uncompiled
+from lightning_ddst.utils.nested import leaves_in, tensors_in
 from lightning_ddst.utils.states import Form, Leaf
 
 Signature = tuple[Any, ...]
@@ -92,13 +93,13 @@ class CallLog:
     def _before(self, number: int, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         if self.enabled and self._networks:
             trained = [weight.requires_grad for weight in self._networks[number]].count(True)
-            given = (*_describe(args), *_describe(kwargs.values()))
+            given = tuple(_describe([args, kwargs]))
             self._calls.append((number, module.training, torch.is_grad_enabled(), trained, given))
 
     @uncompiled
     def _after(self, number: int, module: nn.Module, args: Any, output: Any) -> None:
         if self.enabled and self._networks and torch.is_grad_enabled():
-            tensors = [each for each in _tensors(output) if each.requires_grad]
+            tensors = [each for _, each in tensors_in(output) if each.requires_grad]
             for each in tensors[:1] + tensors[1:][-1:]:  # scores come first or last
                 each.register_hook(partial(self._on_backward, number))
 
@@ -108,6 +109,7 @@ class CallLog:
 
 
 def _callable_parts(module: nn.Module) -> Iterator[nn.Module]:
+    """Yields the module, or the outermost modules with a ``forward`` if it only holds others."""
     if type(module).forward is not nn.Module.forward:
         yield module
         return
@@ -141,27 +143,13 @@ def _map_shapes(signature: Signature, function: Any) -> Signature:
     return tuple(mapped), backward
 
 
-def _describe(values: Iterable[Any]) -> Iterator[Any]:
+def _describe(arguments: Any) -> Iterator[Any]:
     """Yields for each tensor whether it requires gradients, and its shape; also flags and words."""
-    for value in values:
+    for _, value in leaves_in(arguments):
         if isinstance(value, Tensor):
             yield (value.requires_grad, *value.shape)
         elif isinstance(value, bool | str):
             yield value
-        elif isinstance(value, list | tuple):
-            yield from _describe(value)
-        elif isinstance(value, Mapping):
-            yield from _describe(value.values())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _tensors(each)
-    elif isinstance(value, Mapping):
-        yield from _tensors(tuple(value.values()))
 
 
 def _is_signature(value: Any) -> bool:

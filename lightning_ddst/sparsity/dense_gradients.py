@@ -43,6 +43,7 @@ class DenseGradients:
     Attributes:
         recording: Whether the next update's gradients will be needed. Growth rules that use the average need every
             update's gradients anyway.
+        unusable: Names of the weights whose gradient was missing or not finite at the last `pop`.
     """
 
     state_form: ClassVar[Form] = {
@@ -57,6 +58,7 @@ class DenseGradients:
 
     def __init__(self, network: MaskedNetwork, unscaled: Unscaled = torch.clone) -> None:
         self.recording = False
+        self.unusable: list[str] = []
         self._unscaled = unscaled
         self._kind = network.growth.gradient
         self._network = network
@@ -148,10 +150,11 @@ class DenseGradients:
             return {}
         kept = {name: self._kept[name] for name in self._weights if name in self._kept}
         missing = self._weights.keys() - kept.keys() - self._network.frozen
-        finite = all(bool(self._finite[name]) for name in kept)
-        if self._kind == "latest" and not (missing and finite):
+        infinite = {name for name in kept if not bool(self._finite[name])}
+        if self._kind == "latest" and (infinite or not missing):
             self._kept.clear()
-        if not all(distributed.all_gather(finite and not missing)):
+        self.unusable = [name for name in self._weights if name in missing | infinite]
+        if any(distributed.all_gather(bool(self.unusable))):
             return None
         frozen = {name: torch.zeros_like(self._weights[name].parameter) for name in self._network.frozen - kept.keys()}
         return {name: full_tensor(gradient) for name, gradient in (kept | frozen).items()}

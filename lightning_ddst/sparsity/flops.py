@@ -58,8 +58,8 @@ class TrainingFlops:
 
     Training is split into workloads: the work between two steps of optimizers. Cheap hooks recognise equal workloads by
     the networks' calls, so changing numbers of steps, warm-up phases, penalties at every 16th step and other batch
-    sizes are counted as they come. The operations of a workload are counted once, when it occurs again after it was
-    first seen, and are assumed for every time it occurs. A workload that is not measured yet counts like a measured one
+    sizes are counted as they come. The operations of each workload are measured once, when it occurs for the second
+    time, and are assumed for every time it occurs. A workload that is not measured yet counts like a measured one
     that differs in sizes only; if there is none, it counts once it is measured. Likewise, one measurement of the
     balance ratio is counted once. Compiled networks run uncompiled while operations are counted. In a compiled training
     step nothing is counted.
@@ -78,6 +78,7 @@ class TrainingFlops:
         "workloads": each(Workload.state_form),
         "since_update": each(COUNT),
         "calls": SIGNATURE,
+        "counter": maybe(Uses.state_form),
         "in_compiled": FLAG,
     }
     """The form of `state_dict`."""
@@ -258,13 +259,9 @@ class TrainingFlops:
         measured = [each for each in self._workloads.values() if each.uses is not None]
         found = []
         for workload in self._workloads.values():
-            nearest = (
-                workload
-                if workload.uses is not None
-                else next(iter(self._sort_similar(workload.signature, measured)), None)
-            )
-            if nearest is not None and nearest.uses is not None:
-                found.append((workload, nearest.uses))
+            similar = [workload] if workload.uses is not None else self._sort_similar(workload.signature, measured)
+            if similar and (uses := similar[0].uses) is not None:
+                found.append((workload, uses))
         return found
 
     # ---- counting ----------------------------------------------------------------------------------
@@ -295,6 +292,12 @@ class TrainingFlops:
             for counts in (counter.uses, counter.gradient_uses)
         ]
         return Uses(*parts)
+
+    @staticmethod
+    def _write(counter: OpCounter, uses: Uses) -> None:
+        """Gives a counter the counts that `_read` returned."""
+        for counts, networks in ((counter.uses, uses.all), (counter.gradient_uses, uses.gradient)):
+            counts.update({f"{n}.{name}": number for n, each in enumerate(networks) for name, number in each.items()})
 
     def _start_counting(self) -> None:
         assert self._counter is not None
@@ -345,6 +348,7 @@ class TrainingFlops:
             "workloads": [workload.state_dict() for workload in workloads],
             "since_update": [workloads.index(workload) for workload in self._since_update],
             "calls": self._log.signature,
+            "counter": None if self._counter is None else self._read(self._counter).state_dict(),
             "in_compiled": self._in_compiled,
         }
 
@@ -363,5 +367,7 @@ class TrainingFlops:
         self._workloads = {workload.signature: workload for workload in workloads}
         self._since_update = [workloads[index] for index in state["since_update"]]
         self._log.signature, self._in_compiled = state["calls"], state["in_compiled"]
-        if not state["calls"]:  # else a part of the current workload was missed
-            self._expect()
+        if state["counter"] is not None:
+            self._counter = self._make_counter()
+            self._write(self._counter, Uses.from_state(state["counter"], self._names))
+            self._start_counting()

@@ -54,16 +54,18 @@ class _Product:
         source: The weight.
         shape: The sorted shape of the operand that stands for it.
         others: The numbers of entries of the other operands.
+        groups: The number of groups of a convolution; some gradients of the weight are computed group by group.
     """
 
     source: _Source
     shape: Sequence[int]
     others: Sequence[int]
+    groups: int
 
     def has_gradient(self, operands: Sequence[Tensor], result: Any) -> bool:
         """Returns whether a product in a backward pass is the gradient of the weight, not of another operand."""
         same = isinstance(result, Tensor) and (len(self.shape) > 3 or sorted(result.shape) == self.shape)
-        return same and any(each.numel() in self.others for each in operands)
+        return same and any(each.numel() * parts in self.others for each in operands for parts in {1, self.groups})
 
 
 class OpCounter:
@@ -150,15 +152,16 @@ class OpCounter:
             self._derive(func, name, args, result)
 
     def _observe_product(self, kind: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
-        weights, inputs = 1, 0
+        weights, inputs, groups = 1, 0, 1
         if kind is _aten.convolution_backward:
             # Each gradient takes as many operations as the forward pass; torch's formula counts grouped ones more.
             gradient, image, weight, _, *settings = args[:8]
             forward = flop_registry[_aten.convolution](image, weight, None, *settings, out_val=gradient)
-            inputs, weights, *_ = args[10]
+            groups, (inputs, weights, *_) = args[9:11]
             operands = [image, weight]
         else:
             forward = flop_registry[kind](*args, **kwargs, out_val=result)
+            groups = args[8] if kind is _aten.convolution else 1
             first = int(kind in (_aten.addmm, _aten.baddbmm))
             operands = [each for each in args[first : first + 2] if isinstance(each, Tensor)]
         source, operand = self._pick(operands, last="conv" in kind.__name__)
@@ -171,7 +174,7 @@ class OpCounter:
         elif node is not None:
             source = self._find_differentiated(node, operands, result)
             self._add(source, forward, forward)
-        self._remember(source, operand, args)
+        self._remember(source, operand, args, groups)
 
     def _add(self, source: _Source | None, flops: int, gradient: int = 0) -> None:
         if source is not None and not self._paused:
@@ -242,14 +245,14 @@ class OpCounter:
 
     # ---- autograd's graph --------------------------------------------------------------------------
 
-    def _remember(self, source: _Source | None, operand: Tensor | None, args: Sequence[Any]) -> None:
+    def _remember(self, source: _Source | None, operand: Tensor | None, args: Sequence[Any], groups: int) -> None:
         tensors = list(_tensors(args[:3]))
         if not any(each.requires_grad for each in tensors):
             return
         product = None
         if source is not None and operand is not None:
             others = [each.numel() for each in tensors if each is not operand]
-            product = _Product(source, sorted(operand.shape), others)
+            product = _Product(source, sorted(operand.shape), others, groups)
         node = torch._C._autograd._get_sequence_nr() - 1
         if torch.is_grad_enabled():
             self._products[node] = product

@@ -15,13 +15,18 @@ of each), and the empty path for the value itself.
 """
 
 
-def tensors_in(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yields every tensor with its place, in order; the place is empty if the value itself is a tensor."""
-    if isinstance(value, Tensor):
+def leaves_in(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields everything that is no mapping, sequence or dataclass, with its place, in order."""
+    if (items := _items(value)) is None:
         yield place, value
     else:
-        for key, item in _items(value).items():
-            yield from tensors_in(item, f"{place}.{key}" if place else str(key))
+        for key, item in items.items():
+            yield from leaves_in(item, f"{place}.{key}" if place else str(key))
+
+
+def tensors_in(value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yields every tensor with its place, in order; the place is empty if the value itself is a tensor."""
+    return ((place, leaf) for place, leaf in leaves_in(value) if isinstance(leaf, Tensor))
 
 
 def get_first_tensor(value: Any) -> Tensor:
@@ -50,7 +55,7 @@ def find_entries(value: Any, place: Place) -> list[Any]:
     path = str(place)
     if not path:
         return [value]
-    items = {str(name): item for name, item in _items(value).items()}
+    items = {str(name): item for name, item in (_items(value) or {}).items()}
     named = dict(items)
     if isinstance(value, list | tuple):
         named |= {str(i - len(value)): item for i, item in enumerate(value)}
@@ -161,11 +166,12 @@ def find_labels(batch: Any, place: Place | None, images: Tensor) -> Tensor | Non
     return next(iter(found.values()), None)
 
 
-def _items(value: Any) -> dict[Any, Any]:
+def _items(value: Any) -> dict[Any, Any] | None:
+    """Returns the entries of a mapping, sequence or dataclass by key, index or field; None for anything else."""
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, list | tuple):
         return dict(enumerate(value))
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in fields(value)}
-    return {}
+    return None

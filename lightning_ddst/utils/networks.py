@@ -1,12 +1,10 @@
-"""Finds a module's generator and discriminator, and checks its `sample` method and other weight averages."""
+"""Finds a module's generator and discriminator, and checks its `sample` method."""
 
 from collections.abc import Mapping, Sequence
 from itertools import permutations
 from typing import Any
 
-from lightning.pytorch import Trainer
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 Name = str | Sequence[str]
 """Dotted name of a network in the module that holds it, or the names of its parts."""
@@ -15,13 +13,6 @@ USUAL_NAMES = {
     "discriminator": ("discriminator", "critic", "netD", "net_d", "D", "disc"),
 }
 """Attributes to try, in order, if no name is given."""
-_WRITERS = {
-    "WeightAveraging": "does not respect changing masks: its average makes every weight that was ever active "
-    "non-zero, averages the discriminator too, and counts the steps of both optimizers.",
-    "StochasticWeightAveraging": "writes averages into the weights at the end, outside the masks.",
-    "ModelPruning": "replaces the weights by masked copies, which these masks do not reach.",
-}
-"""Callbacks of Lightning that average or change weights without the masks, and the reason to reject each."""
 
 
 class SeveralParts(nn.Module):
@@ -166,29 +157,6 @@ def name_in(module: nn.Module, network: nn.Module) -> str:
 def prefix_in(module: nn.Module, network: nn.Module) -> str:
     """Returns the prefix that turns names of a network's layers into names in the module that holds it."""
     return "" if isinstance(network, SeveralParts) else name_in(module, network)
-
-
-def refuse_other_averages(trainer: Trainer, module: nn.Module, generator: nn.Module) -> None:
-    """Rejects weight averages that ignore masks, for a generator whose masks change.
-
-    Raises:
-        ValueError: If Lightning's WeightAveraging is among the callbacks, or the module holds torch's
-            AveragedModel of the generator.
-    """
-    instead = "`GeneratorEMA` averages only the generator and respects masks; use it instead."
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        for kind in type(callback).__mro__:
-            if kind.__name__ in _WRITERS:
-                raise ValueError(f"{type(callback).__name__} {_WRITERS[kind.__name__]} {instead}")
-    shapes = [{n: parameter.shape for n, parameter in part.named_parameters()} for part in get_parts(generator)]
-    for name, average in module.named_modules():
-        if isinstance(average, AveragedModel):
-            averaged = {n: parameter.shape for n, parameter in average.module.named_parameters()}
-            if averaged in shapes:
-                raise ValueError(
-                    f"{name}, torch's AveragedModel of the generator, does not respect changing masks: its average "
-                    f"makes every weight that was ever active non-zero. {instead}"
-                )
 
 
 def check_sample(callback: object, module: nn.Module) -> None:

@@ -96,3 +96,12 @@ def test_only_what_was_kept_is_exchanged():
     before = network.bias.detach().clone()
     with swap_weights({}, only=network.parameters()):
         assert torch.equal(network.bias, before)
+
+
+def test_a_call_of_a_network_without_parameters_is_repeated():
+    noise, x = nn.Dropout(), torch.ones(8, 8)
+    state = CallState.capture(noise, (x,), {})
+    first = noise(x)
+    with replay(noise, state):
+        assert torch.equal(noise(x), first)
+    assert CallState.capture(nn.Identity()).autocast[0] == "cpu"

@@ -1,5 +1,6 @@
 """Discriminators of all kinds, networks of several parts, and training steps of all kinds, measured as by hand."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -339,6 +340,38 @@ class HeldByAModel(VariationalAutoencoder):
         return VariationalAutoencoder.generate_by_forward(self.model, x)
 
 
+class CodeFirst(VariationalAutoencoder):
+    """``self(x)`` returns the images after the code."""
+
+    def forward(self, x: Tensor) -> Any:
+        images, center, scale = super().forward(x)
+        return center, images, {"scale": scale}
+
+    def generate(self, x: Tensor) -> Tensor:
+        return self(x)[1]
+
+
+class Sampler(nn.Module):
+    """A part without parameters."""
+
+    def forward(self, moments: Tensor) -> Any:
+        center, scale = moments.chunk(2, dim=1)
+        return {"scale": scale}, center + scale.exp() * torch.randn_like(center)
+
+
+class SampledBetween(VariationalAutoencoder):
+    """The training step passes the second entry that the sampler returns to the decoder."""
+
+    arguments: ClassVar = {"generator": ["encoder", "sampler", "decoder"]}
+
+    def make_networks(self) -> None:
+        super().make_networks()
+        self.sampler = Sampler()
+
+    def generate(self, x: Tensor) -> Tensor:
+        return self.decoder(self.sampler(self.encoder(x))[1])
+
+
 class Chain(VariationalAutoencoder):
     """The training step passes the code from part to part as it is."""
 
@@ -619,6 +652,8 @@ PATTERNS: list[type[GAN]] = [
     RelativisticAverage,
     VariationalAutoencoder,
     HeldByAModel,
+    CodeFirst,
+    SampledBetween,
     Chain,
     ByItsSecondPart,
     SeveralOfEach,
@@ -832,6 +867,28 @@ class Pretraining(Usual):
         self.step(self.optimizers()[0], F.mse_loss(self.generate(z), x))
 
 
+class WeightZero(Usual):
+    """The discriminator is called from the start, but its losses are multiplied by 0 (VQGAN's `disc_factor`)."""
+
+    alone: ClassVar = {0, 1}
+    factor = 0.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.factor = float(batch_idx not in self.alone)
+        super().training_step(batch, batch_idx)
+
+    def step(self, optimizer: Any, loss: Tensor) -> None:
+        torch.autograd.grad(loss, self.discriminator.score.weight, retain_graph=True)  # for an adaptive weight
+        super().step(optimizer, self.factor * loss)
+
+    def worked_out(self, *scores: Any) -> Any:
+        return super().worked_out(*scores) if self.factor else nullcontext()
+
+
+class WeightZeroGeneratorFirst(WeightZero):
+    first = "generator"
+
+
 class PretrainingOfAnEpoch(Pretraining):
     alone: ClassVar = {*range(BATCHES)}
 
@@ -883,6 +940,8 @@ class PretrainingWithScoresGeneratorFirst(PretrainingWithScores):
         (Pretraining, 3),
         (PretrainingGeneratorFirst, 3),
         (PretrainingWithValidation, 3),
+        (WeightZero, 4),
+        (WeightZeroGeneratorFirst, 4),
         (PretrainingWithScores, 4),
         (PretrainingWithScoresGeneratorFirst, 4),
     ],

@@ -469,6 +469,28 @@ def test_a_resumed_training_of_changing_workloads_counts_like_one_that_was_not_i
     training.expect(12 * (10 + 20), 12 * (40 + 20) + 3 * 30)
 
 
+@pytest.mark.parametrize("saved_after", range(4))
+def test_a_training_that_resumes_between_two_passes_of_one_step(saved_after):
+    def reload(training):
+        file = io.BytesIO()
+        torch.save(training.flops.state_dict(), file)
+        file.seek(0)
+        training.flops.stop()
+        resumed = Steps()
+        resumed.flops.load_state_dict(torch.load(file, weights_only=True))
+        return resumed
+
+    training = Steps()
+    for update in range(2):
+        for part in range(2):
+            training.generator(torch.randn(BATCH, 2)).square().mean().backward()
+            if 2 * update + part == saved_after:
+                training = reload(training)
+        training.optimizers[0].step()
+        training.flops.updated(probed=False, dense_gradients=(False, False))
+    training.expect(2 * 40, 0)
+
+
 def test_evaluations_are_not_counted():
     training = Steps()
     for _ in range(4):

@@ -156,6 +156,23 @@ def test_a_gradient_penalty_by_hand():
     assert gradients == {"0.weight": 10, "2.weight": 5}
 
 
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_gradient_penalty_through_groups_by_hand(kind, groups):
+    """Torch computes the weight's gradient in the second backward pass group by group."""
+    network = kind(4, 8, 3, padding=1, groups=groups, bias=False)
+
+    def run():
+        x = torch.randn(BATCH, 4, 7, 7, requires_grad=True)
+        (gradient,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+
+    # Forward, the input's gradient, and each one's two derivatives: 6 passes with each weight at 49 places of 5 images.
+    uses, gradients, _ = count(network, run)
+    assert uses == {"weight": 6 * 49 * BATCH}
+    assert gradients == {"weight": 2 * 49 * BATCH}
+
+
 def test_an_lstm_by_hand():
     """Torch's counter does not count oneDNN's LSTM."""
     network = nn.LSTM(3, 2, bidirectional=True)

@@ -1,12 +1,24 @@
-"""Checks of checkpoints that a Trainer loads, and of the optimizers that it counts."""
+"""Checks of a Trainer: the checkpoint that it loads, averages that ignore masks, and the optimizers that it counts."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_ddst.attached.checks import check_method
 from lightning_ddst.methods import Method
+from lightning_ddst.utils.networks import get_parts
+
+_WRITERS = {
+    "WeightAveraging": "does not respect changing masks: its average makes every weight that was ever active "
+    "non-zero, averages the discriminator too, and counts the steps of both optimizers.",
+    "StochasticWeightAveraging": "writes averages into the weights at the end, outside the masks.",
+    "ModelPruning": "replaces the weights by masked copies, which these masks do not reach.",
+}
+"""Callbacks of Lightning that average or change weights without the masks, and the reason to reject each."""
 
 
 def check_checkpoint(saved: Mapping[str, Any], key: str, method: Method, *, needs_masks: bool) -> None:
@@ -31,6 +43,29 @@ def check_checkpoint(saved: Mapping[str, Any], key: str, method: Method, *, need
         + ' To start from its dense networks, set initial_masks="magnitude"; to start from its weights with '
         "random masks, load them into the module and fit without ckpt_path."
     )
+
+
+def check_other_averages(trainer: Trainer, module: nn.Module, generator: nn.Module) -> None:
+    """Rejects averages and pruning that ignore masks, for a generator whose masks change.
+
+    Raises:
+        ValueError: If a callback of Lightning that averages or prunes weights is used, or the module holds torch's
+            AveragedModel of the generator.
+    """
+    instead = "`GeneratorEMA` averages only the generator and respects masks; use it instead."
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for kind in type(callback).__mro__:
+            if kind.__name__ in _WRITERS:
+                raise ValueError(f"{type(callback).__name__} {_WRITERS[kind.__name__]} {instead}")
+    shapes = [{n: parameter.shape for n, parameter in part.named_parameters()} for part in get_parts(generator)]
+    for name, average in module.named_modules():
+        if isinstance(average, AveragedModel):
+            averaged = {n: parameter.shape for n, parameter in average.module.named_parameters()}
+            if averaged in shapes:
+                raise ValueError(
+                    f"{name}, torch's AveragedModel of the generator, does not respect changing masks: its average "
+                    f"makes every weight that was ever active non-zero. {instead}"
+                )
 
 
 def warn_of_raw_optimizers() -> None:
