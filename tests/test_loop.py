@@ -664,6 +664,15 @@ def test_weights_that_something_else_writes_are_noticed():
         loop.train(end=1)
 
 
+def test_layers_that_are_added_in_a_short_run_are_told_of_at_its_end():
+    loop = PlainLoop(**SETTINGS)
+    loop.train(end=2)
+    loop.generator.append(nn.Linear(PIXELS, PIXELS))
+    loop.train(start=2)
+    with pytest.warns(UserWarning, match=r"generator has weights that came since it was masked .*: 4\.weight"):
+        loop.sparse.close()
+
+
 def test_the_scores_must_be_found():
     loop = PlainLoop(**SETTINGS)
     with pytest.raises(RuntimeError, match="balance ratio cannot be measured"), loop.sparse.step([]):

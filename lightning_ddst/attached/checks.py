@@ -124,15 +124,18 @@ def check_masks(module: nn.Module, networks: Mapping[Role, nn.Module], saved: Ma
 
 
 def check_finite_weights(pair: MaskedPair) -> None:
-    """Checks that all weights of both networks are finite.
+    """Checks that all weights of both networks are finite, and no buffer has NaN (attention's masks have infinities).
 
     Raises:
         ValueError: If one is not; names its layer.
     """
     for role, network in pair.networks.items():
-        for name, parameter in network.network.named_parameters():
-            if not bool(local_part(parameter.detach()).isfinite().all()):
-                raise ValueError(f"the {role}'s {name!r} has values that are not finite before training starts.")
+        bad = [
+            *(n for n, p in network.network.named_parameters() if not bool(local_part(p.detach()).isfinite().all())),
+            *(n for n, b in network.network.named_buffers() if bool(local_part(b).isnan().any())),
+        ]
+        if bad:
+            raise ValueError(f"the {role}'s {bad[0]!r} has values that are not finite before training starts.")
 
 
 _WARN_BELOW = 0.9

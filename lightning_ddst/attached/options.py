@@ -71,6 +71,10 @@ class MaskingOptions:
         check_choice("optimizer_state", self.optimizer_state, get_args(OptimizerState))
         if isinstance(self.dense_layers, str):
             raise ValueError(f"dense_layers={self.dense_layers!r} must be a list of patterns.")
+        for role, name in (("generator", self.generator), ("discriminator", self.discriminator)):
+            parts = name if isinstance(name, Sequence) else (name,)
+            if name is not None and not all(isinstance(part, str) for part in parts):
+                raise ValueError(f"{role}={name!r} must be the name of a submodule, or a list of names.")
         find_units(self.granularity).check_options(self.granularity, self.units)
 
     @property
@@ -281,12 +285,15 @@ class RunOptions:
         masking = {field.name: arguments[field.name] for field in fields(MaskingOptions) if field.name != "units"}
         measuring = {field.name: arguments[field.name] for field in fields(MeasuringOptions)}
         intervals = {field.name: arguments[field.name] for field in fields(Intervals)}
+        seed = plain_number(arguments["seed"])
+        if seed is not None and not isinstance(seed, int):
+            raise ValueError(f"seed={seed!r} must be an integer.")
         return cls(
             method,
             MaskingOptions(**masking, units=units),
             MeasuringOptions(**measuring),
             Intervals(**intervals),
-            arguments["seed"],
+            seed,
         )
 
     @property

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from lightning.fabric.utilities import rank_zero_info
 
+from lightning_ddst.attached.checks import check_unchanged
 from lightning_ddst.attached.hooks import AttachedTraining
 from lightning_ddst.attached.options import RunOptions
 from lightning_ddst.balance.controller import ACTIONS
@@ -65,7 +66,11 @@ class RunReport(ABC):
             self._warn_of_bounds()
 
     def after_run(self) -> None:
-        """Warns if the discriminator was never used."""
+        """Warns if the discriminator was never used, or weights have changed otherwise than by training."""
+        try:
+            check_unchanged(self._pair)
+        except RuntimeError as error:
+            distributed.warn(f"after the last training step: {error}")
         if self._training.updates and not self._training.discriminator_used:
             distributed.warn(
                 f"the discriminator was neither called nor trained in {self._training.updates} generator updates, so "

@@ -43,6 +43,7 @@ class GeneratorCalls:
         calls: The calls with gradients, oldest first.
         incomplete: Whether images were found that cannot be made again, because something between two parts'
             calls changed what one of them returned, outside any module that was called.
+        returns_several: Whether the generator returned several tensors, the first of which are the images.
     """
 
     def __init__(self, generator: nn.Module, records: Callable[[], bool]) -> None:
@@ -67,7 +68,7 @@ class GeneratorCalls:
     def clear(self) -> None:
         """Forgets every call."""
         self.calls: deque[Generated] = deque(maxlen=_CALLS * len(self._watched))
-        self.incomplete = False
+        self.incomplete = self.returns_several = False
         self._running: list[_Running] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GeneratorCalls":
@@ -91,6 +92,7 @@ class GeneratorCalls:
         if not self._running or not made:
             return
         running = self._running.pop()
+        self.returns_several |= len(made) > 1
         if not self._several:
             made = made[:1]  # the images; a module that holds parts may return codes before them
         if not any(tensor.grad_fn is not None for tensor in made):

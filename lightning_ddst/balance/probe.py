@@ -288,7 +288,7 @@ class BalanceProbe:
             batch: The training step's batch.
 
         Raises:
-            RuntimeError: If the training step shifts and scales the batch's images (as in ``2 * x - 1``) before the
+            RuntimeError: If the training step changes the values of the batch's images (as in ``2 * x - 1``) before the
                 discriminator scores them: the probe would score them as they are in the batch.
         """
         if self.checked or not any(images.measured for images in self._real):

@@ -10,11 +10,14 @@ from torch import Tensor
 from lightning_ddst.balance.calls import Adversarial, Call, Generated, Scored
 from lightning_ddst.balance.layout import Order, find_order, list_orders, move
 from lightning_ddst.balance.scores import cannot_measure
+from lightning_ddst.utils import distributed
 from lightning_ddst.utils.nested import Place, describe_tensors, get_entry, get_first_tensor, tensors_in
-from lightning_ddst.utils.states import COUNT, FLAG, Form, each, maybe
+from lightning_ddst.utils.states import FLAG, Form, Leaf, maybe
 
 _SAME = 1e-2
 """Relative deviation up to which images count as the batch's images, shifted and scaled."""
+_ENOUGH = 16
+"""Pairs of values in the same order that are no chance."""
 _STEPS = 20
 """Training steps after which the search for a discriminator call on the real images ends."""
 
@@ -35,7 +38,12 @@ class RealImages:
             from their axes, or none was in 20 training steps.
     """
 
-    state_form: ClassVar[Form] = {"checked": FLAG, "order": maybe(each(COUNT))}
+    state_form: ClassVar[Form] = {
+        "checked": FLAG,
+        "order": maybe(
+            Leaf("a permutation of 1 to n", lambda value: sorted(value) == [*range(1, len(value) + 1)] != [])
+        ),
+    }
     """The form of `state_dict`."""
 
     def __init__(self, place: Place | None, *, one_call: bool = False) -> None:
@@ -79,7 +87,7 @@ class RealImages:
                 'discriminator_output="" if it scores the generated images'
             )
         self._look(real, batch, generated, scored)
-        order = self._order
+        order = self._order if self._order is not None and len(self._order) == real.dim() - 1 else None
         if order is None and real.shape[1:] != shape:
             shown = [earlier.call.tensor_at(step.place) for earlier in scored]
             if any(value is not None and is_itself(value, real) for value in shown):  # a network that takes any size
@@ -98,8 +106,8 @@ class RealImages:
         """Compares the calls of a whole training step with the batch's real images; waits for the device.
 
         Raises:
-            RuntimeError: If the training step shifts and scales the images (as in ``2 * x - 1``), or no call on them
-                was seen that shows the order of their axes.
+            RuntimeError: If the training step changes the images' values (as in ``2 * x - 1``), or no call on them was
+                seen that shows the order of their axes.
         """
         if self.checked or self._argument is None:
             return
@@ -116,9 +124,20 @@ class RealImages:
                 "was not called on these with their axes moved or reshaped. Bring them into its shape in the data "
                 "pipeline"
             )
+        if not self._argument.changes_fakes:  # else they may be augmented alike
+            distributed.warn(
+                f"in {_STEPS} training steps the discriminator was not called on the batch's real images as they are, "
+                "but the generated ones are not changed. The balance ratio scores them as they are in the "
+                "batch; if the training step changes them, give the module a method `balance_scores(self, "
+                "batch)` (docs/attach.md)."
+            )
 
     def _look(self, real: Tensor, batch: Any, generated: Iterable[Generated], scored: Sequence[Scored]) -> None:
         if self.checked or self._argument is None:
+            return
+        taken = [each.call.tensor_at(self._argument.place) for each in scored]
+        if not self._argument.changes_fakes and any(value is not None and _is_part(value, real) for value in taken):
+            self.checked = True  # the step takes a part of the batch, as it is
             return
         shown = self._argument.find_shown(real, generated, scored)
         order = check_shown(shown, real, batch, place=self._place, changes_fakes=self._argument.changes_fakes)
@@ -303,10 +322,13 @@ def check_shown(
                 f'discriminator is shown "{name}"'
             )
     for value in shown:
-        if any(is_rescaled(value, move(real, order, value.shape[1:])) for order in _orders(real, value)):
+        moved = [move(real, order, value.shape[1:]) for order in _orders(real, value)]
+        # Fakes that change, too, may be augmented alike, image by image.
+        if any(is_rescaled(value, each) or (not changes_fakes and is_remapped(value, each)) for each in moved):
             raise cannot_measure(
-                "the training step shifts and scales the batch's images before the discriminator sees them, and the "
-                "probe would score them as they are in the batch. Do this in the data pipeline"
+                "the training step changes the values of the batch's images (rescales, normalizes or clamps them) "
+                "before the discriminator sees them, and the probe would score them as they are in the batch. "
+                "Do this in the data pipeline"
             )
     return None
 
@@ -337,12 +359,28 @@ def is_itself(shown: Tensor, real: Tensor) -> bool:
     return shown.data_ptr() == real.data_ptr() and shown.shape == real.shape
 
 
+def _is_part(shown: Tensor, real: Tensor) -> bool:
+    """Returns whether shown images are fewer of the real images, by their memory."""
+    same_memory = shown.untyped_storage().data_ptr() == real.untyped_storage().data_ptr()
+    return same_memory and shown.shape[1:] == real.shape[1:] and len(shown) < len(real)
+
+
 def _size(images: Tensor) -> int:
     return images.shape[1:].numel() if images.dim() else 0
 
 
 def _describe(shape: torch.Size) -> str:
     return f"(batch, {', '.join(map(str, shape))})"
+
+
+def is_remapped(value: Tensor, real: Tensor) -> bool:
+    """Returns whether values grow with those of `real` in all channels of all images, as under tanh or clamping."""
+    dims = min(2, real.dim() - 1)
+    if dims < 1:
+        return False
+    x, y = (tensor.detach().flatten(dims).flatten(0, dims - 1) for tensor in (real, value))
+    steps = y.gather(1, x.argsort(1)).double().diff(dim=1)
+    return bool((steps >= 0).all() and (steps > 0).sum() >= _ENOUGH)
 
 
 def is_rescaled(value: Tensor, real: Tensor) -> bool:

@@ -130,7 +130,9 @@ class CallRecorder:
         seen = {str(tuple(value.shape)) for scored in self.scored_by(part) for _, value in scored.call.tensors()}
         shape = str(tuple(self.generated[-1].fake.shape))
         hint = ""
-        if shape in seen:
+        if self._calls.returns_several:
+            hint = ". The generator returns several tensors, and the first counts as its images: return them first"
+        elif shape in seen:
             hint = (
                 ". Re-entrant checkpointing of the generator hides the gradients: use "
                 "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"

@@ -98,12 +98,14 @@ def check_is_score(scores: Sequence[Tensor], images: Tensor) -> None:
     """Checks that scores are not images.
 
     Raises:
-        RuntimeError: If a score has the shape of the images, of more than one value each.
+        RuntimeError: If a score has as many values as an image, more than one.
     """
-    if any(score.shape[1:] == images.shape[1:] and score.shape[1:].numel() > 1 for score in scores):
+    size = images.shape[1:].numel()
+    if any(score.dim() > 0 and score.shape[1:].numel() == size > 1 for score in scores):
         raise cannot_measure(
-            f"the discriminator returns a tensor of the shape of its images, {tuple(images.shape)}: an autoencoder's "
-            "(BEGAN) score is not the mean of its values, but a reconstruction error that only the training step knows"
+            f"the discriminator returns as many values as its images have, of shape {tuple(images.shape)}: an "
+            "autoencoder's (BEGAN) score is not the mean of its values, but a reconstruction error that only "
+            "the training step knows"
         )
 
 

@@ -307,6 +307,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
             self._attached.begin_batch(batch)
 
     def _follow_optimizers(self, trainer: Trainer, module: LightningModule) -> None:
+        check_unchanged(self._fitted)
         self._saved = self._resumed = self.state_dict()
         self._detach()
         self._begin(trainer, module)
@@ -368,6 +369,11 @@ class DynamicSparsityCallback(RunReadings, Callback):
         """Logs the operations of each layer and removes every hook."""
         if self._report is not None:
             self._report.after_run()
+            if trainer.global_step and not self.generator_updates:
+                distributed.warn(
+                    "no optimizer step was seen that had gradients of the generator: its mask never changed, and "
+                    "nothing was measured."
+                )
         self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -110,6 +110,7 @@ class SparseTraining:
         self.flops = TrainingFlops(self._networks.values(), self.optimizers)
         self._warned_of_uncounted = False
         self._postponed: set[int] = set()  # ids of the mask updates of which a warning told
+        self._told_frozen: dict[Role, set[str]] = {role: set() for role in self._networks}
         self.generator_optimizers = find_optimizers(generator.parameters, self.optimizers)
         find_optimizers(discriminator.parameters, self.optimizers)
         self.divergence = Divergence({role: network.network for role, network in self._networks.items()})
@@ -260,13 +261,23 @@ class SparseTraining:
         if not pending or not self.divergence.finite(self.updates):
             return
         for update in pending:
+            self._tell_frozen(update.roles)
             update.pending = not update.apply(self)
-            if not update.pending:
-                self._postponed.discard(id(update))
-            elif id(update) not in self._postponed:
+            if update.pending and id(update) not in self._postponed:
                 self._postponed.add(id(update))
                 self._warn_of_postponed(update)
         self.check_ranks()
+
+    def _tell_frozen(self, roles: Iterable[Role]) -> None:
+        for role in roles:
+            network = self.network(role)
+            if names := network.frozen - self._told_frozen[role]:
+                distributed.warn(
+                    f"weights of the {role} were frozen since they were masked, "
+                    f"{', '.join(map(repr, sorted(names)))}: their masks stay as they are until these weights "
+                    "are trained again."
+                )
+            self._told_frozen[role] = set(network.frozen)
 
     def _warn_of_postponed(self, update: MaskUpdate) -> None:
         roles = " and the ".join(update.roles)

@@ -142,17 +142,22 @@ class DenseGradients:
     def pop(self) -> dict[str, Tensor] | None:
         """Returns the gradients that the growth rule needs, by name; None if one is missing or not finite.
 
-        Removes gradients of a single update, because they are out of date after the next update.
+        Those of frozen weights are 0. Gradients of a single update are removed, because they are out of date after the
+        next update; but where one is missing, the others wait for it, since each optimizer may step in a batch of its
+        own.
         """
-        kept = dict(self._kept)
-        if self._kind == "latest":
-            self._kept.clear()
         if self._kind == "none":
             return {}
-        self.unusable = [name for name in self._weights if name not in kept or not bool(self._finite[name])]
+        kept = {name: self._kept[name] for name in self._weights if name in self._kept}
+        missing = self._weights.keys() - kept.keys() - self._network.frozen
+        infinite = {name for name in kept if not bool(self._finite[name])}
+        if self._kind == "latest" and (infinite or not missing):
+            self._kept.clear()
+        self.unusable = [name for name in self._weights if name in missing | infinite]
         if any(distributed.all_gather(bool(self.unusable))):
             return None
-        return {name: full_tensor(gradient) for name, gradient in kept.items()}
+        frozen = {name: torch.zeros_like(self._weights[name].parameter) for name in self._network.frozen - kept.keys()}
+        return {name: full_tensor(gradient) for name, gradient in (kept | frozen).items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the kept gradients and those accumulated for the next update; loads with ``weights_only=True``."""

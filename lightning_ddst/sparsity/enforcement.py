@@ -143,9 +143,16 @@ class MaskEnforcer:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         masks = self._masks(self._names[optimizer])
         mask_weights(masks)
+        self._find_frozen(self._names[optimizer])
         if optimizer in self._states:
             self._states[optimizer].on_step(masks)
         self.gradients.on_step(self._names[optimizer])
+
+    def _find_frozen(self, names: Iterable[str]) -> None:
+        trained = {name for name, weight in self._network.weights.items() if weight.parameter.requires_grad}
+        if trained:  # else the network is frozen as a whole while the other one is trained
+            self._network.frozen.difference_update(trained)
+            self._network.frozen.update(set(names) - trained)
 
     def _after_pruning(self) -> None:
         for optimizer, state in self._states.items():

@@ -101,7 +101,8 @@ class MaskedNetwork:
         if not free:
             raise ValueError(f"dense_layers={list(dense_layers)} leaves nothing to mask.")
         if any(weight.parameter.requires_grad for weight in free):  # else the whole network is frozen for the moment
-            free = [weight for weight in free if weight.parameter.requires_grad]
+            saved = () if state is None else state["masks"]  # with those that were frozen later
+            free = [weight for weight in free if weight.parameter.requires_grad or weight.name in saved]
         self.weights: dict[str, MaskableWeight] = {weight.name: weight for weight in free if units.accepts(weight)}
         if not self.weights:
             raise ValueError(f"granularity={granularity!r} fits the shape of no layer, so there is nothing to mask.")
@@ -169,6 +170,11 @@ class MaskedNetwork:
     def kept(self) -> Mapping[str, Mapping[int, Tensor]]:
         """Remaining parts of parameters and buffers, for `StructuredForward`; empty for units with dense kernels."""
         return self.units.kept
+
+    @property
+    def frozen(self) -> set[str]:
+        """The names of weights that training does not change at present, whose masks stay as they are."""
+        return self.units.frozen
 
     def describe(self) -> str:
         """Returns a text such as "12 of 40 channels, 57 of 570 weights active"."""
@@ -242,14 +248,19 @@ class MaskedNetwork:
             ValueError: If the density is outside (0, 1], or lower than possible.
         """
         numbers = self.units.numbers(density)
-        moves = [number - now for number, now in zip(numbers, self.units.now, strict=True)]
+        limits = self._limits(numbers)
+        room = [sum(limits[key] for key in pool) for pool in self.units.pools]  # less than planned if layers are frozen
+        moves = [
+            max(min(number - now, growable), -prunable)
+            for number, now, growable, prunable in zip(numbers, self.units.now, self.units.growable, room, strict=True)
+        ]
         before = self.active
         if any(move > 0 for move in moves):
             scores = self.units.growth(gradients)
             self._zero_inactive()  # in case other code wrote to inactive weights
             self._grow(moves, scores, pruned={})
         elif any(moves):
-            self._prune([-move for move in moves], self.units.magnitudes(), self.units.limits(numbers))
+            self._prune([-move for move in moves], self.units.magnitudes(), limits)
             self._forget_pruned()
         self.target = self.reachable(density)
         if any(moves):
@@ -275,11 +286,12 @@ class MaskedNetwork:
         """
         check_rate("rate", rate)
         units, keeps = self.units, self._regrown == "keep"
-        limits = units.limits(units.now)
+        limits = self._limits(units.now)
         numbers = []
-        for pool, now, size in zip(units.pools, units.now, units.sizes, strict=True):
+        for pool, growable in zip(units.pools, units.growable, strict=True):
+            now = sum(units.counts[key] for key in pool if key not in self.frozen)
             number = min(int(rate * now + 1e-9), sum(limits[key] for key in pool))
-            numbers.append(number if keeps else min(number, size - now))
+            numbers.append(number if keeps else min(number, growable))
         if not any(numbers):
             return 0
         magnitudes, scores = units.magnitudes(), units.growth(gradients)
@@ -308,6 +320,10 @@ class MaskedNetwork:
         self._zero_inactive()
         for listener in self.listeners:
             listener()
+
+    def _limits(self, numbers: Sequence[int]) -> dict[str, int]:
+        """Returns the largest number of units to prune in each tensor: none in frozen weights."""
+        return {key: 0 if key in self.frozen else limit for key, limit in self.units.limits(numbers).items()}
 
     def _prune(self, numbers: Sequence[int], magnitudes: ByTensor, limits: Mapping[str, int]) -> ByTensor:
         pruned = self.units.prune(numbers, magnitudes, limits)

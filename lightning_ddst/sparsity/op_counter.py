@@ -229,7 +229,8 @@ class OpCounter:
         for first, end, name in self._own.get(storage, ()):
             if first <= place < end:
                 return _Source({name: self._parameters[name].numel()})
-        if self._is_early(tensor.grad_fn) and (source := self._find_behind(tensor.grad_fn, forks=False)) is not None:
+        node = _get_node(tensor)
+        if self._is_early(node) and (source := self._find_behind(node, forks=False)) is not None:
             # A cast that autocast kept, or another tensor from before counting began.
             self._derived[storage] = StorageWeakRef(tensor.untyped_storage()), source
             return source
@@ -306,6 +307,13 @@ class _Observer(TorchDispatchMode):
         result = func(*args, **kwargs)
         self._counter.observe(func, args, kwargs, result)
         return result
+
+
+def _get_node(tensor: Tensor) -> Node | None:
+    try:
+        return tensor.grad_fn
+    except RuntimeError:  # a view that was made without gradients, and whose base was written to since
+        return None
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -71,8 +71,8 @@ def find_network(module: nn.Module, role: str, name: Name | None) -> nn.Module:
     Args:
         module: The module that holds it.
         role: "generator" or "discriminator".
-        name: Its dotted name in the module, or the names of its parts; None tries the usual names, in the module and
-            then in its submodules.
+        name: Its dotted name in the module, or the names of its parts; None tries the usual names, in the module, then
+            in its submodules, then in theirs.
 
     Returns:
         The network; `SeveralParts` for several names.
@@ -86,13 +86,19 @@ def find_network(module: nn.Module, role: str, name: Name | None) -> nn.Module:
         if not name:
             raise ValueError(f"{role}={name!r} must name at least one submodule.")
         return SeveralParts(module, role, name) if len(name) > 1 else _get_submodule(module, role, name[0])
-    found = _find_usual(module, role)
-    inside = {
-        f"{child}.{usual}": network
-        for child, submodule in module.named_children()
-        for usual, network in _find_usual(submodule, role).items()
-    }
-    found = found or inside
+    found: dict[str, nn.Module] = {}
+    level = {"": module}
+    while level and not found:
+        found = {
+            prefix + usual: network
+            for prefix, submodule in level.items()
+            for usual, network in _find_usual(submodule, role).items()
+        }
+        level = {
+            f"{prefix}{name}.": child
+            for prefix, submodule in level.items()
+            for name, child in submodule.named_children()
+        }
     if len({id(network) for network in found.values()}) > 1:
         raise ValueError(
             f"{len(found)} submodules of {type(module).__name__} could be the {role}: {', '.join(found)}; pass the "
@@ -135,8 +141,8 @@ def check_not_shared(networks: Mapping[Any, nn.Module]) -> None:
     for name, parameter in second.named_parameters():
         if id(parameter) in names:
             raise ValueError(
-                f"the {one}'s {names[id(parameter)]!r} is the {other}'s {name!r}: a shared weight cannot have two "
-                "masks."
+                f"the {one}'s {names[id(parameter)]!r} is the {other}'s {name!r}: the networks cannot share a "
+                "parameter, which would have two masks and the updates of both."
             )
 
 

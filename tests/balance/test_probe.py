@@ -868,14 +868,14 @@ def test_images_that_the_training_step_rescales_are_not_scored_as_they_come(orde
     if order == "discriminator first":
         discriminator(a * real + b)
         discriminator(generator(drawn(BATCH, NOISE)))
-        with pytest.raises(RuntimeError, match="shifts and scales the batch's images"):
+        with pytest.raises(RuntimeError, match="changes the values of the batch's images"):
             probe.after_update(real)
     else:
         discriminator(generator(drawn(BATCH, NOISE)))
         probe.after_update(real)
         assert not probe.checked
         discriminator(a * real + b)
-        with pytest.raises(RuntimeError, match="shifts and scales the batch's images"):
+        with pytest.raises(RuntimeError, match="changes the values of the batch's images"):
             probe.check(real)
 
 
@@ -887,7 +887,7 @@ def test_the_check_waits_for_real_images():
     probe.check(real)
     assert not probe.checked
     discriminator(2 * real)  # in the next batch
-    with pytest.raises(RuntimeError, match="shifts and scales the batch's images"):
+    with pytest.raises(RuntimeError, match="changes the values of the batch's images"):
         probe.check(real)
 
 

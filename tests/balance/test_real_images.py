@@ -202,8 +202,35 @@ def test_images_shown_as_they_are_or_augmented_are_no_mistake(show, as_they_are)
 
 def test_images_that_are_rescaled_are_rejected():
     real = torch.rand(8, 2)
-    with pytest.raises(RuntimeError, match="shifts and scales the batch's images"):
+    with pytest.raises(RuntimeError, match="changes the values of the batch's images"):
         check_shown([2 * real - 1], real, real)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.tanh(),
+        lambda x: x.clamp(0.3, 0.6),
+        lambda x: (x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), keepdim=True),
+        lambda x: x + torch.rand(len(x), 1, 1, 1),
+    ],
+    ids=["tanh", "clamped", "normalized by image", "brighter by image"],
+)
+def test_images_whose_values_are_changed_image_by_image_are_rejected(change):
+    torch.manual_seed(0)
+    real = torch.rand(8, 3, 4, 4)
+    with pytest.raises(RuntimeError, match="changes the values of the batch's images"):
+        check_shown([change(real)], real, real)
+    assert check_shown([change(real)], real, real, changes_fakes=True) is None  # an augmentation of both
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x + 0.1 * torch.rand_like(x), lambda x: x.flip(3), lambda x: x.roll(1, 2)]
+)
+def test_augmented_images_do_not_count_as_changed_by_their_values(change):
+    torch.manual_seed(0)
+    real = torch.rand(8, 3, 4, 4)
+    assert check_shown([change(real)], real, real) is None
 
 
 def test_fakes_that_are_changed_alone_are_rejected():
@@ -244,5 +271,5 @@ def test_channels_that_the_training_step_normalises_are_rejected(joined):
     real = torch.rand(4, 3, 5, 5)
     shown = (real - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.1]).view(3, 1, 1)
     scored = Scored(Call((torch.cat([shown, torch.rand(4, 3, 5, 5)]) if joined else shown,), {}), 0)
-    with pytest.raises(RuntimeError, match="shifts and scales the batch's images"):
+    with pytest.raises(RuntimeError, match="changes the values of the batch's images"):
         check_shown(ImageArgument(0, real.shape[1:], False, real.shape[1:]).find_shown(real, [], [scored]), real, real)

@@ -85,8 +85,10 @@ def test_other_kinds_of_images_are_rejected(argument: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("images", [(4, 1, 8, 8), (4, 16)])
 def test_a_score_shaped_like_the_image_is_rejected(images: tuple[int, ...]) -> None:
-    with pytest.raises(RuntimeError, match=r"shape of its images, \(4, .*reconstruction error"):
+    with pytest.raises(RuntimeError, match=r"as many values as its images have, of shape \(4, .*reconstruction error"):
         check_is_score([torch.ones(4, 1), torch.ones(images)], torch.ones(images))
+    with pytest.raises(RuntimeError, match="reconstruction error"):  # an autoencoder of flat images
+        check_is_score([torch.ones(images).flatten(1)], torch.ones(images))
 
 
 @pytest.mark.parametrize(

@@ -751,6 +751,24 @@ class WrongShape(Usual):
         return batch[0][:, :, 1:-1, 1:-1]
 
 
+class ImagesSecond(Usual):
+    """The generator returns its features before its images."""
+
+    class Networks(Generator):
+        def forward(self, z: Tensor) -> dict[str, Tensor]:
+            images = super().forward(z)
+            return {"features": 2 * images, "images": images}
+
+    def make_networks(self) -> None:
+        self.generator, self.discriminator = self.Networks(), Discriminator()
+
+    def generate(self, z: Tensor) -> Tensor:
+        return self.generator(z)["images"]
+
+    def generate_by_forward(self, z: Tensor) -> Tensor:
+        return self.generator.forward(z)["images"]
+
+
 class RescaledAndMoved(ChannelsLast):
     def real(self, batch: Any) -> Tensor:
         return 2 * super().real(batch) - 1
@@ -763,7 +781,7 @@ class RescaledAndMoved(ChannelsLast):
             FeaturesFirst,
             r'4 floating-point tensors.*discriminator_output="0\.0".*0\.0 \(4, 4, 3, 3\).*1\.1 \(4, 1, 1, 1\)',
         ),
-        (ReconstructionError, r"shape of its images, \(4, 1, 4, 4\): .*BEGAN.*balance_scores"),
+        (ReconstructionError, r"as many values as its images have, of shape \(4, 1, 4, 4\): .*BEGAN.*balance_scores"),
         (InOneCallUntold, r'in one call and returns one tensor\. Pass discriminator_output=\{"difference": ""\}'),
         (ChangedInOneCall, "changes what the generator returns before one call scores both"),
         (
@@ -772,7 +790,8 @@ class RescaledAndMoved(ChannelsLast):
         ),
         (PartsUnseen, r"discriminator \(msd\) was not called, .*\(4, 1, 4, 4\); it was called on nothing"),
         (WrongShape, r"real=0 has the shape \(4, 1, 6, 6\) in the batch, and .* images of shape \(batch, 1, 4, 4\)"),
-        (RescaledAndMoved, "shifts and scales the batch's images"),
+        (RescaledAndMoved, "changes the values of the batch's images"),
+        (ImagesSecond, "The generator returns several tensors, and the first counts as its images: return them first"),
     ],
 )
 def test_the_first_update_says_what_is_needed(pattern: type[GAN], message: str) -> None:
@@ -780,6 +799,26 @@ def test_the_first_update_says_what_is_needed(pattern: type[GAN], message: str) 
     with pytest.raises(RuntimeError, match=f"the balance ratio cannot be measured: .*{message}"):
         fitted(pattern, callback)
     assert callback.generator_updates <= 1
+
+
+class Noisy(Usual):
+    def real(self, batch: Any) -> Tensor:
+        return batch[0] + 0.1 * torch.randn_like(batch[0])
+
+
+class Part(Usual):
+    def real(self, batch: Any) -> Tensor:
+        return batch[0][:3]
+
+
+@pytest.mark.parametrize(("pattern", "told"), [(Noisy, 1), (Part, 0), (Usual, 0)])
+def test_real_images_that_are_never_seen_as_they_are_are_told_of_once(
+    pattern: type[GAN], told: int, recwarn: pytest.WarningsRecorder
+) -> None:
+    seed_everything(0, verbose=False)
+    data = DataLoader(Images(lambda x, label: (x, label), IMAGE), batch_size=BATCH)
+    toy_trainer(static(pattern), epochs=5).fit(pattern(), data)
+    assert sum("not called on the batch's real images as they are" in str(each.message) for each in recwarn) == told
 
 
 class NeverMovedAlike(ChannelsLast):

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import warnings
 from itertools import pairwise
 
@@ -352,6 +353,40 @@ def test_a_shared_layer_is_rejected_with_both_names():
         trained(DynamicSparsityCallback(0.25, method="static", probe_interval=None), gan=gan)
 
 
+def test_weights_that_are_written_to_after_the_last_step_are_named():
+    class Averaged(ToyGAN):
+        def on_train_end(self):
+            nn.init.ones_(self.discriminator[0].parametrizations.weight.original)
+
+    with pytest.warns(UserWarning, match="after the last training step: .* of the discriminator: 0.parametrizations"):
+        fit(DynamicSparsityCallback(0.25), Averaged())
+
+
+def test_a_layer_that_comes_with_new_optimizers_is_named():
+    class Growing(ToyGAN):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.generator.append(nn.Linear(PIXELS, PIXELS))
+                self.trainer.strategy.setup_optimizers(self.trainer)
+
+    with pytest.raises(RuntimeError, match=r"generator has weights that came since it was masked .*: 4\.weight"):
+        fit(DynamicSparsityCallback(0.25), Growing())
+
+
+def test_a_generator_that_is_never_updated_is_told_of():
+    class Discriminates(ToyGAN):
+        def training_step(self, batch, batch_idx):
+            _, optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(-self.discriminator(batch[0]).mean())
+            optimizer.step()
+
+    sparsity = DynamicSparsityCallback(0.25)
+    with pytest.warns(UserWarning, match="no optimizer step was seen that had gradients of the generator"):
+        fit(sparsity, Discriminates())
+    assert sparsity.generator_updates == 0
+
+
 class TwoGeneratorOptimizers(ToyGAN):
     """Each updates a layer of the generator; `together` in one batch, or in turn."""
 
@@ -406,6 +441,62 @@ def test_a_frozen_layer_stays_dense_outside_the_density():
     assert sparsity.networks()["generator"].coverage > 0.25
 
 
+class FrozenLater(ToyGAN):
+    """A layer of the generator is frozen in epochs 1 and 2."""
+
+    def on_train_epoch_start(self):
+        self.generator[0].weight.requires_grad_(self.current_epoch not in (1, 2))
+        if self.current_epoch == 1:
+            self.frozen = self.generator[0].weight.clone()
+        if self.current_epoch == 3:
+            self.thawed = self.generator[0].weight.clone()
+
+
+@pytest.mark.parametrize("growth", ["gradient", "random", "momentum"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_layer_that_is_frozen_later_keeps_its_weights_and_the_others_explore(growth, scope):
+    sparsity, watched = DynamicSparsityCallback(0.25, explore_interval=3, growth=growth, scope=scope), {}
+
+    class Watch(Callback):
+        def on_train_epoch_end(self, trainer, module):
+            watched[trainer.current_epoch] = {name: mask.clone() for name, mask in sparsity.masks("generator").items()}
+
+    gan = FrozenLater()
+    with pytest.warns(UserWarning, match=r"generator were frozen since they were masked, '0\.weight'") as said:
+        toy_trainer(sparsity, Watch(), epochs=5).fit(gan, toy_data())
+    assert sum("frozen" in str(each.message) for each in said) == 1
+    assert not any("postponed" in str(each.message) for each in said)
+    assert torch.equal(gan.frozen, gan.thawed)
+    changed = {
+        epoch: {name for name in watched[0] if not torch.equal(watched[epoch - 1][name], watched[epoch][name])}
+        for epoch in (1, 2, 3)
+    }
+    assert changed[1] == changed[2] == {"generator.3.weight"}
+    assert "generator.0.weight" in changed[3]
+    assert sparsity.networks()["generator"].active == round(0.25 * sparsity.networks()["generator"].total)
+
+
+def test_growth_collects_gradients_over_batches_of_several_generator_optimizers():
+    gan = TwoGeneratorOptimizers()
+    gan.together = False
+    sparsity = DynamicSparsityCallback(0.25, explore_interval=4, growth="gradient")
+    with pytest.warns(UserWarning, match="generator's mask is postponed: at generator update 4 ") as said:
+        fit(sparsity, gan, epochs=2)
+    assert sum("postponed" in str(each.message) for each in said) == 1
+    assert sparsity.networks()["generator"].coverage > 0.25
+
+
+def test_a_layer_that_is_frozen_between_two_fits_keeps_its_mask():
+    gan, sparsity = ToyGAN(), DynamicSparsityCallback(0.25, explore_interval=3)
+    fit(sparsity, gan)
+    gan.generator[0].weight.requires_grad_(False)
+    weight, mask = gan.generator[0].weight.clone(), sparsity.masks("generator")["generator.0.weight"].clone()
+    with pytest.warns(UserWarning, match="frozen since they were masked"):
+        fit(sparsity, gan)
+    assert torch.equal(gan.generator[0].weight, weight)
+    assert torch.equal(sparsity.masks("generator")["generator.0.weight"], mask)
+
+
 def test_a_network_that_is_frozen_as_a_whole_for_the_moment_is_masked():
     gan = ToyGAN()
     gan.discriminator.requires_grad_(False)
@@ -423,6 +514,41 @@ def test_weights_that_are_not_finite_at_the_start_are_named():
         gan.generator[3].weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"generator's '3\.weight'"):
         trained(DynamicSparsityCallback(0.25), gan=gan)
+
+
+def test_a_buffer_that_is_nan_at_the_start_is_named():
+    gan = ToyGAN()
+    gan.generator[1].running_mean[0] = float("nan")
+    with pytest.raises(ValueError, match=r"generator's '1\.running_mean'"):
+        trained(DynamicSparsityCallback(0.25), gan=gan)
+
+
+def test_infinite_buffers_are_allowed():
+    gan = ToyGAN()
+    gan.generator.register_buffer("causal", torch.full((2, 2), float("-inf")))
+    sparsity = DynamicSparsityCallback(0.25)
+    fit(sparsity, gan)
+    assert sparsity.generator_updates == 20
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"seed": "a"}, {"seed": 1.5}, {"generator": 3}, {"discriminator": ["mpd", 1]}], ids=str
+)
+def test_arguments_of_other_types_are_named(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}")):
+        DynamicSparsityCallback(0.25, **wrong)
+
+
+def test_a_seed_of_numpy_is_the_same_seed():
+    import numpy as np
+
+    masks = []
+    for seed in (3, np.int32(3)):
+        sparsity = DynamicSparsityCallback(0.25, seed=seed)
+        sparsity.attach(ToyGAN())
+        masks.append(sparsity.masks("generator")["generator.0.weight"])
+    assert torch.equal(*masks)
 
 
 def test_an_empty_layer_is_left_out():

@@ -288,3 +288,15 @@ def test_casts_that_autocast_keeps():
         uses, gradients, _ = count(network, lambda: network(x).sum().backward())
     assert uses == {"0.weight": 2 * BATCH, "2.weight": 3 * BATCH}
     assert gradients == {"0.weight": BATCH, "2.weight": BATCH}
+
+
+def test_writes_into_views_of_other_weights_without_gradients():
+    layer, other = nn.Linear(3, 4), nn.Linear(3, 4)
+
+    def run():
+        with torch.no_grad():
+            other.weight[1] *= 0.5
+            other.weight[:, 1] *= 0.5
+        layer(torch.ones(BATCH, 3)).sum().backward()
+
+    assert count(layer, run)[:2] == ({"weight": 2 * BATCH}, {"weight": BATCH})

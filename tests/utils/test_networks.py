@@ -64,6 +64,14 @@ def test_usual_names_are_found_in_submodules_too() -> None:
     assert find_network(module, "generator", None) is module.generator
 
 
+def test_usual_names_are_found_at_any_depth_the_outermost_first() -> None:
+    inner, outer = nn.Linear(1, 1), nn.Linear(1, 1)
+    module = holding(model=holding(net=holding(generator=inner)))
+    assert find_network(module, "generator", None) is inner
+    module.model.G = outer
+    assert find_network(module, "generator", None) is outer
+
+
 def test_usual_names_in_several_submodules_are_listed() -> None:
     network = nn.Linear(1, 1)
     module = holding(model=holding(G=network), average=holding(generator=nn.Linear(1, 1)))

@@ -53,6 +53,8 @@ class Units(ABC):
         pools: Groups of keys of `active` whose units compete. Numbers of units are always given per pool.
         growth_rule: The growth rule.
         kept: The remaining parts of parameters and buffers, for `StructuredForward`; changed in place.
+        frozen: Names of weights that training does not change at present, whose units stay as they are. (Whole channels
+            belong to several weights, so they change.)
     """
 
     drop_fraction: ClassVar[float] = 0.5
@@ -87,6 +89,7 @@ class Units(ABC):
         self.layer_counts = self.counts
         self.pools = [[weight] for weight in weights]
         self.kept: dict[str, dict[int, Tensor]] = {}
+        self.frozen: set[str] = set()
         self._generator = generator
 
     # ---- checks of arguments -------------------------------------------------------------------
@@ -222,7 +225,7 @@ class Units(ABC):
         for pool, number in zip(self.pools, numbers, strict=True):
             if number:
                 inactive = [self.active[key].logical_not() for key in pool]
-                limits = [self.active[key].numel() - self.counts[key] for key in pool]
+                limits = [self._growable(key) for key in pool]
                 grown |= self._flip(
                     pool, *select([scores[key] for key in pool], inactive, number, limits, self._growth_key)
                 )
@@ -234,6 +237,14 @@ class Units(ABC):
 
     def update_masks(self) -> None:  # noqa: B027 - right for single weights
         """Updates the masks from the active units; does nothing if they are the same dict."""
+
+    def _growable(self, key: str) -> int:
+        return 0 if key in self.frozen else self.active[key].numel() - self.counts[key]
+
+    @property
+    def growable(self) -> list[int]:
+        """Inactive units in each pool that may grow."""
+        return [sum(map(self._growable, pool)) for pool in self.pools]
 
     def count_weights(self, without: ByTensor) -> int:
         """Returns the number of weights that are active also without the marked units."""
