@@ -669,7 +669,7 @@ def test_layers_that_are_added_in_a_short_run_are_told_of_at_its_end():
     loop.train(end=2)
     loop.generator.append(nn.Linear(PIXELS, PIXELS))
     loop.train(start=2)
-    with pytest.warns(UserWarning, match=r"generator has weights that came since it was masked .*: generator\.4\.weight"):
+    with pytest.warns(UserWarning, match=r"weights that came since it was masked .*: generator\.4\.weight"):
         loop.sparse.close()
 
 
