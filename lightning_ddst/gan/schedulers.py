@@ -157,6 +157,10 @@ class SchedulerSteps(Callback):
         """Counts no more steps; the counts stay, for a checkpoint that is saved after the fit."""
         self._remove_hooks()
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Counts no more steps; Lightning calls no `teardown` after an error."""
+        self._remove_hooks()
+
     # ---- stepping --------------------------------------------------------------------------------------
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_ddst.sparsity.masked import MaskedNetwork
 from lightning_ddst.sparsity.sharding import copy_like, full_tensor, is_split, local_part
+from lightning_ddst.sparsity.units.base import check_finite
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.compilation import uncompiled
 from lightning_ddst.utils.states import FLAG, FLOATS, Form, Leaf, check_tensors, named
@@ -172,12 +173,15 @@ class DenseGradients:
         """Restores the state returned by `state_dict`.
 
         Raises:
-            ValueError: If it has gradients of other weights.
+            ValueError: If it has gradients of other weights, or an average that is not finite.
         """
         for saved in (state["kept"], state["accumulated"]):
             check_tensors("the saved gradients", saved, self._network.parameters, complete=False)
         if unknown := sorted(state["kept"].keys() - state["finite"].keys()):
             raise ValueError(f"finite must hold whether the saved gradient of {unknown[0]!r} was finite.")
+        if self._kind == "average":
+            for name, gradient in state["kept"].items():
+                check_finite(f"the saved average gradient of {name!r}", gradient)
         self.recording = state["recording"]
         for held, saved in ((self._kept, state["kept"]), (self._accumulated, state["accumulated"])):
             for name, gradient in saved.items():

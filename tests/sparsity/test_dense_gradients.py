@@ -267,6 +267,17 @@ def test_kept_gradients_are_saved_and_restored(setting, growth):
     assert state["kept"].keys() == {FIRST, LAST}  # not given up with the gradients
 
 
+def test_a_saved_average_that_is_not_finite_is_rejected(setting):
+    sparse, _, optimizer, gradients = setting("momentum")
+    update(sparse.network, optimizer, 0)
+    state = gradients.state_dict()
+    state["kept"][FIRST][0, 0] = float("nan")
+    restored = DenseGradients(sparse)
+    with pytest.raises(ValueError, match=FIRST):
+        restored.load_state_dict(state)
+    assert not restored.recording
+
+
 def test_saved_gradients_are_copies(setting):
     sparse, _, optimizer, gradients = setting("momentum")
     update(sparse.network, optimizer, 0)
