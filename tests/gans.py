@@ -72,7 +72,7 @@ class GAN(LightningModule):
     """Knows nothing of the package; computes BR's scores by hand at every update of its generator."""
 
     arguments: ClassVar[dict[str, Any]] = {}
-    """What the callback has to be told."""
+    """Arguments that the callback needs for this GAN."""
 
     def __init__(self) -> None:
         super().__init__()

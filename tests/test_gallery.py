@@ -202,7 +202,7 @@ def test_masks_are_exact_and_the_balance_ratio_is_that_worked_out_by_hand(family
 
 
 class Counted(Callback):
-    """What torch's counter counts up to the last update of the generator."""
+    """Operations that torch's counter counts up to the last update of the generator."""
 
     def __init__(self, counter: FlopCounterMode) -> None:
         self.counter = counter

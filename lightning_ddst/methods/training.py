@@ -109,6 +109,7 @@ class SparseTraining:
         self.optimizers = list(optimizers)
         self.flops = TrainingFlops(self._networks.values(), self.optimizers)
         self._warned_of_uncounted = False
+        self._looked_at: tuple[bool, int, int] | None = None
         self._postponed: set[int] = set()  # ids of the mask updates of which a warning told
         self._told_frozen: dict[Role, set[str]] = {role: set() for role in self._networks}
         self.generator_optimizers = find_optimizers(generator.parameters, self.optimizers)
@@ -212,8 +213,9 @@ class SparseTraining:
         return True
 
     def _warn_of_uncounted(self) -> None:
-        if self._warned_of_uncounted:
-            return
+        if self._warned_of_uncounted or self.flops.stage == self._looked_at:
+            return  # nothing was measured since the last look
+        self._looked_at = self.flops.stage
         found = dict(zip(self._networks, self.flops.find_uncounted(), strict=True))
         if named := [f"the {role}'s {', '.join(map(repr, names))}" for role, names in found.items() if names]:
             self._warned_of_uncounted = True

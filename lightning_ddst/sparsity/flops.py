@@ -147,6 +147,12 @@ class TrainingFlops:
             for network, active in zip(self._networks, self._updates.active, strict=True)
         ]
 
+    @property
+    def stage(self) -> tuple[bool, int, int]:
+        """Whether an update was measured, and the numbers of workloads and of measured ones, as in `find_uncounted`."""
+        measured = [workload.uses is not None for workload in self._workloads.values()]
+        return self._measured, len(measured), sum(measured)
+
     def find_uncounted(self) -> list[list[str]]:
         """Returns the names of weights without operations, for each network; empty while something is not measured.
 

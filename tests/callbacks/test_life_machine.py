@@ -91,7 +91,7 @@ class Failing(Callback):
 
 @dataclass
 class Known:
-    """What a callback's readings must tell, as far as it follows from the calls."""
+    """The expected readings of a callback, as far as they follow from the calls."""
 
     module: nn.Module | None = None  # whose weights are masked; None if the callback only reads a checkpoint
     fitted: bool = False

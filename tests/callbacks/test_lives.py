@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from torch import nn
 from torch.nn import functional as F
@@ -455,6 +455,7 @@ class FrozenLater(ToyGAN):
 @pytest.mark.parametrize("growth", ["gradient", "random", "momentum"])
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_a_layer_that_is_frozen_later_keeps_its_weights_and_the_others_explore(growth, scope):
+    seed_everything(0, verbose=False)
     sparsity, watched = DynamicSparsityCallback(0.25, explore_interval=3, growth=growth, scope=scope), {}
 
     class Watch(Callback):
