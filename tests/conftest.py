@@ -1,8 +1,11 @@
-"""One thread: the networks of the tests are so small that two threads mostly wait for each other; and no deadlines."""
+"""One thread: networks of tests are so small that two threads mostly wait for each other; no deadlines; fixed seeds."""
 
 import os
+import random
 
 import lightning_package  # noqa: F401  # which replaces lightning.pytorch if asked to
+import numpy as np
+import pytest
 import torch
 from hypothesis import settings
 
@@ -11,3 +14,11 @@ torch.set_num_threads(1)
 
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test draws the same numbers in every run, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  # transforms of users draw from it
+    torch.manual_seed(0)
