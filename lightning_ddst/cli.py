@@ -4,7 +4,7 @@ import os
 import pickle
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +29,8 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 """The default configuration: DDST on handwritten digits."""
 CONFIGS = {path.stem: path for path in sorted(DEFAULT_CONFIG.parent.rglob("*.yaml"))}
 """The package's configurations by name; ``--config`` accepts these names and paths of files."""
+SUBCOMMANDS: dict[str, Callable[[Sequence[str]], object]] = {"plot": plot, "export": export}
+"""Subcommands next to LightningCLI's: functions of the arguments after the subcommand's name."""
 
 
 class SparseGANCLI(LightningCLI):
@@ -83,10 +85,8 @@ def main() -> None:
     # `args` are those of the process, with names of configurations replaced by paths.
     warnings.filterwarnings("ignore", ".*LightningCLI's args parameter")
     sys.path.append(os.getcwd())  # for the user's own classes
-    if sys.argv[1:2] == ["plot"]:
-        plot(sys.argv[2:])
-    elif sys.argv[1:2] == ["export"]:
-        export(sys.argv[2:])
+    if (subcommand := SUBCOMMANDS.get("".join(sys.argv[1:2]))) is not None:
+        subcommand(sys.argv[2:])
     else:
         try:
             make_cli(sys.argv[1:])
