@@ -20,7 +20,9 @@ from lightning_ddst.attached.options import METHOD_ARGUMENTS
 from lightning_ddst.callbacks import DynamicSparsityCallback, InterruptCheckpoint
 from lightning_ddst.export.command import export
 from lightning_ddst.methods.base import METHODS, unused_arguments
+from lightning_ddst.report.compare_command import compare
 from lightning_ddst.report.plot_command import plot
+from lightning_ddst.report.sweep_command import sweep
 from lightning_ddst.utils.checkpoints import AtomicCheckpointIO, CheckpointError, describe_error
 from lightning_ddst.utils.configurations import check_classes, read_yaml
 from lightning_ddst.utils.states import StateError
@@ -29,7 +31,12 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 """The default configuration: DDST on handwritten digits."""
 CONFIGS = {path.stem: path for path in sorted(DEFAULT_CONFIG.parent.rglob("*.yaml"))}
 """The package's configurations by name; ``--config`` accepts these names and paths of files."""
-SUBCOMMANDS: dict[str, Callable[[Sequence[str]], object]] = {"plot": plot, "export": export}
+SUBCOMMANDS: dict[str, Callable[[Sequence[str]], object]] = {
+    "plot": plot,
+    "compare": compare,
+    "sweep": sweep,
+    "export": export,
+}
 """Subcommands next to LightningCLI's: functions of the arguments after the subcommand's name."""
 
 
@@ -105,7 +112,7 @@ def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
         run: Whether to run the subcommand at the beginning of `args`. If False, `args` are those of ``fit``, and the
             objects are only made: the attributes ``trainer``, ``model`` and ``datamodule`` of the result.
     """
-    args = _with_default_config(_with_paths(args), run)
+    args = _with_default_config(_with_log_folder(_with_paths(args)), run)
     _check_configs(args)
     return SparseGANCLI(
         LightningModule,
@@ -115,7 +122,8 @@ def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={
-            "epilog": "Others: lightning-ddst plot RUN draws what a run logged, export CKPT writes its generator.",
+            "epilog": "Others: lightning-ddst plot RUN draws what a run logged, compare RUN... compares several, "
+            "sweep --densities D,D,... runs and compares several densities, export CKPT writes a generator.",
             "version": version("lightning-ddst"),
         },
         seed_everything_default=0,
@@ -161,6 +169,16 @@ def _with_paths(args: Sequence[str]) -> list[str]:
         elif place and resolved[place - 1] in ("--config", "-c"):
             resolved[place] = _path(arg)
     return resolved
+
+
+def _with_log_folder(args: Sequence[str]) -> list[str]:
+    """Gives a logger that is named without the folder it requires the run's root folder."""
+    given = dict(zip(args, [*args[1:], ""], strict=True)) | dict(arg.split("=", 1) for arg in args if "=" in arg)
+    logger = given.get("--trainer.logger", "").rpartition(".")[2]
+    folders = ("--trainer.logger.save_dir", "--trainer.logger.init_args.save_dir")
+    if logger not in ("CSVLogger", "TensorBoardLogger") or any(folder in given for folder in folders):
+        return list(args)
+    return [*args, f"{folders[1]}={given.get('--trainer.default_root_dir', '.')}"]
 
 
 def _path(config: str) -> str:
