@@ -24,7 +24,7 @@ from lightning_ddst.report.compare_command import compare
 from lightning_ddst.report.plot_command import plot
 from lightning_ddst.report.sweep_command import sweep
 from lightning_ddst.utils.checkpoints import AtomicCheckpointIO, CheckpointError, describe_error
-from lightning_ddst.utils.configurations import check_classes, read_yaml
+from lightning_ddst.utils.configurations import check_classes, option_values, read_yaml
 from lightning_ddst.utils.states import StateError
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
@@ -173,7 +173,7 @@ def _with_paths(args: Sequence[str]) -> list[str]:
 
 def _with_log_folder(args: Sequence[str]) -> list[str]:
     """Gives a logger that is named without the folder it requires the run's root folder."""
-    given = dict(zip(args, [*args[1:], ""], strict=True)) | dict(arg.split("=", 1) for arg in args if "=" in arg)
+    given = dict(option_values(args))
     logger = given.get("--trainer.logger", "").rpartition(".")[2]
     folders = ("--trainer.logger.save_dir", "--trainer.logger.init_args.save_dir")
     if logger not in ("CSVLogger", "TensorBoardLogger") or any(folder in given for folder in folders):

@@ -113,8 +113,8 @@ def find_runs(folder: str | Path, *files: str) -> list[Path]:
     highest = [path for path in found if not found & {*path.parents}]
     if not highest:
         raise FileNotFoundError(
-            f"neither {folder} nor a folder below it holds the logs of a run ({', '.join(files)}), which Lightning's "
-            "TensorBoardLogger and CSVLogger write."
+            f"neither {folder} nor a folder below it holds the logs of a run: event files ({_EVENTS}) of Lightning's "
+            f"TensorBoardLogger, or {_METRICS_CSV} of its CSVLogger."
         )
     return sorted(highest, key=lambda path: [_natural(part) for part in path.parts])
 

@@ -21,6 +21,7 @@ from lightning_ddst.report.compare_command import draw
 from lightning_ddst.report.results import RunResults, read_results
 from lightning_ddst.report.runs import find_runs
 from lightning_ddst.utils.cache import atomic_write, check_writable, digest, first_line
+from lightning_ddst.utils.configurations import option_values
 from lightning_ddst.utils.validation import check_count, check_density
 
 _OWN = ("--sparsity.generator_density", "--trainer.default_root_dir", "--ckpt_path")
@@ -96,11 +97,7 @@ def density_folder(folder: Path, density: float) -> Path:
 
 def _check_arguments(folder: Path, of_fit: Sequence[str]) -> None:
     """Checks that a folder's earlier runs had the same arguments, and configurations of the same contents."""
-    configs = [
-        arg.partition("=")[2] or following
-        for arg, following in zip(of_fit, [*of_fit[1:], ""], strict=True)
-        if arg.partition("=")[0] in ("--config", "-c")
-    ]
+    configs = [value for option, value in option_values(of_fit) if option in ("--config", "-c")]
     contents = {config: digest(Path(config).read_bytes()) for config in configs if Path(config).is_file()}
     own = {"arguments": list(of_fit), "configurations": contents}
     path = folder / "sweep.json"

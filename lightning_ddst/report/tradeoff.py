@@ -29,7 +29,7 @@ _STYLE: Any = {
 # Okabe and Ito's colors that stand out from white and from black.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "osD^vP"
-_LINE, _LETTER, _MARKER = 13.0, 6.4, 5.0  # height of a line, width of a letter, half a marker, in points
+_MARKER = 5.0  # points from the middle of a marker to its edge
 _PLACES = ((0, 1), (1, 0), (0, -1), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1))  # of a name, from its point
 _PANEL = 4.2  # inches, at 100 pixels per inch
 
@@ -136,13 +136,16 @@ def _label(ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
     taken = [_box(x * scale, y * scale, 2 * _MARKER, 2 * _MARKER) for x, y in pixels.values()]
     left, bottom, right, top = (float(value) * scale for value in ax.bbox.extents)
     for name, (x, y) in pixels.items():
-        width = _LETTER * len(name)
+        probe = ax.text(0, 0, name)
+        size = probe.get_window_extent()
+        probe.remove()
+        width, height = size.width * scale, size.height * scale
         places = [
-            (across * (width / 2 + _MARKER + distance), up * (_LINE / 2 + _MARKER + distance))
+            (across * (width / 2 + _MARKER + distance), up * (height / 2 + _MARKER + distance))
             for distance in (1, 14, 28, 42)
             for across, up in _PLACES
         ]
-        boxes = [_box(x * scale + across, y * scale + up, width, _LINE) for across, up in places]
+        boxes = [_box(x * scale + across, y * scale + up, width, height) for across, up in places]
         free = [
             place
             for place, box in enumerate(boxes)

@@ -1,5 +1,6 @@
 """Results of a Trainer's run, as ``results.json`` holds them."""
 
+import json
 import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -125,11 +125,11 @@ def _versions() -> dict[str, str]:
 
 
 def _config(trainer: Trainer) -> dict[str, Any] | None:
-    """Returns the configuration that LightningCLI saves."""
+    """Returns the configuration that LightningCLI saves, in the types of JSON."""
     callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
         if is_a(callback, "SaveConfigCallback"):
-            config: dict[str, Any] = yaml.safe_load(callback.parser.dump(callback.config, skip_none=False))
+            config: dict[str, Any] = json.loads(json.dumps(callback.config.as_dict(), default=str))
             return config
     return None
 
