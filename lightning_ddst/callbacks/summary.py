@@ -48,7 +48,7 @@ class RunSummary(Callback):
         results = next((c.results(trainer) for c in callbacks if isinstance(c, DynamicSparsityCallback)), None)
         rows += [row for c in callbacks if isinstance(c, SampleQuality) for row in self._quality(c, results)]
         if (folder := run_folder(trainer)) is not None:
-            rows.append(("logs", str(folder)))
+            rows.append(("logs", folder))
             if tensorboards(trainer):
                 rows.append(("to look at them", f"tensorboard --logdir {folder}"))
         if rows:

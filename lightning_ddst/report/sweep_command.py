@@ -162,9 +162,9 @@ class _Runs:
             raise SweepError("interrupted; the same command resumes it.")
         _, results = _latest(folder)
         if status == 0 and results is None:
-            raise SweepError(f"no results in {folder}: leave out the save_dir of the logger.")
+            raise SweepError(f"failed: no results in {folder}; leave out the save_dir of the logger.")
         if status or results is None or results.status != "finished":
-            raise SweepError(f"{_last_line(log)} (status {status}; see {log})")
+            raise SweepError(f"failed: {_last_line(log)} (status {status}; see {log})")
         return f"{'resumed and ' if checkpoint else ''}finished after {time.monotonic() - start:,.0f} s"
 
     def _start(self, density: float, checkpoint: Path | None, output: Any) -> "subprocess.Popen[bytes]":
@@ -215,7 +215,7 @@ def _run_all(runs: _Runs, densities: Sequence[float]) -> list[float]:
                 print(f"density {density:g}: {future.result()}", flush=True)
             except (SweepError, OSError) as error:  # the other runs go on
                 failed.append(density)
-                print(f"density {density:g}: failed: {first_line(error)}", file=sys.stderr, flush=True)
+                print(f"density {density:g}: {first_line(error)}", file=sys.stderr, flush=True)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return failed

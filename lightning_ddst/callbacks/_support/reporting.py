@@ -164,13 +164,10 @@ def _text(value: Any) -> str:
 
 def _length(trainer: Trainer) -> str:
     """Returns the Trainer's limits, such as "5 epochs" or "100,000 steps"."""
-    limits = []
-    if (trainer.max_epochs or -1) > 0:
-        limits.append(f"{trainer.max_epochs:,} epochs")
-    if trainer.max_steps > 0:
-        limits.append(f"{trainer.max_steps:,} steps")
-    if (timer := find_timer(trainer)) is not None and timer.time_remaining() is not None:
-        limits.append(f"{timer.time_elapsed() + (timer.time_remaining() or 0.0):,.0f} s")
+    counts = {"epoch": trainer.max_epochs or -1, "step": trainer.max_steps}
+    limits = [f"{count:,} {unit}{'s' * (count > 1)}" for unit, count in counts.items() if count > 0]
+    if (timer := find_timer(trainer)) is not None and (remaining := timer.time_remaining()) is not None:
+        limits.append(f"{timer.time_elapsed() + remaining:,.0f} s")
     return ", ".join(limits)
 
 

@@ -1,6 +1,7 @@
 """Results of a Trainer's run, as ``results.json`` holds them."""
 
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -134,8 +135,8 @@ def _config(trainer: Trainer) -> dict[str, Any] | None:
     return None
 
 
-def run_folder(trainer: Trainer) -> Path | None:
-    """Returns the folder of a run's logs in the first process: of the first logger that has one; None without.
+def run_folder(trainer: Trainer) -> str | None:
+    """Returns the folder or URL of a run's logs in the first process: of the first logger that has one.
 
     A logger without its own folder for every run, such as MLFlowLogger, gets the one that its checkpoints have:
     ``<save_dir>/<name>/<version>``. `Trainer.log_dir` does not tell its runs apart, and is a collective call.
@@ -143,18 +144,21 @@ def run_folder(trainer: Trainer) -> Path | None:
     for logger in trainer.loggers:
         folder = getattr(logger, "log_dir", None)
         if folder is None and logger.save_dir is not None:
-            folder = Path(logger.save_dir, str(logger.name), str(logger.version))
-        if folder is not None and "://" not in str(folder):
-            return Path(folder)
+            folder = os.path.join(logger.save_dir, str(logger.name), str(logger.version))
+        if folder is not None:
+            return str(folder)
     return None
 
 
 def save_results(trainer: Trainer, results: RunResults) -> None:
-    """Writes ``results.json`` to the run's folder in the first process; warns if that is impossible."""
+    """Writes ``results.json`` to the run's folder in the first process; warns if that is impossible.
+
+    Nothing is written without a local folder.
+    """
     folder = run_folder(trainer) if trainer.is_global_zero else None
-    if folder is None:
+    if folder is None or "://" in folder:
         return
     try:
-        write_results(folder, results)
+        write_results(Path(folder), results)
     except OSError as error:  # a full disk should not end a long run
         rank_zero_warn(f"the results could not be written to {folder}: {first_line(error)}")
