@@ -391,12 +391,30 @@ def cifar10() -> list[Cell]:
 # ---- the README's -------------------------------------------------------------------------------------
 
 
+_IN_RUN = (
+    "--trainer.logger lightning.pytorch.loggers.TensorBoardLogger --trainer.logger.init_args.save_dir run "
+    "--trainer.logger.init_args.name '' --trainer.logger.init_args.version ''"
+)
+"""Logs and checkpoints in one folder, which the runner replaces by the run's own."""
+
+
 def digits() -> list[Cell]:
     """What `lightning-ddst fit` does without arguments, and the dense pair beside it."""
-    logger = "--trainer.logger lightning.pytorch.loggers.TensorBoardLogger --trainer.logger.init_args.save_dir run"
-    logger += " --trainer.logger.init_args.name '' --trainer.logger.init_args.version ''"
     runs = (("DDST", 0.1, "ddst"), ("dense", 1.0, "dense"))
-    return [Cell("digits", run, density, 0, f"{logger} --sparsity.method {method}") for run, density, method in runs]
+    return [Cell("digits", run, density, 0, f"{_IN_RUN} --sparsity.method {method}") for run, density, method in runs]
+
+
+SAMPLED = (1.0, 0.3, 0.1, 0.05, 0.02)
+"""Densities of the generator in the pictures of README and gallery."""
+
+
+def densities() -> list[Cell]:
+    """The README's first command, by density of the generator; the pictures of samples are of seed 0."""
+    dense, ddst = ("--sparsity.method dense", "--sparsity.generator_density {}")
+    return [
+        Cell("digits", "dense" if d == 1 else "DDST", d, seed, f"{_IN_RUN} {(dense if d == 1 else ddst).format(d)}")
+        for seed, d in product(range(3), SAMPLED)
+    ]
 
 
 STUDIES: dict[str, Callable[[], list[Cell]]] = {
@@ -412,5 +430,6 @@ STUDIES: dict[str, Callable[[], list[Cell]]] = {
     "channels": channels,
     "cifar10": cifar10,
     "digits": digits,
+    "densities": densities,
 }
 """By name, the cells in the order of their rank."""
