@@ -7,6 +7,7 @@ from pathlib import Path
 
 from comparisons import Comparison, Row, distance, flops, geometric_mean, of, of_run
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
@@ -35,6 +36,7 @@ _LOOKS = {
     "static, strong D": ("0.6", "s"),
     "static, balanced D": ("0.6", "D"),
 }
+_DARK = 0.3
 _SIZES = {"dense": 260}
 """Areas of mean values' markers; a star looks smaller than other shapes of the same area."""
 _BALANCE = ("RigL, balanced D", "RigL, strong D", "ramp", "DDST relaxed")
@@ -52,6 +54,9 @@ def for_both_modes(figure: Figure) -> Figure:
         ax.grid(color=GRAY, alpha=0.25) if any(line.get_visible() for line in ax.get_xgridlines()) else None
     for text in figure.findobj(Text):
         text.set_color(GRAY)
+    for line in figure.findobj(Line2D):
+        if max(to_rgb(line.get_color())) < _DARK:
+            line.set_color(GRAY)
     return figure
 
 
@@ -119,7 +124,7 @@ def wide(found: Sequence[Row]) -> Figure:
     """Draws quality over training FLOPs of the wide networks with all images, by density of the generator."""
     setting = next(iter(WIDE))
     densities = sorted({row["density"] for row in found if row["setting"] == setting and row["density"] < 1})
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    figure = Figure(figsize=(7.8, 4.4), layout="constrained")
     axes = figure.subplots(1, len(densities), sharex=True, sharey=True, squeeze=False)[0]
     shown = [run for run in ("dense", *WIDE_RUNS) if of_run(found, run)]
     for ax, density in zip(axes, densities, strict=True):

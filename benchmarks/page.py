@@ -509,10 +509,10 @@ def pages() -> dict[Path, str]:
     for template in sorted((HERE / "pages").glob("*.md")):
         folder = DOCS if template.name == SUMMARY else DOCS / "results"
         made[folder / template.name] = re.sub(r"{{(.+?)}}", lambda found: TABLES[found[1]](), template.read_text())
-    between = re.compile(r"(<!-- rows: (.+?) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+    between = re.compile(r"(<!-- rows: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
     for name in WITH_TABLES:
         page = DOCS / name
-        made[page] = between.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], page.read_text())
+        made[page] = between.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", page.read_text())
     return made
 
 

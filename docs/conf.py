@@ -29,6 +29,7 @@ nitpicky = False
 linkcheck_timeout = 30
 
 html_theme = "furo"
+pygments_style = "friendly"
 html_title = f"lightning_ddst {release}"
 html_static_path = ["static"]
 html_css_files = ["formulas.css"]
