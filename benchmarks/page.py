@@ -154,19 +154,20 @@ def again() -> str:
 
 
 def quality(study: str, settings: Sequence[str]) -> str:
-    """What a study has, by setting and density, and what of it is missing."""
+    """What a study has, by setting and density; below the table what is missing."""
     found = rows(study)
     wanted = Counter((cell.setting, cell.density, cell.run) for cell in STUDIES[study]())
     runs = ["dense", *METHODS]
-    body = []
+    body: list[list[str]] = []
+    missing: list[str] = []
     for setting, density in sorted(
         {place[:2] for place in wanted}, key=lambda place: (settings.index(place[0]), place[1])
     ):
-        missing = []
+        lacking = []
         for run in runs:
             number, cell = wanted[setting, density, run], of(found, setting, run, density)
             if len(cell) < number:
-                missing.append(f"{run} ({number - len(cell)})")
+                lacking.append(f"{run} ({number - len(cell)})")
             if not cell:
                 continue
             values = [distance(row) for row in cell]
@@ -184,8 +185,8 @@ def quality(study: str, settings: Sequence[str]) -> str:
                     at_end(cell),
                 ]
             )
-        if missing:
-            body.append([setting, percent(density), f"missing: {', '.join(missing)}", "", "", "", "", "", ""])
+        if lacking:
+            missing.append(f"- {setting}, {percent(density)}: {', '.join(lacking)}")
     head = [
         "images",
         "generator",
@@ -197,7 +198,8 @@ def quality(study: str, settings: Sequence[str]) -> str:
         "mean `d_D`",
         "`d_D` at the end",
     ]
-    return table(head, body)
+    left = ["\nNot trained yet (number of seeds):\n", *missing] if missing else []
+    return "\n".join([table(head, body), *left])
 
 
 def ablation() -> str:
