@@ -117,8 +117,8 @@ def overall(least: float = 0.0) -> str:
         line += [f"x {ramp.ratio_of(measure):.2f}" for measure in (flops, without_measuring)]
         line += ["" if other == run else str(comparison) for other, comparison in beside.items()]
         body.append(line)
-    head = ["run", "pairs in cells", "failed", "training FLOPs over the ramp's", "without measuring BR"]
-    return table([*head, *(f"distance beside {name}" for name in BESIDE)], body)
+    head = ["run", "pairs in cells", "failed", "training FLOPs relative to the ramp", "without measuring BR"]
+    return table([*head, *(f"distance relative to {name}" for name in BESIDE)], body)
 
 
 def wide_in_short() -> str:
@@ -147,7 +147,7 @@ def again() -> str:
     logs = [math.log(distance(later) / distance(earlier)) for earlier, later in pairs]
     low, high = interval(logs)
     return (
-        f"{len(logs)} of these runs were trained before with torch 2.15 on another machine: now they come out at "
+        f"{len(logs)} of these runs were also trained with torch 2.15 on another machine: the present distances are "
         f"x {math.exp(fmean(logs)):.2f} ({low:.2f} to {high:.2f}) in the mean, and a single one differs by a factor of "
         f"{math.exp(median(map(abs, logs))):.2f} in the median, one by {math.exp(max(map(abs, logs))):.1f}"
     )
@@ -212,7 +212,7 @@ def ablation() -> str:
         cost = percent(fmean(map(flops, cell))) if cell else ""
         beside = "" if run == "nothing" else str(Comparison(cell, ours))
         body.append([run, f"{len(cell)} of 3", values, cost, beside])
-    return table(["changed", "seeds", "distance", "training FLOPs", "beside nothing changed"], body)
+    return table(["changed", "seeds", "distance", "training FLOPs", "distance relative to no change"], body)
 
 
 def trials() -> str:
@@ -260,7 +260,7 @@ def rules() -> str:
     for line in body:
         beside = Comparison(of_run(found, line[0]), ramps)
         line += ["", ""] if line[0] == "ramp" or not beside.pairs else [str(beside), f"x {beside.ratio_of(flops):.2f}"]
-    return table([*head, "distance beside the ramp", "FLOPs beside the ramp"], body)
+    return table([*head, "distance relative to the ramp", "FLOPs relative to the ramp"], body)
 
 
 def settled(row: Row) -> list[float]:

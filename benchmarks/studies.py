@@ -492,10 +492,12 @@ SAMPLED = (1.0, 0.3, 0.1, 0.05, 0.02)
 
 def densities() -> list[Cell]:
     """The README's first command, by density of the generator; the pictures of samples are of seed 0."""
-    dense, ddst = ("--sparsity.method dense", "--sparsity.generator_density {}")
+    ddst = "--sparsity.generator_density {}"
+    runs = [("dense" if d == 1 else "DDST", d, "--sparsity.method dense" if d == 1 else ddst) for d in SAMPLED]
+    runs += [("DDST auto", d, f"{ddst} --sparsity.bounds auto") for d in SAMPLED[-2:]]
     return [
-        Cell("digits", "dense" if d == 1 else "DDST", d, seed, f"{_IN_RUN} {(dense if d == 1 else ddst).format(d)}")
-        for seed, d in product(range(3), SAMPLED)
+        Cell("digits", run, density, seed, f"{_IN_RUN} {options.format(density)}")
+        for seed, (run, density, options) in product(range(2), runs)
     ]
 
 
