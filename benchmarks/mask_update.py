@@ -79,8 +79,8 @@ def compare(millions: int, clones: dict[str, Any], accelerator: str) -> None:
     theirs: dict[str, nn.Module] = {}
     for peer, clone in clones.items():
         theirs[peer] = perceptron(millions).to(device)
-        update = peers.mask_updates(clone, peer, theirs[peer], DENSITY)
-        functions[peer] = lambda update=update: update(gradients)
+        masked = peers.attach(clone, peer, theirs[peer], DENSITY)
+        functions[peer] = lambda masked=masked: masked.explore(gradients)
 
     @torch.no_grad()
     def as_if_trained() -> None:
