@@ -26,6 +26,7 @@ from typing import Any
 
 import peers
 import torch
+from kinds import DENSITY, EXPLORATION, FIRST, KINDS, MEASUREMENT, ORDINARY, length, mean_kinds, short_runs, sort
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from overhead import trainer
 from rows import add, origin
@@ -36,14 +37,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA
 from lightning_ddst.gan.module import paper_adam
-from lightning_ddst.methods.intervals import Intervals, Plan
 from lightning_ddst.models import SNGANDiscriminator, SNGANGenerator
 from lightning_ddst.sparsity import maskable_weights
 
 WIDTH, BATCH = 64, 2
-DENSITY = 0.1
-RUNS = (100_000, 3_000)
-"""Lengths in generator updates: the paper's, and that of small experiments."""
 
 # ---- counting ------------------------------------------------------------------------------------------
 
@@ -87,11 +84,6 @@ class Count:
 
     def __str__(self) -> str:
         return f"{self.launches:.4g} / {self.waits:.2g}" if self.waits % 1 else f"{self.launches:.4g} / {self.waits:g}"
-
-
-def worst(counts: Iterable[Count]) -> Count:
-    """The largest of several counts of a kind: how many passes a mask update takes depends on the weights."""
-    return max(counts, key=lambda count: (count.launches, count.waits))
 
 
 class Counting:
@@ -217,84 +209,32 @@ def count_updates(callbacks: Sequence[Callback], updates: int, first: int = 3) -
     return dict(enumerate(end.counts, first))
 
 
-ORDINARY, MEASUREMENT = "ordinary update", "measurement of BR"
-EXPLORATION = "exploration of G"
-GROWS, PRUNES = "decision that grows D", "decision that prunes D"
-AFTER = "the update after "
-CHANGES = (EXPLORATION, GROWS, PRUNES)
+def worst(counts: Iterable[Count]) -> Count:
+    """The largest of several counts of a kind: how many passes a mask update takes depends on the weights."""
+    return max(counts, key=lambda count: (count.launches, count.waits))
+
+
 AVERAGE, MOMENTUM = "GeneratorEMA", 'ordinary update, growth="momentum"'
-KINDS = (ORDINARY, MEASUREMENT, *(kind for change in CHANGES for kind in (change, AFTER + change)), AVERAGE, MOMENTUM)
-
-
-def sort(counts: Mapping[int, Count], change: str, *, every: int, probed: int) -> dict[str, list[Count]]:
-    """Sorts updates by kind; those in which two things happen are left out.
-
-    Args:
-        counts: By number of the update.
-        change: The kind of mask changes.
-        every: Updates between two mask changes.
-        probed: Updates between two measurements.
-    """
-    found: dict[str, list[Count]] = {}
-    for update, count in counts.items():
-        happens = {
-            change: update % every == 0,
-            AFTER + change: update % every == 1,
-            MEASUREMENT: update % probed == 0,
-        }
-        here = [kind for kind, due in happens.items() if due] or [ORDINARY]
-        if len(here) == 1:
-            found.setdefault(here[0], []).append(count)
-    return found
 
 
 def count_kinds(granularity: str = "weight", changes: int = 1) -> tuple[Count, dict[str, Count]]:
-    """Counts a dense update, and what updates of each of `KINDS` add to it.
+    """Counts a dense update, and what an update of each kind adds to it.
 
     Args:
         granularity: Of the masks; those of channels do not grow by momentum.
-        changes: Mask changes that are counted, after a first one. The worst counts.
+        changes: Mask changes that are counted. The worst counts.
     """
-    every, probed, rare = 5, 4, 1000
-
-    def sparse(**arguments: Any) -> DynamicSparsityCallback:
-        defaults = {"interval": rare, "explore_interval": rare, "probe_interval": probed}
-        return DynamicSparsityCallback(DENSITY, granularity=granularity, **defaults | arguments)
-
-    runs = {
-        EXPLORATION: sparse(method="sdst", explore_interval=every, exploration_rate=0.5, schedule="constant"),
-        GROWS: sparse(method="dda", interval=every, bounds=(0.0, 1e-9)),
-        PRUNES: sparse(method="dda", interval=every, bounds=(1e6, 1e7), discriminator_density=0.9),
-    }
     found: dict[str, list[Count]] = {}
-    for change, callback in runs.items():
-        counts = count_updates([callback], every * (changes + 1) + 1, first=every + 2)
-        for kind, each in sort(counts, change, every=every, probed=probed).items():
+    for change, callback in short_runs(granularity).items():
+        for kind, each in sort(count_updates([callback], length(changes), FIRST), change).items():
             found.setdefault(kind, []).extend(each)
     dense = count_updates([], 3)[3]
-    kinds = {kind: worst(each) - dense for kind, each in found.items()}
+    kinds = {kind: worst(found[kind]) - dense for kind in KINDS}
     kinds[AVERAGE] = count_updates([GeneratorEMA()], 3)[3] - dense
     if granularity == "weight":
-        kinds[MOMENTUM] = count_updates([sparse(method="sdst", growth="momentum")], 3)[3] - dense
-    return dense, {kind: kinds[kind] for kind in KINDS if kind in kinds}
-
-
-def mean_of_run(kinds: Mapping[str, Count], updates: int) -> Count:
-    """What DDST adds to a dense update in the mean, at the default intervals of a run of so many updates.
-
-    Half of the decisions are taken to grow D, the others to prune it; averages of weights are not in it.
-    """
-    plan = Plan.for_run(Intervals(), updates, known=True)
-    ordinary = kinds[ORDINARY]
-    mean = ordinary + (kinds[MEASUREMENT] - ordinary) / plan.probe_interval
-    for change, interval in {
-        EXPLORATION: plan.explore_interval,
-        **dict.fromkeys((GROWS, PRUNES), 2 * plan.interval),
-    }.items():
-        for kind in (change, AFTER + change):
-            if kind in kinds:
-                mean += (kinds[kind] - ordinary) / interval
-    return mean
+        momentum = DynamicSparsityCallback(DENSITY, method="sdst", growth="momentum", probe_interval=None)
+        kinds[MOMENTUM] = count_updates([momentum], 3)[3] - dense
+    return dense, kinds
 
 
 # ---- other people's code -------------------------------------------------------------------------------
@@ -352,10 +292,6 @@ def their_average(average: Sequence[Tensor], network: torch.nn.Module) -> None:
 
 
 # ---- the command ---------------------------------------------------------------------------------------
-
-
-def mean_kinds(kinds: Mapping[str, Count]) -> dict[str, Count]:
-    return {f"mean of {updates:,} updates": mean_of_run(kinds, updates) for updates in RUNS}
 
 
 def keep(who: str, granularity: str, dense: Count, kinds: Mapping[str, Count], command: str) -> None:

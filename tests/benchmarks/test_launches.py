@@ -3,20 +3,8 @@
 import launches
 import pytest
 import torch
-from launches import (
-    AFTER,
-    AVERAGE,
-    EXPLORATION,
-    GROWS,
-    MEASUREMENT,
-    MOMENTUM,
-    ORDINARY,
-    PRUNES,
-    Count,
-    Counting,
-    count_kinds,
-    mean_of_run,
-)
+from kinds import AFTER, EXPLORATION, GROWS, MEASUREMENT, ORDINARY, PRUNES, mean_of_run
+from launches import AVERAGE, MOMENTUM, Count, Counting, count_kinds
 
 LIMITS = {
     "weight": {
