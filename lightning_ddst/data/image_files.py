@@ -141,8 +141,8 @@ def open_image(path: str | Path) -> Image.Image:
         OSError: If the operating system cannot read it.
     """
     try:
-        image = Image.open(path)
-        image.load()
+        with Image.open(path) as image:
+            image.load()
     except Exception as error:
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
             raise  # the file itself may be fine
