@@ -178,23 +178,26 @@ def warn_of_large_steps(pair: MaskedPair, training: SparseTraining) -> None:
     """
     growing = {role for update in training.mask_updates if update.grows for role in update.roles}
     steps: dict[Role, tuple[float, tuple[float, float]]] = {}
-    for role in growing:
-        if training.is_masked(role):
-            weights = {id(parameter) for parameter in pair.networks[role].parameters.values()}
+    for role, network in pair.networks.items():
+        if role in growing and training.is_masked(role):
+            weights = {id(parameter) for parameter in network.parameters.values()}
             for optimizer in training.optimizers:
                 for group in optimizer.param_groups if isinstance(optimizer, Adam | AdamW) else ():
                     if any(id(parameter) in weights for parameter in group["params"]):
                         betas = (float(group["betas"][0]), float(group["betas"][1]))
                         steps[role] = max(steps.get(role, (0.0, betas)), (largest_step(*betas), betas))
-    if not steps or max(steps.values())[0] <= _LARGE_STEPS:
-        return
-    step, betas = max(steps.values())
-    roles = " and the ".join(role for role in pair.networks if steps.get(role, (0.0, betas))[0] > _LARGE_STEPS)
-    distributed.warn(
-        f"betas=({betas[0]:g}, {betas[1]:g}) of Adam for the {roles}: a weight that grows starts with fresh optimizer "
-        f"state, and makes steps of up to {step:.1f} learning rates for about {1 / (1 - betas[1]):,.0f} updates. Use a "
-        "smaller second beta in dynamic sparse training; with the paper's betas=(0, 0.9) it is 3.2 learning rates."
-    )
+    large = [
+        f"up to {step:.1f} learning rates for about {1 / (1 - betas[1]):,.0f} updates with the {role}'s "
+        f"betas=({betas[0]:g}, {betas[1]:g})"
+        for role, (step, betas) in steps.items()
+        if step > _LARGE_STEPS
+    ]
+    if large:
+        distributed.warn(
+            "a weight that grows starts with fresh optimizer state, and Adam's first steps with it are large: "
+            f"{', '.join(large)}. Use a smaller second beta in dynamic sparse training: the paper's betas=(0, 0.9) "
+            "give 3.2."
+        )
 
 
 def largest_step(beta1: float, beta2: float) -> float:

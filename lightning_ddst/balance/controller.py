@@ -239,8 +239,10 @@ class RelativeController(Controller):
         return Decision("explore" if step > 0 and largest < 1 else "hold", density, reason)
 
     def _compare(self, level: float) -> str:
-        if level >= 1:
+        if level > 1:
             return f"above its highest level so far, {self._highest:.3f}"
+        if level < 0:
+            return f"below 0, and its highest level so far is {self._highest:.3f}"
         side = "below" if level < self._steady else "at least"
         return f"{level:.0%} of its highest level so far, {self._highest:.3f} ({side} {self._steady:.0%})"
 
