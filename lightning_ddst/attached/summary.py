@@ -14,7 +14,7 @@ from lightning_ddst.utils.networks import get_parts
 
 Rows: TypeAlias = Sequence[tuple[str, ...]]
 
-TITLE = "Sparse training of a GAN"
+_TITLE = "Sparse training of a GAN"
 _WIDTH = 80
 """Characters of a line in a terminal."""
 
@@ -74,9 +74,28 @@ def summarize(run: RunReadings, training: SparseTraining | None) -> Summary:
         training: Its training; None before it starts.
     """
     start = [*network_rows(run), *(() if training is None else plan_rows(run, training))]
-    if not run.generator_updates:
-        return Summary(TITLE, [start])
-    return Summary(TITLE, [start, [("so far", f"{run.generator_updates:,} generator updates"), *result_rows(run)[1:]]])
+    so_far = [("so far", f"{run.generator_updates:,} generator updates"), *result_rows(run)[1:]]
+    return Summary(_TITLE, [start, so_far] if run.generator_updates else [start])
+
+
+def describe_start(run: RunReadings, training: SparseTraining | None) -> str:
+    """Returns the table at the start of a run.
+
+    Args:
+        run: The run.
+        training: Its training, for the plan; None while the run's length is not known.
+    """
+    return str(Summary(_TITLE, [[*network_rows(run), *(() if training is None else plan_rows(run, training))]]))
+
+
+def describe_plan(run: RunReadings, training: SparseTraining) -> str:
+    """Returns the plan as lines of text."""
+    return "\n".join(align(plan_rows(run, training)))
+
+
+def describe_results(run: RunReadings) -> str:
+    """Returns the table at the end of a run."""
+    return str(Summary(f"{_TITLE}: results", [result_rows(run)]))
 
 
 def network_rows(run: RunReadings) -> list[tuple[str, ...]]:

@@ -20,7 +20,7 @@ from lightning_ddst.attached.checks import (
 from lightning_ddst.attached.hooks import AttachedTraining, check_attached
 from lightning_ddst.attached.options import RunOptions, given_arguments
 from lightning_ddst.attached.report import new_series
-from lightning_ddst.attached.summary import TITLE, Summary, align, network_rows, plan_rows, result_rows
+from lightning_ddst.attached.summary import describe_plan, describe_results, describe_start
 from lightning_ddst.balance.ratio import Estimator
 from lightning_ddst.balance.scores import ScorePlaces
 from lightning_ddst.callbacks._support.folders import check_folders
@@ -282,18 +282,17 @@ class DynamicSparsityCallback(RunDisplay, Callback):
     def _tell_start(self, trainer: Trainer) -> None:
         """Prints the networks, and the plan if it is known; names loggers that leave out texts and images."""
         if self._training is not None and shows_summary(trainer):
-            rows = network_rows(self) + (plan_rows(self, self._training) if self._length.known else [])
-            rank_zero_info(f"\n{Summary(TITLE, [rows])}\n")
+            rank_zero_info(f"\n{describe_start(self, self._training if self._length.known else None)}\n")
         first = not any(other._training is not None for other in self._others(trainer))
         if first and (loggers := scalars_only(trainer)):
-            rank_zero_info(f"lightning_ddst: {', '.join(loggers)} gets scalars only; texts and images are left out.")
+            rank_zero_info(f"lightning_ddst: scalars only for {', '.join(loggers)}; texts and images are left out.")
 
     def _tell_results(self, trainer: Trainer) -> None:
         """Prints the results, unless a RunSummary does."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         summarized = any(each.__name__ == "RunSummary" for c in callbacks for each in type(c).__mro__)
         if self.generator_updates and shows_summary(trainer) and not summarized:
-            rank_zero_info(f"\n{Summary(f'{TITLE}: results', [result_rows(self)])}\n")
+            rank_zero_info(f"\n{describe_results(self)}\n")
 
     @property
     def _module(self) -> nn.Module | None:
@@ -383,7 +382,7 @@ class DynamicSparsityCallback(RunDisplay, Callback):
         if self._length.observe(trainer, training.updates):
             training.schedule(self._planned())
             if not was_known and self._report is not None and shows_summary(trainer):
-                self._report.print("\n".join(align(plan_rows(self, training))))
+                self._report.print(describe_plan(self, training))
             if not was_known and self._length.updates is None:
                 check_unlimited(self.settings, _UNLIMITED)
 

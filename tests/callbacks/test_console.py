@@ -104,7 +104,7 @@ def test_loggers_of_scalars_only_are_named_once(caplog, tmp_path):
     loggers = [Kept(), CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "board")]
     trained(DynamicSparsityCallback(0.25, **SETTINGS), logger=loggers)
     lines = [record.getMessage() for record in caplog.records if "scalars only" in record.getMessage()]
-    assert lines == ["lightning_ddst: Kept gets scalars only; texts and images are left out."]
+    assert lines == ["lightning_ddst: scalars only for Kept; texts and images are left out."]
 
 
 def test_a_run_without_verbose_rejects_other_values():
