@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import pydoc
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,11 +15,13 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_ddst.attached.options import METHOD_ARGUMENTS
-from lightning_ddst.callbacks import DynamicSparsityCallback, InterruptCheckpoint
+from lightning_ddst.callbacks import DynamicSparsityCallback, InterruptCheckpoint, SampleQuality
+from lightning_ddst.data.network_sizes import NetworkSizes, fit_networks
 from lightning_ddst.export.command import export
+from lightning_ddst.gan.module import GANModule
 from lightning_ddst.methods.base import METHODS, unused_arguments
 from lightning_ddst.report.compare_command import compare
 from lightning_ddst.report.plot_command import plot
@@ -47,6 +50,11 @@ class SparseGANCLI(LightningCLI):
         """Adds the callback to every configuration."""
         parser.add_lightning_class_args(DynamicSparsityCallback, "sparsity")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses the arguments; also keeps those that were given, without defaults."""
+        super().parse_arguments(parser, args)
+        self._given = parser.parse_args(args, defaults=False)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds a checkpoint for interrupted runs to the Trainer's callbacks, and has checkpoints written atomically."""
         trainer: Trainer = super().instantiate_trainer(**kwargs)
@@ -63,12 +71,29 @@ class SparseGANCLI(LightningCLI):
         try:
             check_classes((given[self.subcommand] if self.subcommand else given).as_dict())
             self.config = _without_unused(given, self.subcommand)  # config.yaml records this
+            sizes = self._fit_networks()
             super().instantiate_classes()
+            sizes.check()  # now: the networks' own errors come first
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, SampleQuality):
+                    callback.check_data(self.datamodule)
         except (ValueError, OSError) as error:
             print(f"lightning-ddst: error: {_first_reason(error)}", file=sys.stderr)
             sys.exit(2)
         finally:
             self.config = given
+
+    def _fit_networks(self) -> NetworkSizes:
+        """Gives a `GANModule`'s networks the size of the data's images, where no other was given."""
+        config, given = ((each[self.subcommand] if self.subcommand else each) for each in (self.config, self._given))
+        model = pydoc.locate(config.model.class_path) if config.get("model") else None
+        if not (config.get("data") and isinstance(model, type) and issubclass(model, GANModule)):
+            return NetworkSizes({}, [])
+        sizes = fit_networks(config, given)
+        if sizes.filled:
+            values = ", ".join(f"{name}={size}" for name, size in sizes.filled.items())
+            rank_zero_info(f"The networks fit the data's images: {values}")
+        return sizes
 
 
 def _without_unused(config: Namespace, subcommand: str | None) -> Namespace:

@@ -5,10 +5,10 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_ddst.attached.summary import align, result_rows
 from lightning_ddst.callbacks._support.results import is_interruption, run_folder
 from lightning_ddst.callbacks.dynamic_sparsity import DynamicSparsityCallback
 from lightning_ddst.callbacks.quality import SampleQuality
-from lightning_ddst.methods.base import ROLES
 from lightning_ddst.report.results import RunResults, is_comparable, read_results
 from lightning_ddst.utils.logging import tensorboards
 
@@ -44,7 +44,9 @@ class RunSummary(Callback):
     @rank_zero_only
     def _print(self, trainer: Trainer) -> None:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        rows = [row for c in callbacks if isinstance(c, DynamicSparsityCallback) for row in _sparsity(c)]
+        rows: list[tuple[str, ...]] = [
+            row for c in callbacks if isinstance(c, DynamicSparsityCallback) for row in result_rows(c)
+        ]
         results = next((c.results(trainer) for c in callbacks if isinstance(c, DynamicSparsityCallback)), None)
         rows += [row for c in callbacks if isinstance(c, SampleQuality) for row in self._quality(c, results)]
         if (folder := run_folder(trainer)) is not None:
@@ -52,8 +54,7 @@ class RunSummary(Callback):
             if tensorboards(trainer):
                 rows.append(("to look at them", f"tensorboard --logdir {folder}"))
         if rows:
-            width = max(len(name) for name, _ in rows)
-            print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+            print("\n" + "\n".join(align(rows)))
 
     def _quality(self, callback: SampleQuality, results: RunResults | None) -> list[tuple[str, str]]:
         rows = []
@@ -90,24 +91,3 @@ def _title(metric: str) -> str:
     """Returns a metric's title, such as "Frechet distance" or "Precision, raw weights"."""
     title = metric.removesuffix("_raw").replace("_", " ").capitalize()
     return f"{title}, raw weights" if metric.endswith("_raw") else title
-
-
-def _sparsity(callback: DynamicSparsityCallback) -> list[tuple[str, str]]:
-    rows = [("method", f"{callback.method}, {callback.generator_updates:,} generator updates")]
-    networks = callback.networks()
-    rows += [(role, f"density {network.density:.4f} ({network.describe()})") for role, network in networks.items()]
-    if (balance := callback.balance) is not None:
-        last = f"{balance.ratio:.3f}" if balance.ratio is not None else f"undecided: {balance.reason}"
-        rows.append(("balance ratio, last window", last))
-    if actions := [decision.action for _, decision in callback.decisions]:
-        counts = ", ".join(f"{action} {actions.count(action)}" for action in dict.fromkeys(actions))
-        resized = actions.count("grow") + actions.count("prune")
-        updates = callback.settings.mask_updates()
-        whose = " and ".join(role for role in ROLES if any(each.resizes and role in each.roles for each in updates))
-        rows.append((f"{whose} resized", f"{resized} times in {len(actions)} decisions ({counts})"))
-    if (ratio := callback.flops_ratio) is not None:
-        kernels = "dense kernels do the arithmetic all the same"
-        if not all(network.units.dense_kernels for network in networks.values()):
-            kernels = "inactive channels are left out, where networks are not compiled"
-        rows.append(("training FLOPs", f"{ratio:.1%} of dense training ({kernels})"))
-    return rows

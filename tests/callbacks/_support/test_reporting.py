@@ -99,10 +99,10 @@ def test_a_long_summary_drops_its_oldest_rows() -> None:
 
 def test_the_summary_explains_automatic_bounds() -> None:
     method = DDST(generator_density=0.1, bounds="auto")
-    run = training(method, (600, "grow", 0.15, "BR 0.600 is 97% of the highest, 0.620"))
+    run = training(method, (600, "grow", 0.15, "BR 0.600 is 97% of its highest level so far, 0.620"))
     words = summary_markdown(method, run)
     assert "after 10.0% at the start: grown once.\n" in words
-    assert "The nearer BR is to the highest that it has been, the more weights the discriminator gets" in words
+    assert "The nearer BR is to the highest level that it has reached, the more weights the discriminator gets" in words
     assert "too weak" not in words
 
 
