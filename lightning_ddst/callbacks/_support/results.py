@@ -79,7 +79,7 @@ def gather_results(
         versions=_versions(),
         command=[Path(sys.argv[0]).name, *sys.argv[1:]],
         config=_config(trainer),
-        resumed_from=None if trainer.ckpt_path is None else str(trainer.ckpt_path),
+        resumed_from=_absolute(trainer.ckpt_path),
     )
 
 
@@ -125,6 +125,12 @@ def _versions() -> dict[str, str]:
     return versions
 
 
+def _absolute(path: str | Path | None) -> str | None:
+    if path is None:
+        return None
+    return str(path) if "://" in str(path) else os.path.abspath(path)
+
+
 def _config(trainer: Trainer) -> dict[str, Any] | None:
     """Returns the configuration that LightningCLI saves, in the types of JSON."""
     callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -143,10 +149,10 @@ def run_folder(trainer: Trainer) -> str | None:
     """
     for logger in trainer.loggers:
         folder = getattr(logger, "log_dir", None)
-        if folder is None and logger.save_dir is not None:
-            folder = os.path.join(logger.save_dir, str(logger.name), str(logger.version))
-        if folder is not None:
+        if isinstance(folder, str | Path):  # not the function that fast_dev_run's logger has for any name
             return str(folder)
+        if isinstance(logger.save_dir, str | Path):
+            return os.path.join(logger.save_dir, str(logger.name), str(logger.version))
     return None
 
 

@@ -135,14 +135,15 @@ class Broken(Callback):
         raise RuntimeError("broken")
 
 
-def test_a_resumed_run_names_its_checkpoint_and_keeps_its_history(tmp_path) -> None:
+def test_a_resumed_run_names_its_checkpoint_and_keeps_its_history(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
     sparsity = DynamicSparsityCallback(0.25, interval=5, probe_interval=1)
     fitted(CSVLogger(tmp_path / "first"), sparsity, epochs=1, enable_checkpointing=True)
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     trainer = toy_trainer(
         DynamicSparsityCallback(0.25, interval=5, probe_interval=1), epochs=2, logger=CSVLogger(tmp_path / "second")
     )
-    trainer.fit(Sampled(), toy_data(), toy_data(), ckpt_path=str(checkpoint))
+    trainer.fit(Sampled(), toy_data(), toy_data(), ckpt_path=str(checkpoint.relative_to(tmp_path)))
     results = read_results(tmp_path / "second")
     assert results.resumed_from == str(checkpoint)
     assert [decision.update for decision in results.pair.decisions] == [5, 10, 15, 20]
@@ -254,6 +255,12 @@ def test_without_a_local_folder_nothing_is_written(logger: Any, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     fitted(logger, DynamicSparsityCallback(0.25, method="static"))
     assert not list(tmp_path.rglob("results.json"))
+
+
+def test_a_trial_writes_nothing(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fitted(CSVLogger(tmp_path), DynamicSparsityCallback(0.25, method="static"), fast_dev_run=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_to_is_a_warning(tmp_path) -> None:
