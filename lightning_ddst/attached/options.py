@@ -357,7 +357,7 @@ def given_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) 
     return {
         name: arguments[name]
         for name, parameter in parameters.items()
-        if name in arguments and repr(arguments[name]) != repr(parameter.default)
+        if name in arguments and _plain(arguments[name]) != _plain(parameter.default)  # YAML gives lists for tuples
     }
 
 

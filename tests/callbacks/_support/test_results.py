@@ -185,7 +185,7 @@ def test_every_pair_has_its_results(tmp_path) -> None:
     [
         ({"method": "dense"}, {}),
         ({"method": "dense", "discriminator_density": 0.5}, {}),
-        ({"method": "posthoc"}, {"generator_density": 0.25}),
+        ({"method": "posthoc", "dense_layers": [], "interval": None}, {"generator_density": 0.25}),
         (
             {"method": "ramp", "discriminator_density": 0.5, "max_discriminator_density": 0.75},
             {"generator_density": 0.25, "discriminator_density": 0.5, "max_discriminator_density": 0.75},
