@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_ddst.balance.ratio import Balance
+from lightning_ddst.sparsity.launches import all_finite, read
 from lightning_ddst.sparsity.sharding import local_part
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.states import COUNT, TEXT, Form, named
@@ -48,7 +48,12 @@ class Divergence:
         """
         if updates == self._finite_until:
             return True  # checked already
-        broken = [role for role, network in self._networks.items() if not _all_finite(network)]
+        finite = read([all_finite(_trained(network)) for network in self._networks.values()])
+        broken = [
+            role
+            for role, flags in zip(self._networks, finite, strict=True)
+            if not all(distributed.all_gather(all(flags)))
+        ]
         if broken:
             self._report(
                 "weights",
@@ -96,7 +101,6 @@ class Divergence:
         self._finite_until, self._undefined = state["finite_until"], state["undefined"]
 
 
-def _all_finite(network: nn.Module) -> bool:
-    values = [local_part(p.detach()).float() for p in network.parameters()]
-    extremes = [torch.stack(value.aminmax()) for value in values if value.numel()]
-    return all(distributed.all_gather(not extremes or bool(torch.stack(extremes).isfinite().all())))
+def _trained(network: nn.Module) -> list[Tensor]:
+    """Returns the parameters of which this process holds entries."""
+    return [p.detach() for p in network.parameters() if p.is_floating_point() and local_part(p.detach()).numel()]

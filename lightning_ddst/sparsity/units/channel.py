@@ -19,7 +19,6 @@ from lightning_ddst.sparsity.units.base import (
     Options,
     Units,
     all_active,
-    check_finite,
 )
 from lightning_ddst.utils.states import BOOL_TENSOR, Form
 from lightning_ddst.utils.validation import check_choice, check_density
@@ -153,9 +152,9 @@ class ChannelUnits(Units):
         """Returns every channel's share of the squares of the weights that compute or read it."""
         # The last entry collects indices without a channel. Lightning changes the default precision in "64-true".
         scores = torch.zeros(len(self._all) + 1, dtype=torch.float32)
+        self._check_finite("the weights of", {name: weight.parameter for name, weight in self.weights.items()})
         for name, weight in self.weights.items():
             values = weight.parameter.detach().float().cpu().where(self.masks[name].cpu(), 0.0)
-            check_finite(f"the weights of {name!r}", values)
             squares = values.square()
             for dim, channels in self._channels.axes.get(name, {}).items():
                 part = squares.sum([i for i in range(values.dim()) if i != dim]) / squares.sum().clamp(min=1e-30)
