@@ -1,12 +1,13 @@
 """Detects that training has broken down."""
 
 from collections.abc import Mapping
+from itertools import chain, islice
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from lightning_ddst.balance.ratio import Balance
-from lightning_ddst.sparsity.launches import all_finite, read
+from lightning_ddst.sparsity.launches import all_finite
 from lightning_ddst.sparsity.sharding import local_part
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.states import COUNT, TEXT, Form, named
@@ -48,12 +49,12 @@ class Divergence:
         """
         if updates == self._finite_until:
             return True  # checked already
-        finite = read([all_finite(_trained(network)) for network in self._networks.values()])
-        broken = [
-            role
-            for role, flags in zip(self._networks, finite, strict=True)
-            if not all(distributed.all_gather(all(flags)))
-        ]
+        parameters = {role: _held_parameters(network) for role, network in self._networks.items()}
+        finite = iter(all_finite(list(chain(*parameters.values()))).tolist())
+        broken = []
+        for role, held in parameters.items():
+            if not all(distributed.all_gather(all(list(islice(finite, len(held)))))):
+                broken.append(role)
         if broken:
             self._report(
                 "weights",
@@ -101,6 +102,6 @@ class Divergence:
         self._finite_until, self._undefined = state["finite_until"], state["undefined"]
 
 
-def _trained(network: nn.Module) -> list[Tensor]:
+def _held_parameters(network: nn.Module) -> list[Tensor]:
     """Returns the parameters of which this process holds entries."""
     return [p.detach() for p in network.parameters() if p.is_floating_point() and local_part(p.detach()).numel()]

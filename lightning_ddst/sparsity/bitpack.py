@@ -50,9 +50,9 @@ def pack_bits(mask: Tensor) -> Tensor:
     return bits
 
 
-def count_bits(bits: Tensor) -> int:
-    """Returns the number of ones in bits that `pack_bits` returned; waits for the device."""
-    return int(sum(_ones(words) for words in bits.view(torch.int64).split(choose_chunk(bits, _PIECE))))
+def count_bits(bits: Tensor) -> Tensor:
+    """Returns the number of ones in bits that `pack_bits` returned: a tensor without dimensions."""
+    return torch.stack([_ones(words) for words in bits.view(torch.int64).split(choose_chunk(bits, _PIECE))]).sum()
 
 
 def _ones(words: Tensor) -> Tensor:

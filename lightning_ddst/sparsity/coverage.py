@@ -19,23 +19,18 @@ class Coverage:
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
         self._sizes = {name: -(-mask.numel() // 64) * 8 for name, mask in masks.items()}  # bytes
         self._bits = torch.zeros(sum(self._sizes.values()), dtype=torch.uint8)
-        self._count: int | None = 0
 
     @property
     def bits(self) -> dict[str, Tensor]:
         """Views of the bits of each mask, as `pack_bits` returns them."""
         return dict(zip(self._sizes, self._bits.split(list(self._sizes.values())), strict=True))
 
-    @property
-    def count(self) -> int:
-        """Number of weights that were ever active; the first reading after `add` waits for the device."""
-        if self._count is None:
-            self._count = count_bits(self._bits)
-        return self._count
+    def count(self) -> Tensor:
+        """Returns the number of weights that were ever active, which was not read from the device yet."""
+        return count_bits(self._bits)
 
     def add(self, masks: Mapping[str, Tensor]) -> None:
         """Adds the active weights."""
-        self._count = None
         device = next(iter(masks.values())).device
         self._bits = self._bits.to(device)
         if is_launch_bound(device):
@@ -48,7 +43,6 @@ class Coverage:
 
     def load(self, bits: Mapping[str, Tensor]) -> None:
         """Replaces the bits by those of `bits`; masks without saved bits start with none."""
-        self._count = None
         self._bits = torch.zeros_like(self._bits)
         for name, own in self.bits.items():
             if name in bits:

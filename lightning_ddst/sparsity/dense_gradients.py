@@ -36,7 +36,7 @@ def is_masked_at_end(parameter: Tensor) -> bool:
     On devices bound by launches it is. But DistributedDataParallel and FSDP2 reduce gradients at the end of the pass,
     too, and must see masked ones.
     """
-    return is_launch_bound(parameter.device) and not distributed.is_distributed()
+    return is_launch_bound(parameter.device) and not (distributed.is_distributed() or is_split(parameter))
 
 
 def _averaged(averages: Mapping[str, Tensor], gradients: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
         return torch.ones(0, dtype=torch.bool)
     if is_launch_bound(parts[0].device):
         norms = torch._foreach_norm(parts, float("inf"))
-        return torch.stack([norm.float() for norm in norms]) < float("inf")  # false for NaN
+        return torch.stack(norms) < float("inf")  # false for NaN
     return torch.stack([torch.stack(part.aminmax()).isfinite().all() for part in parts])  # many times as fast
 
 
@@ -70,9 +70,9 @@ def zero_where_inactive(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> N
 
 def read(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Reads integers and bools of tensors of one dimension; one transfer if all are on one device."""
-    if len({tensor.device for tensor in tensors}) > 1:
+    if len({tensor.device for tensor in tensors}) != 1:
         return [tensor.tolist() for tensor in tensors]
-    values = iter(torch.cat([tensor.to(torch.int64) for tensor in tensors]).tolist())
+    values = map(int, torch.cat(list(tensors)).tolist())
     return [list(islice(values, len(tensor))) for tensor in tensors]
 
 

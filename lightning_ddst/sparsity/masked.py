@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_ddst.sparsity.bitpack import view_as_integers
 from lightning_ddst.sparsity.coverage import Coverage
 from lightning_ddst.sparsity.growth import GrowthRule
-from lightning_ddst.sparsity.launches import join, unjoin, zero_where_inactive
+from lightning_ddst.sparsity.launches import join, read, unjoin, zero_where_inactive
 from lightning_ddst.sparsity.layer_patterns import first_match, name_of_layer
 from lightning_ddst.sparsity.maskable import MaskableWeight, MaskedParameters, all_weights, maskable_weights
 from lightning_ddst.sparsity.sharding import is_split, local_part, reshard, split_like
@@ -116,6 +116,7 @@ class MaskedNetwork:
         self._parts: dict[str, Tensor] = {}
         self._multipliers: dict[str, Tensor] = {}
         self._ever = Coverage({name: weight.parameter for name, weight in self.weights.items()})
+        self._covered: int | None = None
         self._changed: tuple[int | Tensor, int] | None = None
         self._overlap = 1.0
         if state is not None:
@@ -125,7 +126,7 @@ class MaskedNetwork:
         self.units.settle()
         self._update_local()
         self._zero_inactive()
-        self._ever.add(self.masks)
+        self._cover()
         if self.active < self.total or not self.units.dense_kernels:  # a dense network stays unchanged
             self._refresh_spectral()
 
@@ -157,7 +158,9 @@ class MaskedNetwork:
 
         The first reading after a change waits for the device.
         """
-        return self._ever.count / self.total
+        self._read_numbers()
+        assert self._covered is not None
+        return self._covered / self.total
 
     @property
     def overlap(self) -> float:
@@ -165,10 +168,21 @@ class MaskedNetwork:
 
         It is 1 before the first change. The first reading after a change waits for the device.
         """
-        if self._changed is not None:
-            both, together = int(self._changed[0]), self._changed[1]
-            self._overlap, self._changed = both / (together - both), None
+        self._read_numbers()
         return self._overlap
+
+    def _read_numbers(self) -> None:
+        """Reads the numbers of the last change in one transfer."""
+        both, together = (0, 0) if self._changed is None else self._changed
+        unread = [] if self._covered is not None else [self._ever.count().view(1)]
+        unread += [both.view(1)] if isinstance(both, Tensor) else []
+        numbers = [number for (number,) in read(unread)]
+        if isinstance(both, Tensor):
+            both = numbers.pop()
+        if self._covered is None:
+            (self._covered,) = numbers
+        if self._changed is not None:
+            self._overlap, self._changed = both / (together - both), None
 
     @property
     def layer_counts(self) -> dict[str, int]:
@@ -368,8 +382,13 @@ class MaskedNetwork:
         self._update_local()
         new = _without(grown, pruned)
         self.units.born(new if self._regrown == "keep" else grown)
-        self._ever.add(self.masks)
+        self._cover()
         return new
+
+    def _cover(self) -> None:
+        """Adds the active weights to those that were ever active."""
+        self._ever.add(self.masks)
+        self._covered = None
 
     def _update_local(self) -> None:
         """Updates what `local_mask` and `multiplier` return from the masks."""
@@ -429,7 +448,7 @@ class MaskedNetwork:
         check_tensors("the saved masks", state["masks"], self.parameters)
         self.units.load_state_dict(state)
         self._ever.load(state.get("ever", {}))
-        self._ever.add(self.masks)
+        self._cover()
         self.target = state["target"]
         self._overlap, self._changed = state.get("overlap", 1.0), None
         self._generator.set_state(state["rng"].cpu())

@@ -115,12 +115,13 @@ def _largest(
 def _largest_by_threshold(
     scores: Tensor, eligible: Tensor, k: int, sizes: Sequence[int], key: Key
 ) -> tuple[Tensor, Tensor]:
-    """Marks the k largest of joined scores, which it changes, without waiting for the device.
+    """Marks the k largest of joined scores, without waiting for the device.
 
     Returns:
         The marks, and the number of marks up to the end of each part of these sizes.
     """
-    scores = key(scores).masked_fill_(~eligible, float("-inf"))
+    scores = key(scores)
+    scores = torch.where(eligible, scores, float("-inf"))
     from_below = len(scores) - k + 1
     if k <= from_below:
         threshold = scores.topk(k, sorted=False).values.min()

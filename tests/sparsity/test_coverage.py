@@ -17,11 +17,11 @@ def masks(first, second, sizes=(70, 64)):
 
 def test_every_weight_that_was_ever_active_counts_once():
     coverage = Coverage(masks([], []))
-    assert coverage.count == 0
+    assert coverage.count() == 0
     coverage.add(masks([0, 69], [63]))
-    assert coverage.count == 3
+    assert coverage.count() == 3
     coverage.add(masks([0, 1], [62, 63]))
-    assert coverage.count == 5
+    assert coverage.count() == 5
 
 
 def test_bits_are_those_of_the_union_of_the_masks():
@@ -37,4 +37,4 @@ def test_loaded_bits_replace_those_before_and_masks_without_saved_bits_start_wit
     coverage = Coverage(masks([], []))
     coverage.add(masks([3, 4, 5], [6]))
     coverage.load({"a": pack_bits(masks([1], [])["a"])})
-    assert coverage.count == 1
+    assert coverage.count() == 1
