@@ -1,14 +1,12 @@
 """Detects that training has broken down."""
 
 from collections.abc import Mapping
-from itertools import chain, islice
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_ddst.balance.ratio import Balance
-from lightning_ddst.sparsity.launches import all_finite
-from lightning_ddst.sparsity.sharding import local_part
+from lightning_ddst.sparsity.launches import all_finite, read
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.states import COUNT, TEXT, Form, named
 
@@ -49,12 +47,14 @@ class Divergence:
         """
         if updates == self._finite_until:
             return True  # checked already
-        parameters = {role: _held_parameters(network) for role, network in self._networks.items()}
-        finite = iter(all_finite(list(chain(*parameters.values()))).tolist())
-        broken = []
-        for role, held in parameters.items():
-            if not all(distributed.all_gather(all(list(islice(finite, len(held)))))):
-                broken.append(role)
+        finite = read(
+            [
+                all_finite([parameter for parameter in network.parameters() if parameter.is_floating_point()])
+                for network in self._networks.values()
+            ]
+        )
+        ours = zip(self._networks, finite, strict=True)
+        broken = [role for role, flags in ours if not all(distributed.all_gather(all(flags)))]
         if broken:
             self._report(
                 "weights",
@@ -100,8 +100,3 @@ class Divergence:
         """Restores the state returned by `state_dict`."""
         self._reports = dict(state["reports"])
         self._finite_until, self._undefined = state["finite_until"], state["undefined"]
-
-
-def _held_parameters(network: nn.Module) -> list[Tensor]:
-    """Returns the parameters of which this process holds entries."""
-    return [p.detach() for p in network.parameters() if p.is_floating_point() and local_part(p.detach()).numel()]

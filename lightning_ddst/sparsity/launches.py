@@ -29,18 +29,23 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Returns whether all entries of each tensor are finite.
 
     Args:
-        tensors: Tensors on one device, each with at least one entry; DTensors count with their local part.
+        tensors: Tensors on one device; DTensors count with their local part, which may be empty.
 
     Returns:
         A bool tensor with one entry per tensor, on the tensors' device.
     """
     parts = [local_part(tensor.detach()) for tensor in tensors]
-    if not parts:
-        return torch.ones(0, dtype=torch.bool)
-    if is_launch_bound(parts[0].device):
-        norms = torch._foreach_norm(parts, float("inf"))
-        return torch.stack(norms) < float("inf")  # false for NaN
-    return torch.stack([torch.stack(part.aminmax()).isfinite().all() for part in parts])  # many times as fast
+    held = [part for part in parts if part.numel()]
+    if not held:
+        return torch.ones(len(parts), dtype=torch.bool)
+    if is_launch_bound(held[0].device):
+        finite = torch.stack(torch._foreach_norm(held, float("inf"))) < float("inf")  # false for NaN
+    else:
+        finite = torch.stack([torch.stack(part.aminmax()).isfinite().all() for part in held])  # many times as fast
+    if len(held) < len(parts):
+        flags = iter(finite.unbind())
+        finite = torch.stack([next(flags) if part.numel() else finite.new_ones(()) for part in parts])
+    return finite
 
 
 @torch.no_grad()

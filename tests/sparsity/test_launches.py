@@ -28,6 +28,8 @@ def test_tensors_with_a_value_that_is_not_finite_are_found():
     values = [[1.0, -3e38], [0.0, float("nan")], [INF, 1.0], [-INF, 0.0], [-0.0, 2.0]]
     assert all_finite([torch.tensor(value) for value in values]).tolist() == [True, False, False, False, True]
     assert all_finite([torch.tensor([1.0, 60000.0], dtype=torch.float16), torch.ones(3)]).all()
+    assert all_finite([torch.empty(0), torch.tensor([INF]), torch.empty(0)]).tolist() == [True, False, True]
+    assert all_finite([torch.empty(0)]).tolist() == [True]
 
 
 @pytest.mark.usefixtures("every_device")
