@@ -473,12 +473,32 @@ def cifar10() -> list[Cell]:
 # ---- the README's -------------------------------------------------------------------------------------
 
 
+_IN_RUN = (
+    "--trainer.logger lightning.pytorch.loggers.TensorBoardLogger --trainer.logger.init_args.save_dir run "
+    "--trainer.logger.init_args.name '' --trainer.logger.init_args.version ''"
+)
+"""Logs and checkpoints in one folder, which the runner replaces by the run's own."""
+
+
 def digits() -> list[Cell]:
     """What `lightning-ddst fit` does without arguments, and the dense pair beside it."""
-    logger = "--trainer.logger lightning.pytorch.loggers.TensorBoardLogger --trainer.logger.init_args.save_dir run"
-    logger += " --trainer.logger.init_args.name '' --trainer.logger.init_args.version ''"
     runs = (("DDST", 0.1, "ddst"), ("dense", 1.0, "dense"))
-    return [Cell("digits", run, density, 0, f"{logger} --sparsity.method {method}") for run, density, method in runs]
+    return [Cell("digits", run, density, 0, f"{_IN_RUN} --sparsity.method {method}") for run, density, method in runs]
+
+
+SAMPLED = (1.0, 0.3, 0.1, 0.05, 0.02)
+"""Densities of the generator in the pictures of README and gallery."""
+
+
+def densities() -> list[Cell]:
+    """The README's first command, by density of the generator; the pictures of samples are of seed 0."""
+    ddst = "--sparsity.generator_density {}"
+    runs = [("dense" if d == 1 else "DDST", d, "--sparsity.method dense" if d == 1 else ddst) for d in SAMPLED]
+    runs += [("DDST auto", d, f"{ddst} --sparsity.bounds auto") for d in SAMPLED[-2:]]
+    return [
+        Cell("digits", run, density, seed, f"{_IN_RUN} {options.format(density)}")
+        for seed, (run, density, options) in product(range(2), runs)
+    ]
 
 
 STUDIES: dict[str, Callable[[], list[Cell]]] = {
@@ -498,5 +518,6 @@ STUDIES: dict[str, Callable[[], list[Cell]]] = {
     "channels": channels,
     "cifar10": cifar10,
     "digits": digits,
+    "densities": densities,
 }
 """By name, the cells in the order of their rank."""

@@ -1,6 +1,7 @@
 """The callback that trains a GAN sparsely."""
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,8 @@ from lightning_ddst.attached.summary import describe_plan, describe_results, des
 from lightning_ddst.balance.ratio import Estimator
 from lightning_ddst.balance.scores import ScorePlaces
 from lightning_ddst.callbacks._support.folders import check_folders
-from lightning_ddst.callbacks._support.reporting import TrainerReport, hparams, write_custom_scalars
+from lightning_ddst.callbacks._support.reporting import UPDATES, TrainerReport, hparams, write_custom_scalars
+from lightning_ddst.callbacks._support.results import gather_results, is_interruption, save_results
 from lightning_ddst.callbacks._support.run_length import RunLength
 from lightning_ddst.callbacks._support.strategies import (
     check_backward_passes,
@@ -42,10 +44,12 @@ from lightning_ddst.callbacks.ema import GeneratorEMA
 from lightning_ddst.callbacks.quality import SampleQuality
 from lightning_ddst.methods import Method, Plan, SparseTraining
 from lightning_ddst.report.display import RunDisplay
+from lightning_ddst.report.results import RunResults, Status
 from lightning_ddst.sparsity.enforcement import OptimizerState
 from lightning_ddst.sparsity.masked import Regrown
 from lightning_ddst.sparsity.units import Initial
 from lightning_ddst.utils import distributed
+from lightning_ddst.utils.cache import first_line
 from lightning_ddst.utils.lightning_packages import is_a
 from lightning_ddst.utils.lightning_private import state_key
 from lightning_ddst.utils.logging import scalars_only
@@ -274,7 +278,7 @@ class DynamicSparsityCallback(RunDisplay, Callback):
             stops=self._stop_on_divergence,
         )
         if all(other._module is pl_module for other in others):  # the other pairs are attached already
-            arguments = {each._prefix(trainer): each._hparams() for each in (self, *others)}
+            arguments = {each._prefix(trainer): each._hparams(trainer) for each in (self, *others)}
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
             metrics = [name for each in callbacks if isinstance(each, SampleQuality) for name in each.names]
             write_custom_scalars(trainer, pl_module, arguments, metrics)
@@ -298,8 +302,9 @@ class DynamicSparsityCallback(RunDisplay, Callback):
     def _module(self) -> nn.Module | None:
         return None if self._pair is None else self._pair.module
 
-    def _hparams(self) -> dict[str, float | str]:
-        return hparams(self.settings, self._options.masking.granularity, self._fitted.networks["generator"].growth)
+    def _hparams(self, trainer: Trainer) -> dict[str, float | str]:
+        growth = self._fitted.networks["generator"].growth
+        return hparams(trainer, self._options, growth, self.changed_settings)
 
     def _others(self, trainer: Trainer) -> list["DynamicSparsityCallback"]:
         """Returns the callbacks of the other pairs of networks."""
@@ -404,9 +409,10 @@ class DynamicSparsityCallback(RunDisplay, Callback):
             self._training.flops.resume()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the operations of each layer and removes every hook."""
+        """Logs the operations of each layer, writes ``results.json`` to the log folder, and removes every hook."""
         if self._report is not None:
             self._report.after_run()
+            self._conclude(trainer, self._report, "finished")
             if trainer.global_step and not self.generator_updates:
                 distributed.warn(
                     "no optimizer step was seen that had gradients of the generator: its mask never changed, and "
@@ -416,12 +422,50 @@ class DynamicSparsityCallback(RunDisplay, Callback):
         self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Removes every hook, and forgets a state that could not be resumed."""
-        if self._report is not None and isinstance(exception, KeyboardInterrupt):
-            self._tell_results(trainer)
+        """Writes ``results.json``, removes every hook, and forgets a state that could not be resumed."""
+        if self._report is not None:
+            status: Status = "interrupted" if is_interruption(exception) else "failed"
+            self._conclude(trainer, self._report, status, None if status == "interrupted" else exception)
+            if status == "interrupted":
+                self._tell_results(trainer)
         self._detach()
         if self._resumed is not None:
             self._saved = self._resumed = self._pair = self._attached = None
+
+    def _conclude(
+        self, trainer: Trainer, report: TrainerReport, status: Status, exception: BaseException | None = None
+    ) -> None:
+        report.log({UPDATES: float(self.generator_updates)}, self.generator_updates)
+        save_results(trainer, self.results(trainer, status, exception))
+
+    def results(
+        self, trainer: Trainer, status: Status = "running", exception: BaseException | None = None
+    ) -> RunResults:
+        """Returns the results of the run so far, which ``results.json`` in the log folder holds at its end.
+
+        Args:
+            trainer: The Trainer of the run.
+            status: Status of the run.
+            exception: The error that ended it.
+        """
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        sparse = [
+            each for each in callbacks if isinstance(each, DynamicSparsityCallback) and each._training is not None
+        ]
+        return gather_results(
+            trainer,
+            {each._prefix(trainer).rstrip("/"): (each, each.changed_settings) for each in sparse},
+            [each for each in callbacks if isinstance(each, SampleQuality)],
+            status=status,
+            error=None if exception is None else first_line(exception),
+        )
+
+    @property
+    def changed_settings(self) -> dict[str, Any]:
+        """The arguments that differ from their defaults."""
+        parameters = signature(DynamicSparsityCallback).parameters.values()
+        changed = self._options.changed({parameter.name: parameter.default for parameter in parameters})
+        return changed | ({"stop_on_divergence": True} if self._stop_on_divergence else {})
 
     def _detach(self) -> None:
         self._report = None

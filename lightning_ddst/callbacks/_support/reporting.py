@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, TypeAlias
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -13,6 +14,7 @@ from lightning_ddst.attached.hooks import AttachedTraining
 from lightning_ddst.attached.options import RunOptions
 from lightning_ddst.attached.report import RunReport
 from lightning_ddst.balance import Decision
+from lightning_ddst.callbacks._support.run_length import find_timer
 from lightning_ddst.methods import Method, Resize, SparseTraining
 from lightning_ddst.sparsity import GROWTH_RULES, LayerFlops
 from lightning_ddst.sparsity.growth import GrowthRule
@@ -30,7 +32,9 @@ from lightning_ddst.utils.series import RecordedSeries
 Layout: TypeAlias = dict[str, dict[str, list[Any]]]
 
 _MOST_ROWS = 40
-_NUMBERS = ("balance/ratio", "density/discriminator", "flops/training_ratio")
+UPDATES = "generator_updates"
+"""Name of the scalar that is logged at the end of a run."""
+_NUMBERS = ("balance/ratio", "density/generator", "density/discriminator", "flops/training_ratio", UPDATES)
 """Final numbers of a run, next to its sample quality."""
 _IN_PROGRESS_BAR = {"balance/ratio": "BR", "density/discriminator": "D_density", "density/generator": "G_density"}
 _VERBS = {"grow": "grown", "prune": "pruned", "explore": "explored", "hold": "left as it was", "undecided": "undecided"}
@@ -162,23 +166,53 @@ def layout(prefixes: Sequence[str], metrics: Sequence[str]) -> Layout:
     return page
 
 
-def hparams(method: Method, granularity: str, growth: GrowthRule) -> dict[str, float | str]:
+def hparams(
+    trainer: Trainer, options: RunOptions, growth: GrowthRule, changed: Mapping[str, Any]
+) -> dict[str, float | str]:
     """Returns the hyperparameters to compare runs by: the same names and types for every run.
 
-    TensorBoard takes its columns from the first run, and shows five of them at first.
+    TensorBoard takes its columns from the first run, and shows five of them at first; so a setting that has no column
+    is listed in ``other_settings``.
 
     Args:
-        method: The method, with its densities.
-        granularity: Unit of the masks.
+        trainer: The Trainer, whose limits are the run's length.
+        options: The options of the run.
         growth: The growth rule.
+        changed: The arguments that differ from their defaults.
     """
-    return {
+    method = options.method
+    controller = next((update.controller for update in method.mask_updates() if isinstance(update, Resize)), None)
+    final = method.final_densities
+    columns: dict[str, float | str] = {
         "method": method.name,
-        "generator_density": method.final_densities["generator"],
+        "generator_density": final["generator"],
         "discriminator_density": str(method.initial_densities["discriminator"]),
-        "granularity": granularity,
+        "bounds": _text(getattr(method, "bounds", None) or getattr(controller, "bounds", None)),
+        "delta": _text(getattr(method, "delta", None) or getattr(controller, "delta", None)),
+        "max_discriminator_density": float(getattr(method, "max_discriminator_density", final["discriminator"])),
+        "granularity": options.masking.granularity,
         "growth": next(name for name, rule in GROWTH_RULES.items() if rule == growth),  # or a copy of it
+        "seed": torch.initial_seed() if options.seed is None else options.seed,
+        "length": _length(trainer),
     }
+    others = [f"{name}={_text(value)}" for name, value in changed.items() if name not in columns]
+    return columns | {"other_settings": ", ".join(others)}
+
+
+def _text(value: Any) -> str:
+    """Returns a setting in words; None, which the method does not have or derives itself, as nothing."""
+    if isinstance(value, tuple | list):
+        return " to ".join(map(str, value)) if len(value) == 2 else ", ".join(map(str, value))
+    return "" if value is None else str(value)
+
+
+def _length(trainer: Trainer) -> str:
+    """Returns the Trainer's limits, such as "5 epochs" or "100,000 steps"."""
+    counts = {"epoch": trainer.max_epochs or -1, "step": trainer.max_steps}
+    limits = [f"{count:,} {unit}{'s' * (count > 1)}" for unit, count in counts.items() if count > 0]
+    if (timer := find_timer(trainer)) is not None and (remaining := timer.time_remaining()) is not None:
+        limits.append(f"{timer.time_elapsed() + remaining:,.0f} s")
+    return ", ".join(limits)
 
 
 def write_custom_scalars(
