@@ -146,10 +146,29 @@ class SampleQuality(Callback):
         if self._last_fit.starts(pl_module, stage):
             self.history, self._dark_samples = {}, False
         check_sample(self, pl_module)
+        self.check_data(getattr(trainer, "datamodule", None))
         if len(self._generators) > 1 and not _averages(trainer):
             raise ValueError("generators: average and raw are the same weights without a GeneratorEMA callback.")
         if self._cache is not None and trainer.is_global_zero:
             check_writable(self._cache)
+
+    def check_data(self, data: object) -> None:
+        """Checks that the features are made for images of a data module's size and channels, as far as both name them.
+
+        Args:
+            data: A data module with the attributes `image_size` and `channels`, or anything else.
+
+        Raises:
+            ValueError: If the features' own attribute of the same name differs.
+        """
+        for name in ("image_size", "channels"):
+            own, size = getattr(self._features, name, None), getattr(data, name, None)
+            if isinstance(own, int) and isinstance(size, int) and own != size:
+                raise ValueError(
+                    f"features={type(self._features).__name__} are made for images of {name}={own}, but those of "
+                    f"{type(data).__name__} have {name}={size}: give SampleQuality other features, such as "
+                    f"TorchvisionFeatures, which take images of any size."
+                )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Computes and logs the metrics."""

@@ -45,7 +45,7 @@ def test_the_first_runs_numbers_are_those_of_the_rows():
     assert updates == 2500
     assert said["after 0 generator updates"] == f"{before:.4g}"
     assert said["after 2,500 generator updates"] == f"{after:.4g}"
-    assert said["dense pair, same seed and length"] == f"{dense['distance'][-1][1]:.4g}"
+    assert said["dense baseline, same seed and length"] == f"{dense['distance'][-1][1]:.4g}"
     assert (
         said["training FLOPs"]
         == f"{ddst['flops'][-1][1]:.1%} of dense training (dense kernels do the arithmetic all the same)"
