@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
@@ -39,6 +39,7 @@ from lightning_ddst.callbacks._support.trainer_checks import (
     shows_summary,
     warn_of_raw_optimizers,
 )
+from lightning_ddst.callbacks._support.validation_state import ActsInValidation
 from lightning_ddst.callbacks.ema import GeneratorEMA
 from lightning_ddst.callbacks.quality import SampleQuality
 from lightning_ddst.methods import Method, Plan, SparseTraining
@@ -62,7 +63,7 @@ _STATE_FORM: Form = {"length": RunLength.state_form, "random": each(RANDOM_STATE
 """The form of the state, next to that of `AttachedTraining`."""
 
 
-class DynamicSparsityCallback(RunDisplay, Callback):
+class DynamicSparsityCallback(RunDisplay, ActsInValidation):
     """Trains a GAN sparsely: Double Dynamic Sparse Training (DDST) and the methods it is compared with.
 
     Add it to the Trainer of a GAN with manual optimization. It masks the weights of both networks (those of linear,
