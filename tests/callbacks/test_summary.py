@@ -181,7 +181,7 @@ def test_every_metric_has_its_own_rows(capsys) -> None:
 
 
 def test_a_distance_that_was_never_measured_has_no_rows(capsys) -> None:
-    rows = printed(capsys, SampleQuality(Features(), "three"), RunSummary(reference=1.0), limit_val_batches=0)
+    rows = printed(capsys, SampleQuality(Features(), "three"), RunSummary(reference=1.0), check_val_every_n_epoch=3)
     assert rows == []
 
 
