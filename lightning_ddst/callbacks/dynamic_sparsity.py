@@ -1,7 +1,6 @@
 """The callback that trains a GAN sparsely."""
 
 from collections.abc import Mapping, Sequence
-from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -464,9 +463,7 @@ class DynamicSparsityCallback(RunDisplay, ActsInValidation):
     @property
     def changed_settings(self) -> dict[str, Any]:
         """The arguments that differ from their defaults."""
-        parameters = signature(DynamicSparsityCallback).parameters.values()
-        changed = self._options.changed({parameter.name: parameter.default for parameter in parameters})
-        return changed | ({"stop_on_divergence": True} if self._stop_on_divergence else {})
+        return self._options.changed(self._given)
 
     def _detach(self) -> None:
         self._report = None

@@ -114,7 +114,11 @@ def command(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
 def runs(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
     """Runs a line of a page, or sees to it that what it names is there where something else runs it."""
     words = line.split()
-    if words[0] == "lightning-ddst":
+    if words[:2] == ["lightning-ddst", "sweep"]:  # tests/report/test_sweep_command.py runs one
+        assert words[2] == "--densities"
+        with monkeypatch.context() as patch:
+            assert parsed(patch, *words[4:]).config
+    elif words[0] == "lightning-ddst":
         before = len(list(Path("lightning_logs").iterdir()))
         command(monkeypatch, line)
         assert len(list(Path("lightning_logs").iterdir())) == before + (words[1] in ("fit", "validate"))
