@@ -1,7 +1,6 @@
 """Figures of the result pages, from what is in benchmarks/results: transparent, legible on white and on black."""
 
-from collections.abc import Sequence
-from itertools import zip_longest
+from collections.abc import Iterable, Sequence
 from math import ceil
 from pathlib import Path
 
@@ -94,18 +93,36 @@ def pareto(found: Sequence[Row]) -> Figure:
     places = [
         (setting, density)
         for setting in FASHION
-        for density in sorted({row["density"] for row in found if row["setting"] == setting and row["density"] < 1})
+        for density in _densities(found, setting)
         if sum(len(of(found, setting, run, density)) >= _LEAST_SEEDS for run in METHODS) > 1
     ]
+    return _panels(found, places, METHODS, height=2.9, one_scale=False)
+
+
+def wide(found: Sequence[Row]) -> Figure:
+    """Draws the same of the wide networks with all images."""
+    setting = next(iter(WIDE))
+    return _panels(
+        found, [(setting, density) for density in _densities(found, setting)], WIDE_RUNS, height=3.3, one_scale=True
+    )
+
+
+def _densities(found: Sequence[Row], setting: str) -> list[float]:
+    """Returns the densities of sparse generators that a setting has rows of."""
+    return sorted({row["density"] for row in found if row["setting"] == setting and row["density"] < 1})
+
+
+def _panels(
+    found: Sequence[Row], places: Sequence[tuple[str, float]], runs: Iterable[str], height: float, one_scale: bool
+) -> Figure:
+    """Draws quality over training FLOPs, two panels of a height in inches next to each other."""
     columns = 2
-    figure = Figure(figsize=(9, 2.9 * ceil(len(places) / columns) + 1.0), layout="constrained")
-    axes = figure.subplots(ceil(len(places) / columns), columns, sharex=True, squeeze=False)
+    lines = ceil(len(places) / columns)
+    figure = Figure(figsize=(8, height * lines + 1.0), layout="constrained")
+    axes = figure.subplots(lines, columns, sharex=True, sharey=one_scale, squeeze=False)
     shown: list[str] = []
-    for ax, (setting, density) in zip_longest(axes.flat, places, fillvalue=(None, None)):
-        if setting is None or density is None:
-            ax.set_visible(False)
-            continue
-        for run in ("dense", *METHODS):
+    for ax, (setting, density) in zip(axes.flat, places, strict=False):
+        for run in ("dense", *runs):
             if cell := of(found, setting, run, 1.0 if run == "dense" else density):
                 _points(ax, run, cell)
                 shown += [run] * (run not in shown)
@@ -113,31 +130,11 @@ def pareto(found: Sequence[Row]) -> Figure:
         ax.xaxis.set_major_formatter(PercentFormatter(1))
         ax.set_xlim(0, 1.05)
         ax.set_title(f"{setting}, generator at {density:.0%}")
+    for ax in axes.flat[len(places) :]:
+        ax.set_visible(False)
     for ax in axes[-1]:
-        ax.set_xlabel("training FLOPs relative to dense training")
+        ax.set_xlabel("training FLOPs relative to dense")
     figure.supylabel("Frechet distance (log), lower is better", fontsize=10)
-    figure.legend(handles=_key(shown), loc="outside lower center", ncols=3, frameon=False)
-    return figure
-
-
-def wide(found: Sequence[Row]) -> Figure:
-    """Draws quality over training FLOPs of the wide networks with all images, by density of the generator."""
-    setting = next(iter(WIDE))
-    densities = sorted({row["density"] for row in found if row["setting"] == setting and row["density"] < 1})
-    figure = Figure(figsize=(7.8, 4.4), layout="constrained")
-    axes = figure.subplots(1, len(densities), sharex=True, sharey=True, squeeze=False)[0]
-    shown = [run for run in ("dense", *WIDE_RUNS) if of_run(found, run)]
-    for ax, density in zip(axes, densities, strict=True):
-        for run in shown:
-            if cell := of(found, setting, run, 1.0 if run == "dense" else density):
-                _points(ax, run, cell)
-        _log_scale(ax)
-        ax.xaxis.set_major_formatter(PercentFormatter(1))
-        ax.set_xlim(0, 1.05)
-        ax.set_title(f"generator at {density:.0%}")
-    axes[0].set_ylabel("Frechet distance (log), lower is better")
-    for ax in axes:
-        ax.set_xlabel("training FLOPs relative to dense training")
     figure.legend(handles=_key(shown), loc="outside lower center", ncols=3, frameon=False)
     return figure
 

@@ -414,6 +414,22 @@ def steps() -> str:
     return table(head, body)
 
 
+def launches() -> str:
+    """Kernels that are launched in addition to a dense update's, by whose code and what an update does."""
+    body = [
+        [
+            row["who"],
+            f"{row['granularity']}s",
+            row["what"],
+            f"{row['launches']:g}",
+            percent(row["of_dense"]),
+            f"{row['waits']:g}",
+        ]
+        for row in rows("launches")
+    ]
+    return table(["code", "masks of", "update", "kernels", "relative to dense", "waits for the device"], body)
+
+
 def exported() -> str:
     body = [
         [
@@ -461,7 +477,7 @@ def smaller() -> str:
 def origins() -> str:
     """Where the rows are from: every kind of machine and set of versions once."""
     seen: dict[str, int] = {}
-    for study in (*STUDIES, "trials", "mask_update", "overhead", "exported", "smaller", "versions"):
+    for study in (*STUDIES, "trials", "mask_update", "overhead", "launches", "exported", "smaller", "versions"):
         for row in rows(study):
             versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
             origin = f"{study}: {row['machine']}; {versions}"
@@ -491,6 +507,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "growth of mask updates": lambda: growth_of_mask_updates(gpu=False),
     "growth of mask updates on a GPU": lambda: growth_of_mask_updates(gpu=True),
     "steps": steps,
+    "launches": launches,
     "exported": exported,
     "smaller": smaller,
     "channels": channels,

@@ -100,7 +100,7 @@ def first_look(dense: Images, sparse: Images, found: Sequence[Row]) -> Figure:
     for ax, images, title in zip(axes, (dense, sparse), ("dense generator", "10 % of its weights"), strict=False):
         _show(ax, tiled(images, 6, 4))
         ax.set_title(title)
-    quality_over_density(axes[2], found, _FASHION, "DDST relaxed")
+    quality_over_density(axes[2], found, _FASHION, {"DDST relaxed": "DDST"})
     axes[2].set_title("quality over density")
     return for_both_modes(figure)
 
@@ -126,23 +126,33 @@ def gallery(by_density: dict[float, Images], real: Images, distances: dict[float
 def densities(found: Sequence[Row]) -> Figure:
     """Draws quality over density on digits, from rows of the study "densities"."""
     figure = _figure(7, 3.2)
-    quality_over_density(figure.subplots(), found, "digits", "DDST")
+    quality_over_density(figure.subplots(), found, "digits", {"DDST": "DDST", "DDST auto": 'DDST, bounds="auto"'})
     return for_both_modes(figure)
 
 
-def quality_over_density(ax: Axes, found: Sequence[Row], setting: str, run: str) -> None:
-    """Draws the Frechet distance over the generator's density: every seed, the mean, and the dense one as a line."""
-    known = sorted({row["density"] for row in found if (row["setting"], row["run"]) == (setting, run)})
-    cells = [of(found, setting, run, density) for density in known]
-    ax.plot(known, [geometric_mean(map(distance, cell)) for cell in cells], "o-", color=_BLUE, label="DDST")
-    for density, cell in zip(known, cells, strict=True):
-        ax.plot([density] * len(cell), list(map(distance, cell)), ".", color=_BLUE, alpha=0.6)
+def quality_over_density(ax: Axes, found: Sequence[Row], setting: str, runs: dict[str, str]) -> None:
+    """Draws the Frechet distance over the generator's density: every seed, the mean, and the dense one as a line.
+
+    Args:
+        ax: Where to draw.
+        found: Rows of a study.
+        setting: Its setting.
+        runs: Labels of runs, by their names in the rows.
+    """
+    distances: dict[float, list[float]] = {}
+    for (run, label), (color, marker) in zip(runs.items(), ((_BLUE, "o"), (_GREEN, "^")), strict=False):
+        known = sorted({row["density"] for row in found if (row["setting"], row["run"]) == (setting, run)})
+        cells = [[distance(row) for row in of(found, setting, run, density)] for density in known]
+        ax.plot(known, [geometric_mean(cell) for cell in cells], f"{marker}-", color=color, label=label)
+        for density, cell in zip(known, cells, strict=True):
+            ax.plot([density] * len(cell), cell, ".", color=color, alpha=0.6)
+            distances.setdefault(density, []).extend(cell)
     dense = geometric_mean(map(distance, of(found, setting, "dense", 1.0)))
     ax.axhline(dense, color=_ORANGE, linestyle=(0, (4, 2)), label="dense")
     ax.set_xscale("log")
-    ax.set_xticks(known, [f"{100 * density:.0f} %" for density in known])
+    ax.set_xticks(list(distances), [f"{100 * density:.0f} %" for density in distances])
     ax.minorticks_off()
-    highest = max(distance(row) for cell in cells for row in cell)
+    highest = max(max(cell) for cell in distances.values())
     if highest > 10 * dense:
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
