@@ -196,17 +196,17 @@ def count_updates(callbacks: Sequence[Callback], updates: int, first: int = 3) -
 
     Args:
         callbacks: The Trainer's.
-        updates: The run's length.
+        updates: The last update that is counted; one more is made, because an epoch ends with it.
         first: The first update that is counted; the very first ones make states of optimizers and check much.
     """
     seed_everything(0, verbose=False)
     counting = Counting()
     end = BatchEnd(counting, first - 1)
     gan = GANModule(SNGANGenerator(width=WIDTH), SNGANDiscriminator(width=WIDTH))
-    images = TensorDataset(torch.rand(updates * BATCH, 3, 32, 32) * 2 - 1)
+    images = TensorDataset(torch.rand((updates + 1) * BATCH, 3, 32, 32) * 2 - 1)
     made = trainer([BatchStart(counting, first - 1), *callbacks, end], epochs=1)
     made.fit(gan, DataLoader(images, batch_size=BATCH))
-    return dict(enumerate(end.counts, first))
+    return dict(enumerate(end.counts[:-1], first))
 
 
 def worst(counts: Iterable[Count]) -> Count:

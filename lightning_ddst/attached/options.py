@@ -327,29 +327,23 @@ class RunOptions:
         options = (self.method, self.masking, self.measuring, self.intervals)
         return {name: value for each in options for name, value in list_arguments(each).items()}
 
-    def changed(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    def changed(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the arguments that differ from their defaults; loads with ``weights_only=True``.
 
         Args:
-            defaults: Defaults of all arguments but the method's, which has its own.
+            given: The given flat arguments, as `given_arguments` returns them.
 
         Returns:
             Arguments by name, of the method first, without its name. Densities that the method ignores are left out.
         """
         method = self.method
-        given = {
-            f.name: _plain(getattr(method, f.name)) for f in fields(method) if getattr(method, f.name) != f.default
-        }
+        own = {f.name: getattr(method, f.name) for f in fields(method) if getattr(method, f.name) != f.default}
         for role in ROLES:
             used = (method.initial_densities[role], method.final_densities[role])
-            if given.get(f"{role}_density", used[0]) not in used:
-                del given[f"{role}_density"]
-        others: dict[str, Any] = {"seed": self.seed}
-        for options in (self.masking, self.measuring, self.intervals):
-            others |= {field.name: getattr(options, field.name) for field in fields(options)}
-        units = others.pop("units")
-        changed = {name: value for name, value in others.items() if _plain(value) != _plain(defaults[name])}
-        return given | {name: _plain(value) for name, value in {**units, **changed}.items()}
+            if own.get(f"{role}_density", used[0]) not in used:
+                del own[f"{role}_density"]
+        others = {name: value for name, value in given.items() if name not in ("method", *METHOD_ARGUMENTS)}
+        return {name: _plain(value) for name, value in {**own, **others}.items()}
 
 
 def given_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:

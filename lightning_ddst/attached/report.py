@@ -24,7 +24,11 @@ _WARN_AFTER, _WARN_WINDOW = 7, 10
 
 def new_series() -> RecordedSeries:
     """Returns empty series of the values in a figure of the run."""
-    return RecordedSeries(lambda name: "run" if name in _DRAWN else None)
+    return RecordedSeries(_find_drawn)
+
+
+def _find_drawn(name: str) -> str | None:
+    return "run" if name in _DRAWN else None
 
 
 class RunReport(ABC):

@@ -1,11 +1,10 @@
 """The callback that trains a GAN sparsely."""
 
 from collections.abc import Mapping, Sequence
-from inspect import signature
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
@@ -40,6 +39,7 @@ from lightning_ddst.callbacks._support.trainer_checks import (
     shows_summary,
     warn_of_raw_optimizers,
 )
+from lightning_ddst.callbacks._support.validation_state import ActsInValidation
 from lightning_ddst.callbacks.ema import GeneratorEMA
 from lightning_ddst.callbacks.quality import SampleQuality
 from lightning_ddst.methods import Method, Plan, SparseTraining
@@ -63,7 +63,7 @@ _STATE_FORM: Form = {"length": RunLength.state_form, "random": each(RANDOM_STATE
 """The form of the state, next to that of `AttachedTraining`."""
 
 
-class DynamicSparsityCallback(RunDisplay, Callback):
+class DynamicSparsityCallback(RunDisplay, ActsInValidation):
     """Trains a GAN sparsely: Double Dynamic Sparse Training (DDST) and the methods it is compared with.
 
     Add it to the Trainer of a GAN with manual optimization. It masks the weights of both networks (those of linear,
@@ -463,9 +463,7 @@ class DynamicSparsityCallback(RunDisplay, Callback):
     @property
     def changed_settings(self) -> dict[str, Any]:
         """The arguments that differ from their defaults."""
-        parameters = signature(DynamicSparsityCallback).parameters.values()
-        changed = self._options.changed({parameter.name: parameter.default for parameter in parameters})
-        return changed | ({"stop_on_divergence": True} if self._stop_on_divergence else {})
+        return self._options.changed(self._given)
 
     def _detach(self) -> None:
         self._report = None

@@ -2,9 +2,11 @@
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 from torchvision.utils import make_grid
 
 from lightning_ddst.callbacks._support.last_fit import LastFit
+from lightning_ddst.callbacks._support.validation_state import validation_state
 from lightning_ddst.metrics.sources import check_below_zero, check_value_range, spans_wide
 from lightning_ddst.utils.logging import generator_updates, log_image, shows_images
 from lightning_ddst.utils.networks import check_sample
@@ -15,8 +17,8 @@ from lightning_ddst.utils.validation import check_count
 class SampleGrid(Callback):
     """A callback that logs a grid of samples from fixed noise to TensorBoard, as ``samples``, at every validation.
 
-    Weights & Biases and MLflow get it, too; for a CSVLogger it is a file in its folder. The module must have
-    ``sample(n, rng=...)``, as `GANModule` does.
+    In a fit without validation it does so at the ends of epochs. Weights & Biases and MLflow get it, too; for a
+    CSVLogger it is a file in its folder. The module must have ``sample(n, rng=...)``, as `GANModule` does.
 
     Args:
         samples: Number of images.
@@ -55,6 +57,12 @@ class SampleGrid(Callback):
         if self._last_fit.starts(pl_module, stage):
             self._dark = False
         check_sample(self, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Generates and logs the grid in a fit without validation; training stays as it is."""
+        if not trainer.enable_validation:
+            with validation_state(trainer, pl_module), torch.no_grad(), isolate_rng(pl_module.device.type == "cuda"):
+                self.on_validation_epoch_end(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generates and logs the grid."""

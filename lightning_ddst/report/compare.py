@@ -4,8 +4,9 @@ import csv
 import glob
 import io
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
-from os.path import commonpath
+from os.path import abspath, commonpath
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -49,7 +50,7 @@ def collect_runs(places: Sequence[str | Path], report: Callable[[str], object]) 
             resumed = {
                 parent for each in found.values() if each.resumed_from for parent in Path(each.resumed_from).parents
             }
-            runs |= {folder: each for folder, each in found.items() if folder.absolute() not in resumed}
+            runs |= {folder: each for folder, each in found.items() if Path(abspath(folder)) not in resumed}
     if not runs:
         raise ValueError(f"no run in {', '.join(map(str, places))} can be read.")
     return runs
@@ -62,19 +63,26 @@ def _expanded(place: str | Path) -> list[Path]:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """Returns names that tell folders apart: their paths without the parts that all have in common.
+    """Returns names that tell folders apart: their paths without what they have in common.
 
     Args:
         folders: Different folders.
+
+    Returns:
+        Paths below the common folder, without "lightning_logs", and without the version where it is not needed.
     """
-    paths = [folder.absolute() for folder in folders]
+    paths = [Path(abspath(folder)) for folder in folders]
     if len(paths) == 1:
         return [paths[0].name]
-    parts = [path.relative_to(commonpath(paths)).parts or (path.name,) for path in paths]
-    if len({*map(len, parts)}) == 1:
-        differing = [place for place in range(len(parts[0])) if len({each[place] for each in parts}) > 1]
-        parts = [tuple(each[place] for place in differing) for each in parts]
-    return ["/".join(each) for each in parts]
+    relative = [path.relative_to(commonpath(paths)) for path in paths]
+    names = [Path(*(part for part in path.parts if part != "lightning_logs")) for path in relative]
+    if len({*names}) < len(names) or not all(name.name for name in names):
+        names = relative
+    without = [name.parent if re.fullmatch(r"version_\d+", name.name) else name for name in names]
+    shorter = [
+        short if short.name and without.count(short) == 1 else name for name, short in zip(names, without, strict=True)
+    ]
+    return [str(name) for name in shorter]
 
 
 def make_rows(runs: Mapping[str, RunResults]) -> list[Row]:
@@ -85,8 +93,9 @@ def make_rows(runs: Mapping[str, RunResults]) -> list[Row]:
 
     Returns:
         Rows with the same columns: run, status, method, seed, updates, planned_updates, the settings that differ
-        between runs, generator_density and discriminator_density at the end, balance_ratio, flops_ratio, and the last
-        value of every metric, such as ``frechet_distance/<features>``.
+        between runs, generator_density and discriminator_density at the end, balance_ratio, flops_ratio, the last
+        value of every metric, such as ``frechet_distance/<features>``, and measured_updates, the generator updates
+        before these values.
     """
     pairs = [
         (f"{name}: {pair_name}" if pair_name else name, run, pair)
@@ -110,6 +119,7 @@ def make_rows(runs: Mapping[str, RunResults]) -> list[Row]:
             "balance_ratio": pair.balance_ratio,
             "flops_ratio": None if pair.flops is None else pair.flops.ratio,
             **{metric: _last_values(run).get(metric) for metric in metrics},
+            "measured_updates": min((each.values[-1][0] for each in run.quality), default=None),
         }
         for name, run, pair in pairs
     ]
@@ -172,6 +182,8 @@ def _columns(rows: Sequence[Row]) -> tuple[dict[str, None], list[str]]:
     """Returns the columns to show, and a line of what is equal in several rows, or unknown in all."""
     shown = dict.fromkeys(name for name in rows[0] if any(row[name] is not None for row in rows))
     shown.pop("planned_updates", None)
+    if all(row["measured_updates"] in (None, row["updates"]) for row in rows):
+        shown.pop("measured_updates", None)
     if len(rows) == 1:
         return shown, []
     equal = {
@@ -190,7 +202,7 @@ def _cell(row: Row, column: str) -> str:
         return "-"
     if column == "updates" and row["planned_updates"] not in (None, value):
         return f"{value:,} of {row['planned_updates']:,}"
-    if column == "updates":
+    if column in ("updates", "measured_updates"):
         return f"{value:,}"
     if column == "flops_ratio":
         return f"{value:.1%}"

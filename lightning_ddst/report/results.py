@@ -19,6 +19,7 @@ SCHEMA = 1
 """Version of the schema; it rises when a field changes its meaning or goes away."""
 
 Status = Literal["finished", "interrupted", "failed", "running", "unknown"]
+_DENSITIES = ("generator_density", "discriminator_density")
 _CALLBACKS = ("GeneratorEMA", "SampleQuality")
 """Callbacks that the measured values depend on."""
 
@@ -300,7 +301,11 @@ def _read_settings(folder: Path) -> _Settings:
         if isinstance(method, dict):  # a class with arguments
             given = given | method.get("init_args", {})
             method = str(method.get("class_path")).rpartition(".")[2]
-        listed = (*METHOD_ARGUMENTS, *UNITS_ARGUMENTS, "granularity")
+        given = {
+            str(key).removeprefix("sparsity."): value for key, value in given.items()
+        }  # as hyperparameters are named
+        # The densities are logged as they were reached; a dense run ignores the given ones.
+        listed = [each for each in (*METHOD_ARGUMENTS, *UNITS_ARGUMENTS, "granularity") if each not in _DENSITIES]
         seed = config.get("seed_everything", config.get("seed"))
         return _Settings(
             method=str(method),

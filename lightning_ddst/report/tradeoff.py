@@ -29,6 +29,8 @@ _STYLE: Any = {
 # Okabe and Ito's colors that stand out from white and from black.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "osD^vP"
+_MEASURED = 0.9
+"""Share of a run's updates after which its samples must have been measured, so that both belong together."""
 _MARKER = 5.0  # points from the middle of a marker to its edge
 _PLACES = ((0, 1), (1, 0), (0, -1), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1))  # of a name, from its point
 _PANEL = 4.2  # inches, at 100 pixels per inch
@@ -36,6 +38,8 @@ _PANEL = 4.2  # inches, at 100 pixels per inch
 
 def tradeoff(runs: Mapping[str, RunResults]) -> Figure:
     """Draws the last value of every metric over the training operations, one point for each run.
+
+    Runs that went on for long after their last measurement are left out, such as interrupted ones.
 
     Args:
         runs: Results by the run's name.
@@ -51,7 +55,8 @@ def tradeoff(runs: Mapping[str, RunResults]) -> Figure:
     panels: dict[tuple[str, str], dict[str, QualityResults]] = {}
     for name, run in counted.items():
         for each in sorted(run.quality, key=lambda quality: quality.weights, reverse=True):  # "average" last
-            if isfinite(each.values[-1][1]):
+            update, value = each.values[-1]
+            if isfinite(value) and update >= _MEASURED * run.pair.updates:
                 panels.setdefault((each.metric, each.features), {})[name] = each
     if not panels:
         raise ValueError("there is nothing to draw: no run has training FLOPs and a metric of SampleQuality.")
@@ -142,7 +147,7 @@ def _label(ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
         width, height = size.width * scale, size.height * scale
         places = [
             (across * (width / 2 + _MARKER + distance), up * (height / 2 + _MARKER + distance))
-            for distance in (1, 14, 28, 42)
+            for distance in (3, 16, 30, 44)
             for across, up in _PLACES
         ]
         boxes = [_box(x * scale + across, y * scale + up, width, height) for across, up in places]

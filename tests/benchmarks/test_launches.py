@@ -9,26 +9,26 @@ from launches import AVERAGE, MOMENTUM, Count, Counting, count_kinds
 LIMITS = {
     "weight": {
         ORDINARY: (44, 0),
-        MEASUREMENT: (699, 0),
+        MEASUREMENT: (164, 0),
         EXPLORATION: (1600, 320),
         AFTER + EXPLORATION: (110, 44),
         GROWS: (1100, 190),
         AFTER + GROWS: (44, 0),
         PRUNES: (920, 175),
         AFTER + PRUNES: (110, 44),
-        AVERAGE: (182, 0),
+        AVERAGE: (84, 0),
         MOMENTUM: (330, 0),
     },
     "channel": {
         ORDINARY: (593, 0),
-        MEASUREMENT: (1454, 0),
+        MEASUREMENT: (919, 0),
         EXPLORATION: (3300, 540),
         AFTER + EXPLORATION: (659, 44),
         GROWS: (3700, 560),
         AFTER + GROWS: (593, 0),
         PRUNES: (3600, 560),
         AFTER + PRUNES: (659, 44),
-        AVERAGE: (182, 0),
+        AVERAGE: (84, 0),
     },
 }
 """Launches and waits that an update may add to a dense one of the SNGAN pair. Lower them when they fall."""

@@ -197,3 +197,18 @@ def test_bad_arguments_are_rejected(name: str, value: float) -> None:
 def test_a_bad_range_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"value_range=\(1, 0\) must be two numbers, the lower one first"):
         SampleGrid(value_range=(1, 0))
+
+
+def test_a_fit_without_validation_shows_samples_at_the_ends_of_epochs(tmp_path) -> None:
+    def run(*callbacks) -> dict[str, Tensor]:
+        seed_everything(0, verbose=False)
+        gan = painting(lr=0.1)
+        trainer = toy_trainer(*callbacks, folder=tmp_path / str(len(callbacks)), epochs=2)
+        trainer.fit(gan, DataLoader(torch.zeros(4, 1, 4, 4)))
+        return gan.state_dict()
+
+    plain, shown = run(), run(SampleGrid(4))
+    assert all(torch.equal(value, plain[name]) for name, value in shown.items())
+    events = EventAccumulator(str(tmp_path / "1" / "lightning_logs" / "version_0"))
+    events.Reload()
+    assert [image.step for image in events.Images("samples")] == [4, 8]

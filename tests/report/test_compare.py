@@ -39,6 +39,7 @@ def test_rows_have_the_settings_that_differ_and_the_last_values() -> None:
         "flops_ratio": 0.3,
         "frechet_distance/cnn": 2.5,
         "frechet_distance_raw/cnn": 3.5,
+        "measured_updates": 20,
     }
     assert list(rows[1]) == list(rows[0])
     differing = {name: value for name, value in rows[1].items() if value != rows[0][name]}
@@ -59,7 +60,7 @@ def test_every_pair_of_a_run_has_a_row() -> None:
 
 
 def test_the_table_for_the_terminal() -> None:
-    runs = {"sparse": paired(updates=15), "dense": replace(DENSE, status="interrupted")}
+    runs = {"sparse": paired(planned_updates=25), "dense": replace(DENSE, status="interrupted")}
     lines = as_text(make_rows(runs)).splitlines()
     header, rule, first, second, empty, same = lines
     assert header.split() == [
@@ -67,11 +68,21 @@ def test_the_table_for_the_terminal() -> None:
         *("balance_ratio", "flops_ratio", "frechet_distance/cnn", "frechet_distance_raw/cnn"),
     ]
     assert set(rule) == {"-", " "}
-    sparse = ["sparse", "finished", "ddst", "15", "of", "20", "0.2", "to", "0.3", "0.25", "0.25", "0.5", "30.0%"]
+    sparse = ["sparse", "finished", "ddst", "20", "of", "25", "0.2", "to", "0.3", "0.25", "0.25", "0.5", "30.0%"]
     assert first.split() == [*sparse, "2.5", "3.5"]
     assert second.split() == ["dense", "interrupted", "dense", "20", *("-", "0.25", "0.25", "-", "105.0%", "1.25", "-")]
     assert (empty, same) == ("", "All runs: seed 3")
     assert len({len(line) for line in (header, rule, first)}) == 1  # columns are flush
+
+
+def test_values_that_were_measured_earlier_are_marked() -> None:
+    early = replace(RESULTS, status="interrupted", quality=[replace(RESULTS.quality[0], values=[(0, 9.0)])])
+    header, _, first, second, *_ = as_text(make_rows({"early": early, "whole": RESULTS})).splitlines()
+    assert header.split()[-1] == "measured_updates"
+    assert first.split()[-3:] == ["9", "-", "0"]
+    assert second.split()[-3:] == ["2.5", "3.5", "20"]
+    (ax,) = tradeoff.tradeoff({"early": early, "whole": RESULTS}).axes
+    assert [text.get_text() for text in ax.texts] == ["whole"]
 
 
 def test_the_table_in_markdown() -> None:
@@ -100,9 +111,10 @@ def test_the_table_in_csv_and_json_has_all_digits() -> None:
     [
         (["logs/version_0"], ["version_0"]),
         (["logs/version_0", "logs/version_1"], ["version_0", "version_1"]),
-        (["s/d_0.1/logs/version_0", "s/d_0.3/logs/version_0"], ["d_0.1", "d_0.3"]),
-        (["s/d_0.1/logs/version_0", "s/d_0.3/logs/version_1"], ["d_0.1/version_0", "d_0.3/version_1"]),
-        (["a", "b/c"], ["a", "b/c"]),
+        (["s/d_0.1/lightning_logs/version_0", "s/d_0.3/lightning_logs/version_1"], ["d_0.1", "d_0.3"]),
+        (["s/a/version_0", "s/a/version_1", "s/b/version_0"], ["a/version_0", "a/version_1", "b"]),
+        (["a/lightning_logs", "a/b"], ["lightning_logs", "b"]),
+        (["a", "b/../b/c"], ["a", "b/c"]),
     ],
 )
 def test_names_are_as_short_as_they_can_be(folders: list[str], names: list[str]) -> None:

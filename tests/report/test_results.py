@@ -121,7 +121,7 @@ def test_a_run_without_the_file_is_read_from_its_logs(log, tmp_path) -> None:
     assert (results.status, results.seed) == ("unknown", 7)
     pair = results.pair
     assert (pair.method, pair.updates, pair.planned_updates, pair.decisions) == ("ddst", 20, None, None)
-    assert pair.settings == {"generator_density": 0.1, "bounds": [0.2, 0.3]}
+    assert pair.settings == {"bounds": [0.2, 0.3]}
     assert pair.networks["discriminator"].final_density == pytest.approx(0.15)
     assert pair.balance_ratio == 0.5
     assert pair.flops == FlopsResults(ratio=0.25)
@@ -148,10 +148,10 @@ def test_settings_of_other_programs_come_from_logged_hyperparameters(content, me
 
 def test_a_method_with_a_class_path_is_named_by_its_class(tmp_path) -> None:
     folder = log_csv(tmp_path)
-    method = "{class_path: lightning_ddst.methods.DDST, init_args: {generator_density: 0.1}}"
-    (folder / "config.yaml").write_text(f"sparsity: {{method: {method}, generator_density: null}}")
+    method = "{class_path: lightning_ddst.methods.DDST, init_args: {generator_density: 0.1, delta: 0.02}}"
+    (folder / "config.yaml").write_text(f"sparsity: {{method: {method}, generator_density: null, delta: null}}")
     pair = read_results(folder).pair
-    assert (pair.method, pair.settings) == ("DDST", {"generator_density": 0.1})
+    assert (pair.method, pair.settings) == ("DDST", {"delta": 0.02})
 
 
 def test_the_results_come_before_the_logs(tmp_path) -> None:

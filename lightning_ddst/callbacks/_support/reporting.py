@@ -171,8 +171,8 @@ def hparams(
 ) -> dict[str, float | str]:
     """Returns the hyperparameters to compare runs by: the same names and types for every run.
 
-    TensorBoard takes its columns from the first run, and shows five of them at first; so a setting that has no column
-    is listed in ``other_settings``.
+    TensorBoard takes its columns from the first run, so a setting that has no column is listed in ``other_settings``.
+    It sorts them by name, and shows the first five at first: both densities, granularity, growth and method.
 
     Args:
         trainer: The Trainer, whose limits are the run's length.
@@ -187,15 +187,18 @@ def hparams(
         "method": method.name,
         "generator_density": final["generator"],
         "discriminator_density": str(method.initial_densities["discriminator"]),
-        "bounds": _text(getattr(method, "bounds", None) or getattr(controller, "bounds", None)),
-        "delta": _text(getattr(method, "delta", None) or getattr(controller, "delta", None)),
-        "max_discriminator_density": float(getattr(method, "max_discriminator_density", final["discriminator"])),
         "granularity": options.masking.granularity,
         "growth": next(name for name, rule in GROWTH_RULES.items() if rule == growth),  # or a copy of it
+        "run_length": _length(trainer),
         "seed": torch.initial_seed() if options.seed is None else options.seed,
-        "length": _length(trainer),
+        "sparsity.bounds": _text(getattr(method, "bounds", None) or getattr(controller, "bounds", None)),
+        "sparsity.delta": _text(getattr(method, "delta", None) or getattr(controller, "delta", None)),
+        "sparsity.max_discriminator_density": float(
+            getattr(method, "max_discriminator_density", final["discriminator"])
+        ),
     }
-    others = [f"{name}={_text(value)}" for name, value in changed.items() if name not in columns]
+    shown = {name.removeprefix("sparsity.") for name in columns}
+    others = [f"{name}={_text(value)}" for name, value in changed.items() if name not in shown]
     return columns | {"other_settings": ", ".join(others)}
 
 

@@ -194,10 +194,10 @@ def test_hyperparameters_are_shown_with_the_final_numbers(module, tmp_path) -> N
     assert settings["method"].string_value == "ddst"
     assert (settings["granularity"].string_value, settings["growth"].string_value) == ("weight", "gradient")
     assert settings["discriminator_density"].string_value == "0.2"
-    assert settings["bounds"].string_value == "0.45 to 0.55"
-    assert settings["delta"].string_value == "0.05"
-    assert settings["max_discriminator_density"].number_value == 1
-    assert (settings["seed"].number_value, settings["length"].string_value) == (0, "1 epoch")
+    assert settings["sparsity.bounds"].string_value == "0.45 to 0.55"
+    assert settings["sparsity.delta"].string_value == "0.05"
+    assert settings["sparsity.max_discriminator_density"].number_value == 1
+    assert (settings["seed"].number_value, settings["run_length"].string_value) == (0, "1 epoch")
     assert settings["other_settings"].string_value == "interval=5, explore_interval=5, probe_interval=1"
     if module is WithHyperparameters:
         assert (settings["width"].number_value, settings["loss"].string_value) == (32, "hinge")
@@ -219,14 +219,14 @@ def test_hyperparameters_are_shown_with_the_final_numbers(module, tmp_path) -> N
                 "delta": "",
                 "max_discriminator_density": 0.5,
                 "granularity": "channel",
-                "length": "2,000 steps",
+                "run_length": "2,000 steps",
                 "other_settings": "dense_layers=*.3",
             },
         ),
         (
             {"method": "ramp", "delta": None, "seed": 7},
             {"max_time": {"hours": 1}, "max_epochs": 3},
-            {"bounds": "", "delta": "", "seed": 7, "length": "3 epochs, 3,600 s", "other_settings": ""},
+            {"bounds": "", "delta": "", "seed": 7, "run_length": "3 epochs, 3,600 s", "other_settings": ""},
         ),
         ({"signal": "real_sign", "bounds": (0.5, 0.75)}, {}, {"bounds": "0.5 to 0.75"}),
     ],
@@ -240,5 +240,7 @@ def test_columns_show_what_the_run_does(arguments: dict, limits: dict, expected:
     )
     trainer = toy_trainer(**({"max_epochs": 5} | limits))
     columns = hparams(trainer, options, GROWTH_RULES["random"], sparsity.changed_settings)
-    assert list(columns)[:3] == ["method", "generator_density", "discriminator_density"]
-    assert {name: columns[name] for name in expected} == expected
+    shown = {name.removeprefix("sparsity."): value for name, value in columns.items()}
+    assert {name: shown[name] for name in expected} == expected
+    first = ["discriminator_density", "generator_density", "granularity", "growth", "method"]
+    assert sorted(columns)[:5] == first  # which TensorBoard shows at first
