@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ddst.sparsity.masked import zero_where_inactive
+from lightning_ddst.sparsity.launches import zero_where_inactive
 from lightning_ddst.sparsity.sharding import full_tensor, is_split, local_part, reshard, split_like
 from lightning_ddst.sparsity.spectral import spectral_norms
 from lightning_ddst.sparsity.stored_tensors import weight_norms
@@ -187,8 +187,8 @@ class WeightAverage:
         decays = (age / (age + 1)).clamp_(max=self._decay).to(average.dtype)
         average.sub_(value).mul_(decays).add_(value)
         active = value.bool()
-        zero_where_inactive(average, active)
-        zero_where_inactive(age.add_(1), active)
+        zero_where_inactive([average], [active])
+        zero_where_inactive([age.add_(1)], [active])
 
     @torch.no_grad()
     def swap(self) -> None:
