@@ -32,7 +32,8 @@ from torch import nn
 
 from lightning_ddst import export, models
 from lightning_ddst.data import digits
-from lightning_ddst.report import plots
+from lightning_ddst.report import plots, tradeoff
+from lightning_ddst.report.compare import collect_runs
 from lightning_ddst.report.runs import Series, read_run
 from lightning_ddst.sparsity import MaskedNetwork
 
@@ -359,6 +360,9 @@ def main() -> None:
         if not given.only or name in given.only:
             with plots.plot_style():
                 (FIGURES / f"{name}.svg").write_bytes(plots.rendered(draw(), "svg"))
+    if not given.only or "comparison" in given.only:
+        runs = collect_runs([given.run.parent], print)
+        tradeoff.save(tradeoff.tradeoff({path.name: run for path, run in runs.items()}), FIGURES / "comparison.svg")
     if not given.only:
         screenshots(given.run.resolve(), given.chromium)
 
