@@ -414,20 +414,34 @@ def steps() -> str:
     return table(head, body)
 
 
-def launches() -> str:
-    """Kernels that are launched in addition to a dense update's, by whose code and what an update does."""
-    body = [
-        [
-            row["who"],
-            f"{row['granularity']}s",
-            row["what"],
-            f"{row['launches']:g}",
-            percent(row["of_dense"]),
-            f"{row['waits']:g}",
-        ]
-        for row in rows("launches")
-    ]
-    return table(["code", "masks of", "update", "kernels", "relative to dense", "waits for the device"], body)
+def launches(granularity: str) -> str:
+    """Kernels and waits that kinds of updates add to a dense one, of this package by commit and of other code."""
+    found = [row for row in rows("launches") if row["granularity"] == granularity]
+    columns: dict[str, dict[str, str]] = {}
+    for row in found:
+        name = f"here, {row['commit']}" if row["who"] == "lightning_ddst" else row["who"]
+        share = f" ({row['of_dense']:.1%})" if row["what"].startswith("mean") else ""
+        columns.setdefault(name, {})[row["what"]] = f"{row['launches']:g} / {row['waits']:g}{share}"
+    kinds = list(dict.fromkeys(row["what"] for row in found))
+    ours = sorted(columns, key=lambda name: not name.startswith("here"))
+    body = [[kind, *(columns[name].get(kind, "") for name in ours)] for kind in kinds]
+    return table(["kernels / waits", *ours], body)
+
+
+def kinds_of_steps() -> str:
+    """Times of kinds of updates over dense ones, one column per setting."""
+    found = rows("kinds")
+    columns: dict[str, dict[str, str]] = {}
+    for row in found:
+        setting = f"{row['pair']}, {row['discriminator_steps']} D step{'s' * (row['discriminator_steps'] > 1)}"
+        unusual = [row["precision"]] * (row["precision"] != "32-true") + [row["compiled"]] * bool(row["compiled"])
+        name = ", ".join([setting, *unusual, row["machine"]])
+        low, _, high = row["quartiles"] or (None, None, None)
+        spread = "" if low is None else f" ({low:.3f} to {high:.3f})"
+        columns.setdefault(name, {})[row["what"]] = f"{row['ratio']:.3f}{spread}"
+    kinds = list(dict.fromkeys(row["what"] for row in found))
+    body = [[kind, *(column.get(kind, "") for column in columns.values())] for kind in kinds]
+    return table(["update", *columns], body)
 
 
 def exported() -> str:
@@ -477,7 +491,17 @@ def smaller() -> str:
 def origins() -> str:
     """Where the rows are from: every kind of machine and set of versions once."""
     seen: dict[str, int] = {}
-    for study in (*STUDIES, "trials", "mask_update", "overhead", "launches", "exported", "smaller", "versions"):
+    for study in (
+        *STUDIES,
+        "trials",
+        "mask_update",
+        "overhead",
+        "kinds",
+        "launches",
+        "exported",
+        "smaller",
+        "versions",
+    ):
         for row in rows(study):
             versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
             origin = f"{study}: {row['machine']}; {versions}"
@@ -507,7 +531,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "growth of mask updates": lambda: growth_of_mask_updates(gpu=False),
     "growth of mask updates on a GPU": lambda: growth_of_mask_updates(gpu=True),
     "steps": steps,
-    "launches": launches,
+    "launches": lambda: launches("weight"),
+    "launches, channels": lambda: launches("channel"),
+    "kinds of steps": kinds_of_steps,
     "exported": exported,
     "smaller": smaller,
     "channels": channels,
