@@ -61,7 +61,7 @@ def tests() -> None:
 
 def measurements(clones: dict[str, Any], rehearse: bool) -> Iterator[Measurement]:
     """All of them, in order."""
-    accelerator, changes = ("cpu", 2) if rehearse else ("gpu", CHANGES)
+    accelerator, changes = ("cpu", 3) if rehearse else ("gpu", CHANGES)
     narrow = {"width": 4, "batch_size": 2} if rehearse else {}
     yield Measurement("tests", 100, tests)
     for compiled in ("", "aot_eager" if rehearse else "inductor"):
@@ -84,7 +84,7 @@ def measurements(clones: dict[str, Any], rehearse: bool) -> Iterator[Measurement
             partial(mask_update.compare, millions, clones, accelerator),
         )
     for density in (0.1, 0.3, 0.5):
-        setting = replace(Setting("SNGAN", 1, accelerator), **narrow)
+        setting = replace(Setting("SNGAN", 1, accelerator), **narrow | ({"width": 16} if rehearse else {}))
         updates = 5 if rehearse else 50
         yield Measurement(
             f"masks of channels at {density:.0%}",

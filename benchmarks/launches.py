@@ -39,6 +39,7 @@ from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA
 from lightning_ddst.gan.module import paper_adam
 from lightning_ddst.models import SNGANDiscriminator, SNGANGenerator
 from lightning_ddst.sparsity import maskable_weights
+from lightning_ddst.utils.devices import simulate_launch_bound
 
 WIDTH, BATCH = 64, 2
 
@@ -192,7 +193,7 @@ class BatchEnd(Callback):
 
 
 def count_updates(callbacks: Sequence[Callback], updates: int, first: int = 3) -> dict[int, Count]:
-    """Counts updates of a run, one D step and one G step each.
+    """Counts updates of a run, one D step and one G step each, as they are on a GPU.
 
     Args:
         callbacks: The Trainer's.
@@ -205,7 +206,8 @@ def count_updates(callbacks: Sequence[Callback], updates: int, first: int = 3) -
     gan = GANModule(SNGANGenerator(width=WIDTH), SNGANDiscriminator(width=WIDTH))
     images = TensorDataset(torch.rand((updates + 1) * BATCH, 3, 32, 32) * 2 - 1)
     made = trainer([BatchStart(counting, first - 1), *callbacks, end], epochs=1)
-    made.fit(gan, DataLoader(images, batch_size=BATCH))
+    with simulate_launch_bound():
+        made.fit(gan, DataLoader(images, batch_size=BATCH))
     return dict(enumerate(end.counts[:-1], first))
 
 

@@ -33,7 +33,7 @@ WEIGHTS_READ, WRITTEN = 4 + 4 + 1, 1 + 4
 """Bytes a weight that any update has to read (weight, gradient, mask) and write (mask, weight)."""
 
 
-def perceptron(millions: int) -> nn.Sequential:
+def perceptron(millions: float) -> nn.Sequential:
     """Three layers of 2.5, 6.25 and 1.25 million weights, times `millions` / 10."""
     sizes = [round(size * math.sqrt(millions / 10)) for size in (1000, 2500, 2500, 500)]
     layers: list[nn.Module] = []
@@ -57,7 +57,7 @@ def bandwidth(weights: int, device: torch.device) -> float:
     return 2 * 4 * weights / statistics.median(seconds(lambda: target.copy_(source)) for _ in range(7))
 
 
-def memory(millions: int, device: torch.device) -> tuple[float, float]:
+def memory(millions: float, device: torch.device) -> tuple[float, float]:
     """Measures bytes a weight: held by masks and their hooks, and made at the peak of a mask update besides."""
     network = perceptron(millions).to(device)
     optimizer = torch.optim.Adam(network.parameters(), fused=True)

@@ -281,7 +281,11 @@ class DynamicSparsityCallback(RunDisplay, ActsInValidation):
             arguments = {each._prefix(trainer): each._hparams(trainer) for each in (self, *others)}
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
             metrics = [name for each in callbacks if isinstance(each, SampleQuality) for name in each.names]
-            write_custom_scalars(trainer, pl_module, arguments, metrics)
+            controlled = {
+                each._prefix(trainer): any(update.decides for update in each.settings.mask_updates())
+                for each in (self, *others)
+            }
+            write_custom_scalars(trainer, pl_module, arguments, controlled, metrics)
 
     def _tell_start(self, trainer: Trainer) -> None:
         """Prints the networks, and the plan if it is known; names loggers that leave out texts and images."""

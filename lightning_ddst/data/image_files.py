@@ -20,7 +20,15 @@ OnBadImage = Literal["error", "skip"]
 
 
 class BadImageError(OSError, ValueError):
-    """An image file that cannot be read, or does not have 8 bits per channel."""
+    """An image file that cannot be read, or does not have 8 bits per channel.
+
+    Args:
+        message: One line, also where a loader's worker process raised the error.
+    """
+
+    def __init__(self, message: str) -> None:
+        # torch raises a worker's error again with its traceback as the message, which ends with the error itself.
+        super().__init__(message.strip().rpartition(f"{BadImageError.__name__}: ")[2])
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ from lightning_ddst.sparsity.sharding import full_tensor, is_split, local_part, 
 from lightning_ddst.sparsity.spectral import spectral_norms
 from lightning_ddst.sparsity.stored_tensors import weight_norms
 from lightning_ddst.sparsity.weight_norm import group_lengths, rescale
+from lightning_ddst.utils.devices import is_launch_bound
 from lightning_ddst.utils.states import AGES, COUNT, FLOATS, Form, check_tensors, named
 from lightning_ddst.utils.together import clone_together, copy_together, is_plain, lerp_together
 from lightning_ddst.utils.validation import check_choice
 
 BufferHandling = Literal["average", "copy"]
-_MOST_ON_CPU, _MOST = 2**16, 2**24
+_MOST, _MOST_ON_CPU = 2**24, 2**16
 """Number of entries that are averaged together at most: on a CPU, intermediate results stay in its cache."""
 
 
@@ -63,7 +64,7 @@ class _Group:
 
 def _choose_most(tensor: Tensor) -> int:
     """Returns how many entries on the device of a tensor are averaged together at most."""
-    return _MOST_ON_CPU if tensor.device.type == "cpu" else _MOST
+    return _MOST if is_launch_bound(tensor.device) else _MOST_ON_CPU
 
 
 def _make_groups(parameters: Mapping[str, Tensor]) -> Iterator[_Group]:
@@ -187,8 +188,7 @@ class WeightAverage:
         decays = (age / (age + 1)).clamp_(max=self._decay).to(average.dtype)
         average.sub_(value).mul_(decays).add_(value)
         active = value.bool()
-        zero_where_inactive([average], [active])
-        zero_where_inactive([age.add_(1)], [active])
+        zero_where_inactive([average, age.add_(1)], [active, active])
 
     @torch.no_grad()
     def swap(self) -> None:

@@ -181,10 +181,11 @@ def test_monitored_values_are_current_and_logged_ones_stay_the_same():
     trained(seen, sparsity, logger=logger, log_every_n_steps=3, epochs=2)
     trained(DynamicSparsityCallback(0.25, **SETTINGS | {"interval": 4}), logger=plain, log_every_n_steps=3, epochs=2)
     assert logger.lines == plain.lines
-    assert [step for step, _ in logger.lines] == [3, 4, 6, 8, 9, 12, 15, 16, 18, 20]
+    steps = [step for step, values in logger.lines if "density/generator" in values]
+    assert steps == [3, 4, 6, 8, 9, 12, 15, 16, 18, 20]
     assert seen.values[-1]["balance/ratio"] == pytest.approx(sparsity.balance_ratio)
     assert seen.values[-1]["flops/training_ratio"] == pytest.approx(sparsity.flops_ratio)
-    assert seen.values[0].keys() >= logger.lines[-1][1].keys()
+    assert seen.values[0].keys() >= logger.lines[3][1].keys()
 
 
 def test_a_balance_ratio_that_was_never_decided_is_nan_to_those_who_monitor_it():

@@ -802,6 +802,15 @@ def test_two_processes_measure_exactly_what_one_does(one, two, case) -> None:
     assert len(one[case]["history"]) == len(METRICS)
 
 
+def test_two_processes_share_the_recorded_inputs(two) -> None:
+    first, second = (process["recorded"] for process in two)
+    assert str(first) == str(second)
+    for history in first["resumed"].values():
+        assert [updates for updates, _ in history] == [2, 4]
+    assert all(values == first["resumed"][metric][:1] for metric, values in first["first"].items())
+    assert first["halves"] > 0
+
+
 def test_two_processes_share_out_the_images(one, two) -> None:
     # 31 real images in batches of 4, and 45 samples in batches of 7.
     assert one["plain"]["sizes"] == [7] * 6 + [4] * 7 + [3] * 2
@@ -812,7 +821,7 @@ def test_two_processes_share_out_the_images(one, two) -> None:
 
 
 def test_only_the_first_process_shows_its_progress(two) -> None:
-    for case in two[0]:
+    for case in two[0].keys() - {"recorded"}:
         assert set(two[0][case]["bars"]) == {None}  # where there is a terminal
         assert set(two[1][case]["bars"]) == {True}
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ddst.sparsity import MaskedNetwork
 from lightning_ddst.sparsity.averaging import WeightAverage
+from lightning_ddst.utils.devices import simulate_launch_bound
 
 
 def fill(parameter: Tensor, *values: float) -> None:
@@ -130,7 +131,7 @@ def test_an_average_that_is_not_finite_is_zero_again_once_the_weight_is_inactive
     assert not average.values()["weight"].signbit().any()
 
 
-def test_an_update_takes_as_many_operations_for_few_layers_as_for_many() -> None:
+def test_on_a_gpu_an_update_takes_as_many_operations_for_few_layers_as_for_many() -> None:
     class Operations(TorchDispatchMode):
         number = 0
 
@@ -140,10 +141,11 @@ def test_an_update_takes_as_many_operations_for_few_layers_as_for_many() -> None
 
     counts = []
     for layers in (2, 20):
-        network = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(layers)))
-        average = WeightAverage(network)
-        with Operations() as done:
-            average.update()
+        network = nn.Sequential(*(nn.Sequential(nn.Linear(80, 80), nn.BatchNorm1d(80)) for _ in range(layers)))
+        with simulate_launch_bound():
+            average = WeightAverage(network)
+            with Operations() as done:
+                average.update()
         counts.append(done.number)
     assert counts[0] == counts[1] <= 14
 

@@ -79,8 +79,9 @@ class TrainerReport(RunReport):
         self._refreshed = update
         self._set_undecided()
         log_scalars(self._trainer, self._named(values), update)
-        shown = {title: values.get(name, math.nan) for name, title in _IN_PROGRESS_BAR.items()}
-        show_progress(self._trainer, self._named(shown))
+        if "density/generator" in values:  # else not the values of an update
+            shown = {title: values.get(name, math.nan) for name, title in _IN_PROGRESS_BAR.items()}
+            show_progress(self._trainer, self._named(shown))
 
     def refresh(self) -> None:
         """Sets the current scalars in ``trainer.callback_metrics``, for callbacks that monitor them."""
@@ -131,27 +132,28 @@ class TrainerReport(RunReport):
             self.write("flops/ledger", _ledger_markdown(ledger), self._training.updates)
 
 
-def layout(prefixes: Sequence[str], metrics: Sequence[str]) -> Layout:
+def layout(controlled: Mapping[str, bool], metrics: Sequence[str]) -> Layout:
     """Returns the layout of TensorBoard's page of custom scalars.
 
     Args:
-        prefixes: Prefixes of the names of every pair of networks; "" if there is only one pair.
+        controlled: Whether a signal controls a density, by the prefix of the names of every pair of networks; "" if
+            there is only one pair.
         metrics: Names that `SampleQuality` logs.
 
     Returns:
         Charts by category and title, as ``SummaryWriter.add_custom_scalars`` takes them.
     """
     page: Layout = {}
-    for prefix in prefixes:
+    for prefix, has_signal in controlled.items():
         whose = f", {prefix.rstrip('/')}" if prefix else ""
-        # TensorBoard puts the other charts of a category before those with margins.
-        page[f"1. Are the networks in balance{whose}?"] = {
-            "control signal within its bounds": [
-                "Margin",
-                [f"{prefix}control/{n}" for n in ("signal", "lower", "upper")],
-            ]
-        }
         start = f"^{re.escape(prefix)}"
+        # TensorBoard puts the other charts of a category before those with margins.
+        band = ["Margin", [f"{prefix}control/{n}" for n in ("signal", "lower", "upper")]]
+        page[f"1. Are the networks in balance{whose}?"] = (
+            {"control signal within its bounds": band}
+            if has_signal
+            else {"balance ratio": ["Multiline", [f"{start}balance/ratio$"]]}
+        )
         page[f"2. What follows from it{whose}"] = {
             "density of the discriminator": ["Multiline", [f"{start}density/discriminator$"]],
             "density of the generator": ["Multiline", [f"{start}density/generator$"]],
@@ -219,7 +221,11 @@ def _length(trainer: Trainer) -> str:
 
 
 def write_custom_scalars(
-    trainer: Trainer, module: LightningModule, arguments: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]
+    trainer: Trainer,
+    module: LightningModule,
+    arguments: Mapping[str, Mapping[str, Any]],
+    controlled: Mapping[str, bool],
+    metrics: Sequence[str],
 ) -> None:
     """Writes the layout, and the run's hyperparameters with the names of its final numbers.
 
@@ -230,6 +236,7 @@ def write_custom_scalars(
         trainer: The Trainer, before training.
         module: Its module.
         arguments: The result of `hparams` for every pair of networks, by the pair's prefix.
+        controlled: Whether a signal controls a density of the pair, by the pair's prefix.
         metrics: Names that `SampleQuality` logs.
     """
     settings: dict[str, Any] = {f"{prefix}{name}": v for prefix, own in arguments.items() for name, v in own.items()}
@@ -243,7 +250,7 @@ def write_custom_scalars(
     settings = dict(module.hparams) | settings
     shown = {name: v if isinstance(v, int | float | str) else str(v) for name, v in settings.items() if v is not None}
     for writer in writers:
-        writer.add_custom_scalars(layout(list(arguments), metrics))
+        writer.add_custom_scalars(layout(controlled, metrics))
         for summary in hparams(shown, dict.fromkeys([*metrics, *numbers], 0.0)):
             writer._get_file_writer().add_summary(summary)
 

@@ -141,8 +141,10 @@ def test_a_run_writes_its_summary_at_every_epochs_end(tmp_path) -> None:
     assert f"**{sparsity.decisions[-1][1].action}**, since {sparsity.decisions[-1][1].reason}." in words
 
 
-def test_every_chart_of_the_layout_has_what_it_shows(tmp_path) -> None:
-    events = events_of(tmp_path, DynamicSparsityCallback(0.2, interval=5, explore_interval=5, probe_interval=1))
+@pytest.mark.parametrize("method", ["ddst", "sdst", "ramp"])
+def test_every_chart_of_the_layout_has_what_it_shows(method: str, tmp_path) -> None:
+    sparsity = DynamicSparsityCallback(0.2, method=method, interval=5, explore_interval=5, probe_interval=1)
+    events = events_of(tmp_path, sparsity)
     (event,) = events.Tensors("custom_scalars__config__")
     page = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     assert [category.title for category in page.category] == [
@@ -151,6 +153,8 @@ def test_every_chart_of_the_layout_has_what_it_shows(tmp_path) -> None:
         "4. Costs and losses",
     ]
     logged = events.Tags()["scalars"]
+    (first,) = page.category[0].chart
+    assert first.title == ("control signal within its bounds" if method == "ddst" else "balance ratio")
     for category in page.category:
         for chart in category.chart:
             for series in chart.margin.series:
@@ -160,7 +164,7 @@ def test_every_chart_of_the_layout_has_what_it_shows(tmp_path) -> None:
 
 
 def test_pairs_have_charts_of_their_own() -> None:
-    page = layout(["first/", "second.g/"], ["frechet_distance/cnn"])
+    page = layout({"first/": False, "second.g/": True}, ["frechet_distance/cnn"])
     assert list(page) == [
         "1. Are the networks in balance, first?",
         "2. What follows from it, first",
@@ -169,6 +173,7 @@ def test_pairs_have_charts_of_their_own() -> None:
         "3. Samples",
         "4. Costs and losses",
     ]
+    assert list(page["1. Are the networks in balance, first?"]) == ["balance ratio"]
     (_, series) = page["1. Are the networks in balance, second.g?"]["control signal within its bounds"]
     assert series == ["second.g/control/signal", "second.g/control/lower", "second.g/control/upper"]
     assert page["3. Samples"] == {"frechet_distance/cnn": ["Multiline", ["^frechet_distance/cnn$"]]}
