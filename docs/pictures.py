@@ -33,7 +33,7 @@ from torch import nn
 from lightning_ddst import export, models
 from lightning_ddst.data import digits
 from lightning_ddst.report import plots, tradeoff
-from lightning_ddst.report.compare import collect_runs
+from lightning_ddst.report.results import read_results
 from lightning_ddst.report.runs import Series, read_run
 from lightning_ddst.sparsity import MaskedNetwork
 
@@ -336,16 +336,20 @@ def drawn(run: Path, work: Path) -> dict[str, Callable[[], Figure]]:
         return first_look(dense, sparse, rows("wide"))
 
     def by_density() -> Figure:
-        folders = {density: work / f"digits-{'dense' if density == 1 else 'DDST'}-{density}-0" for density in SAMPLED}
         distances = {row["density"]: distance(row) for row in found if row["seed"] == 0}
         real = digits().tensors[0][:22, 0].numpy() / 2 + 0.5
-        return gallery({density: samples(folder, 22) for density, folder in folders.items()}, real, distances)
+        return gallery({density: samples(folder, 22) for density, folder in _by_density(work).items()}, real, distances)
 
     figures = {"first_look": look, "gallery": by_density, "densities": lambda: densities(found), "masks": masks}
     figures["scores"] = lambda: scores(series)
     return figures | {
         f"run_{name}": lambda figure=figure: for_both_modes(figure) for name, figure in plots.figures(series).items()
     }
+
+
+def _by_density(work: Path) -> dict[float, Path]:
+    """Returns the folders of the first seed's runs on digits, by density of the generator."""
+    return {density: work / f"digits-{'dense' if density == 1 else 'DDST'}-{density}-0" for density in SAMPLED}
 
 
 def main() -> None:
@@ -361,8 +365,9 @@ def main() -> None:
             with plots.plot_style():
                 (FIGURES / f"{name}.svg").write_bytes(plots.rendered(draw(), "svg"))
     if not given.only or "comparison" in given.only:
-        runs = collect_runs([given.run.parent], print)
-        tradeoff.save(tradeoff.tradeoff({path.name: run for path, run in runs.items()}), FIGURES / "comparison.svg")
+        folders = _by_density(given.work / "runs")
+        compared = {f"{100 * density:.0f} %": read_results(folders[density]) for density in SAMPLED[:4]}
+        tradeoff.save(tradeoff.tradeoff(compared), FIGURES / "comparison.svg")
     if not given.only:
         screenshots(given.run.resolve(), given.chromium)
 
