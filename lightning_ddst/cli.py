@@ -2,9 +2,10 @@
 
 import os
 import pickle
+import pydoc
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -14,21 +15,32 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_ddst.attached.options import METHOD_ARGUMENTS
-from lightning_ddst.callbacks import DynamicSparsityCallback, InterruptCheckpoint
+from lightning_ddst.callbacks import DynamicSparsityCallback, InterruptCheckpoint, SampleQuality
+from lightning_ddst.data.network_sizes import NetworkSizes, fit_networks
 from lightning_ddst.export.command import export
+from lightning_ddst.gan.module import GANModule
 from lightning_ddst.methods.base import METHODS, unused_arguments
+from lightning_ddst.report.compare_command import compare
 from lightning_ddst.report.plot_command import plot
+from lightning_ddst.report.sweep_command import sweep
 from lightning_ddst.utils.checkpoints import AtomicCheckpointIO, CheckpointError, describe_error
-from lightning_ddst.utils.configurations import check_classes, read_yaml
+from lightning_ddst.utils.configurations import check_classes, option_values, read_yaml
 from lightning_ddst.utils.states import StateError
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 """The default configuration: DDST on handwritten digits."""
 CONFIGS = {path.stem: path for path in sorted(DEFAULT_CONFIG.parent.rglob("*.yaml"))}
 """The package's configurations by name; ``--config`` accepts these names and paths of files."""
+SUBCOMMANDS: dict[str, Callable[[Sequence[str]], object]] = {
+    "plot": plot,
+    "compare": compare,
+    "sweep": sweep,
+    "export": export,
+}
+"""Subcommands next to LightningCLI's: functions of the arguments after the subcommand's name."""
 
 
 class SparseGANCLI(LightningCLI):
@@ -37,6 +49,11 @@ class SparseGANCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callback to every configuration."""
         parser.add_lightning_class_args(DynamicSparsityCallback, "sparsity")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses the arguments; also keeps those that were given, without defaults."""
+        super().parse_arguments(parser, args)
+        self._given = parser.parse_args(args, defaults=False)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds a checkpoint for interrupted runs to the Trainer's callbacks, and has checkpoints written atomically."""
@@ -54,12 +71,29 @@ class SparseGANCLI(LightningCLI):
         try:
             check_classes((given[self.subcommand] if self.subcommand else given).as_dict())
             self.config = _without_unused(given, self.subcommand)  # config.yaml records this
+            sizes = self._fit_networks()
             super().instantiate_classes()
+            sizes.check()  # now: the networks' own errors come first
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, SampleQuality):
+                    callback.check_data(self.datamodule)
         except (ValueError, OSError) as error:
             print(f"lightning-ddst: error: {_first_reason(error)}", file=sys.stderr)
             sys.exit(2)
         finally:
             self.config = given
+
+    def _fit_networks(self) -> NetworkSizes:
+        """Gives a `GANModule`'s networks the size of the data's images, where no other was given."""
+        config, given = ((each[self.subcommand] if self.subcommand else each) for each in (self.config, self._given))
+        model = pydoc.locate(config.model.class_path) if config.get("model") else None
+        if not (config.get("data") and isinstance(model, type) and issubclass(model, GANModule)):
+            return NetworkSizes({}, [])
+        sizes = fit_networks(config, given)
+        if sizes.filled:
+            values = ", ".join(f"{name}={size}" for name, size in sizes.filled.items())
+            rank_zero_info(f"The networks fit the data's images: {values}")
+        return sizes
 
 
 def _without_unused(config: Namespace, subcommand: str | None) -> Namespace:
@@ -83,10 +117,8 @@ def main() -> None:
     # `args` are those of the process, with names of configurations replaced by paths.
     warnings.filterwarnings("ignore", ".*LightningCLI's args parameter")
     sys.path.append(os.getcwd())  # for the user's own classes
-    if sys.argv[1:2] == ["plot"]:
-        plot(sys.argv[2:])
-    elif sys.argv[1:2] == ["export"]:
-        export(sys.argv[2:])
+    if (subcommand := SUBCOMMANDS.get("".join(sys.argv[1:2]))) is not None:
+        subcommand(sys.argv[2:])
     else:
         try:
             make_cli(sys.argv[1:])
@@ -105,7 +137,7 @@ def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
         run: Whether to run the subcommand at the beginning of `args`. If False, `args` are those of ``fit``, and the
             objects are only made: the attributes ``trainer``, ``model`` and ``datamodule`` of the result.
     """
-    args = _with_default_config(_with_paths(args), run)
+    args = _with_default_config(_with_log_folder(_with_paths(args)), run)
     _check_configs(args)
     return SparseGANCLI(
         LightningModule,
@@ -115,7 +147,8 @@ def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={
-            "epilog": "Others: lightning-ddst plot RUN draws what a run logged, export CKPT writes its generator.",
+            "epilog": "Others: lightning-ddst plot RUN draws what a run logged, compare RUN... compares several, "
+            "sweep --densities D,D,... runs and compares several densities, export CKPT writes a generator.",
             "version": version("lightning-ddst"),
         },
         seed_everything_default=0,
@@ -161,6 +194,16 @@ def _with_paths(args: Sequence[str]) -> list[str]:
         elif place and resolved[place - 1] in ("--config", "-c"):
             resolved[place] = _path(arg)
     return resolved
+
+
+def _with_log_folder(args: Sequence[str]) -> list[str]:
+    """Gives a logger that is named without the folder it requires the run's root folder."""
+    given = dict(option_values(args))
+    logger = given.get("--trainer.logger", "").rpartition(".")[2]
+    folders = ("--trainer.logger.save_dir", "--trainer.logger.init_args.save_dir")
+    if logger not in ("CSVLogger", "TensorBoardLogger") or any(folder in given for folder in folders):
+        return list(args)
+    return [*args, f"{folders[1]}={given.get('--trainer.default_root_dir', '.')}"]
 
 
 def _path(config: str) -> str:

@@ -20,7 +20,7 @@ SYSTEMS = {
     "tiny_imagenet_biggan": (64, 200_000, 5),
 }
 """Their image size, generator updates, and batches' worth of optimizer steps a generator update."""
-METHODS = sorted(CONFIGS.keys() - SYSTEMS.keys() - {"digits", "paper"})
+METHODS = sorted(CONFIGS.keys() - SYSTEMS.keys() - {"digits", "images", "paper"})
 DENSITIES = (0.1, 0.2, 0.3, 0.5)
 
 
@@ -100,7 +100,7 @@ def test_an_unknown_name_is_rejected_with_those_that_exist(capsys):
     assert error.value.code == 2
     said = capsys.readouterr().err
     assert "--config cifar10_sngam " in said
-    assert "digits, cifar10_biggan, " in said
+    assert "digits, images, cifar10_biggan, " in said
 
 
 def test_names_and_files_can_be_mixed(monkeypatch, tmp_path):

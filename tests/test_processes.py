@@ -9,6 +9,8 @@ import pytest
 import torch
 import two_processes
 
+from lightning_ddst import GeneratorEMA
+
 HERE = Path(__file__).parent
 NEEDS_FSDP2 = pytest.mark.skipif(not two_processes.FSDP2, reason="FSDP2 works on CPUs from torch 2.7 on")
 
@@ -129,10 +131,12 @@ def test_plain_ddp_is_rejected_naming_the_strategy_that_works(results):
 def test_parameters_that_are_split_over_processes_get_the_same_masks(results, growth):
     first, second = results(f"sharded {growth}")
     assert_alike(first, second)
-    changes = two_processes.exact(1, growth)
+    average = GeneratorEMA(0.9)
+    changes = two_processes.exact(1, growth, callbacks=[average])
     assert len(changes) >= 4
     for own, masks in zip(changes[:4], first["masks"][:4], strict=True):
         assert all(torch.equal(mask, masks[name]) for name, mask in own.items())
+    torch.testing.assert_close(first["average"], average.averages())
 
 
 @NEEDS_FSDP2

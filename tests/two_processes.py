@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,14 +140,15 @@ class ShardedGAN(ExactGAN):
 
 def sharded(growth: str) -> Any:
     seed_everything(0, verbose=False)
-    changes, updates = ChangesOfMasks(), EveryUpdate()
+    changes, updates, average = ChangesOfMasks(), EveryUpdate(), GeneratorEMA(0.9)
     sparsity = DynamicSparsityCallback(
         0.3, bounds=(0.2, 0.3), interval=5, explore_interval=4, delta=0.1, growth=growth, seed=2
     )
     gan = ShardedGAN()
     strategy = ModelParallelStrategy(2, 1)
-    train(gan, exact_data(2), sparsity, updates, changes, max_epochs=1, strategy=strategy)
-    return {"masks": changes.masks, "seen": updates.seen, "weights": weights(gan)}
+    train(gan, exact_data(2), sparsity, average, updates, changes, max_epochs=1, strategy=strategy)
+    average_of_all = average.averages()
+    return {"masks": changes.masks, "seen": updates.seen, "weights": weights(gan), "average": average_of_all}
 
 
 class ChangesOfMasks(Callback):
@@ -172,7 +174,9 @@ class ShardedNormedGAN(NormedGAN):
     configure_model = ShardedGAN.configure_model
 
 
-def exact(processes: int, growth: str, make: type[ExactGAN] = ExactGAN) -> list[dict[str, torch.Tensor]]:
+def exact(
+    processes: int, growth: str, make: type[ExactGAN] = ExactGAN, callbacks: Sequence[Callback] = ()
+) -> list[dict[str, torch.Tensor]]:
     seed_everything(0, verbose=False)
     changes = ChangesOfMasks()
     sparsity = DynamicSparsityCallback(
@@ -180,7 +184,7 @@ def exact(processes: int, growth: str, make: type[ExactGAN] = ExactGAN) -> list[
     )
     gan = make()
     if processes == 2:
-        train(gan, exact_data(2), sparsity, changes, max_epochs=1)
+        train(gan, exact_data(2), sparsity, changes, *callbacks, max_epochs=1)
     else:
         Trainer(
             accelerator="cpu",
@@ -190,7 +194,7 @@ def exact(processes: int, growth: str, make: type[ExactGAN] = ExactGAN) -> list[
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[sparsity, changes],
+            callbacks=[sparsity, changes, *callbacks],
         ).fit(gan, exact_data(1))
     return changes.masks
 

@@ -77,6 +77,51 @@ def measured(processes: int, cache: Path | None = None, **loader: Any) -> Any:
     return {"history": callback.history, "halves": callback.real_halves, "sizes": reals, "bars": shown}
 
 
+class WithoutSample(GANModule):
+    """Has no method `sample`; every process has noise of its own."""
+
+    sample = None
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(10 * batch_idx + self.trainer.global_rank)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for network, optimizer in zip((self.generator, self.discriminator), self.optimizers(), strict=True):
+            loss = self.discriminator(self(torch.randn(5, 4))).mean() * (1 if network is self.generator else -1)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        self.generator_updates += 1
+
+
+def recorded(processes: int, folder: Path) -> Any:
+    """What is measured of a GAN without `sample` and validation, before and after a checkpoint of its first epoch."""
+    seed_everything(0, verbose=False)
+    images = torch.rand(31, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def run(epochs: int, path: Path | None) -> SampleQuality:
+        networks = SmallGenerator(8, 1, 4, latent_dim=4), SmallDiscriminator(8, 1, 4)
+        callback = SampleQuality(Counted(), "counted", METRICS, samples=36, kept_features=25)
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=processes,
+            strategy="ddp_find_unused_parameters_true" if processes > 1 else "auto",
+            callbacks=[callback],
+            logger=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            max_epochs=epochs,
+            limit_train_batches=2,
+        )
+        trainer.fit(WithoutSample(*networks), DataLoader(TensorDataset(images), batch_size=4), ckpt_path=path)
+        trainer.save_checkpoint(folder / "first.ckpt")
+        return callback
+
+    first, resumed = run(1, None), run(2, folder / "first.ckpt")
+    return {"first": first.history, "resumed": resumed.history, "halves": resumed.real_halves}
+
+
 def cases(processes: int, folder: Path) -> dict[str, Any]:
     """Every case, by name."""
     return {
@@ -91,4 +136,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     folder = Path(sys.argv[1])
-    torch.save(cases(2, folder), folder / f"{os.environ['RANK']}.pt")
+    torch.save(cases(2, folder) | {"recorded": recorded(2, folder)}, folder / f"{os.environ['RANK']}.pt")

@@ -91,11 +91,11 @@ class Computation:
     def to_program(self) -> ExportedProgram:
         """Returns the network as a program, for any batch size if its code allows that, else with a warning."""
         try:
-            return torch.export.export(self.network, self.example, dynamic_shapes=self.shapes)
+            return torch.export.export(self.network, self.example, dynamic_shapes=self.shapes, strict=False)
         except Exception as error:  # torch may raise anything for the user's network
             if _FIXED_SIZE not in str(error):
                 raise
-        program = torch.export.export(self.network, self.example)
+        program = torch.export.export(self.network, self.example, strict=False)
         self.warn_of_fixed_batch()
         return program
 

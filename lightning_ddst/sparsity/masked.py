@@ -246,6 +246,10 @@ class MaskedNetwork:
             if name not in self.weights and name not in named and not self._is_named_dense(places)
         }
 
+    def maskable_share(self) -> float:
+        """Returns the maskable share of the weights, in (0, 1]; the others are those of `dense_weights`."""
+        return self.total / (self.total + sum(parameter.numel() for parameter in self.dense_weights().values()))
+
     def _maskable(self) -> list[MaskableWeight]:
         return maskable_weights(self.network, self._masked_parameters, dense_layers=self._dense_layers, name=self._name)
 

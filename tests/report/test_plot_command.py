@@ -100,7 +100,7 @@ def test_bad_arguments_end_with_a_message(args: list[str], message: str, run: Pa
 
 def test_the_command_goes_to_it(monkeypatch, capsys) -> None:
     given = []
-    monkeypatch.setattr(cli, "plot", given.append)
+    monkeypatch.setitem(cli.SUBCOMMANDS, "plot", given.append)
     monkeypatch.setattr(sys, "argv", ["lightning-ddst", "plot", "RUN", "--formats", "png"])
     cli.main()
     assert given == [["RUN", "--formats", "png"]]

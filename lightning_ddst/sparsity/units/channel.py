@@ -48,7 +48,7 @@ class ChannelUnits(Units):
         ValueError: If the channels cannot be traced.
     """
 
-    drop_fraction = 0.1  # one of the two best values tested (docs/results.md)
+    drop_fraction = 0.1  # one of the two best values tested (docs/results/channels.md)
     needs_inputs = True
     dense_kernels = False
     state_form: ClassVar[Form] = {"channels": BOOL_TENSOR}
