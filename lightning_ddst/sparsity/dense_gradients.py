@@ -166,6 +166,8 @@ class DenseGradients:
     def on_step(self, names: Iterable[str]) -> None:
         """Keeps the gradients of the weights that an optimizer has just updated."""
         self.on_pass_end()  # where an optimizer steps within the backward pass
+        if not (self._accumulated or self._grads or distributed.is_distributed()):
+            return  # nothing was recorded
         gradients: dict[str, Tensor] = {}
         for name in names:
             self._grads.pop(name, None)

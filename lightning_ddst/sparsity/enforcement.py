@@ -155,7 +155,7 @@ class MaskEnforcer:
     @uncompiled
     def _after_backward(self, name: str, parameter: Tensor) -> None:
         self.gradients.on_accumulated(name, parameter)
-        if not is_masked_at_end(parameter):
+        if not self._unmasked and not is_masked_at_end(parameter):
             mask_gradients(self._masks([name]))
             return
         # Each weight requests the end of the pass, so that a pass that raised an error leaves nothing behind.

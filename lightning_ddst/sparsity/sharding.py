@@ -22,10 +22,12 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_split(tensor) else tensor
 
 
-@torch.no_grad()
 def local_part(tensor: Tensor) -> Tensor:
     """Returns this process's part of a tensor, which shares its memory."""
-    return tensor.to_local() if is_split(tensor) else tensor
+    if not is_split(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
 
 
 def split_like(tensor: Tensor, like: Tensor) -> Tensor:
