@@ -4,26 +4,30 @@ import os
 import pickle
 import sys
 import warnings
+from argparse import SUPPRESS, Action
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import Namespace, capture_parser, set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_ddst.attached.options import METHOD_ARGUMENTS
 from lightning_ddst.callbacks import DynamicSparsityCallback, InterruptCheckpoint
 from lightning_ddst.export.command import export
 from lightning_ddst.methods.base import METHODS, unused_arguments
 from lightning_ddst.report.plot_command import plot
-from lightning_ddst.utils.checkpoints import AtomicCheckpointIO, CheckpointError, describe_error
-from lightning_ddst.utils.configurations import check_classes, read_yaml
-from lightning_ddst.utils.states import StateError
+from lightning_ddst.utils.checkpoints import AtomicCheckpointIO, describe_error
+from lightning_ddst.utils.command_line import DEBUG, OneLineParser, fail, is_expected, print_traceback
+from lightning_ddst.utils.configurations import check_classes, find_missing_files, read_yaml
+from lightning_ddst.utils.suggestions import did_you_mean
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 """The default configuration: DDST on handwritten digits."""
@@ -32,13 +36,75 @@ CONFIGS = {path.stem: path for path in sorted(DEFAULT_CONFIG.parent.rglob("*.yam
 SUBCOMMANDS: dict[str, Callable[[Sequence[str]], object]] = {"plot": plot, "export": export}
 """Subcommands next to LightningCLI's: functions of the arguments after the subcommand's name."""
 
+_CHECKPOINTS = ("best", "last", "hpc")
+"""Values of ``--ckpt_path`` that Lightning replaces by a path."""
+_DESCRIPTION = "Sparse training of GANs with Double Dynamic Sparse Training (DDST)."
+_EXAMPLES = """\
+Examples:
+  lightning-ddst fit                                                    the default experiment, on handwritten digits
+  lightning-ddst fit --sparsity.generator_density 0.05 --trainer.max_epochs 10
+  lightning-ddst fit --print_config > my.yaml                           all arguments as a file, to change
+  lightning-ddst fit --config my.yaml --sparsity.method static          a file, and arguments that override it
+  lightning-ddst fit --config paper --config cifar10_sngan --config ddst_relaxed
+  lightning-ddst fit --data CIFAR10DataModule --data.root data          another class, and its arguments
+  lightning-ddst validate --ckpt_path lightning_logs/version_0/checkpoints/last.ckpt
+"""
+
+
+class _TrainerHelp(Action):
+    """Prints all arguments of the Trainer."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str = SUPPRESS, **others: Any) -> None:
+        text = "Show all arguments of the Trainer and exit."
+        super().__init__(option_strings, dest=SUPPRESS, default=SUPPRESS, nargs=0, help=text)
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        every = LightningArgumentParser(prog=parser.prog, usage="%(prog)s [--trainer.NAME VALUE]", description=None)
+        every.add_lightning_class_args(Trainer, "trainer")
+        every.print_help()
+        parser.exit()
+
+
+class SparseGANParser(OneLineParser, LightningArgumentParser):  # type: ignore[misc]
+    """The parser of the command and of its subcommands for training."""
+
+    def add_subcommands(self, **kwargs: Any) -> Any:
+        """Adds subcommands, of which those in `SUBCOMMANDS` are shown in the help only: `main` runs them."""
+        self.subcommands = super().add_subcommands(**kwargs)
+        return self.subcommands
+
 
 class SparseGANCLI(LightningCLI):
     """A LightningCLI with the arguments of `DynamicSparsityCallback` under ``sparsity``."""
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the callback to every configuration."""
+    def setup_parser(self, add_subcommands: bool, *args: Any, **kwargs: Any) -> None:
+        """Adds the parsers of other subcommands, for help and completion."""
+        super().setup_parser(add_subcommands, *args, **kwargs)
+        if add_subcommands:
+            for name, command in SUBCOMMANDS.items():
+                parser = capture_parser(command, [])
+                self.parser.subcommands.add_subcommand(name, parser, help=parser.description)
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the callback to every configuration, before all other arguments."""
         parser.add_lightning_class_args(DynamicSparsityCallback, "sparsity")
+        parser.add_argument("--trainer.help", action=_TrainerHelp)
+        super().add_default_arguments_to_parser(parser)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses the arguments, and checks names of classes and files before anything is made."""
+        super().parse_arguments(parser, args)
+        config = self.config.get(self.config.get("subcommand", ""), self.config)
+        try:
+            check_classes(config.as_dict())
+        except ValueError as error:
+            fail(error)
+        missing = [f"{option}: {reason}" for option, reason in find_missing_files(config.as_dict())]
+        checkpoint = config.get("ckpt_path")
+        if checkpoint and checkpoint not in _CHECKPOINTS and "://" not in checkpoint and not Path(checkpoint).exists():
+            missing.append(f"--ckpt_path={checkpoint}: no such file.")
+        if missing:
+            fail(*missing)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds a checkpoint for interrupted runs to the Trainer's callbacks, and has checkpoints written atomically."""
@@ -54,12 +120,10 @@ class SparseGANCLI(LightningCLI):
         """Makes all objects; an invalid value ends the process with an error message, without a traceback."""
         given = self.config
         try:
-            check_classes((given[self.subcommand] if self.subcommand else given).as_dict())
             self.config = _without_unused(given, self.subcommand)  # config.yaml records this
             super().instantiate_classes()
-        except (ValueError, OSError) as error:
-            print(f"lightning-ddst: error: {_first_reason(error)}", file=sys.stderr)
-            sys.exit(2)
+        except (ValueError, OSError, ImportError, MisconfigurationException) as error:
+            fail(_first_reason(error))
         finally:
             self.config = given
 
@@ -81,20 +145,35 @@ def _without_unused(config: Namespace, subcommand: str | None) -> Namespace:
 
 
 def main() -> None:
-    """Runs the command with the arguments of the process."""
+    """Runs the command with the arguments of the process.
+
+    An error about arguments, configurations or files is one line. With ``--debug`` its traceback is printed as well.
+    """
+    debug = DEBUG in sys.argv
+    try:
+        _run([argument for argument in sys.argv[1:] if argument != DEBUG])
+    except SystemExit as end:
+        if debug and end.code not in (None, 0):
+            print_traceback(end)
+        raise
+    except Exception as error:
+        if debug or not is_expected(error):
+            raise
+        fail(error, status=1)
+
+
+def _run(args: Sequence[str]) -> None:
     # `args` are those of the process, with names of configurations replaced by paths.
     warnings.filterwarnings("ignore", ".*LightningCLI's args parameter")
     sys.path.append(os.getcwd())  # for the user's own classes
-    if (subcommand := SUBCOMMANDS.get("".join(sys.argv[1:2]))) is not None:
-        subcommand(sys.argv[2:])
-    else:
-        try:
-            make_cli(sys.argv[1:])
-        except (CheckpointError, StateError, pickle.UnpicklingError) as error:
-            # LightningCLI itself reads the checkpoint's hyperparameters, with weights_only=True.
-            said = f"--ckpt_path: {describe_error(error)}." if isinstance(error, pickle.UnpicklingError) else error
-            print(f"lightning-ddst: error: {said}", file=sys.stderr)
-            sys.exit(1)
+    if (subcommand := SUBCOMMANDS.get("".join(args[:1]))) is not None:
+        subcommand(args[1:])
+        return
+    try:
+        make_cli(args)
+    except pickle.UnpicklingError as error:
+        # LightningCLI itself reads the checkpoint's hyperparameters, with weights_only=True.
+        fail(f"--ckpt_path: {describe_error(error)}.", status=1)
 
 
 def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
@@ -107,6 +186,8 @@ def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
     """
     args = _with_default_config(_with_paths(args), run)
     _check_configs(args)
+    if find_spec("shtab"):
+        set_parsing_settings(add_print_completion_argument=True)
     return SparseGANCLI(
         LightningModule,
         LightningDataModule,
@@ -114,10 +195,14 @@ def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
+        parser_class=SparseGANParser,
         parser_kwargs={
-            "epilog": "Others: lightning-ddst plot RUN draws what a run logged, export CKPT writes its generator.",
+            "prog": "lightning-ddst",
+            "description": _DESCRIPTION,
+            "epilog": _epilog(),
             "version": version("lightning-ddst"),
-        },
+        }
+        | {name: {"usage": _usage(name), "epilog": _epilog()} for name in LightningCLI.subcommands()},
         seed_everything_default=0,
         args=args,
         run=run,
@@ -134,6 +219,27 @@ def _first_reason(error: ValueError | OSError) -> ValueError | OSError:
     return reason
 
 
+def _usage(subcommand: str) -> str:
+    return (
+        f"lightning-ddst {subcommand} [--config NAME_OR_FILE] [--ckpt_path CKPT] [--sparsity.NAME VALUE]\n"
+        "       [--model CLASS] [--model.NAME VALUE] [--data CLASS] [--data.NAME VALUE] [--trainer.NAME VALUE]"
+    )
+
+
+def _epilog() -> str:
+    """Lists examples and the package's configurations, each with the first sentence of its first comment."""
+    names = "\n".join(f"  {name:<22}{_first_comment(path)}" for name, path in CONFIGS.items())
+    return (
+        f"{_EXAMPLES}\nConfigurations for --config, which can be given several times; later ones override earlier "
+        f"ones:\n{names}\n\n{DEBUG} prints the traceback of an error as well."
+    )
+
+
+def _first_comment(path: Path) -> str:
+    with path.open(encoding="utf-8") as file:
+        return file.readline().removeprefix("#").strip()
+
+
 def _check_configs(args: Sequence[str]) -> None:
     """Ends the process if a configuration file is no YAML, or names a function where a class must be.
 
@@ -145,10 +251,12 @@ def _check_configs(args: Sequence[str]) -> None:
             path = Path(value if equals else "".join(args[place + 1 : place + 2]))
             with suppress(OSError):  # which the parser reports
                 try:
-                    check_classes(read_yaml(path))
+                    content = read_yaml(path)
+                    if not isinstance(content, dict | None):
+                        raise ValueError("it must hold arguments by name, such as sparsity: {generator_density: 0.1}.")
+                    check_classes(content)
                 except ValueError as error:
-                    print(f"lightning-ddst: error: {path}: {error}", file=sys.stderr)
-                    sys.exit(2)
+                    fail(f"{path}: {error}")
 
 
 def _with_paths(args: Sequence[str]) -> list[str]:
@@ -164,13 +272,12 @@ def _with_paths(args: Sequence[str]) -> list[str]:
 
 
 def _path(config: str) -> str:
-    if Path(config).suffix or Path(config).is_file():
-        return config
-    if config not in CONFIGS:
+    if config in CONFIGS and not Path(config).is_file():
+        return str(CONFIGS[config])
+    if not Path(config).is_file() and "://" not in config:
         names = ", ".join(CONFIGS)
-        print(f"lightning-ddst: error: --config {config} is neither a file nor one of {names}.", file=sys.stderr)
-        sys.exit(2)
-    return str(CONFIGS[config])
+        fail(f"--config={config} is neither a file nor one of {names}.{did_you_mean(config, CONFIGS)}")
+    return config
 
 
 def _with_default_config(args: Sequence[str], run: bool) -> list[str]:

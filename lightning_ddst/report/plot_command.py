@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from jsonargparse import ArgumentParser
 
 from lightning_ddst.report.runs import read_run
 from lightning_ddst.utils import cache
+from lightning_ddst.utils.command_line import OneLineParser
 
 
 def plot(args: Sequence[str]) -> list[Path]:
@@ -22,7 +22,7 @@ def plot(args: Sequence[str]) -> list[Path]:
     from lightning_ddst.report import plots  # imported here: training works without Matplotlib
 
     formats = get_args(plots.Format)
-    parser = ArgumentParser(prog="lightning-ddst plot", description="Draws what a run logged for TensorBoard.")
+    parser = OneLineParser(prog="lightning-ddst plot", description="Draws what a run logged for TensorBoard.")
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder, such as lightning_logs/version_0")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where figures go (default: RUN/plots)")
     parser.add_argument("--formats", nargs="+", choices=formats, default=list(formats), help="kinds of files")
