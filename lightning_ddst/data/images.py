@@ -162,8 +162,7 @@ class ImageDataModule(LightningDataModule):
             return dataset
         if self.images > len(dataset):
             raise ValueError(f"images={self.images} must not be above the number of images, {len(dataset)}.")
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(_SUBSET_SEED))
-        return Subset(dataset, order[: self.images].tolist())
+        return Subset(dataset, draw_subset(len(dataset), self.images))
 
     def _compared(self) -> Any:
         dataset, indices = self._dataset(self.reference == "train"), self.reference_indices()
@@ -205,6 +204,11 @@ class ImageDataModule(LightningDataModule):
         images, labels = batch
         flipped = torch.rand(len(images), device=images.device) < 0.5
         return torch.where(flipped[:, None, None, None], images.flip(3), images), labels
+
+
+def draw_subset(total: int, number: int) -> list[int]:
+    """Draws different indices below `total`: always the same ones; fewer are the first of more."""
+    return torch.randperm(total, generator=torch.Generator().manual_seed(_SUBSET_SEED))[:number].tolist()
 
 
 def fit_to_size(images: Tensor, image_size: int, channels: int) -> Tensor:

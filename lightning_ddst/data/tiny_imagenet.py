@@ -1,10 +1,11 @@
 """Tiny ImageNet."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from lightning_ddst.data.folders import ImageFiles
+from lightning_ddst.data.image_files import ImageFiles, OnBadImage
 from lightning_ddst.data.images import ImageDataModule
+from lightning_ddst.utils.validation import check_choice
 
 _FOLDER = "tiny-imagenet-200"
 
@@ -22,6 +23,8 @@ class TinyImageNetDataModule(ImageDataModule):
         image_size: Height and width.
         channels: 3, or 1 for gray.
         horizontal_flips: As in `ImageDataModule`, but True by default.
+        on_bad_image: "error" raises an error for a file that cannot be read; "skip" warns, and returns the next file in
+            its place, always the same.
         **settings: Further arguments of `ImageDataModule`; ``reference="test"`` uses the 10,000 images.
     """
 
@@ -33,9 +36,12 @@ class TinyImageNetDataModule(ImageDataModule):
         image_size: int = 64,
         channels: int = 3,
         horizontal_flips: bool = True,
+        on_bad_image: OnBadImage = "error",
         **settings: Any,
     ) -> None:
         super().__init__(root, image_size, channels, horizontal_flips=horizontal_flips, **settings)
+        check_choice("on_bad_image", on_bad_image, get_args(OnBadImage))
+        self.on_bad_image: OnBadImage = on_bad_image
 
     def make_dataset(self, train: bool) -> ImageFiles:
         """Lists the images and labels of a split."""
@@ -56,7 +62,7 @@ class TinyImageNetDataModule(ImageDataModule):
             if unknown:
                 raise ValueError(f"{table} names classes that are not in wnids.txt: {', '.join(unknown)}.")
             images = [(self._existing(folder / "val" / "images" / name), wnids.index(wnid)) for name, wnid in names]
-        return ImageFiles([path for path, _ in images], [label for _, label in images])
+        return ImageFiles([path for path, _ in images], [label for _, label in images], self.on_bad_image)
 
     def _existing(self, path: Path) -> Path:
         if not path.exists():
