@@ -3,6 +3,7 @@
 import os
 import pickle
 import sys
+import traceback
 import warnings
 from argparse import SUPPRESS, Action
 from collections.abc import Callable, Sequence
@@ -13,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace, capture_parser, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_ddst.attached.options import METHOD_ARGUMENTS
 from lightning_ddst.callbacks import DynamicSparsityCallback, InterruptCheckpoint
@@ -25,7 +26,7 @@ from lightning_ddst.export.command import export
 from lightning_ddst.methods.base import METHODS, unused_arguments
 from lightning_ddst.report.plot_command import plot
 from lightning_ddst.utils.checkpoints import AtomicCheckpointIO, describe_error
-from lightning_ddst.utils.command_line import DEBUG, OneLineParser, fail, is_expected, print_traceback
+from lightning_ddst.utils.command_line import DEBUG, OneLineParser, describe_expected, fail
 from lightning_ddst.utils.configurations import check_classes, find_missing_files, read_yaml
 from lightning_ddst.utils.suggestions import did_you_mean
 
@@ -38,6 +39,8 @@ SUBCOMMANDS: dict[str, Callable[[Sequence[str]], object]] = {"plot": plot, "expo
 
 _CHECKPOINTS = ("best", "last", "hpc")
 """Values of ``--ckpt_path`` that Lightning replaces by a path."""
+_ERRORS = (ValueError, OSError, ImportError, MisconfigurationException)
+"""Errors of constructors that are about their arguments, or about a missing package."""
 _DESCRIPTION = "Sparse training of GANs with Double Dynamic Sparse Training (DDST)."
 _EXAMPLES = """\
 Examples:
@@ -59,19 +62,32 @@ class _TrainerHelp(Action):
         super().__init__(option_strings, dest=SUPPRESS, default=SUPPRESS, nargs=0, help=text)
 
     def __call__(self, parser: Any, *_: Any) -> None:
-        every = LightningArgumentParser(prog=parser.prog, usage="%(prog)s [--trainer.NAME VALUE]", description=None)
+        every = LightningArgumentParser(prog=parser.prog, usage="%(prog)s [--trainer.NAME VALUE]", description="")
         every.add_lightning_class_args(Trainer, "trainer")
         every.print_help()
         parser.exit()
 
 
-class SparseGANParser(OneLineParser, LightningArgumentParser):  # type: ignore[misc]
+class SparseGANParser(OneLineParser, LightningArgumentParser):
     """The parser of the command and of its subcommands for training."""
 
-    def add_subcommands(self, **kwargs: Any) -> Any:
-        """Adds subcommands, of which those in `SUBCOMMANDS` are shown in the help only: `main` runs them."""
-        self.subcommands = super().add_subcommands(**kwargs)
+    subcommands: Any
+    """What `add_subcommands` returned."""
+
+    def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
+        """Adds subcommands."""
+        self.subcommands = super().add_subcommands(*args, **kwargs)
         return self.subcommands
+
+    def instantiate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> Namespace:
+        """Makes the Trainer's callbacks last: they may take long, and errors of other arguments appear before."""
+        others = namespace.clone()
+        callbacks = others.pop("trainer.callbacks", None)
+        made: Namespace = super().instantiate(others, *args, **kwargs)
+        if callbacks is not None:
+            alone = Namespace({"trainer.callbacks": callbacks})  # type: ignore[no-untyped-call]
+            made.update(super().instantiate(alone, instantiate_groups=False))
+        return made
 
 
 class SparseGANCLI(LightningCLI):
@@ -83,7 +99,9 @@ class SparseGANCLI(LightningCLI):
         if add_subcommands:
             for name, command in SUBCOMMANDS.items():
                 parser = capture_parser(command, [])
-                self.parser.subcommands.add_subcommand(name, parser, help=parser.description)
+                self.parser.subcommands.add_subcommand(  # type: ignore[attr-defined]
+                    name, parser, help=parser.description
+                )
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callback to every configuration, before all other arguments."""
@@ -122,7 +140,7 @@ class SparseGANCLI(LightningCLI):
         try:
             self.config = _without_unused(given, self.subcommand)  # config.yaml records this
             super().instantiate_classes()
-        except (ValueError, OSError, ImportError, MisconfigurationException) as error:
+        except _ERRORS as error:
             fail(_first_reason(error))
         finally:
             self.config = given
@@ -154,12 +172,13 @@ def main() -> None:
         _run([argument for argument in sys.argv[1:] if argument != DEBUG])
     except SystemExit as end:
         if debug and end.code not in (None, 0):
-            print_traceback(end)
+            traceback.print_exception(end)
         raise
     except Exception as error:
-        if debug or not is_expected(error):
+        text = describe_expected(error)
+        if debug or text is None:
             raise
-        fail(error, status=1)
+        fail(text, status=1)
 
 
 def _run(args: Sequence[str]) -> None:
@@ -173,7 +192,10 @@ def _run(args: Sequence[str]) -> None:
         make_cli(args)
     except pickle.UnpicklingError as error:
         # LightningCLI itself reads the checkpoint's hyperparameters, with weights_only=True.
-        fail(f"--ckpt_path: {describe_error(error)}.", status=1)
+        fail(
+            f"--ckpt_path: it is damaged, or holds other objects than tensors and containers: {describe_error(error)}.",
+            status=1,
+        )
 
 
 def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
@@ -209,11 +231,11 @@ def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
     )
 
 
-def _first_reason(error: ValueError | OSError) -> ValueError | OSError:
+def _first_reason(error: BaseException) -> BaseException:
     """Returns the first error in a chain: the parser wraps errors of constructors."""
     reason, cause = error, error.__cause__ or error.__context__
     while cause is not None:
-        if isinstance(cause, ValueError | OSError):
+        if isinstance(cause, _ERRORS):
             reason = cause
         cause = cause.__cause__ or cause.__context__
     return reason
@@ -275,6 +297,8 @@ def _path(config: str) -> str:
     if config in CONFIGS and not Path(config).is_file():
         return str(CONFIGS[config])
     if not Path(config).is_file() and "://" not in config:
+        if Path(config).suffix:
+            fail(f"--config={config}: no such file.")
         names = ", ".join(CONFIGS)
         fail(f"--config={config} is neither a file nor one of {names}.{did_you_mean(config, CONFIGS)}")
     return config

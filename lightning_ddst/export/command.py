@@ -18,6 +18,7 @@ from lightning_ddst.utils.configurations import check_classes, read_yaml, withou
 from lightning_ddst.utils.example_inputs import get_generator_inputs
 from lightning_ddst.utils.modules import eval_mode
 from lightning_ddst.utils.networks import find_network
+from lightning_ddst.utils.parser_errors import explain
 
 Format = Literal["dense", "compressed", "onnx", "program"]
 _BATCH = 16
@@ -60,6 +61,8 @@ def export(args: Sequence[str]) -> list[Path]:
     try:
         if not given.checkpoint.is_file():
             raise FileNotFoundError(f"CKPT={given.checkpoint}: no such file.")
+        if given.config is not None and not given.config.is_file():
+            raise FileNotFoundError(f"--config={given.config}: no such file.")
         config = given.config or _config_of(given.checkpoint)
         content = _read(config)
         if given.generator is None and (parts := _parts(content)):
@@ -181,7 +184,3 @@ def _module_of(config: Path, content: Mapping[str, Any]) -> LightningModule:
     check_classes(parsed.as_dict())  # in which names without a module are complete
     model: LightningModule = parser.instantiate_classes(parsed).model
     return model
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).partition("Given value type:")[0].split())

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-
 from lightning_ddst.report.runs import read_run
 from lightning_ddst.utils import cache
 from lightning_ddst.utils.command_line import OneLineParser

@@ -2,16 +2,15 @@
 
 import dis
 import sys
-import traceback
 from argparse import Action, RawDescriptionHelpFormatter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_ddst.utils.parser_errors import explain, in_one_line
+from lightning_ddst.utils.parser_errors import explain, in_one_line, shorten
 
 DEBUG = "--debug"
 """The argument of all subcommands with which errors also print their traceback."""
@@ -57,21 +56,24 @@ class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
             super().add_argument(action)
 
 
-class OneLineParser(ArgumentParser):  # type: ignore[misc]
+class OneLineParser(ArgumentParser):
     """A parser whose errors are one line, and end the process with status 2.
 
     Options must be written in full: an abbreviation would accept misspelled names.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"formatter_class": HelpFormatter, "allow_abbrev": False} | kwargs)
+        settings: dict[str, Any] = {"formatter_class": HelpFormatter, "allow_abbrev": False}
+        super().__init__(*args, **settings | kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends the process with a line for an error.
 
         Raises:
-            SystemExit: Always.
+            SystemExit: Always, except in a parser of a class's arguments, whose error the outer parser reports.
         """
+        if not self.exit_on_error:
+            super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         fail(explain(message, parser.argument_names()))
 
@@ -80,31 +82,21 @@ class OneLineParser(ArgumentParser):  # type: ignore[misc]
         return [*self.get_defaults().keys(), "help", "print_config"]
 
 
-def is_expected(error: BaseException) -> bool:
-    """Returns whether an error is about the user's input, so that its text is enough: no traceback is needed.
+def describe_expected(error: BaseException) -> str | None:
+    """Returns the text of an error about the user's input, which needs no traceback; None for any other error.
 
     These are errors that a ``raise`` statement of this package raised, and those that Lightning and torch raise for
     settings and weights that do not fit.
     """
     if isinstance(error, MisconfigurationException):
-        return True
-    if not isinstance(error, ValueError | RuntimeError | TypeError | OSError):
-        return False
-    *_, last = _tracebacks(error)
+        return str(error)
+    if not isinstance(error, ValueError | RuntimeError | TypeError | OSError) or error.__traceback__ is None:
+        return None
+    last = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
     code = last.tb_frame.f_code
-    if code.co_name == "load_state_dict":
-        return str(error).startswith("Error(s) in loading state_dict")
+    if code.co_name == "load_state_dict" and str(error).startswith("Error(s) in loading state_dict"):
+        return f"the checkpoint does not fit the model: {shorten(in_one_line(error), 300)}"
     raised = code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    return raised and _PACKAGE in Path(code.co_filename).parents
-
-
-def _tracebacks(error: BaseException) -> Iterable[Any]:
-    current = error.__traceback__
-    while current is not None:
-        yield current
-        current = current.tb_next
-
-
-def print_traceback(error: BaseException) -> None:
-    """Prints an error's traceback, with those of its causes."""
-    traceback.print_exception(error)
+    return str(error) if raised and _PACKAGE in Path(code.co_filename).parents else None

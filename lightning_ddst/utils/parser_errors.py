@@ -4,8 +4,10 @@ import inspect
 import pydoc
 import re
 import shlex
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from lightning_ddst.utils.suggestions import did_you_mean, find_nearest
 
@@ -15,7 +17,6 @@ _PLAIN_TYPES = {
     "int": "an integer",
     "float": "a number",
     "str": "text",
-    "bool": "true or false",
     "NoneType": "null",
     "tuple": "a list",
     "list": "a list",
@@ -42,6 +43,8 @@ def explain(message: str, names: Iterable[str]) -> str:
         return _unknown_argument(prefix + found[2], "", names)
     if found := re.match(r"Option '([^']*)' is not accepted", message):
         return _unknown_argument(found[1], "", names)
+    if message.startswith('expected "subcommand" to be one of'):
+        return "a subcommand is missing, such as fit; --help shows all."
     if found := re.match(r"the following arguments are required: (.*)", message):
         missing = [name.rpartition(".")[2] for name in found[1].split(", ")]
         return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; --help shows all arguments."
@@ -53,6 +56,11 @@ def explain(message: str, names: Iterable[str]) -> str:
 def in_one_line(text: object) -> str:
     """Joins the lines of a text."""
     return " ".join(str(text).split())
+
+
+def shorten(text: str, longest: int) -> str:
+    """Cuts a text that is longer than a number of characters."""
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def _explain_unrecognized(arguments: str, names: Sequence[str]) -> str:
@@ -113,9 +121,9 @@ class _Problem:
         for line in message.splitlines():
             if not problem._read(line.strip()):
                 break
-        nested = re.search(r"Given value: NestedArg\(key=.*?, val=(.*)\)$", message, re.MULTILINE)
-        if nested and problem.value is None:
-            problem.value = nested[1]
+        if problem.value is None or problem.value.startswith("NestedArg("):
+            nested = re.search(r"Given value: NestedArg\(key=.*?, val=(.*)\)$", message, re.MULTILINE)
+            problem.value = nested[1] if nested else None
         if problem.value is not None:
             problem.value = _unquoted(problem.value)
         return problem
@@ -144,7 +152,10 @@ class _Problem:
             self.reasons.append(reason)
             if line.startswith("- "):  # one of several alternatives; the whole value follows them
                 return True
-            self.value = value if got else None
+            if found := re.match(r"Namespace\(class_path='([^']*)'", value):
+                self.kind = found[1]
+            elif got:
+                self.value = value
             return False
         return True
 
@@ -158,7 +169,8 @@ class _Problem:
             kind = self.kind.rpartition(".")[2]
             argument = unknown.partition(".")[0].removeprefix("init_args.")
             hint = did_you_mean(argument, names)
-            return f"{place}: {kind} has no argument {argument!r}; it has {', '.join(names)}.{hint}"
+            allowed = f"; it has {', '.join(names)}" if names else ""
+            return f"{place}: {kind} has no argument {argument!r}{allowed}.{hint}"
         if found := re.match(r"the following arguments are required: (.*)", reason):
             missing = [f"--{name}.{each}" for each in found[1].split(", ")]
             return f"{' and '.join(missing)} must be given: {self.kind.rpartition('.')[2]} needs it."
@@ -168,32 +180,34 @@ class _Problem:
         if re.match(r"Expected a dot import path string|No module named|module .* has no attribute", reason):
             return self._explain_class(place, reason)
         if all(each.startswith("Expected a") for each in self.reasons):
-            allowed = list(_allowed(self.types or reason.removeprefix("Expected a ")))
-            choices = [_unquoted(each) for each in allowed if each.startswith("'")]
-            return f"{place} must be {_joined(allowed)}.{did_you_mean(self.value, choices)}"
+            types = list(_allowed(self.types or reason.removeprefix("Expected a ")))
+            choices = [_unquoted(each) for each in types if each.startswith("'")]
+            return f"{place} must be {_joined(types)}.{did_you_mean(self.value, choices)}"
         return f"{place}: {in_one_line(reason)}"
 
     def _explain_class(self, place: str, reason: str) -> str:
-        value = self.value or self.kind
-        bases = [each for each in map(_located, re.findall(r"[\w.]+\.\w+", self.types)) if isinstance(each, type)]
+        unresolved = re.match(r"Expected a dot import path string: (.*)", reason)
+        value = unresolved[1] if unresolved else self.value or self.kind
         module, dot, name = value.rpartition(".")
         if dot and (owner := _located(module)) is not None:
-            names = [each for each, kind in vars(owner).items() if isinstance(kind, type) and each[0] != "_"]
+            names = [each for each, kind in vars(owner).items() if isinstance(kind, type) and not each.startswith("_")]
             near = find_nearest(name, names)
             hint = f" Did you mean {module}.{near}?" if near else ""
             return f"{place}: {module} has no {name}.{hint}"
         if dot:
             return f"{place}: {reason}."
-        names = sorted({kind.__name__ for base in bases for kind in _subclasses(base)})
+        types = self.types or str(_hint(self.kind, self.keys[-1]))
+        named = map(_located, dict.fromkeys(re.findall(r"[\w.]+\.\w+", types)))
+        bases = [each for each in named if isinstance(each, type) and not each.__module__.startswith("collections")]
         wanted = " or ".join(base.__name__ for base in bases) or "class"
-        return f"{place} is no known {wanted}; give a class with its module, such as my_gan.{value}.{did_you_mean(value, names)}"
+        names = sorted({kind.__name__ for base in bases for kind in _subclasses(base)})
+        advice = f"write its module as well, such as my_gan.{value}."
+        return f"{place.partition('=')[0]}={value} is no known {wanted}; {advice}{did_you_mean(value, names)}"
 
 
 def _shown(value: str | None) -> str:
     """Returns a value with its sign of equality; nothing if there is none."""
-    if not value:
-        return ""
-    return f"={value}" if len(value) <= _LONGEST else f"={value[:_LONGEST]}..."
+    return f"={shorten(value, _LONGEST)}" if value else ""
 
 
 def _unquoted(text: str) -> str:
@@ -210,16 +224,19 @@ def _allowed(types: str) -> Iterator[str]:
         if found := re.fullmatch(r"(?:typing\.)?Literal\[(.*)\]", each):
             yield from _split(found[1])
             continue
-        if found := re.fullmatch(r"tuple\[(.*)\]", each):
-            yield f"[{', '.join(_allowed(found[1]))}]"
-            continue
         name = re.sub(r"<class '(.*?)'>", r"\1", each)
-        yield _PLAIN_TYPES.get(name, re.sub(r"\b\w+\.", "", name))
+        if found := re.fullmatch(r"tuple\[(.*)\]", name):
+            yield f"[{', '.join(_allowed(found[1]))}]"
+        elif name == "bool":
+            yield from ("true", "false")
+        else:
+            yield _PLAIN_TYPES.get(name, re.sub(r"\b\w+\.", "", name))
 
 
 def _split(texts: str) -> list[str]:
     """Splits at commas outside of brackets."""
-    parts, depth = [""], 0
+    parts: list[str] = [""]
+    depth = 0
     for sign in texts:
         depth += (sign in "[(") - (sign in "])")
         if sign == "," and depth == 0:
@@ -232,7 +249,8 @@ def _split(texts: str) -> list[str]:
 def _arguments(path: str) -> list[str]:
     """Returns the names of the arguments of a class or function, also of the parents to which it passes them on."""
     made = _located(path)
-    functions = [vars(kind)["__init__"] for kind in made.__mro__ if "__init__" in vars(kind)] if isinstance(made, type) else [made]
+    kinds = made.__mro__ if isinstance(made, type) else ()
+    functions = [vars(kind)["__init__"] for kind in kinds if "__init__" in vars(kind)] or [made]
     names: list[str] = []
     for function in functions:
         try:
@@ -246,12 +264,21 @@ def _arguments(path: str) -> list[str]:
 
 
 def _subclasses(kind: type) -> Iterator[type]:
-    for each in kind.__subclasses__():
-        yield each
-        yield from _subclasses(each)
+    children: list[type] = kind.__subclasses__()
+    for child in children:
+        yield child
+        yield from _subclasses(child)
 
 
-def _located(path: str) -> object:
+def _hint(path: str, argument: str) -> object:
+    """Returns the type of an argument of a class; None if it is unknown."""
+    try:
+        return typing.get_type_hints(_located(path).__init__).get(argument)
+    except Exception:  # names that are imported for type checking only
+        return None
+
+
+def _located(path: str) -> Any:
     """Imports an object by its dotted path; None if that is impossible."""
     try:
         return pydoc.locate(path)
