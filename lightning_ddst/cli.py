@@ -81,12 +81,15 @@ class SparseGANParser(OneLineParser, LightningArgumentParser):
 
     def instantiate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> Namespace:
         """Makes the Trainer's callbacks last: they may take long, and errors of other arguments appear before."""
+        callbacks = namespace.get("trainer.callbacks")
+        if callbacks is None:
+            made: Namespace = super().instantiate(namespace, *args, **kwargs)
+            return made
         others = namespace.clone()
-        callbacks = others.pop("trainer.callbacks", None)
-        made: Namespace = super().instantiate(others, *args, **kwargs)
-        if callbacks is not None:
-            alone = Namespace({"trainer.callbacks": callbacks})  # type: ignore[no-untyped-call]
-            made.update(super().instantiate(alone, instantiate_groups=False))
+        others["trainer.callbacks"] = None
+        made = super().instantiate(others, *args, **kwargs)
+        alone = Namespace({"trainer.callbacks": callbacks})  # type: ignore[no-untyped-call]
+        made.update(super().instantiate(alone, instantiate_groups=False))
         return made
 
 
