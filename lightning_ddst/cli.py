@@ -37,8 +37,8 @@ CONFIGS = {path.stem: path for path in sorted(DEFAULT_CONFIG.parent.rglob("*.yam
 SUBCOMMANDS: dict[str, Callable[[Sequence[str]], object]] = {"plot": plot, "export": export}
 """Subcommands next to LightningCLI's: functions of the arguments after the subcommand's name."""
 
-_CHECKPOINTS = ("best", "last", "hpc")
-"""Values of ``--ckpt_path`` that Lightning replaces by a path."""
+_CHECKPOINTS = ("best", "last", "hpc", "registry")
+"""Values of ``--ckpt_path``, or their beginnings before a colon, that Lightning replaces by a path."""
 _ERRORS = (ValueError, OSError, ImportError, MisconfigurationException)
 """Errors of constructors that are about their arguments, or about a missing package."""
 _DESCRIPTION = "Sparse training of GANs with Double Dynamic Sparse Training (DDST)."
@@ -77,6 +77,9 @@ class SparseGANParser(OneLineParser, LightningArgumentParser):
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
         """Adds subcommands."""
         self.subcommands = super().add_subcommands(*args, **kwargs)
+        add = self.subcommands.add_subcommand
+        # LightningCLI's texts end within a sentence.
+        self.subcommands.add_subcommand = lambda name, parser, help="": add(name, parser, help=help.partition(".")[0])
         return self.subcommands
 
     def instantiate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> Namespace:
@@ -121,8 +124,12 @@ class SparseGANCLI(LightningCLI):
         except ValueError as error:
             fail(error)
         missing = [f"{option}: {reason}" for option, reason in find_missing_files(config.as_dict())]
-        checkpoint = config.get("ckpt_path")
-        if checkpoint and checkpoint not in _CHECKPOINTS and "://" not in checkpoint and not Path(checkpoint).exists():
+        checkpoint = str(config.get("ckpt_path") or "last")
+        if (
+            checkpoint.partition(":")[0] not in _CHECKPOINTS
+            and "://" not in checkpoint
+            and not Path(checkpoint).exists()
+        ):
             missing.append(f"--ckpt_path={checkpoint}: no such file.")
         if missing:
             fail(*missing)
@@ -262,7 +269,7 @@ def _epilog() -> str:
 
 def _first_comment(path: Path) -> str:
     with path.open(encoding="utf-8") as file:
-        return file.readline().removeprefix("#").strip()
+        return file.readline().removeprefix("#").strip().partition(". ")[0].rstrip(".:")
 
 
 def _check_configs(args: Sequence[str]) -> None:
