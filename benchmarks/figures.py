@@ -1,78 +1,146 @@
-"""The results page's figures, from what is in benchmarks/results."""
+"""Figures of the result pages, from what is in benchmarks/results: transparent, legible on white and on black."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from math import ceil
 from pathlib import Path
 
 from comparisons import Comparison, Row, distance, flops, geometric_mean, of, of_run
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter, ScalarFormatter
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 from rows import rows
-from studies import BAND, CLAIMS, FASHION, METHODS
+from studies import BAND, CLAIMS, FASHION, METHODS, WIDE, WIDE_RUNS
 
 from lightning_ddst.report import plots
 
-# Okabe and Ito's colours, which the colour-blind tell apart; shapes tell kinds of runs apart.
+GRAY = "#787878"
+"""Text and axes: contrast above 4 on white and on the dark pages' background."""
+# Okabe and Ito's colors, which color-blind readers can distinguish; shapes distinguish kinds of methods.
 _LOOKS = {
-    "dense": ("0.5", "*"),
-    "DDST relaxed": ("#000000", "o"),
+    "dense": (GRAY, "*"),
+    "DDST relaxed": ("#0072B2", "o"),
     "DDST strict": ("#56B4E9", "o"),
-    "DDST auto": ("#0072B2", "o"),
+    "DDST auto": ("#7A5FC7", "o"),
     "ramp": ("#009E73", "^"),
     "ramp to 0.5": ("#009E73", "v"),
-    "RigL, D explores at a fixed density": ("#F0E442", "s"),
+    "RigL, D explores at a fixed density": ("#C9A400", "P"),
     "RigL, strong D": ("#D55E00", "s"),
     "RigL, strong D, twice its learning rate": ("#D55E00", "D"),
     "RigL, balanced D": ("#E69F00", "s"),
     "SET, strong D": ("#CC79A7", "s"),
     "SET, balanced D": ("#CC79A7", "D"),
-    "static, strong D": ("0.7", "s"),
-    "static, balanced D": ("0.7", "D"),
+    "static, strong D": ("0.6", "s"),
+    "static, balanced D": ("0.6", "D"),
 }
+_DARK = 0.3
+_SIZES = {"dense": 260}
+"""Areas of mean values' markers; a star looks smaller than other shapes of the same area."""
 _BALANCE = ("RigL, balanced D", "RigL, strong D", "ramp", "DDST relaxed")
 _LEAST_SEEDS = 2
 
 
+def for_both_modes(figure: Figure) -> Figure:
+    """Makes a figure legible on light and dark pages: no background, and gray text, axes and dark lines."""
+    figure.patch.set_alpha(0)
+    for ax in figure.axes:
+        ax.patch.set_alpha(0)
+        ax.tick_params(which="both", color=GRAY, labelcolor=GRAY)
+        for spine in ax.spines.values():
+            spine.set_color(GRAY)
+        ax.grid(color=GRAY, alpha=0.25) if any(line.get_visible() for line in ax.get_xgridlines()) else None
+    for text in figure.findobj(Text):
+        text.set_color(GRAY)
+    for line in figure.findobj(Line2D):
+        if max(to_rgb(line.get_color())) < _DARK:
+            line.set_color(GRAY)
+    return figure
+
+
 def _log_scale(ax: Axes) -> None:
-    """Distances on a logarithmic axis, in plain numbers."""
+    """Sets a logarithmic axis of distances, with few ticks in plain numbers."""
     ax.set_yscale("log")
-    ax.yaxis.set_major_formatter(ScalarFormatter())
-    ax.yaxis.set_minor_formatter(ScalarFormatter())
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(
+        LogLocator(subs=(1.0, 2.0, 5.0) if high > 4 * low else (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0))
+    )
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _points(ax: Axes, run: str, cell: Sequence[Row]) -> None:
+    """Draws every seed small, and the geometric mean large."""
+    color, marker = _LOOKS[run]
+    x, y = [flops(row) for row in cell], [distance(row) for row in cell]
+    ax.scatter(x, y, 14, color, marker, alpha=0.6, linewidths=0)
+    ax.scatter(sum(x) / len(x), geometric_mean(y), _SIZES.get(run, 90), color, marker, zorder=3)
+
+
+def _key(runs: Sequence[str]) -> list[Line2D]:
+    """Returns legend entries for methods."""
+    return [
+        Line2D(
+            [], [], linestyle="", color=_LOOKS[run][0], marker=_LOOKS[run][1], label=run, ms=12 if run == "dense" else 8
+        )
+        for run in runs
+    ]
 
 
 def pareto(found: Sequence[Row]) -> Figure:
-    """Quality over training FLOPs: every seed, and the geometric mean of a kind of runs that has several."""
+    """Draws quality over training FLOPs, cell by cell: every seed, and the geometric mean."""
     places = [
         (setting, density)
         for setting in FASHION
-        for density in sorted({row["density"] for row in found if row["setting"] == setting and row["density"] < 1})
+        for density in _densities(found, setting)
         if sum(len(of(found, setting, run, density)) >= _LEAST_SEEDS for run in METHODS) > 1
     ]
-    figure = Figure(figsize=(9, 3.4 * len(places) + 0.4), layout="constrained")
-    axes: Sequence[Axes] = figure.subplots(len(places), squeeze=False)[:, 0] if places else []
-    for ax, (setting, density) in zip(axes, places, strict=True):
-        for run in ("dense", *METHODS):
-            cell = of(found, setting, run, 1.0 if run == "dense" else density)
-            if not cell:
-                continue
-            color, marker = _LOOKS[run]
-            x, y = [flops(row) for row in cell], [distance(row) for row in cell]
-            ax.scatter(x, y, 14, color, marker, alpha=0.6)
-            label = f"{run} ({len(cell)})"
-            ax.scatter(sum(x) / len(x), geometric_mean(y), 90, color, marker, label=label, edgecolors="white")
+    return _panels(found, places, METHODS, height=2.9, one_scale=False)
+
+
+def wide(found: Sequence[Row]) -> Figure:
+    """Draws the same of the wide networks with all images."""
+    setting = next(iter(WIDE))
+    return _panels(
+        found, [(setting, density) for density in _densities(found, setting)], WIDE_RUNS, height=3.3, one_scale=True
+    )
+
+
+def _densities(found: Sequence[Row], setting: str) -> list[float]:
+    """Returns the densities of sparse generators that a setting has rows of."""
+    return sorted({row["density"] for row in found if row["setting"] == setting and row["density"] < 1})
+
+
+def _panels(
+    found: Sequence[Row], places: Sequence[tuple[str, float]], runs: Iterable[str], height: float, one_scale: bool
+) -> Figure:
+    """Draws quality over training FLOPs, two panels of a height in inches next to each other."""
+    columns = 2
+    lines = ceil(len(places) / columns)
+    figure = Figure(figsize=(8, height * lines + 1.0), layout="constrained")
+    axes = figure.subplots(lines, columns, sharex=True, sharey=one_scale, squeeze=False)
+    shown: list[str] = []
+    for ax, (setting, density) in zip(axes.flat, places, strict=False):
+        for run in ("dense", *runs):
+            if cell := of(found, setting, run, 1.0 if run == "dense" else density):
+                _points(ax, run, cell)
+                shown += [run] * (run not in shown)
         _log_scale(ax)
-        ax.tick_params("y", which="minor", labelsize=8)
         ax.xaxis.set_major_formatter(PercentFormatter(1))
         ax.set_xlim(0, 1.05)
         ax.set_title(f"{setting}, generator at {density:.0%}")
-        ax.set_ylabel("Frechet distance (log)")
-        ax.set_xlabel("training FLOPs beside dense training")
-        ax.legend(title="run (seeds)", loc="upper left", bbox_to_anchor=(1, 1), frameon=False, alignment="left")
+    for ax in axes.flat[len(places) :]:
+        ax.set_visible(False)
+    for ax in axes[-1]:
+        ax.set_xlabel("training FLOPs relative to dense")
+    figure.supylabel("Frechet distance (log), lower is better", fontsize=10)
+    figure.legend(handles=_key(shown), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
 def overall(found: Sequence[Row]) -> Figure:
-    """Quality and operations of kinds of runs beside the ramp's, over all cells and seeds."""
+    """Draws quality and operations of methods relative to the ramp's, over all cells and seeds."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     ax = figure.subplots()
     ramps = of_run(found, "ramp")
@@ -92,10 +160,10 @@ def overall(found: Sequence[Row]) -> Figure:
             ms=9,
             label=f"{run} ({comparison.pairs})",
         )
-    ax.axhline(1, color="0.8", zorder=0)
-    ax.axvline(1, color="0.8", zorder=0)
+    ax.axhline(1, color=GRAY, alpha=0.5, zorder=0)
+    ax.axvline(1, color=GRAY, alpha=0.5, zorder=0)
     _log_scale(ax)
-    ax.set_title("Beside the ramp, over all cells and seeds")
+    ax.set_title("Relative to the ramp, over all cells and seeds")
     ax.set_ylabel("distance over the ramp's (log), 95 %")
     ax.set_xlabel("training FLOPs over the ramp's")
     ax.legend(title="run (pairs)", loc="upper left", bbox_to_anchor=(1, 1), frameon=False, alignment="left")
@@ -103,11 +171,11 @@ def overall(found: Sequence[Row]) -> Figure:
 
 
 def balance(found: Sequence[Row]) -> Figure:
-    """BR and the discriminator's density over the first seed's runs, with all images and the generator at 10 %."""
+    """Draws BR and the discriminator's density in the first seed's runs, with all images and the generator at 10 %."""
     setting = next(iter(FASHION))
     figure = Figure(figsize=(9, 6), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True)
-    top.axhspan(*BAND, color="0.85", label="DDST's band")
+    top.axhspan(*BAND, color=GRAY, alpha=0.25, linewidth=0, label="DDST's band")
     for run in _BALANCE:
         cell = of(found, setting, run, 0.1)
         if not cell:
@@ -131,6 +199,12 @@ def write(folder: Path) -> None:
     """Writes them as SVG."""
     folder.mkdir(exist_ok=True)
     found = rows("fashion")
-    for name, draw in (("overall", overall), ("pareto", pareto), ("balance", balance)):
+    drawn = (
+        ("overall", overall, found),
+        ("pareto", pareto, found),
+        ("balance", balance, found),
+        ("wide", wide, rows("wide")),
+    )
+    for name, draw, of_study in drawn:
         with plots.plot_style():
-            (folder / f"{name}.svg").write_bytes(plots.rendered(draw(found), "svg"))
+            (folder / f"{name}.svg").write_bytes(plots.rendered(for_both_modes(draw(of_study)), "svg"))

@@ -93,7 +93,7 @@ def main() -> None:
 
     options.work.mkdir(parents=True, exist_ok=True)
     for link, target in (("data", options.data), ("benchmarks", HERE)):
-        if not (options.work / link).exists():
+        if not (options.work / link).is_symlink():
             (options.work / link).symlink_to(target.resolve(), target_is_directory=True)
     cells = [cell for cell in STUDIES[options.study]() if not options.runs or cell.run in options.runs]
     there = {key(row) for row in rows(options.study)}

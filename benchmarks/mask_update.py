@@ -5,7 +5,7 @@
 
 A multilayer perceptron at batch 64 with Adam, density 0.1. A mask update prunes half of the active weights and grows
 as many by gradient. All take turns in one process; kept in results/mask_update.jsonl are medians, and the median and
-quartiles of the ratios turn by turn.
+quartiles of the ratios turn by turn, and the bytes that masks hold and that a mask update needs at its peak.
 """
 
 import argparse
@@ -19,12 +19,13 @@ from typing import Any
 
 import peers
 import torch
+from memory import NewTensors
 from overhead import USUAL
 from rows import add, origin
 from torch import nn
 
 from lightning_ddst.export.benchmark import synchronize
-from lightning_ddst.sparsity import MaskedNetwork
+from lightning_ddst.sparsity import MaskedNetwork, MaskEnforcer
 
 TURNS = {1: 31, 10: 15, 100: 3}
 DENSITY = 0.1
@@ -56,6 +57,36 @@ def bandwidth(weights: int, device: torch.device) -> float:
     return 2 * 4 * weights / statistics.median(seconds(lambda: target.copy_(source)) for _ in range(7))
 
 
+def memory(millions: int, device: torch.device) -> tuple[float, float]:
+    """Measures bytes a weight: held by masks and their hooks, and made at the peak of a mask update besides."""
+    network = perceptron(millions).to(device)
+    optimizer = torch.optim.Adam(network.parameters(), fused=True)
+    batch = torch.randn(64, network[0].in_features, device=device)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=False)
+        network(batch).square().mean().backward()
+        optimizer.step()
+
+    step()  # makes gradients and states
+    with NewTensors(device) as masks:
+        sparse = MaskedNetwork(network, DENSITY)
+        enforcer = MaskEnforcer(sparse, [optimizer])
+        step()
+    gradients = {name: torch.randn_like(parameter) for name, parameter in sparse.parameters.items()}
+    peaks = []
+    for change in (
+        lambda: sparse.explore(0.5, gradients),
+        lambda: sparse.resize(2 * DENSITY, gradients),
+        lambda: sparse.resize(DENSITY),
+    ):
+        with NewTensors(device) as update:
+            change()
+        peaks.append(update.peak)
+    enforcer.remove()
+    return masks.held / sparse.total, max(peaks) / sparse.total
+
+
 def compare(millions: int, clones: dict[str, Any], accelerator: str) -> None:
     torch.manual_seed(0)
     device = torch.device("cuda" if accelerator == "gpu" else accelerator)
@@ -79,8 +110,8 @@ def compare(millions: int, clones: dict[str, Any], accelerator: str) -> None:
     theirs: dict[str, nn.Module] = {}
     for peer, clone in clones.items():
         theirs[peer] = perceptron(millions).to(device)
-        update = peers.mask_updates(clone, peer, theirs[peer], DENSITY)
-        functions[peer] = lambda update=update: update(gradients)
+        masked = peers.attach(clone, peer, theirs[peer], DENSITY)
+        functions[peer] = lambda masked=masked: masked.explore(gradients)
 
     @torch.no_grad()
     def as_if_trained() -> None:
@@ -93,6 +124,7 @@ def compare(millions: int, clones: dict[str, Any], accelerator: str) -> None:
                 parameter.copy_(torch.where(parameter == 0, parameter, value))
 
     times: dict[str, list[float]] = {name: [] for name in functions}
+    held, peak = memory(millions, device)
     for turn in range(TURNS[millions] + 1):
         as_if_trained()
         for name, function in functions.items():
@@ -102,7 +134,6 @@ def compare(millions: int, clones: dict[str, Any], accelerator: str) -> None:
     ours = times["lightning_ddst, global"]
     weights = sum(parameter.numel() for parameter in network.parameters())
     bound = (WEIGHTS_READ + WRITTEN) * weights / bandwidth(weights, device)
-    held = sum(mask.numel() * mask.element_size() for mask in networks["lightning_ddst, global"].masks.values())
     for name, each in times.items():
         ratios = [one / our for one, our in zip(each, ours, strict=True)]
         row = {
@@ -114,7 +145,8 @@ def compare(millions: int, clones: dict[str, Any], accelerator: str) -> None:
             "to_ours": [round(value, 3) for value in statistics.quantiles(ratios, n=4)],
             "turns": len(each),
             "bandwidth_bound_ms": float(f"{1e3 * bound:.3g}"),
-            "mask_bytes_a_weight": held / weights,
+            "mask_bytes_a_weight": round(held, 3),
+            "peak_bytes_a_weight": round(peak, 2),
         }
         command = "python benchmarks/mask_update.py" + (" --accelerator gpu" if accelerator == "gpu" else "")
         add("mask_update", {**row, "command": command, **origin()})
@@ -125,7 +157,8 @@ def compare(millions: int, clones: dict[str, Any], accelerator: str) -> None:
             flush=True,
         )
     print(
-        f"{millions:>3} million  memory alone {1e3 * bound:.1f} ms; masks: {held / weights:.2f} bytes a weight",
+        f"{millions:>3} million  memory alone {1e3 * bound:.1f} ms; bytes a weight: {held:.2f} of masks, "
+        f"{peak:.1f} more at the peak of an update",
         flush=True,
     )
 

@@ -1,8 +1,9 @@
-"""Writes docs/results.md and its figures, and the table in docs/bounds.md, from what is in benchmarks/results.
+"""Writes docs/results.md, the pages behind it, their figures, and tables of other pages, from benchmarks/results.
 
     python benchmarks/page.py
 
-The page is page.md, in which {{a name}} stands for a table.
+The pages' text is in benchmarks/pages, in which {{a name}} stands for a table. Other pages have tables between
+<!-- rows: a name --> and <!-- end -->.
 """
 
 import math
@@ -10,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
+from pathlib import Path
 from statistics import fmean, median, stdev
 
 import figures
@@ -38,6 +40,8 @@ from studies import (
     FIXED,
     METHODS,
     STUDIES,
+    WIDE,
+    WIDE_RUNS,
 )
 
 DOCS = HERE.parent / "docs"
@@ -70,10 +74,11 @@ CONTROLLED = ("DDST auto", "DDST relaxed")
 """That follow BR."""
 
 
-def claim() -> str:
-    """DDST beside the best fixed density and the ramps, cell by cell."""
-    found, body = rows("fashion"), []
-    for setting, density, run in product(FASHION, sorted(DENSITIES), CONTROLLED):
+def claim(study: str) -> str:
+    """Compares DDST with the best fixed density and the ramps, cell by cell."""
+    found, body = rows(study), []
+    places = product(FASHION, sorted({row["density"] for row in found}), CONTROLLED)
+    for setting, density, run in places:
         ours = of(found, setting, run, density)
         beside = {other: Comparison(ours, of(found, setting, other, density)) for other in FIXED}
         most = max(comparison.pairs for comparison in beside.values())
@@ -112,8 +117,27 @@ def overall(least: float = 0.0) -> str:
         line += [f"x {ramp.ratio_of(measure):.2f}" for measure in (flops, without_measuring)]
         line += ["" if other == run else str(comparison) for other, comparison in beside.items()]
         body.append(line)
-    head = ["run", "pairs in cells", "failed", "training FLOPs over the ramp's", "without measuring BR"]
-    return table([*head, *(f"distance beside {name}" for name in BESIDE)], body)
+    head = ["run", "pairs in cells", "failed", "training FLOPs relative to the ramp", "without measuring BR"]
+    return table([*head, *(f"distance relative to {name}" for name in BESIDE)], body)
+
+
+def wide_in_short() -> str:
+    """Wide networks with all images: distances of each seed, and training FLOPs, by density of the generator."""
+    found, setting = rows("wide"), next(iter(WIDE))
+    densities = sorted({row["density"] for row in found if row["setting"] == setting and row["density"] < 1})
+    body = []
+    for run in WIDE_RUNS:
+        line = [run]
+        for density in densities:
+            cell = of(found, setting, run, density)
+            each = ", ".join(f"{distance(row):.1f}" for row in cell)
+            line += [each, percent(fmean(map(flops, cell)))] if cell else ["", ""]
+        body.append(line)
+    dense = of(found, setting, "dense", 1.0)
+    each = ", ".join(f"{distance(row):.1f}" for row in dense)
+    body.append(["dense", *[each, "100 %"] * len(densities)])
+    head = [name for density in densities for name in (f"generator at {percent(density)}: distance", "FLOPs")]
+    return table(["method", *head], body)
 
 
 def again() -> str:
@@ -123,26 +147,27 @@ def again() -> str:
     logs = [math.log(distance(later) / distance(earlier)) for earlier, later in pairs]
     low, high = interval(logs)
     return (
-        f"{len(logs)} of these runs were trained before with torch 2.15 on another machine: now they come out at "
+        f"{len(logs)} of these runs were also trained with torch 2.15 on another machine: the present distances are "
         f"x {math.exp(fmean(logs)):.2f} ({low:.2f} to {high:.2f}) in the mean, and a single one differs by a factor of "
         f"{math.exp(median(map(abs, logs))):.2f} in the median, one by {math.exp(max(map(abs, logs))):.1f}"
     )
 
 
 def quality(study: str, settings: Sequence[str]) -> str:
-    """What a study has, by setting and density, and what of it is missing."""
+    """What a study has, by setting and density; below the table what is missing."""
     found = rows(study)
     wanted = Counter((cell.setting, cell.density, cell.run) for cell in STUDIES[study]())
     runs = ["dense", *METHODS]
-    body = []
+    body: list[list[str]] = []
+    missing: list[str] = []
     for setting, density in sorted(
         {place[:2] for place in wanted}, key=lambda place: (settings.index(place[0]), place[1])
     ):
-        missing = []
+        lacking = []
         for run in runs:
             number, cell = wanted[setting, density, run], of(found, setting, run, density)
             if len(cell) < number:
-                missing.append(f"{run} ({number - len(cell)})")
+                lacking.append(f"{run} ({number - len(cell)})")
             if not cell:
                 continue
             values = [distance(row) for row in cell]
@@ -160,8 +185,8 @@ def quality(study: str, settings: Sequence[str]) -> str:
                     at_end(cell),
                 ]
             )
-        if missing:
-            body.append([setting, percent(density), f"missing: {', '.join(missing)}", "", "", "", "", "", ""])
+        if lacking:
+            missing.append(f"- {setting}, {percent(density)}: {', '.join(lacking)}")
     head = [
         "images",
         "generator",
@@ -173,7 +198,8 @@ def quality(study: str, settings: Sequence[str]) -> str:
         "mean `d_D`",
         "`d_D` at the end",
     ]
-    return table(head, body)
+    left = ["\nNot trained yet (number of seeds):\n", *missing] if missing else []
+    return "\n".join([table(head, body), *left])
 
 
 def ablation() -> str:
@@ -186,7 +212,7 @@ def ablation() -> str:
         cost = percent(fmean(map(flops, cell))) if cell else ""
         beside = "" if run == "nothing" else str(Comparison(cell, ours))
         body.append([run, f"{len(cell)} of 3", values, cost, beside])
-    return table(["changed", "seeds", "distance", "training FLOPs", "beside nothing changed"], body)
+    return table(["changed", "seeds", "distance", "training FLOPs", "distance relative to no change"], body)
 
 
 def trials() -> str:
@@ -234,7 +260,7 @@ def rules() -> str:
     for line in body:
         beside = Comparison(of_run(found, line[0]), ramps)
         line += ["", ""] if line[0] == "ramp" or not beside.pairs else [str(beside), f"x {beside.ratio_of(flops):.2f}"]
-    return table([*head, "distance beside the ramp", "FLOPs beside the ramp"], body)
+    return table([*head, "distance relative to the ramp", "FLOPs relative to the ramp"], body)
 
 
 def settled(row: Row) -> list[float]:
@@ -388,6 +414,22 @@ def steps() -> str:
     return table(head, body)
 
 
+def launches() -> str:
+    """Kernels that are launched in addition to a dense update's, by whose code and what an update does."""
+    body = [
+        [
+            row["who"],
+            f"{row['granularity']}s",
+            row["what"],
+            f"{row['launches']:g}",
+            percent(row["of_dense"]),
+            f"{row['waits']:g}",
+        ]
+        for row in rows("launches")
+    ]
+    return table(["code", "masks of", "update", "kernels", "relative to dense", "waits for the device"], body)
+
+
 def exported() -> str:
     body = [
         [
@@ -435,7 +477,7 @@ def smaller() -> str:
 def origins() -> str:
     """Where the rows are from: every kind of machine and set of versions once."""
     seen: dict[str, int] = {}
-    for study in (*STUDIES, "trials", "mask_update", "overhead", "exported", "smaller", "versions"):
+    for study in (*STUDIES, "trials", "mask_update", "overhead", "launches", "exported", "smaller", "versions"):
         for row in rows(study):
             versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
             origin = f"{study}: {row['machine']}; {versions}"
@@ -444,7 +486,10 @@ def origins() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "claim": claim,
+    "claim": lambda: claim("fashion"),
+    "wide claim": lambda: claim("wide"),
+    "wide": lambda: quality("wide", list(WIDE)),
+    "wide in short": wide_in_short,
     "overall": overall,
     "overall without the sparsest": lambda: overall(sorted(DENSITIES)[1]),
     "again": again,
@@ -462,28 +507,38 @@ TABLES: dict[str, Callable[[], str]] = {
     "growth of mask updates": lambda: growth_of_mask_updates(gpu=False),
     "growth of mask updates on a GPU": lambda: growth_of_mask_updates(gpu=True),
     "steps": steps,
+    "launches": launches,
     "exported": exported,
     "smaller": smaller,
     "channels": channels,
     "channel trials": channel_trials,
     "origins": origins,
+    "rules": rules,
 }
 
 
-def results_page() -> str:
-    """The whole page."""
-    return re.sub(r"{{(.+?)}}", lambda found: TABLES[found[1]](), (HERE / "page.md").read_text())
+SUMMARY = "results.md"
+WITH_TABLES = ("bounds.md",)
+"""Pages of docs that are not made from benchmarks/pages, but have tables from rows."""
 
 
-def bounds_page() -> str:
-    """docs/bounds.md with its table as the rows have it."""
-    pattern = re.compile(r"(<!-- rules -->\n).*?(\n<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda found: found[1] + rules() + found[2], (DOCS / "bounds.md").read_text())
+def pages() -> dict[Path, str]:
+    """Returns every page that holds tables, with its content, by its path."""
+    made = {}
+    for template in sorted((HERE / "pages").glob("*.md")):
+        folder = DOCS if template.name == SUMMARY else DOCS / "results"
+        made[folder / template.name] = re.sub(r"{{(.+?)}}", lambda found: TABLES[found[1]](), template.read_text())
+    between = re.compile(r"(<!-- rows: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+    for name in WITH_TABLES:
+        page = DOCS / name
+        made[page] = between.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", page.read_text())
+    return made
 
 
 def main() -> None:
-    (DOCS / "results.md").write_text(results_page())
-    (DOCS / "bounds.md").write_text(bounds_page())
+    for path, content in pages().items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
     figures.write(DOCS / "figures")
 
 

@@ -17,11 +17,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+
+from lightning_ddst.gan.module import paper_adam
+from lightning_ddst.sparsity import maskable_weights
 
 PEERS = ("authors", "rigl-torch", "sparsimony")
 
@@ -77,54 +80,75 @@ def authors_masking(clone: Path, network: nn.Module, optimizer: Optimizer, densi
     return masking
 
 
-def mask_updates(
-    clone: Path, peer: str, network: nn.Module, density: float
-) -> Callable[[dict[str, torch.Tensor]], None]:
-    """One mask update of a peer: half of the active weights are pruned, as many grown.
+class Masked(NamedTuple):
+    """A network that a peer has masked.
 
-    Returns:
-        Called with the gradients of all weights by name, it updates the masks.
+    Attributes:
+        step: Makes a step of the optimizer after a backward pass; inactive weights stay 0.
+        explore: Prunes half of the active weights and grows as many, by the gradients of all maskable weights by name.
     """
-    parameters = dict(network.named_parameters())
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+
+    step: Callable[[], object]
+    explore: Callable[[dict[str, torch.Tensor]], object]
+
+
+def attach(clone: Path, peer: str, network: nn.Module, density: float, every: int = 1) -> Masked:
+    """Has a peer mask a network.
+
+    Args:
+        clone: Of the peer's repository.
+        peer: One of `PEERS`.
+        network: The network, which only sparsimony cannot mask where it has spectral norm.
+        density: Its density.
+        every: Steps between the peer's own mask updates, as far as it prepares for them in other steps.
+    """
+    weights = {weight.name: weight.parameter for weight in maskable_weights(network)}
+    optimizer = paper_adam(network.parameters())
 
     if peer == "authors":
-        masking = authors_masking(clone, network, optimizer, density, 1)
+        masking = authors_masking(clone, network, optimizer, density, every)
 
-        def update(gradients: dict[str, torch.Tensor]) -> None:
+        def step() -> None:
+            optimizer.step()
+            masking.apply_mask()
+
+        def explore(gradients: dict[str, torch.Tensor]) -> None:
             for name, gradient in gradients.items():
-                parameters[name].grad = gradient
+                weights[name].grad = gradient
             with quiet():
                 masking.truncate_weights()
 
-    elif peer == "rigl-torch":
+        return Masked(step, explore)
+
+    if peer == "rigl-torch":
         package(clone, "rigl_torch")
         from rigl_torch.RigL import RigLScheduler
 
         scheduler = RigLScheduler(
-            network, optimizer, density, T_end=10**9, alpha=0.5, ignore_linear_layers=False, delta=10**6
+            network, optimizer, density, T_end=10**9, alpha=0.5, ignore_linear_layers=False, delta=max(every, 2)
         )
 
-        def update(gradients: dict[str, torch.Tensor]) -> None:
+        def explore(gradients: dict[str, torch.Tensor]) -> None:
             for (name, gradient), hook in zip(gradients.items(), scheduler.backward_hook_objects, strict=True):
-                parameters[name].grad = gradient
+                weights[name].grad = gradient
                 if hook is not None:
                     hook.dense_grad = gradient
             scheduler._rigl_step()
 
-    else:
-        package(clone, "sparsimony")
-        sys.modules.setdefault("deepspeed", ModuleType("deepspeed"))
-        from sparsimony.api import rigl
+        return Masked(optimizer.step, explore)
 
-        sparsifier = rigl(optimizer, 1 - density, t_end=10**9, delta_t=1, pruning_ratio=0.5)
-        layers = [name.removesuffix(".weight") for name in parameters]
-        sparsifier.prepare(network, [{"tensor_fqn": f"{layer}.weight"} for layer in layers])
+    package(clone, "sparsimony")
+    sys.modules.setdefault("deepspeed", ModuleType("deepspeed"))
+    from sparsimony.api import rigl
 
-        def update(gradients: dict[str, torch.Tensor]) -> None:
-            for layer in layers:
-                parametrization = network.get_submodule(layer).parametrizations.weight[0]  # type: ignore[union-attr]
-                parametrization.dense_grad = gradients[f"{layer}.weight"]
-            sparsifier.step()
+    sparsifier = rigl(optimizer, 1 - density, t_end=10**9, delta_t=every, pruning_ratio=0.5)
+    layers = [name.removesuffix(".weight") for name in weights]
+    sparsifier.prepare(network, [{"tensor_fqn": f"{layer}.weight"} for layer in layers])
 
-    return update
+    def explore(gradients: dict[str, torch.Tensor]) -> None:
+        for layer in layers:
+            parametrization = network.get_submodule(layer).parametrizations.weight[0]  # type: ignore[union-attr]
+            parametrization.dense_grad = gradients[f"{layer}.weight"]
+        sparsifier.step()
+
+    return Masked(optimizer.step, explore)

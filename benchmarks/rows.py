@@ -1,6 +1,11 @@
-"""Result files: what is in benchmarks/results, a row a line, each with the versions and the machine it is from."""
+"""Result files: what is in benchmarks/results, a row a line, each with the versions and the machine it is from.
+
+Two environment variables serve machines without a clone of the repository: RESULTS, another folder for the files, and
+COMMIT, the commit that the code is from.
+"""
 
 import json
+import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -13,7 +18,7 @@ PACKAGES = ("lightning_ddst", "torch", "lightning", "torchmetrics")
 
 def path(study: str) -> Path:
     """The file that holds a study's rows."""
-    return HERE / "results" / f"{study}.jsonl"
+    return Path(os.environ.get("RESULTS", HERE / "results")) / f"{study}.jsonl"
 
 
 def rows(study: str) -> list[dict[str, Any]]:
@@ -24,7 +29,7 @@ def rows(study: str) -> list[dict[str, Any]]:
 
 def add(study: str, row: dict[str, Any]) -> None:
     """Appends a row."""
-    path(study).parent.mkdir(exist_ok=True)
+    path(study).parent.mkdir(parents=True, exist_ok=True)
     with path(study).open("a") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -40,6 +45,8 @@ def origin() -> dict[str, Any]:
 
 def commit() -> str:
     """Of the repository, with "-dirty" where a file differs, but for results."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True).stdout.strip()

@@ -8,44 +8,33 @@ without the callback takes turns with it, update by update, in one process. No m
 
 import argparse
 
-import torch
-from lightning.pytorch import Callback, seed_everything
-from overhead import Turns, over, together, trainer
+from overhead import Setting, over, prepare, take_turns
 from rows import add, origin
-from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_ddst import DynamicSparsityCallback, GANModule
-from lightning_ddst.models import SNGANDiscriminator, SNGANGenerator
+from lightning_ddst import DynamicSparsityCallback
 
 BATCH = 16
 WARM_UP = 2
 
 
-def fit(callbacks: list[Callback], discriminator_steps: int, updates: int) -> None:
-    gan = GANModule(SNGANGenerator(), SNGANDiscriminator(), loss="hinge", discriminator_steps=discriminator_steps)
-    batches = (updates + WARM_UP) * discriminator_steps
-    images = TensorDataset(torch.rand(batches * BATCH, 3, 32, 32) * 2 - 1)
-    trainer(callbacks, epochs=1).fit(gan, DataLoader(images, batch_size=BATCH))
-
-
-def compare(density: float, discriminator_steps: int, updates: int) -> None:
-    seed_everything(0, verbose=False)
-    Turns.whose = Turns.runs = 0
+def compare(density: float, setting: Setting, updates: int) -> None:
+    """Adds a row of a density of both networks."""
     sparsity = DynamicSparsityCallback(
         density, granularity="channel", interval=1000, explore_interval=500, probe_interval=10
     )
-    runs: list[list[Callback]] = [[Turns(discriminator_steps)], [Turns(discriminator_steps), sparsity]]
-    together(fit, [(each, discriminator_steps, updates) for each in runs])
-    dense, small = (callbacks[0].seconds[WARM_UP:] for callbacks in runs)
+    seconds = take_turns({"dense": [], "small": [sparsity]}, setting, updates + WARM_UP, setting.steps)
+    dense, small = (each[WARM_UP:] for each in seconds.values())
     row = {
         "density": density,
         "actual": [round(network.density, 4) for network in sparsity.networks().values()],
-        "discriminator_steps": discriminator_steps,
+        "discriminator_steps": setting.steps,
+        "accelerator": setting.accelerator,
+        "precision": setting.precision,
         "updates": updates,
-        "batch": BATCH,
+        "batch": setting.batch_size,
         **over(small, dense),
-        "dense_ms": round(1e3 * sum(dense) / updates),
-        "command": f"benchmarks/smaller.py --densities {density} --steps {discriminator_steps} --updates {updates}",
+        "dense_ms": round(1e3 * sum(dense) / updates, 1),
+        "command": f"python benchmarks/smaller.py --densities {density} --steps {setting.steps} --updates {updates}",
     }
     add("smaller", row | origin())
     print(row, flush=True)
@@ -57,6 +46,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 5], help="discriminator steps a generator step")
     parser.add_argument("--updates", type=int, default=20, help="of the generator, that are compared")
     options = parser.parse_args()
+    prepare()
     for density in options.densities:
         for steps in options.steps:
-            compare(density, steps, options.updates)
+            compare(density, Setting("SNGAN", steps, batch_size=BATCH), options.updates)

@@ -341,6 +341,88 @@ def wide() -> list[Cell]:
     return rounds
 
 
+WIDTHS = (6, 12, 48)
+"""Widths of the study "scaling"; 24 is in the study "wide"."""
+SCALED_RUNS = ("DDST relaxed", "ramp to 0.5", "RigL, strong D", "DDST auto")
+
+
+def scaling() -> list[Cell]:
+    """Returns the runs of Fashion-MNIST at other widths, narrow networks first."""
+    large = next(iter(FASHION))
+    return [
+        Cell(
+            f"width {width}",
+            run,
+            density,
+            seed,
+            _options(f"{FASHION[large]} {_WIDTH.format(width)}", large, run, density),
+        )
+        for width, seed, density, run in product(WIDTHS, range(2), (0.05, 0.1), SCALED_RUNS)
+    ]
+
+
+WIDE_ABLATIONS: dict[str, str] = {
+    "BR every 10th update": "--sparsity.probe_interval 10",
+    "BR every 50th update": "--sparsity.probe_interval 50",
+    "steps of 0.1": "--sparsity.delta 0.1",
+    "D from 0.2": "--sparsity.discriminator_density 0.2 --sparsity.min_discriminator_density 0.2",
+    "optimizer state kept": "--sparsity.optimizer_state keep",
+    "regrown weights reset": "--sparsity.regrown reset",
+}
+"""Changes of DDST relaxed, which the study "wide" has unchanged: BR every 2nd update, steps of 0.05."""
+
+
+def wide_ablations() -> list[Cell]:
+    """Returns the ablations at width 24, with the generator at 5 % and all images."""
+    setting, density = next(iter(WIDE)), 0.05
+    unchanged = _options(WIDE[setting], setting, "DDST relaxed", density)
+    return [
+        Cell(setting, name, density, seed, f"{unchanged} {change}")
+        for seed, (name, change) in product(range(2), WIDE_ABLATIONS.items())
+    ]
+
+
+def _rising(floor: float) -> str:
+    return _controlled("variants.RisingFloor", min_density="{density}", floor=floor)
+
+
+CONTROLLERS: dict[str, str] = {
+    "DDST, floor rises to 0.5": _rising(0.5),
+    "DDST, floor rises to 0.3": _rising(0.3),
+    "DDST auto to 0.5": f"{METHODS['DDST auto']} {_DENSITY} --sparsity.max_discriminator_density 0.5",
+    "DDST, grows while alpha is low": _controlled("variants.GrowsWithoutGap", min_density="{density}"),
+    "ramp to 0.5": RULES["ramp to 0.5"],
+    "DDST relaxed": RULES["DDST relaxed"],
+    "DDST auto": RULES["DDST auto"],
+}
+"""Candidates for the default of control, and beside them what there is."""
+
+
+def controllers() -> list[Cell]:
+    """Returns the trials of the default of control, on seeds of their own: where it failed, and where it is best."""
+    large = next(iter(FASHION))
+    fast = f"{FASHION[large]} {UNBALANCED['D learns 4 times as fast']}"
+    places = ((large, FASHION[large], 0.05), ("width 24", WIDE[large], 0.05), ("D learns 4 times as fast", fast, 0.1))
+    return [
+        Cell(setting, run, density, seed, f"{base} {options.format(density=density)}")
+        for seed, (setting, base, density), (run, options) in product((10, 11), places, CONTROLLERS.items())
+    ]
+
+
+CIFAR_SMALL_RUNS = ("DDST relaxed", "ramp to 0.5", "RigL, strong D", "ramp", "RigL, balanced D")
+
+
+def cifar10_small() -> list[Cell]:
+    """Returns the runs of a narrow SNGAN on CIFAR-10 at 32 pixels, about 20 minutes each on a free core."""
+    base, setting = "--config benchmarks/cifar10_small.yaml", "CIFAR-10, width 32"
+    rounds = []
+    for seed in range(3):
+        for density, run in product((0.1, 0.3), CIFAR_SMALL_RUNS):
+            rounds.append(Cell(setting, run, density, seed, _options(base, setting, run, density)))
+        rounds.append(Cell(setting, "dense", 1.0, seed, f"{base} --config dense"))
+    return rounds
+
+
 # ---- whole channels ------------------------------------------------------------------------------------
 
 _WIDE = "--model.init_args.generator.init_args.width 16 --model.init_args.discriminator.init_args.width 16"
@@ -391,12 +473,32 @@ def cifar10() -> list[Cell]:
 # ---- the README's -------------------------------------------------------------------------------------
 
 
+_IN_RUN = (
+    "--trainer.logger lightning.pytorch.loggers.TensorBoardLogger --trainer.logger.init_args.save_dir run "
+    "--trainer.logger.init_args.name '' --trainer.logger.init_args.version ''"
+)
+"""Logs and checkpoints in one folder, which the runner replaces by the run's own."""
+
+
 def digits() -> list[Cell]:
     """What `lightning-ddst fit` does without arguments, and the dense pair beside it."""
-    logger = "--trainer.logger lightning.pytorch.loggers.TensorBoardLogger --trainer.logger.init_args.save_dir run"
-    logger += " --trainer.logger.init_args.name '' --trainer.logger.init_args.version ''"
     runs = (("DDST", 0.1, "ddst"), ("dense", 1.0, "dense"))
-    return [Cell("digits", run, density, 0, f"{logger} --sparsity.method {method}") for run, density, method in runs]
+    return [Cell("digits", run, density, 0, f"{_IN_RUN} --sparsity.method {method}") for run, density, method in runs]
+
+
+SAMPLED = (1.0, 0.3, 0.1, 0.05, 0.02)
+"""Densities of the generator in the pictures of README and gallery."""
+
+
+def densities() -> list[Cell]:
+    """The README's first command, by density of the generator; the pictures of samples are of seed 0."""
+    ddst = "--sparsity.generator_density {}"
+    runs = [("dense" if d == 1 else "DDST", d, "--sparsity.method dense" if d == 1 else ddst) for d in SAMPLED]
+    runs += [("DDST auto", d, f"{ddst} --sparsity.bounds auto") for d in SAMPLED[-2:]]
+    return [
+        Cell("digits", run, density, seed, f"{_IN_RUN} {options.format(density)}")
+        for seed, (run, density, options) in product(range(2), runs)
+    ]
 
 
 STUDIES: dict[str, Callable[[], list[Cell]]] = {
@@ -409,8 +511,13 @@ STUDIES: dict[str, Callable[[], list[Cell]]] = {
     "ablations": ablations,
     "wide_trials": wide_trials,
     "wide": wide,
+    "scaling": scaling,
+    "wide_ablations": wide_ablations,
+    "controllers": controllers,
+    "cifar10_small": cifar10_small,
     "channels": channels,
     "cifar10": cifar10,
     "digits": digits,
+    "densities": densities,
 }
 """By name, the cells in the order of their rank."""

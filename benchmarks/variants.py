@@ -6,12 +6,13 @@ PYTHONPATH=benchmarks lightning-ddst fit --config benchmarks/fashion.yaml --spar
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 from torch import Tensor
 
 from lightning_ddst import GeneratorEMA
-from lightning_ddst.balance import Balance, Controller, Decision, DensityController
+from lightning_ddst.balance import Balance, Controller, Decision, DensityController, DensityRamp
 from lightning_ddst.sparsity.averaging import WeightAverage
 
 
@@ -33,6 +34,81 @@ class ExploresInBand(DensityController):
         if decision.action == "hold" and (within or self.limits):
             return replace(decision, action="explore", reason=f"{decision.reason}: the discriminator explores")
         return decision
+
+
+class RisingFloor(Controller):
+    """DDST with a lower limit of the density that rises in a straight line over the run; BR decides above it.
+
+    Args:
+        min_density: The lower limit at the start, in (0, 1].
+        floor: The lower limit at the end, in [min_density, 1].
+        bounds: Lower and upper bound of BR.
+        delta: Density added or removed at once, in (0, 1].
+    """
+
+    def __init__(
+        self, min_density: float, floor: float, bounds: tuple[float, float] = (0.45, 0.55), delta: float = 0.05
+    ) -> None:
+        self._feedback = DensityController(bounds, delta, min_density)
+        self._ramp = DensityRamp(min_density, floor)
+
+    def decide(self, balance: Balance, density: float, progress: float = 0.0, share: float = 0.0) -> Decision:
+        """Decides as `DensityController`, and grows to the floor where the density is below it."""
+        floor = self._ramp.decide(balance, self._ramp.start, progress, share).density
+        decision = replace(self._feedback, min_density=floor).decide(balance, max(density, floor), progress, share)
+        if decision.density > density and decision.action != "grow":
+            return replace(decision, action="grow", reason=f"{decision.reason}; the floor is {floor:.3f}")
+        return decision
+
+    def readings(self, balance: Balance) -> dict[str, float]:
+        """BR and its bounds."""
+        return self._feedback.readings(balance)
+
+
+class GrowsWithoutGap(Controller):
+    """DDST that grows while alpha is below a share of its highest; BR decides above it.
+
+    The highest is that of the medians of three windows in a row.
+
+    Args:
+        min_density: Smallest density, in (0, 1].
+        least: The share of the highest alpha, in (0, 1].
+        bounds: Lower and upper bound of BR.
+        delta: Density added or removed at once, in (0, 1].
+    """
+
+    def __init__(
+        self, min_density: float, least: float = 0.5, bounds: tuple[float, float] = (0.45, 0.55), delta: float = 0.05
+    ) -> None:
+        self._feedback = DensityController(bounds, delta, min_density)
+        self._least = least
+        self._last: list[float] = []
+        self._highest = 0.0
+
+    def observe(self, balance: Balance) -> None:
+        """Follows alpha."""
+        self._last = [*self._last, balance.alpha][-3:]
+        if len(self._last) == 3:
+            self._highest = max(self._highest, median(self._last))
+
+    def decide(self, balance: Balance, density: float, progress: float = 0.0, share: float = 0.0) -> Decision:
+        """Grows without a gap, else decides as `DensityController`."""
+        if balance.alpha < self._least * self._highest and density < 1:
+            reason = f"alpha {balance.alpha:.3f} is below {self._least:g} of its highest, {self._highest:.3f}"
+            return Decision("grow", min(density + self._feedback.delta, 1.0), reason)
+        return self._feedback.decide(balance, density, progress, share)
+
+    def readings(self, balance: Balance) -> dict[str, float]:
+        """BR and its bounds."""
+        return self._feedback.readings(balance)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was observed."""
+        return {"last": self._last, "highest": self._highest}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores the state returned by `state_dict`."""
+        self._last, self._highest = list(state["last"]), state["highest"]
 
 
 class Brake(Controller):

@@ -16,33 +16,36 @@ project = "lightning_ddst"
 release = metadata.version("lightning-ddst")
 copyright = "the lightning_ddst authors, Apache License 2.0"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3  # the anchors that GitHub gives to headings
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_class_signature = "separated"
 autodoc_preserve_defaults = True
-add_module_names = False
+toc_object_entries_show_parents = "hide"
+python_maximum_signature_line_length = 90  # longer ones: an argument per line
 default_role = "py:obj"  # `Name` in a docstring
 nitpicky = False
 linkcheck_timeout = 30
 
 html_theme = "furo"
+pygments_style = "friendly"
 html_title = f"lightning_ddst {release}"
 html_static_path = ["static"]
 html_css_files = ["formulas.css"]
 html_math_renderer = "mathml"
+copybutton_exclude = ".linenos, .gp, .go"
 
 
 def _leave_the_site(app: Sphinx, document: nodes.document) -> None:
     """Makes links to what is in the repository, and not in the site, text: folders, and pages outside ``docs``."""
+    site = Path(app.srcdir)
     here = Path(app.env.doc2path(app.env.docname)).parent
     for link in list(document.findall(pending_xref)):
         target = link["reftarget"].partition("#")[0]
         # Files outside are copied into the site already; what the README is included for is seen from its folder.
         paths = {(here / target).with_suffix(suffix) for suffix in (".md", Path(target).suffix)} | {ROOT / target}
-        outside = [path for path in paths if path.exists() and not path.resolve().is_relative_to(here)]
+        outside = [path for path in paths if path.exists() and not path.resolve().is_relative_to(site)]
         if link["reftype"] in ("myst", "doc") and target and outside:
             link.replace_self(link.children)
 

@@ -1,6 +1,8 @@
-"""Makes the pictures of the pages: ``python docs/pictures.py RUN [--chromium CHROMIUM]``.
+"""Makes the pictures of the pages: ``python docs/pictures.py RUN WORK [--chromium CHROMIUM]``.
 
-RUN is a log folder of `lightning-ddst fit`, as lightning_logs/version_0; TensorBoard shows the runs beside it, too.
+RUN is the log folder of a run of `lightning-ddst fit`, such as lightning_logs/version_0; TensorBoard shows the runs
+next to it, too. WORK is the folder in which ``benchmarks/grid.py`` trained the studies "densities" and "wide", which
+keeps their checkpoints. Figures that need results only are made by ``benchmarks/page.py``.
 """
 
 import argparse
@@ -11,23 +13,37 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import torch
+import yaml
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
+from lightning_ddst import export, models
+from lightning_ddst.data import digits
 from lightning_ddst.report import plots
 from lightning_ddst.report.runs import Series, read_run
 from lightning_ddst.sparsity import MaskedNetwork
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from comparisons import Row, distance, geometric_mean, of
+from figures import GRAY, for_both_modes
+from rows import rows
+from studies import SAMPLED
+
 Box: TypeAlias = tuple[int, int, int, int]
+Images: TypeAlias = NDArray[np.float32]
 
 FIGURES = Path(__file__).parent / "figures"
 TABS: dict[str, tuple[str, str, tuple[int, int], list[Box]]] = {
@@ -36,11 +52,137 @@ TABS: dict[str, tuple[str, str, tuple[int, int], list[Box]]] = {
     "text": ("text", "run", (1280, 900), [(0, 0, 1280, 760)]),
     "hparams": ("hparams", "all", (2300, 400), [(466, 128, 1255, 300), (1255, 128, 2300, 300)]),
 }
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "0.88"
+_BLUE, _ORANGE, _GREEN, _INACTIVE = "#0072B2", "#D55E00", "#009E73", "#8888884D"
+_ACTIVE = GRAY
+_FASHION = "60,000 images"
+
+
+# ---- samples -------------------------------------------------------------------------------------------
+
+
+def samples(run: Path, count: int) -> Images:
+    """Samples a run's generator, with the weights that evaluation used and always the same noise.
+
+    Args:
+        run: A log folder with config.yaml and checkpoints/last.ckpt.
+        count: Number of images.
+
+    Returns:
+        Gray images ``(count, height, width)`` in [0, 1].
+    """
+    config = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]["generator"]
+    generator = getattr(models, config["class_path"].rpartition(".")[2])(**config["init_args"])
+    export.load_generator(generator, run / "checkpoints" / "last.ckpt")
+    noise = torch.randn(count, generator.latent_dim, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        images: Images = generator.eval()(noise)[:, 0].numpy()
+    return (images + 1) / 2
+
+
+def tiled(images: Images, columns: int, scale: int) -> Images:
+    """Joins images to rows of `columns`, with a gap of one pixel, every pixel `scale` times as large."""
+    padded = np.pad(images, ((0, 0), (0, 1), (0, 1)), constant_values=np.nan)
+    _, height, width = padded.shape
+    grid = padded.reshape(-1, columns, height, width).swapaxes(1, 2).reshape(-1, columns * width)[:-1, :-1]
+    return np.kron(grid, np.ones((scale, scale), np.float32))
+
+
+def first_look(dense: Images, sparse: Images, found: Sequence[Row]) -> Figure:
+    """Draws samples of the dense and of the 10 % generator, and quality over density.
+
+    Args:
+        dense: Images of the dense generator.
+        sparse: Images of the other one, from the same noise.
+        found: Rows of the study "wide".
+    """
+    figure = _figure(9, 3.1)
+    axes = figure.subplots(1, 3, width_ratios=[1, 1, 1.25])
+    for ax, images, title in zip(axes, (dense, sparse), ("dense generator", "10 % of its weights"), strict=False):
+        _show(ax, tiled(images, 6, 4))
+        ax.set_title(title)
+    quality_over_density(axes[2], found, _FASHION, {"DDST relaxed": "DDST"})
+    axes[2].set_title("quality over density")
+    return for_both_modes(figure)
+
+
+def gallery(by_density: dict[float, Images], real: Images, distances: dict[float, float]) -> Figure:
+    """Draws samples by density, a row each, below real images.
+
+    Args:
+        by_density: Images of every generator.
+        real: As many real images.
+        distances: Each generator's Frechet distance.
+    """
+    figure = _figure(9, 0.56 * (1 + len(by_density)) + 0.1)
+    axes = figure.subplots(1 + len(by_density), 1)
+    labels = ["real images"]
+    labels += [f"{_share(density)}\ndistance {distances[density]:.3g}" for density in by_density]
+    for ax, images, label in zip(axes, (real, *by_density.values()), labels, strict=True):
+        _show(ax, tiled(images, len(images), 4))
+        ax.text(-0.015, 0.5, label, transform=ax.transAxes, ha="right", va="center", fontsize=10)
+    return for_both_modes(figure)
+
+
+def densities(found: Sequence[Row]) -> Figure:
+    """Draws quality over density on digits, from rows of the study "densities"."""
+    figure = _figure(7, 3.2)
+    quality_over_density(figure.subplots(), found, "digits", {"DDST": "DDST", "DDST auto": 'DDST, bounds="auto"'})
+    return for_both_modes(figure)
+
+
+def quality_over_density(ax: Axes, found: Sequence[Row], setting: str, runs: dict[str, str]) -> None:
+    """Draws the Frechet distance over the generator's density: every seed, the mean, and the dense one as a line.
+
+    Args:
+        ax: Where to draw.
+        found: Rows of a study.
+        setting: Its setting.
+        runs: Labels of runs, by their names in the rows.
+    """
+    distances: dict[float, list[float]] = {}
+    for (run, label), (color, marker) in zip(runs.items(), ((_BLUE, "o"), (_GREEN, "^")), strict=False):
+        known = sorted({row["density"] for row in found if (row["setting"], row["run"]) == (setting, run)})
+        cells = [[distance(row) for row in of(found, setting, run, density)] for density in known]
+        ax.plot(known, [geometric_mean(cell) for cell in cells], f"{marker}-", color=color, label=label)
+        for density, cell in zip(known, cells, strict=True):
+            ax.plot([density] * len(cell), cell, ".", color=color, alpha=0.6)
+            distances.setdefault(density, []).extend(cell)
+    dense = geometric_mean(map(distance, of(found, setting, "dense", 1.0)))
+    ax.axhline(dense, color=_ORANGE, linestyle=(0, (4, 2)), label="dense")
+    ax.set_xscale("log")
+    ax.set_xticks(list(distances), [f"{100 * density:.0f} %" for density in distances])
+    ax.minorticks_off()
+    highest = max(max(cell) for cell in distances.values())
+    if highest > 10 * dense:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    else:
+        ax.set_ylim(0, 1.08 * highest)
+    ax.set_xlabel("density of the generator")
+    ax.set_ylabel("Frechet distance (lower is better)")
+    ax.legend(frameon=False, loc="best")
+
+
+def _share(density: float) -> str:
+    return "dense" if density == 1 else f"{100 * density:.0f} % of the weights"
+
+
+def _show(ax: Axes, picture: Images) -> None:
+    ax.imshow(np.ma.masked_invalid(picture), cmap="gray", vmin=0, vmax=1, interpolation="none")
+    ax.set_axis_off()
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+# ---- the method ----------------------------------------------------------------------------------------
 
 
 def masks() -> Figure:
-    """A layer's mask at first, after an exploration, and after the discriminator's two kinds of resizing."""
+    """Draws a layer's mask at first, after an exploration, and after the discriminator's two kinds of resizing."""
     layer = nn.Linear(20, 10, bias=False)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -51,47 +193,39 @@ def masks() -> Figure:
         ("resize: grow", lambda network: network.resize(0.35, gradients)),
         ("resize: prune", lambda network: network.resize(0.15)),
     ]
-    figure = Figure(figsize=(9, 2.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(9, 2.4)
     for ax, (title, change) in zip(figure.subplots(1, 3), steps, strict=True):
         network = MaskedNetwork(nn.Sequential(layer), 0.25, seed=1)
         (before,) = (mask.clone() for mask in network.masks.values())
         change(network)
         (after,) = network.masks.values()
-        picture = np.ones((*before.shape, 3)) * float(_GREY)
-        for where, color in ((before & after, "0.35"), (before & ~after, _ORANGE), (~before & after, _GREEN)):
-            picture[where.numpy()] = _rgb(color)
-        ax.imshow(picture, interpolation="nearest")
+        picture = np.full((*before.shape, 4), to_rgba(_INACTIVE))
+        for where, color in ((before & after, _ACTIVE), (before & ~after, _ORANGE), (~before & after, _GREEN)):
+            picture[where.numpy()] = to_rgba(color)
+        square = np.pad(np.ones((7, 7, 1)), ((0, 2), (0, 2), (0, 0)))  # with a gap
+        ax.imshow(np.kron(picture, square), interpolation="none")
         ax.set_title(title, fontsize=10)
         ax.set_xlabel(
-            f"density {before.float().mean():.2f} \N{RIGHTWARDS ARROW} {after.float().mean():.2f}", fontsize=9
+            f"density {before.float().mean():.2f} \N{RIGHTWARDS ARROW} {after.float().mean():.2f}", fontsize=10
         )
-        ax.set_xticks(np.arange(-0.5, 20), minor=True)
-        ax.set_yticks(np.arange(-0.5, 10), minor=True)
-        ax.grid(which="minor", color="white", linewidth=1)
-        ax.tick_params(which="both", length=0, labelbottom=False, labelleft=False)
-        for spine in ax.spines.values():
-            spine.set_visible(False)
-    for color, label in (
-        ("0.35", "active before and after"),
-        (_ORANGE, "pruned"),
-        (_GREEN, "grown"),
-        (_GREY, "inactive"),
-    ):
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.spines[:].set_visible(False)
+    labels = {"active before and after": _ACTIVE, "pruned": _ORANGE, "grown": _GREEN, "inactive": _INACTIVE}
+    for label, color in labels.items():
         figure.axes[0].scatter([], [], color=color, marker="s", label=label)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    return figure
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=10)
+    return for_both_modes(figure)
 
 
 def scores(series: Series) -> Figure:
-    """The three mean scores of the run's last window, and the balance ratio between them."""
+    """Draws the three mean scores of the run's last window, and the balance ratio between them."""
     real, fake, alpha, beta, ratio = (
         series[f"balance/{name}"][-1][1] for name in ("real", "fake", "alpha", "beta", "ratio")
     )
-    figure = Figure(figsize=(9, 2.1), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(9, 2.1)
     ax = figure.subplots()
-    ax.axhline(0, color="0.6", linewidth=1)
+    ax.axhline(0, color=GRAY, linewidth=1)
     for x, color, label in (
         (fake, _BLUE, "D(G$_{pre}$(z))"),
         (fake + beta, _BLUE, "D(G$_{post}$(z))"),
@@ -99,12 +233,10 @@ def scores(series: Series) -> Figure:
     ):
         ax.plot(x, 0, "o", color=color, markersize=9)
         ax.annotate(
-            f"{label}\n{x:.2f}", (x, 0), (0, 9), textcoords="offset points", ha="center", va="bottom", fontsize=10
+            f"{label}\n{x:.2f}", (x, 0), (0, 9), textcoords="offset points", ha="center", va="bottom", parse_math=True
         )
     for y, end, name in ((-0.35, fake + beta, f"beta = {beta:.2f}"), (-0.75, real, f"alpha = {alpha:.2f}")):
-        ax.annotate(
-            "", (end, y), (fake, y), arrowprops={"arrowstyle": "->", "color": "0.2", "shrinkA": 0, "shrinkB": 0}
-        )
+        ax.annotate("", (end, y), (fake, y), arrowprops={"arrowstyle": "->", "color": GRAY, "shrinkA": 0, "shrinkB": 0})
         ax.annotate(
             name, ((fake + end) / 2, y), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=10
         )
@@ -115,13 +247,7 @@ def scores(series: Series) -> Figure:
     ax.set_ylim(-0.85, 0.85)
     ax.set_yticks([])
     ax.spines[["left", "right", "top"]].set_visible(False)
-    return figure
-
-
-def _rgb(color: str) -> tuple[float, float, float]:
-    from matplotlib.colors import to_rgb
-
-    return to_rgb(color)
+    return for_both_modes(figure)
 
 
 # ---- TensorBoard ---------------------------------------------------------------------------------------
@@ -191,18 +317,50 @@ def _wait_for(address: str, seconds: float = 60) -> None:
             time.sleep(0.5)
 
 
+def drawn(run: Path, work: Path) -> dict[str, Callable[[], Figure]]:
+    """Returns what draws each figure, by name.
+
+    Args:
+        run: A log folder.
+        work: The folder of ``benchmarks/grid.py``.
+    """
+    series = read_run(run)
+    found = rows("densities")
+
+    def look() -> Figure:
+        dense, sparse = (
+            samples(work / f"{_FASHION.replace(',', '_').replace(' ', '_')}-{name}-0", 36)
+            for name in ("dense-1.0", "DDST_relaxed-0.1")
+        )
+        return first_look(dense, sparse, rows("wide"))
+
+    def by_density() -> Figure:
+        folders = {density: work / f"digits-{'dense' if density == 1 else 'DDST'}-{density}-0" for density in SAMPLED}
+        distances = {row["density"]: distance(row) for row in found if row["seed"] == 0}
+        real = digits().tensors[0][:22, 0].numpy() / 2 + 0.5
+        return gallery({density: samples(folder, 22) for density, folder in folders.items()}, real, distances)
+
+    figures = {"first_look": look, "gallery": by_density, "densities": lambda: densities(found), "masks": masks}
+    figures["scores"] = lambda: scores(series)
+    return figures | {
+        f"run_{name}": lambda figure=figure: for_both_modes(figure) for name, figure in plots.figures(series).items()
+    }
+
+
 def main() -> None:
     """Writes every picture."""
     parser = argparse.ArgumentParser(description="Makes the pictures of the pages.")
     parser.add_argument("run", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--only", nargs="+", help="names of figures, without TensorBoard's pages")
     parser.add_argument("--chromium", default="chromium")
     given = parser.parse_args()
-    series = read_run(given.run)
-    drawn = {"masks": masks(), "scores": scores(series)}
-    drawn |= {f"run_{name}": figure for name, figure in plots.figures(series).items()}
-    for name, figure in drawn.items():
-        (FIGURES / f"{name}.svg").write_bytes(plots.rendered(figure, "svg"))
-    screenshots(given.run.resolve(), given.chromium)
+    for name, draw in drawn(given.run, given.work / "runs").items():
+        if not given.only or name in given.only:
+            with plots.plot_style():
+                (FIGURES / f"{name}.svg").write_bytes(plots.rendered(draw(), "svg"))
+    if not given.only:
+        screenshots(given.run.resolve(), given.chromium)
 
 
 if __name__ == "__main__":

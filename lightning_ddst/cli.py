@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import pydoc
 import sys
 import traceback
 import warnings
@@ -18,23 +19,32 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_ddst.attached.options import METHOD_ARGUMENTS
-from lightning_ddst.callbacks import DynamicSparsityCallback, InterruptCheckpoint
+from lightning_ddst.callbacks import DynamicSparsityCallback, InterruptCheckpoint, SampleQuality
+from lightning_ddst.data.network_sizes import NetworkSizes, fit_networks
 from lightning_ddst.export.command import export
+from lightning_ddst.gan.module import GANModule
 from lightning_ddst.methods.base import METHODS, unused_arguments
+from lightning_ddst.report.compare_command import compare
 from lightning_ddst.report.plot_command import plot
+from lightning_ddst.report.sweep_command import sweep
 from lightning_ddst.utils.checkpoints import AtomicCheckpointIO, describe_error
 from lightning_ddst.utils.command_line import DEBUG, OneLineParser, describe_expected, fail
-from lightning_ddst.utils.configurations import check_classes, find_missing_files, read_yaml
+from lightning_ddst.utils.configurations import check_classes, find_missing_files, option_values, read_yaml
 from lightning_ddst.utils.suggestions import did_you_mean
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 """The default configuration: DDST on handwritten digits."""
 CONFIGS = {path.stem: path for path in sorted(DEFAULT_CONFIG.parent.rglob("*.yaml"))}
 """The package's configurations by name; ``--config`` accepts these names and paths of files."""
-SUBCOMMANDS: dict[str, Callable[[Sequence[str]], object]] = {"plot": plot, "export": export}
+SUBCOMMANDS: dict[str, Callable[[Sequence[str]], object]] = {
+    "plot": plot,
+    "compare": compare,
+    "sweep": sweep,
+    "export": export,
+}
 """Subcommands next to LightningCLI's: functions of the arguments after the subcommand's name."""
 
 _CHECKPOINTS = ("best", "last", "hpc", "registry")
@@ -116,8 +126,12 @@ class SparseGANCLI(LightningCLI):
         super().add_default_arguments_to_parser(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses the arguments, and checks names of classes and files before anything is made."""
+        """Parses the arguments, and checks names of classes and files before anything is made.
+
+        It also keeps the arguments that were given, without defaults.
+        """
         super().parse_arguments(parser, args)
+        self._given = parser.parse_args(args, defaults=False)
         config = self.config.get(self.config.get("subcommand", ""), self.config)
         try:
             check_classes(config.as_dict())
@@ -149,11 +163,28 @@ class SparseGANCLI(LightningCLI):
         given = self.config
         try:
             self.config = _without_unused(given, self.subcommand)  # config.yaml records this
+            sizes = self._fit_networks()
             super().instantiate_classes()
+            sizes.check()  # now: the networks' own errors come first
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, SampleQuality):
+                    callback.check_data(self.datamodule)
         except _ERRORS as error:
             fail(_first_reason(error))
         finally:
             self.config = given
+
+    def _fit_networks(self) -> NetworkSizes:
+        """Gives a `GANModule`'s networks the size of the data's images, where no other was given."""
+        config, given = ((each[self.subcommand] if self.subcommand else each) for each in (self.config, self._given))
+        model = pydoc.locate(config.model.class_path) if config.get("model") else None
+        if not (config.get("data") and isinstance(model, type) and issubclass(model, GANModule)):
+            return NetworkSizes({}, [])
+        sizes = fit_networks(config, given)
+        if sizes.filled:
+            values = ", ".join(f"{name}={size}" for name, size in sizes.filled.items())
+            rank_zero_info(f"The networks fit the data's images: {values}")
+        return sizes
 
 
 def _without_unused(config: Namespace, subcommand: str | None) -> Namespace:
@@ -216,7 +247,7 @@ def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
         run: Whether to run the subcommand at the beginning of `args`. If False, `args` are those of ``fit``, and the
             objects are only made: the attributes ``trainer``, ``model`` and ``datamodule`` of the result.
     """
-    args = _with_default_config(_with_paths(args), run)
+    args = _with_default_config(_with_log_folder(_with_paths(args)), run)
     _check_configs(args)
     if find_spec("shtab"):
         set_parsing_settings(add_print_completion_argument=True)
@@ -301,6 +332,16 @@ def _with_paths(args: Sequence[str]) -> list[str]:
         elif place and resolved[place - 1] in ("--config", "-c"):
             resolved[place] = _path(arg)
     return resolved
+
+
+def _with_log_folder(args: Sequence[str]) -> list[str]:
+    """Gives a logger that is named without the folder it requires the run's root folder."""
+    given = dict(option_values(args))
+    logger = given.get("--trainer.logger", "").rpartition(".")[2]
+    folders = ("--trainer.logger.save_dir", "--trainer.logger.init_args.save_dir")
+    if logger not in ("CSVLogger", "TensorBoardLogger") or any(folder in given for folder in folders):
+        return list(args)
+    return [*args, f"{folders[1]}={given.get('--trainer.default_root_dir', '.')}"]
 
 
 def _path(config: str) -> str:

@@ -15,18 +15,19 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_ddst.attached.checks import check_method, check_settings, check_unchanged, check_unlimited
 from lightning_ddst.attached.hooks import AttachedTraining, check_attached
-from lightning_ddst.attached.options import RunOptions
-from lightning_ddst.attached.readings import RunReadings
-from lightning_ddst.attached.report import RunReport
+from lightning_ddst.attached.options import RunOptions, given_arguments
+from lightning_ddst.attached.report import RunReport, new_series
 from lightning_ddst.attached.wrapped import find_scaler, holds_parts, unwrap_optimizer, unwrap_parts
 from lightning_ddst.callbacks import DynamicSparsityCallback
 from lightning_ddst.methods import Plan
+from lightning_ddst.report.display import RunDisplay
 from lightning_ddst.sparsity import find_optimizers, find_units, has_updated
 from lightning_ddst.sparsity.averaging import WeightAverage
 from lightning_ddst.sparsity.dense_gradients import unscale_by
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.compilation import uncompiled
 from lightning_ddst.utils.nested import tensors_in
+from lightning_ddst.utils.series import RecordedSeries
 from lightning_ddst.utils.states import Form, maybe
 from lightning_ddst.utils.validation import check_count
 
@@ -125,6 +126,7 @@ def sparsify(
         networks,
         found,
         options,
+        given=given_arguments(sparsify, {"length": length, "ema_decay": ema_decay, "log_every": log_every}) | arguments,
         length=length,
         ema_decay=ema_decay,
         scaler=scaler,
@@ -134,7 +136,7 @@ def sparsify(
     )
 
 
-class SparseLoop(RunReadings):
+class SparseLoop(RunDisplay):
     """Sparse training in a loop that the user writes; `sparsify` makes it.
 
     Its readings (`masks`, `generator_density`, `balance_ratio`, `decisions`, `flops_ratio` and so on) are those of
@@ -145,6 +147,7 @@ class SparseLoop(RunReadings):
         networks: The two networks.
         optimizers: Their optimizers.
         options: The options of the run.
+        given: The arguments of `sparsify` that ``repr`` shows, by name.
         length: Generator updates of the run; None if it is unknown.
         ema_decay: Decay of the generator's average; None keeps none.
         scaler: The GradScaler of fp16, or None.
@@ -162,6 +165,7 @@ class SparseLoop(RunReadings):
         optimizers: list[Optimizer],
         options: RunOptions,
         *,
+        given: Mapping[str, Any],
         length: int | None,
         ema_decay: float | None,
         scaler: Any,
@@ -172,6 +176,8 @@ class SparseLoop(RunReadings):
         self._networks = networks
         self._optimizers = optimizers
         self._options = options
+        self._given = dict(given)
+        self._series = new_series()
         self._length = length
         self._unscaled = unscale_by(scaler)
         self._log = log
@@ -210,7 +216,9 @@ class SparseLoop(RunReadings):
             state=state,
         )
         self._attached.training.flops.pause()
-        self._report = _LoopReport(self, self._options, self._attached, self._log, self._log_every, stops=self._stops)
+        self._report = _LoopReport(
+            self, self._options, self._attached, self._series, self._log, self._log_every, stops=self._stops
+        )
         self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in self._optimizers]
         self._average = self._make_average()
         if self._average is not None and state is not None and state["average"] is not None:
@@ -359,6 +367,7 @@ class SparseLoop(RunReadings):
         if self._unmasked is not None:
             self._unmasked.restore()
         self._detach(attached)
+        self._series = new_series()
         self._attach(state).pending.load_state_dict(state["pending_gradients"])
         self._steps = 0
 
@@ -394,11 +403,12 @@ class _LoopReport(RunReport):
         loop: SparseLoop,
         options: RunOptions,
         attached: AttachedTraining,
+        series: RecordedSeries,
         log: Log | None,
         every: int,
         stops: bool,
     ) -> None:
-        super().__init__(options, attached, stops=stops)
+        super().__init__(options, attached, series, stops=stops)
         self._loop = loop
         self._log = log
         self._every = every
@@ -409,6 +419,10 @@ class _LoopReport(RunReport):
     def log(self, values: Mapping[str, float], update: int) -> None:
         if self._log is not None and distributed.get_rank() == 0:
             self._log(dict(values), update)
+
+    def print(self, text: str) -> None:
+        if distributed.get_rank() == 0:
+            print(text)
 
     def stop(self) -> None:
         self._loop.should_stop = True

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from commands import TINY
+from commands import TINY, parsed
 from crashes import Signal
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA, Sam
 from lightning_ddst.cli import CONFIGS, DEFAULT_CONFIG, SUBCOMMANDS, SparseGANCLI, make_cli
 from lightning_ddst.data import DigitsDataModule
 from lightning_ddst.models import SmallDiscriminator, SmallGenerator, trained_digits_cnn
+from lightning_ddst.report.results import read_results
 
 # Callbacks like the default ones; the features are not trained.
 CALLBACKS = [
@@ -266,6 +267,25 @@ def test_the_checkpoint_of_a_run_loads_without_the_command(fit: Run) -> None:
     gan = GANModule(SmallGenerator(width=4), SmallDiscriminator(width=4))
     gan.load_state_dict(state)
     assert gan.generator.layers[0].weight.count_nonzero() < gan.generator.layers[0].weight.numel() / 2
+
+
+@pytest.mark.parametrize(
+    "option", [["--trainer.logger=CSVLogger"], ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger"]]
+)
+def test_a_logger_that_is_named_alone_logs_to_the_root_folder(option: list[str], tmp_path) -> None:
+    run = ran(tmp_path, "fit", *tiny(tmp_path), *option)
+    folder = tmp_path / "lightning_logs" / "version_0"
+    assert {"metrics.csv", "config.yaml", "results.json"} <= {path.name for path in folder.iterdir()}
+    results = read_results(folder)
+    assert (results.status, results.seed, results.pair.updates) == ("finished", 0, 12)
+    assert results.config["sparsity"]["interval"] == 6
+    assert results.config["trainer"]["logger"]["init_args"]["save_dir"] == str(tmp_path)
+    assert run.cli.trainer.logger.save_dir == str(tmp_path)
+
+
+def test_a_logger_with_a_folder_keeps_it(monkeypatch) -> None:
+    config = parsed(monkeypatch, "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=there").config
+    assert config.trainer.logger.init_args.save_dir == "there"
 
 
 def test_the_dense_pair_is_one_option_away(tmp_path) -> None:

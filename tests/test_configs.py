@@ -20,7 +20,7 @@ SYSTEMS = {
     "tiny_imagenet_biggan": (64, 200_000, 5),
 }
 """Their image size, generator updates, and batches' worth of optimizer steps a generator update."""
-METHODS = sorted(CONFIGS.keys() - SYSTEMS.keys() - {"digits", "no_inception", "paper"})
+METHODS = sorted(CONFIGS.keys() - SYSTEMS.keys() - {"digits", "images", "no_inception", "paper"})
 DENSITIES = (0.1, 0.2, 0.3, 0.5)
 
 

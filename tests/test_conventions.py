@@ -22,7 +22,8 @@ BY_NAME = ("getattr", "setattr", "delattr", "hasattr", "attrgetter", "object")
 
 
 def is_private(name: str) -> bool:
-    return re.fullmatch(r"_[a-zA-Z0-9]\w*", name) is not None
+    """Names such as `_repr_html_`, which a notebook calls, are protocols of others."""
+    return re.fullmatch(r"_[a-zA-Z0-9]\w*(?<!_)", name) is not None
 
 
 def defined(tree: ast.AST) -> set[str]:

@@ -48,7 +48,7 @@ def test_the_main_job_ends_near_the_dense_pair(tmp_path, monkeypatch, capsys) ->
 
     (sparsity,) = (c for c in cli.trainer.callbacks if isinstance(c, DynamicSparsityCallback))
     (distance,) = (c for c in cli.trainer.callbacks if isinstance(c, SampleQuality))
-    dense = float(next(line for line in printed.splitlines() if "dense pair" in line).split()[-1])
+    dense = float(next(line for line in printed.splitlines() if "dense baseline" in line).split()[-1])
     assert counts.steps == 2 * sparsity.generator_updates
     assert distance.history["frechet_distance"][0][0] == 0
     assert distance.history["frechet_distance"][-1][1] <= 3 * dense

@@ -182,8 +182,8 @@ def trained(
 
 
 @cache
-def in_32_bits(growth: str = "seen_gradient", lr: float = 1e-2) -> tuple[ToyGAN, Watch]:
-    return trained({}, GAN(lr=lr), growth=growth)
+def in_32_bits(growth: str = "seen_gradient", lr: float = 1e-2, **arguments: Any) -> tuple[ToyGAN, Watch]:
+    return trained({}, GAN(lr=lr), growth=growth, **arguments)
 
 
 # ---- masks and BR -------------------------------------------------------------------------------------------
@@ -274,9 +274,11 @@ SCALERS = pytest.mark.parametrize(
 @SCALERS
 @FUSED
 def test_dense_gradients_are_those_of_32_bits(scaler: dict[str, Any], growth: str, fused: bool) -> None:
-    # At so small a rate the weights stay alike until the first change of each mask.
-    _, expected = in_32_bits(growth, lr=1e-6)
-    _, watch = trained({"plugins": [plugin(**scaler)]}, GAN(fused, lr=1e-6), epochs=1, growth=growth)
+    # At so small a rate the weights stay alike until the first change of each mask, and the discriminator does not
+    # clearly tell real from fake: BR may be undecided.
+    weak = {"signal": "real_sign", "bounds": (1.5, 2.0)}  # the sign is below in any case
+    _, expected = in_32_bits(growth, lr=1e-6, **weak)
+    _, watch = trained({"plugins": [plugin(**scaler)]}, GAN(fused, lr=1e-6), epochs=1, growth=growth, **weak)
 
     assert ("growth_interval" in scaler) == (len(set(watch.scales)) > 1)
     assert watch.counted[:INTERVAL] == expected.counted[:INTERVAL]

@@ -1,10 +1,11 @@
 """Checks that reject a run, and warnings about it: one function each."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lightning.fabric.utilities import rank_zero_info
 from torch import nn
+from torch.optim import Adam, AdamW
 
 from lightning_ddst.balance import ScoresItself
 from lightning_ddst.methods import Method, Role, SparseTraining
@@ -144,28 +145,72 @@ _NAMED = 5
 """Number of weights that the warning names."""
 
 
-def tell_masked_share(pair: MaskedPair, training: SparseTraining) -> None:
-    """Prints the share of each network's weights that can be masked; warns if it is below 90 % of a network with masks.
+def warn_of_unmasked(pair: MaskedPair, training: SparseTraining) -> None:
+    """Warns if less than 90 % of the weights of a network with masks can be masked; names the largest others.
 
     Weights are parameters of two or more dimensions, without those of layers in ``dense_layers``.
     """
-    shares = {}
     for role, network in pair.networks.items():
-        dense = network.dense_weights()
-        shares[role] = network.total / (network.total + sum(parameter.numel() for parameter in dense.values()))
-        if shares[role] < _WARN_BELOW and training.is_masked(role):
-            largest = sorted(dense.items(), key=lambda named: -named[1].numel())[:_NAMED]
+        share = network.maskable_share()
+        if share < _WARN_BELOW and training.is_masked(role):
+            largest = sorted(network.dense_weights().items(), key=lambda named: -named[1].numel())[:_NAMED]
             names = ", ".join(
                 f"{network.full_name(name)!r} {tuple(parameter.shape)}{'' if parameter.requires_grad else ' (frozen)'}"
                 for name, parameter in largest
             )
             distributed.warn(
-                f"only {shares[role]:.1%} of the {role}'s weights are maskable, and its density counts these alone. "
+                f"only {share:.1%} of the {role}'s weights are maskable, and its density counts these alone. "
                 f"The largest that stay dense: {names}. To mask them, name their dimensions in "
                 "masked_parameters={pattern: (out_dim, in_dim)}; to leave them dense, name them in dense_layers."
             )
-    told = " and ".join(f"{share:.1%} of the {role}'s" for role, share in shares.items())
-    rank_zero_info(f"lightning_ddst: {told} weights can be masked.")
+
+
+_LARGE_STEPS = 5.0
+"""Learning rates above which the largest step of a grown weight brings a warning; the paper's betas give 3.2."""
+_SIMULATED = 5000
+"""Steps among which the largest is searched."""
+
+
+def warn_of_large_steps(pair: MaskedPair, training: SparseTraining) -> None:
+    """Warns if Adam's betas let weights that grow make large first steps.
+
+    A grown weight starts with moments of 0, while the optimizer's step count, and so its bias correction, goes on.
+    """
+    growing = {role for update in training.mask_updates if update.grows for role in update.roles}
+    steps: dict[Role, tuple[float, tuple[float, float]]] = {}
+    for role, network in pair.networks.items():
+        if role in growing and training.is_masked(role):
+            weights = {id(parameter) for parameter in network.parameters.values()}
+            for optimizer in training.optimizers:
+                for group in optimizer.param_groups if isinstance(optimizer, Adam | AdamW) else ():
+                    if any(id(parameter) in weights for parameter in group["params"]):
+                        betas = (float(group["betas"][0]), float(group["betas"][1]))
+                        steps[role] = max(steps.get(role, (0.0, betas)), (largest_step(*betas), betas))
+    large = [
+        f"up to {step:.1f} learning rates for about {1 / (1 - betas[1]):,.0f} updates with the {role}'s "
+        f"betas=({betas[0]:g}, {betas[1]:g})"
+        for role, (step, betas) in steps.items()
+        if step > _LARGE_STEPS
+    ]
+    if large:
+        distributed.warn(
+            "a weight that grows starts with fresh optimizer state, and Adam's first steps with it are large: "
+            f"{', '.join(large)}. Use a smaller second beta in dynamic sparse training: the paper's betas=(0, 0.9) "
+            "give 3.2."
+        )
+
+
+def largest_step(beta1: float, beta2: float) -> float:
+    """Returns the largest step, in learning rates, that Adam makes with a weight whose moments were reset to 0.
+
+    At a constant gradient the n-th step is ``(1 - beta1**n) / sqrt(1 - beta2**n)`` learning rates, once the bias
+    correction of a long run is over.
+
+    Args:
+        beta1: Decay of the first moment, in [0, 1).
+        beta2: Decay of the second moment, in [0, 1).
+    """
+    return max((1 - beta1**n) / math.sqrt(1 - beta2**n) for n in range(1, _SIMULATED))
 
 
 def check_unlimited(method: Method, unknown: str) -> None:

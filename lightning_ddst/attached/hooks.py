@@ -7,7 +7,7 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ddst.attached.checks import check_finite_weights, tell_masked_share
+from lightning_ddst.attached.checks import check_finite_weights, warn_of_large_steps, warn_of_unmasked
 from lightning_ddst.attached.options import RunOptions
 from lightning_ddst.attached.pending_gradients import PendingGradients
 from lightning_ddst.methods import Plan, SparseTraining
@@ -101,7 +101,9 @@ class AttachedTraining:
         except BaseException:
             self.detach()
             raise
-        tell_masked_share(pair, self.training)
+        warn_of_unmasked(pair, self.training)
+        if options.masking.optimizer_state == "reset":
+            warn_of_large_steps(pair, self.training)
         for optimizer in self.training.generator_optimizers:
             self._handles += [
                 optimizer.register_step_pre_hook(lambda stepping, *_: self._before_step(stepping)),

@@ -1,7 +1,8 @@
 """Options of a run: its method, and how two networks of a module are found, masked and measured."""
 
+import inspect
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
@@ -13,6 +14,7 @@ from lightning_ddst.balance import BalanceProbe, ScoresItself
 from lightning_ddst.balance.ratio import ESTIMATORS, Estimator
 from lightning_ddst.balance.scores import ScorePlaces, ScoreReader
 from lightning_ddst.methods import Intervals, Method, Role, make_method
+from lightning_ddst.methods.base import ROLES
 from lightning_ddst.methods.masked_pair import MaskedPair
 from lightning_ddst.sparsity import MaskableWeight, MaskedNetwork, find_units, maskable_weights
 from lightning_ddst.sparsity.enforcement import OptimizerState
@@ -250,6 +252,7 @@ class RunOptions:
         measuring: Options of measuring.
         intervals: The requested intervals.
         seed: Seed of the masks; None means torch's initial seed.
+        verbose: Whether to print every decision.
 
     Raises:
         ValueError: If options do not suit each other.
@@ -260,9 +263,12 @@ class RunOptions:
     measuring: MeasuringOptions
     intervals: Intervals
     seed: int | None
+    verbose: bool = False
 
     def __post_init__(self) -> None:
         """Checks the options together."""
+        if self.verbose not in (False, True):
+            raise ValueError(f"verbose={self.verbose!r} must be True or False.")
         self.masking.check_method(self.method)
         if not self.measured and self.method.needs_balance:
             raise ValueError(f'probe_interval=None measures no balance ratio, which method="{self.method.name}" needs.')
@@ -294,6 +300,7 @@ class RunOptions:
             MeasuringOptions(**measuring),
             Intervals(**intervals),
             seed,
+            arguments["verbose"],
         )
 
     @property
@@ -319,6 +326,39 @@ class RunOptions:
         """Returns the arguments that a resumed run is compared with; loads with ``weights_only=True``."""
         options = (self.method, self.masking, self.measuring, self.intervals)
         return {name: value for each in options for name, value in list_arguments(each).items()}
+
+    def changed(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the arguments that differ from their defaults; loads with ``weights_only=True``.
+
+        Args:
+            given: The given flat arguments, as `given_arguments` returns them.
+
+        Returns:
+            Arguments by name, of the method first, without its name. Densities that the method ignores are left out.
+        """
+        method = self.method
+        own = {f.name: getattr(method, f.name) for f in fields(method) if getattr(method, f.name) != f.default}
+        for role in ROLES:
+            used = (method.initial_densities[role], method.final_densities[role])
+            if own.get(f"{role}_density", used[0]) not in used:
+                del own[f"{role}_density"]
+        others = {name: value for name, value in given.items() if name not in ("method", *METHOD_ARGUMENTS)}
+        return {name: _plain(value) for name, value in {**own, **others}.items()}
+
+
+def given_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a function that differ from its defaults, in its order.
+
+    Args:
+        function: The function, or a class.
+        arguments: All arguments by name, and maybe others.
+    """
+    parameters = inspect.signature(function).parameters
+    return {
+        name: arguments[name]
+        for name, parameter in parameters.items()
+        if name in arguments and repr(arguments[name]) != repr(parameter.default)
+    }
 
 
 def list_arguments(options: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from lightning_ddst.methods.base import ROLES
 from lightning_ddst.methods.masked_pair import MaskedPair, density_of, saved_masks
 from lightning_ddst.methods.training import restore_decisions
 from lightning_ddst.sparsity import LayerFlops, MaskedNetwork
+from lightning_ddst.utils.networks import name_in
 from lightning_ddst.utils.validation import check_choice
 
 
@@ -117,6 +118,10 @@ class RunReadings:
     def plan(self) -> Plan:
         """The current intervals; None means never, or not known yet."""
         return Plan() if self._training is None else self._training.plan
+
+    def module_name(self, role: Role) -> str:
+        """Returns the dotted name of a masked network in its module; of several parts, their names with ``+``."""
+        return name_in(self._fitted.module, self._fitted.networks[role].network)
 
     def networks(self) -> dict[Role, MaskedNetwork]:
         """Returns both sparse networks; empty before fitting, unless `attach` was called."""

@@ -8,11 +8,27 @@ from lightning.fabric.utilities import rank_zero_info
 from lightning_ddst.attached.checks import check_unchanged
 from lightning_ddst.attached.hooks import AttachedTraining
 from lightning_ddst.attached.options import RunOptions
+from lightning_ddst.balance import Decision
 from lightning_ddst.balance.controller import ACTIONS
 from lightning_ddst.utils import distributed
+from lightning_ddst.utils.series import RecordedSeries
 
+_DRAWN = (
+    *("balance/ratio", "balance/real_sign", "control/signal", "control/lower", "control/upper"),
+    *("density/generator", "density/discriminator"),
+)
+"""Names of the values that are kept for a figure of the run."""
 _WARN_AFTER, _WARN_WINDOW = 7, 10
 """A warning follows if this many of the last decisions would have pruned D at its minimum density."""
+
+
+def new_series() -> RecordedSeries:
+    """Returns empty series of the values in a figure of the run."""
+    return RecordedSeries(_find_drawn)
+
+
+def _find_drawn(name: str) -> str | None:
+    return "run" if name in _DRAWN else None
 
 
 class RunReport(ABC):
@@ -21,10 +37,13 @@ class RunReport(ABC):
     Args:
         options: The options of the run.
         attached: The training.
+        series: Series that record what is logged.
         stops: Whether the run ends when training has broken down.
     """
 
-    def __init__(self, options: RunOptions, attached: AttachedTraining, *, stops: bool) -> None:
+    def __init__(self, options: RunOptions, attached: AttachedTraining, series: RecordedSeries, *, stops: bool) -> None:
+        self._series = series
+        self._verbose = options.verbose
         self._pair = attached.pair
         self._training = attached.training
         self._measured = options.measured
@@ -45,6 +64,10 @@ class RunReport(ABC):
     def stop(self) -> None:
         """Ends the run."""
 
+    @abstractmethod
+    def print(self, text: str) -> None:
+        """Prints a text in the first process, while training runs."""
+
     def write(self, name: str, text: str, update: int) -> None:  # noqa: B027 -- most logs take no text
         """Writes a text."""
 
@@ -59,8 +82,12 @@ class RunReport(ABC):
         new, self._decisions = training.decisions[self._decisions :], len(training.decisions)
         if not new and not line_is_due:
             return
-        self.log(self.scalars(), training.updates)
+        values = self.scalars()
+        self._series.record(values, training.updates)
+        self.log(values, training.updates)
         for update, decision in new:
+            if self._verbose:
+                self.print(describe_decision(update, decision))
             self.write("decision/reason", f"{decision.action}: {decision.reason}", update)
         if new and not self._warned:
             self._warn_of_bounds()
@@ -132,3 +159,9 @@ class RunReport(ABC):
             'do not fit the GAN and keep the discriminator too sparse to learn. bounds="auto" and method="ramp" do not '
             "depend on the signal's level."
         )
+
+
+def describe_decision(update: int, decision: Decision) -> str:
+    """Returns a line about a decision, such as "update 600: grow to 15.0%, since BR 0.600 > 0.55: ..."."""
+    where = "to" if decision.action in ("grow", "prune") else "at"
+    return f"update {update:,}: {decision.action} {where} {decision.density:.1%}, since {decision.reason}"

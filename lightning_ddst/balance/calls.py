@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from lightning_ddst.balance.layout import Order
+from lightning_ddst.balance.normalized import NormalizedWeights
 from lightning_ddst.balance.replay import CallState
 
 
@@ -109,6 +110,7 @@ class Adversarial(Scored):
         place: Position or name of the argument that the generator made.
         as_it_is: Whether the argument is the unchanged output of the generator, not augmented or concatenated.
         order: The order of the axes of `made.fake` in the argument.
+        normalized: The weights that spectral norm computed; of a compiled discriminator, they are not recorded yet.
     """
 
     state: CallState
@@ -117,6 +119,7 @@ class Adversarial(Scored):
     place: int | str
     as_it_is: bool
     order: Order | None = field(default=None, kw_only=True)
+    normalized: NormalizedWeights = field(default_factory=lambda: NormalizedWeights(nn.Identity()), kw_only=True)
 
     @property
     def argument(self) -> Tensor:

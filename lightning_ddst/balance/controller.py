@@ -169,10 +169,10 @@ class DensityController(Controller):
         return None if value is None or math.isnan(value) else value
 
     def readings(self, balance: Balance) -> dict[str, float]:
-        """Returns the signal, if it is decided, and its bounds."""
-        value = self.value(balance)
-        decided = {} if value is None else {"control/signal": value}
-        return decided | {"control/lower": self.bounds[0], "control/upper": self.bounds[1]}
+        """Returns the signal with its bounds; nothing while it is undecided."""
+        if (value := self.value(balance)) is None:
+            return {}  # TensorBoard's chart of the band needs all three at the same updates
+        return {"control/signal": value, "control/lower": self.bounds[0], "control/upper": self.bounds[1]}
 
 
 class RelativeController(Controller):
@@ -223,9 +223,9 @@ class RelativeController(Controller):
         if balance.ratio is not None and self._highest > 0:
             level = balance.ratio / self._highest
             step = min(max((level - self._steady) / _REACH, -1.0), 1.0)
-            reason = f"BR {balance.ratio:.3f} is {level:.0%} of the highest, {self._highest:.3f}"
+            reason = f"BR {balance.ratio:.3f} is {self._compare(level)}"
         elif balance.ratio is not None and balance.ratio > 0:
-            reason = f"BR is {balance.ratio:.3f}, and its level is not known yet"
+            reason = f"BR is {balance.ratio:.3f}, and there is no earlier level yet to compare it with"
         elif not balance.at_chance:
             return Decision("undecided", density, reason or "BR has not been above 0 yet")
         full = self._delta
@@ -238,21 +238,29 @@ class RelativeController(Controller):
             return Decision("prune", planned, reason)
         return Decision("explore" if step > 0 and largest < 1 else "hold", density, reason)
 
+    def _compare(self, level: float) -> str:
+        if level > 1:
+            return f"above its highest level so far, {self._highest:.3f}"
+        if level < 0:
+            return f"below 0, and its highest level so far is {self._highest:.3f}"
+        side = "below" if level < self._steady else "at least"
+        return f"{level:.0%} of its highest level so far, {self._highest:.3f} ({side} {self._steady:.0%})"
+
     @property
     def explanation(self) -> str:
-        """The meaning of BR relative to its highest level, in two sentences."""
+        """The meaning of BR relative to its highest level, in three sentences."""
         return (
-            f"{_BR}The nearer BR is to the highest that it has been, the more weights the discriminator gets; where BR "
-            "has fallen far below, it loses weights."
+            f"{_BR}The nearer BR is to the highest level that it has reached, the more weights the discriminator gets; "
+            f"where BR has fallen below {self._steady:.0%} of that level, it loses weights. A level is the median of "
+            f"{_WINDOWS} windows, so a single window may be above the highest."
         )
 
     def readings(self, balance: Balance) -> dict[str, float]:
-        """Returns BR, if it is decided, and, once a level is known, the bounds of pruning and of fastest growth."""
-        decided = {} if balance.ratio is None else {"control/signal": balance.ratio}
-        if not self._highest:
-            return decided
+        """Returns BR with the bounds of pruning and of fastest growth; nothing while BR or its level is not known."""
+        if balance.ratio is None or not self._highest:
+            return {}  # TensorBoard's chart of the band needs all three at the same updates
         lower, upper = (share * self._highest for share in (self._steady, self._steady + _REACH))
-        return decided | {"control/lower": lower, "control/upper": upper}
+        return {"control/signal": balance.ratio, "control/lower": lower, "control/upper": upper}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the observations; loads with ``weights_only=True``."""

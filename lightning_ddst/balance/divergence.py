@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from lightning_ddst.balance.ratio import Balance
-from lightning_ddst.sparsity.sharding import local_part
+from lightning_ddst.sparsity.launches import all_finite, read
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.states import COUNT, TEXT, Form, named
 
@@ -48,7 +47,14 @@ class Divergence:
         """
         if updates == self._finite_until:
             return True  # checked already
-        broken = [role for role, network in self._networks.items() if not _all_finite(network)]
+        finite = read(
+            [
+                all_finite([parameter for parameter in network.parameters() if parameter.is_floating_point()])
+                for network in self._networks.values()
+            ]
+        )
+        ours = zip(self._networks, finite, strict=True)
+        broken = [role for role, flags in ours if not all(distributed.all_gather(all(flags)))]
         if broken:
             self._report(
                 "weights",
@@ -94,9 +100,3 @@ class Divergence:
         """Restores the state returned by `state_dict`."""
         self._reports = dict(state["reports"])
         self._finite_until, self._undefined = state["finite_until"], state["undefined"]
-
-
-def _all_finite(network: nn.Module) -> bool:
-    values = [local_part(p.detach()).float() for p in network.parameters()]
-    extremes = [torch.stack(value.aminmax()) for value in values if value.numel()]
-    return all(distributed.all_gather(not extremes or bool(torch.stack(extremes).isfinite().all())))

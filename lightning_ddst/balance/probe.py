@@ -1,7 +1,7 @@
 """Measures how the discriminator scores one generator update, without side effects."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_ddst.balance.calls import Adversarial, Call, Generated, get_weights_version
 from lightning_ddst.balance.layout import move
+from lightning_ddst.balance.normalized import NormalizedWeights
 from lightning_ddst.balance.real_images import RealImages, has_changed_fakes
 from lightning_ddst.balance.recorder import CallRecorder
 from lightning_ddst.balance.replay import CallState, replay, swap_weights
@@ -18,6 +19,7 @@ from lightning_ddst.utils.compilation import is_compiled, run_eagerly
 from lightning_ddst.utils.nested import Place, tensors_in
 from lightning_ddst.utils.networks import get_parts
 from lightning_ddst.utils.states import FLAG, Form, each
+from lightning_ddst.utils.together import clone_together
 
 _Scores = tuple[list[Tensor], list[Tensor], list[Tensor]]
 """Scores of a part of the discriminator: of real images, of fakes before and of fakes after the update."""
@@ -125,6 +127,7 @@ class BalanceProbe:
         self._recorder.clear()
         self._before: dict[nn.Parameter, Tensor] = {}  # the weights before the update
         self._versions: tuple[int, list[int]] | None = None  # of the networks' weights then
+        self._normalized: list[NormalizedWeights] = []  # of the discriminator's parts then
 
     # ---- the measurement -------------------------------------------------------------------------
 
@@ -134,14 +137,17 @@ class BalanceProbe:
         Args:
             parameters: The parameters that the update may change.
         """
-        self._before = {parameter: parameter.detach().clone() for parameter in parameters}
+        updated = list(parameters)
+        self._before = dict(zip(updated, clone_together(updated), strict=True))
         self._versions = (get_weights_version(self._generator), [get_weights_version(part) for part in self._parts])
 
-    def after_update(self, batch: Any) -> Tensor | None:
+    def after_update(self, batch: Any, *, counted: bool = False) -> Tensor | None:
         """Measures the update, and clears the records.
 
         Args:
             batch: The training step's batch, any nesting of mappings, sequences and dataclasses.
+            counted: Whether operations are being counted, so that none of training's results may be reused that a
+                product of weights depends on.
 
         Returns:
             ``(4,)``: the mean scores of real images, of fakes before and of fakes after the update, and the mean sign
@@ -160,7 +166,7 @@ class BalanceProbe:
             self._recorder.watches_gradients = not self.used
             if self.used and self._module is not None:  # the calls only told whether the discriminator is used
                 self._recorder.remove()
-            scores = self._score_calls(batch, in_use) if self._module is None else self._score_module(batch)
+            scores = self._score_calls(batch, in_use, counted) if self._module is None else self._score_module(batch)
             if not scores:
                 return None
             real, before, after = zip(*scores, strict=True)
@@ -196,7 +202,7 @@ class BalanceProbe:
         versions = self._part_versions()
         return not any(each.trains and each.version == versions[each.part] for each in self._recorder.scored)
 
-    def _score_calls(self, batch: Any, in_use: bool) -> list[_Scores]:
+    def _score_calls(self, batch: Any, in_use: bool, counted: bool) -> list[_Scores]:
         seen = any(map(self._recorder.has_generator_step, range(len(self._parts))))
         if not in_use or (not seen and self._is_gap()):
             return []
@@ -206,10 +212,17 @@ class BalanceProbe:
         if len(found) < len(steps):
             return []
         self._measured = True
-        with swap_weights(self._before):
+        versions = self._part_versions()
+        self._normalized = [
+            step.normalized if step.version == version and not counted else NormalizedWeights(part)
+            for step, version, part in zip(steps, versions, self._parts, strict=True)
+        ]
+        generator, discriminator = self._generator.parameters(), [*self._discriminator.parameters()]
+        apart = {*generator} - {*discriminator}  # on these, scores of real images do not depend
+        with swap_weights(self._before, only=self._before.keys() - apart):
             real = [self._discriminate(call, step, self._reader.read_real) for step, call in found]
-            before = self._score_before(steps)
-        with swap_weights(self._before, only=self._discriminator.parameters()):
+        before = self._score_before(steps)
+        with swap_weights(self._before, only=discriminator):
             return [*zip(real, before, self._score_generated(steps), strict=True)]
 
     def _find_call_on_real(self, batch: Any, step: Adversarial) -> Call | None:
@@ -245,7 +258,8 @@ class BalanceProbe:
             for step in steps
             if compiled or not step.as_it_is or (step.made.version, step.version) != (generator, parts[step.part])
         ]
-        scored = dict(zip([step.part for step in again], self._score_generated(again), strict=True))
+        with swap_weights(self._before) if again else nullcontext():
+            scored = dict(zip([step.part for step in again], self._score_generated(again), strict=True))
         return [scored.get(step.part, [step.score]) for step in steps]
 
     def _score_generated(self, steps: Sequence[Adversarial]) -> list[list[Tensor]]:
@@ -270,7 +284,7 @@ class BalanceProbe:
 
     def _discriminate(self, call: Call, step: Adversarial, read: Callable[[Any], list[Tensor]]) -> list[Tensor]:
         call, part = call.cloned(), self._parts[step.part]
-        with self._replay(part, step.state):
+        with self._replay(part, step.state), self._normalized[step.part].reused():
             return read(part(*call.args, **call.kwargs))
 
     @contextmanager

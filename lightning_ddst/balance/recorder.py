@@ -13,9 +13,10 @@ from torch.utils.hooks import RemovableHandle
 from lightning_ddst.balance.calls import Adversarial, Call, Generated, Scored, get_weights_version, walk_graph
 from lightning_ddst.balance.generator_calls import GeneratorCalls
 from lightning_ddst.balance.layout import Order, find_order
+from lightning_ddst.balance.normalized import NormalizedWeights
 from lightning_ddst.balance.replay import CallState
 from lightning_ddst.balance.scores import ScoreReader, average_all, cannot_measure, check_is_score
-from lightning_ddst.utils.compilation import uncompiled
+from lightning_ddst.utils.compilation import is_called_by_compiled, is_compiled, uncompiled
 from lightning_ddst.utils.nested import describe_tensors, tensors_in
 from lightning_ddst.utils.networks import SeveralParts, get_parts
 
@@ -49,6 +50,7 @@ class CallRecorder:
         self._reader = reader or ScoreReader()
         self._paused = False
         self._handles: list[RemovableHandle] = []
+        self._normalized = NormalizedWeights(nn.Identity())  # in the running call
         self.clear()
 
     @property
@@ -70,12 +72,14 @@ class CallRecorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._normalized.stop()
 
     def clear(self) -> None:
         """Forgets every call."""
         self._calls.clear()
         self.scored: deque[Scored] = deque(maxlen=_CALLS * len(self._parts))
         self._state: CallState | None = None  # before the running call
+        self._normalized.stop()
         self._arguments = Call((), {})  # copies of its arguments, which the network may write to
         self._argument_versions: list[int] = []
 
@@ -157,6 +161,10 @@ class CallRecorder:
             trained = any(value.requires_grad for _, value in call.tensors())
             self._state = CallState.capture(module, args, kwargs) if trained else None
             self._arguments, self._argument_versions = call.cloned(), call.versions()
+            self._normalized.stop()
+            self._normalized = NormalizedWeights(module if trained else nn.Identity())
+            if not is_compiled(module) and not is_called_by_compiled():  # its hooks would compile the network again
+                self._normalized.record()
 
     @uncompiled
     def _after_discriminator(
@@ -164,6 +172,7 @@ class CallRecorder:
     ) -> None:
         if not self._records_discriminator():
             return
+        self._normalized.stop()
         call, version = Call(args, kwargs), get_weights_version(module)
         part = next(number for number, each in enumerate(self._parts) if each is module)
         reached: dict[int, Tensor] = {}
@@ -184,7 +193,11 @@ class CallRecorder:
         score = average_all(scores)
         self.scored.append(
             Adversarial(
-                *(kept, version, self._state, score, made, place, as_it_is), part=part, reached=reached, order=order
+                *(kept, version, self._state, score, made, place, as_it_is),
+                part=part,
+                reached=reached,
+                order=order,
+                normalized=self._normalized,
             )
         )
 

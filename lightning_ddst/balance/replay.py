@@ -1,7 +1,7 @@
 """Repeats a network's call from its recorded state, without side effects."""
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from lightning_ddst.sparsity.sharding import reshard
 from lightning_ddst.utils.nested import tensors_in
+from lightning_ddst.utils.together import clone_together, copy_together
+
+_Buffer = tuple[nn.Module, str, Tensor]
+"""A buffer with its module and name."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class CallState:
         device_rng: Torch's random state by GPU.
     """
 
-    buffers: list[tuple[nn.Module, str, Tensor]]
+    buffers: Sequence[_Buffer]
     autocast: tuple[str, torch.dtype, bool]
     python_rng: Any
     torch_rng: Tensor
@@ -39,7 +43,7 @@ class CallState:
             network: The network.
             *arguments: The call's arguments, which show the device of a network without parameters.
         """
-        buffers = [(module, name, buffer.clone()) for module, name, buffer in _list_buffers(network)]
+        buffers = _copy_buffers(_list_buffers(network))
         places = [p.device for p in network.parameters()] or [value.device for _, value in tensors_in(arguments)]
         devices = sorted({place.index for place in places if place.type == "cuda"})
         kind = places[0].type if places else "cpu"
@@ -61,8 +65,8 @@ def replay(network: nn.Module, state: CallState) -> Iterator[None]:
     buffers = _list_buffers(network)
     python_rng = random.getstate()
     try:
-        for module, name, buffer in state.buffers:
-            module._buffers[name] = buffer.clone()
+        for module, name, buffer in _copy_buffers(state.buffers):
+            module._buffers[name] = buffer
         # Without autocast's cache: it may hold half-precision copies of other weights.
         autocast = torch.autocast(kind, dtype, enabled, cache_enabled=False)
         with torch.no_grad(), autocast, torch.random.fork_rng(devices=list(state.device_rng)):
@@ -86,18 +90,22 @@ def swap_weights(values: Mapping[nn.Parameter, Tensor], only: Iterable[nn.Parame
         values: The values by parameter.
         only: The parameters to change; by default all parameters in `values`.
     """
-    changed = {parameter: values[parameter] for parameter in (values if only is None else only) if parameter in values}
-    now = {parameter: parameter.detach().clone() for parameter in changed}
+    changed = dict.fromkeys(parameter for parameter in (values if only is None else only) if parameter in values)
+    kept = clone_together(changed)
     try:
-        for parameter, value in changed.items():
-            parameter.data.copy_(value)  # bypasses autograd's version counter: a backward pass may follow
+        # `data` bypasses autograd's version counter: a backward pass may follow.
+        copy_together((parameter.data for parameter in changed), (values[parameter] for parameter in changed))
         yield
     finally:
-        for parameter, value in now.items():
-            parameter.data.copy_(value)
+        copy_together((parameter.data for parameter in changed), kept)
 
 
-def _list_buffers(network: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+def _copy_buffers(buffers: Sequence[_Buffer]) -> list[_Buffer]:
+    copies = clone_together(buffer for _, _, buffer in buffers)
+    return [(module, name, copy) for (module, name, _), copy in zip(buffers, copies, strict=True)]
+
+
+def _list_buffers(network: nn.Module) -> list[_Buffer]:
     return [
         (module, name, buffer)
         for module in network.modules()

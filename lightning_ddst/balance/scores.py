@@ -111,7 +111,8 @@ def check_is_score(scores: Sequence[Tensor], images: Tensor) -> None:
 
 def average(scores: Tensor) -> Tensor:
     """Returns the mean score, in at least 32 bits, without gradients."""
-    return scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).mean()
+    scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
+    return scores.mean() if scores.dim() else scores
 
 
 def average_all(scores: Sequence[Tensor]) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
@@ -18,12 +18,14 @@ from lightning_ddst.attached.checks import (
     is_same,
 )
 from lightning_ddst.attached.hooks import AttachedTraining, check_attached
-from lightning_ddst.attached.options import RunOptions
-from lightning_ddst.attached.readings import RunReadings
+from lightning_ddst.attached.options import RunOptions, given_arguments
+from lightning_ddst.attached.report import new_series
+from lightning_ddst.attached.summary import describe_plan, describe_results, describe_start
 from lightning_ddst.balance.ratio import Estimator
 from lightning_ddst.balance.scores import ScorePlaces
 from lightning_ddst.callbacks._support.folders import check_folders
-from lightning_ddst.callbacks._support.reporting import TrainerReport, hparams, write_custom_scalars
+from lightning_ddst.callbacks._support.reporting import UPDATES, TrainerReport, hparams, write_custom_scalars
+from lightning_ddst.callbacks._support.results import gather_results, is_interruption, save_results
 from lightning_ddst.callbacks._support.run_length import RunLength
 from lightning_ddst.callbacks._support.strategies import (
     check_backward_passes,
@@ -34,17 +36,23 @@ from lightning_ddst.callbacks._support.strategies import (
 from lightning_ddst.callbacks._support.trainer_checks import (
     check_checkpoint,
     check_other_averages,
+    shows_summary,
     warn_of_raw_optimizers,
 )
+from lightning_ddst.callbacks._support.validation_state import ActsInValidation
 from lightning_ddst.callbacks.ema import GeneratorEMA
 from lightning_ddst.callbacks.quality import SampleQuality
 from lightning_ddst.methods import Method, Plan, SparseTraining
+from lightning_ddst.report.display import RunDisplay
+from lightning_ddst.report.results import RunResults, Status
 from lightning_ddst.sparsity.enforcement import OptimizerState
 from lightning_ddst.sparsity.masked import Regrown
 from lightning_ddst.sparsity.units import Initial
 from lightning_ddst.utils import distributed
+from lightning_ddst.utils.cache import first_line
 from lightning_ddst.utils.lightning_packages import is_a
 from lightning_ddst.utils.lightning_private import state_key
+from lightning_ddst.utils.logging import scalars_only
 from lightning_ddst.utils.nested import Place
 from lightning_ddst.utils.networks import Name, name_in
 from lightning_ddst.utils.rng import random_states, resume_randomness
@@ -55,7 +63,7 @@ _STATE_FORM: Form = {"length": RunLength.state_form, "random": each(RANDOM_STATE
 """The form of the state, next to that of `AttachedTraining`."""
 
 
-class DynamicSparsityCallback(RunReadings, Callback):
+class DynamicSparsityCallback(RunDisplay, ActsInValidation):
     """Trains a GAN sparsely: Double Dynamic Sparse Training (DDST) and the methods it is compared with.
 
     Add it to the Trainer of a GAN with manual optimization. It masks the weights of both networks (those of linear,
@@ -136,6 +144,8 @@ class DynamicSparsityCallback(RunReadings, Callback):
         seed: Seed of the masks; by default torch's initial seed, which `seed_everything` sets.
         stop_on_divergence: Whether to end the run when a warning reports that training has broken down: weights that
             are not finite, a discriminator that gives everything the same score, no BR for ten intervals.
+        verbose: Whether to print a line for every decision. The table at the start and the results at the end belong
+            to the model's summary, which ``Trainer(enable_model_summary=False)`` switches off.
 
     Attributes:
         settings: The method with its arguments, a `lightning_ddst.methods.Method`.
@@ -183,8 +193,11 @@ class DynamicSparsityCallback(RunReadings, Callback):
         estimator: Estimator = "ratio_of_means",
         seed: int | None = None,
         stop_on_divergence: bool = False,
+        verbose: bool = False,
     ) -> None:
         self._options = RunOptions.of_arguments(locals())
+        self._given = given_arguments(DynamicSparsityCallback, locals())
+        self._series = new_series()
         self._stop_on_divergence = stop_on_divergence
         self._length = RunLength()
         self._report: TrainerReport | None = None
@@ -207,6 +220,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
         pair = self._options.mask(module, None if self._saved is None else self._saved["networks"])
         if self._saved is None:
             self._attached = None  # its counters and decisions belong to other masks
+            self._series = new_series()
         self._pair, self._overwritten = pair, False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -220,6 +234,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
         """Masks the networks and registers hooks on them and their optimizers."""
         if not loads_late(trainer):
             self._begin(trainer, pl_module)
+            self._tell_start(trainer)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_backward_passes(trainer)
@@ -255,20 +270,41 @@ class DynamicSparsityCallback(RunReadings, Callback):
         )
         self._saved = None
         self._report = TrainerReport(
-            trainer, self._options, self._attached, prefix=self._prefix(trainer), stops=self._stop_on_divergence
+            trainer,
+            self._options,
+            self._attached,
+            self._series,
+            prefix=self._prefix(trainer),
+            stops=self._stop_on_divergence,
         )
         if all(other._module is pl_module for other in others):  # the other pairs are attached already
-            arguments = {each._prefix(trainer): each._hparams() for each in (self, *others)}
+            arguments = {each._prefix(trainer): each._hparams(trainer) for each in (self, *others)}
             callbacks = trainer.callbacks  # type: ignore[attr-defined]
             metrics = [name for each in callbacks if isinstance(each, SampleQuality) for name in each.names]
             write_custom_scalars(trainer, pl_module, arguments, metrics)
+
+    def _tell_start(self, trainer: Trainer) -> None:
+        """Prints the networks, and the plan if it is known; names loggers that leave out texts and images."""
+        if self._training is not None and shows_summary(trainer):
+            rank_zero_info(f"\n{describe_start(self, self._training if self._length.known else None)}\n")
+        first = not any(other._training is not None for other in self._others(trainer))
+        if first and (loggers := scalars_only(trainer)):
+            rank_zero_info(f"lightning_ddst: scalars only for {', '.join(loggers)}; texts and images are left out.")
+
+    def _tell_results(self, trainer: Trainer) -> None:
+        """Prints the results, unless a RunSummary does."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        summarized = any(each.__name__ == "RunSummary" for c in callbacks for each in type(c).__mro__)
+        if self.generator_updates and shows_summary(trainer) and not summarized:
+            rank_zero_info(f"\n{describe_results(self)}\n")
 
     @property
     def _module(self) -> nn.Module | None:
         return None if self._pair is None else self._pair.module
 
-    def _hparams(self) -> dict[str, float | str]:
-        return hparams(self.settings, self._options.masking.granularity, self._fitted.networks["generator"].growth)
+    def _hparams(self, trainer: Trainer) -> dict[str, float | str]:
+        growth = self._fitted.networks["generator"].growth
+        return hparams(trainer, self._options, growth, self.changed_settings)
 
     def _others(self, trainer: Trainer) -> list["DynamicSparsityCallback"]:
         """Returns the callbacks of the other pairs of networks."""
@@ -291,6 +327,7 @@ class DynamicSparsityCallback(RunReadings, Callback):
         """Restores gradients and random states, which the Trainer would have changed earlier."""
         if loads_late(trainer):
             self._begin(trainer, pl_module)
+            self._tell_start(trainer)
         if self._resumed is not None and self._attached is not None:
             if self._length.resume(trainer):
                 self._attached.training.schedule(self._planned())
@@ -342,11 +379,15 @@ class DynamicSparsityCallback(RunReadings, Callback):
             self._warned_of_raw_optimizers = True
             warn_of_raw_optimizers()
         self._follow_length(trainer, training)
+        if self._report is not None and trainer.is_last_batch:  # before callbacks look at the end of the epoch
+            self._report.refresh()
 
     def _follow_length(self, trainer: Trainer, training: SparseTraining) -> None:
         was_known = self._length.known
         if self._length.observe(trainer, training.updates):
             training.schedule(self._planned())
+            if not was_known and self._report is not None and shows_summary(trainer):
+                self._report.print(describe_plan(self, training))
             if not was_known and self._length.updates is None:
                 check_unlimited(self.settings, _UNLIMITED)
 
@@ -359,6 +400,8 @@ class DynamicSparsityCallback(RunReadings, Callback):
         """Pauses counting operations: evaluation is not training."""
         if self._training is not None:
             self._training.flops.pause()
+        if self._report is not None:
+            self._report.refresh()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resumes counting operations."""
@@ -366,21 +409,61 @@ class DynamicSparsityCallback(RunReadings, Callback):
             self._training.flops.resume()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the operations of each layer and removes every hook."""
+        """Logs the operations of each layer, writes ``results.json`` to the log folder, and removes every hook."""
         if self._report is not None:
             self._report.after_run()
+            self._conclude(trainer, self._report, "finished")
             if trainer.global_step and not self.generator_updates:
                 distributed.warn(
                     "no optimizer step was seen that had gradients of the generator: its mask never changed, and "
                     "nothing was measured."
                 )
+            self._tell_results(trainer)
         self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Removes every hook, and forgets a state that could not be resumed."""
+        """Writes ``results.json``, removes every hook, and forgets a state that could not be resumed."""
+        if self._report is not None:
+            status: Status = "interrupted" if is_interruption(exception) else "failed"
+            self._conclude(trainer, self._report, status, None if status == "interrupted" else exception)
+            if status == "interrupted":
+                self._tell_results(trainer)
         self._detach()
         if self._resumed is not None:
             self._saved = self._resumed = self._pair = self._attached = None
+
+    def _conclude(
+        self, trainer: Trainer, report: TrainerReport, status: Status, exception: BaseException | None = None
+    ) -> None:
+        report.log({UPDATES: float(self.generator_updates)}, self.generator_updates)
+        save_results(trainer, self.results(trainer, status, exception))
+
+    def results(
+        self, trainer: Trainer, status: Status = "running", exception: BaseException | None = None
+    ) -> RunResults:
+        """Returns the results of the run so far, which ``results.json`` in the log folder holds at its end.
+
+        Args:
+            trainer: The Trainer of the run.
+            status: Status of the run.
+            exception: The error that ended it.
+        """
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        sparse = [
+            each for each in callbacks if isinstance(each, DynamicSparsityCallback) and each._training is not None
+        ]
+        return gather_results(
+            trainer,
+            {each._prefix(trainer).rstrip("/"): (each, each.changed_settings) for each in sparse},
+            [each for each in callbacks if isinstance(each, SampleQuality)],
+            status=status,
+            error=None if exception is None else first_line(exception),
+        )
+
+    @property
+    def changed_settings(self) -> dict[str, Any]:
+        """The arguments that differ from their defaults."""
+        return self._options.changed(self._given)
 
     def _detach(self) -> None:
         self._report = None
@@ -462,4 +545,4 @@ class DynamicSparsityCallback(RunReadings, Callback):
             return
         self._saved = state_dict
         self._resumed = None if self._evaluates else state_dict
-        self._pair, self._attached = None, None
+        self._pair, self._attached, self._series = None, None, new_series()

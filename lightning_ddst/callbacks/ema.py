@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_ddst.attached.checks import is_same
+from lightning_ddst.callbacks._support.validation_state import ActsInValidation
 from lightning_ddst.sparsity import find_optimizers, has_updated
 from lightning_ddst.sparsity.averaging import BufferHandling, WeightAverage, average_states
 from lightning_ddst.utils.checkpoints import AVERAGES
@@ -24,7 +25,7 @@ from lightning_ddst.utils.networks import Name, find_network, is_same_network
 from lightning_ddst.utils.states import check_state, restoring
 
 
-class GeneratorEMA(Callback):
+class GeneratorEMA(ActsInValidation):
     """A callback that averages the generator's weights over its updates and evaluates with the average.
 
     During validation, testing and prediction the generator has the averaged weights. Training uses its own weights,

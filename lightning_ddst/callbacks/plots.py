@@ -1,4 +1,4 @@
-"""Figures of a run in TensorBoard."""
+"""Figures of a run in its loggers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,17 +7,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_ddst.callbacks._support.last_fit import LastFit
 from lightning_ddst.report.runs import find_source
-from lightning_ddst.utils.logging import generator_updates, tensorboards
+from lightning_ddst.utils.logging import generator_updates, log_image, shows_images
+from lightning_ddst.utils.series import RecordedSeries
 from lightning_ddst.utils.states import COUNT, NUMBER, check_state, each, named
 from lightning_ddst.utils.validation import check_count
-
-_MOST_POINTS = 2000
 
 
 class SparsityPlots(Callback):
     """A callback that logs the figures of ``lightning-ddst plot`` to TensorBoard after validations.
 
-    Their names are ``plots/<figure>``. They are drawn once more at the end of training if there are new updates.
+    Weights & Biases and MLflow get them, too; for a CSVLogger they are files in its folder. Their names are
+    ``plots/<figure>``. They are drawn once more at the end of training if there are new updates.
     Checkpoints hold the plotted series since the run's first update, so a resumed run draws complete figures. Each
     series keeps at most 2,000 points; longer ones are thinned out evenly.
 
@@ -32,7 +32,7 @@ class SparsityPlots(Callback):
         check_count("every_n_validations", every_n_validations)
         self._every = every_n_validations
         self._validations = 0
-        self._series: dict[str, list[tuple[int, float]]] = {}
+        self._series = RecordedSeries(find_source)
         self._drawn: int | None = None
         self._last_fit = LastFit()
 
@@ -43,36 +43,20 @@ class SparsityPlots(Callback):
             values: Values by name.
             updates: Generator updates so far.
         """
-        for name, value in values.items():
-            if find_source(name) is not None:
-                points = self._series.setdefault(name, [])
-                if points and points[-1][0] == updates:
-                    points.pop()
-                points.append((updates, float(value)))
-                if len(points) > _MOST_POINTS:
-                    self._thin_out(find_source(name))
-
-    def _thin_out(self, what: str | None) -> None:
-        """Reduces series that are logged together to about half the allowed points, at the same updates."""
-        together = {name: points for name, points in self._series.items() if find_source(name) == what}
-        updates = sorted({update for points in together.values() for update, _ in points})
-        width = (updates[-1] - updates[0]) / (_MOST_POINTS // 2)
-        last_of_each = {int((update - updates[0]) / width): update for update in updates}
-        kept = {updates[0], *last_of_each.values()}
-        for name, points in together.items():
-            self._series[name] = [point for point in points if point[0] in kept]
+        self._series.record(values, updates)
 
     # ---- drawing ---------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets another module's run."""
         if self._last_fit.starts(pl_module, stage):
-            self._series, self._validations, self._drawn = {}, 0, None
+            self._series, self._validations, self._drawn = RecordedSeries(find_source), 0, None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets an earlier run if a new one starts."""
         if not generator_updates(trainer):
-            self._series = {name: [p for p in points if p[0] == 0] for name, points in self._series.items()}
+            before = {name: [point for point in p if point[0] == 0] for name, p in self._series.points.items()}
+            self._series = RecordedSeries(find_source, before)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws after every `every_n_validations`-th validation."""
@@ -87,22 +71,20 @@ class SparsityPlots(Callback):
             self._draw(trainer)
 
     def _draw(self, trainer: Trainer) -> None:
-        writers = tensorboards(trainer) if trainer.is_global_zero else []
-        if not writers:
+        if not trainer.is_global_zero or not shows_images(trainer):
             return
         from lightning_ddst.report import plots  # imported here: training works without Matplotlib
 
         self._drawn = generator_updates(trainer)
-        for name, figure in plots.figures(self._series).items():
-            for writer in writers:
-                writer.add_image(f"plots/{name}", plots.pixels(figure), self._drawn, dataformats="HWC")
+        for name, figure in plots.figures(self._series.points).items():
+            log_image(trainer, f"plots/{name}", plots.pixels(figure), self._drawn)
 
     # ---- saving ----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the series logged so far."""
         return {
-            "series": {name: list(points) for name, points in self._series.items()},
+            "series": {name: list(points) for name, points in self._series.points.items()},
             "validations": self._validations,
         }
 
@@ -115,5 +97,6 @@ class SparsityPlots(Callback):
         check_state(self.state_key, state_dict, {"series": named(each((COUNT, NUMBER))), "validations": COUNT})
         if not self._last_fit.restores():
             return
-        self._series = {name: [(update, value) for update, value in p] for name, p in state_dict["series"].items()}
+        saved = {name: [(update, value) for update, value in p] for name, p in state_dict["series"].items()}
+        self._series = RecordedSeries(find_source, saved)
         self._validations = state_dict["validations"]

@@ -1,12 +1,14 @@
-"""Sample images in TensorBoard."""
+"""Sample images in a run's loggers."""
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 from torchvision.utils import make_grid
 
 from lightning_ddst.callbacks._support.last_fit import LastFit
+from lightning_ddst.callbacks._support.validation_state import validation_state
 from lightning_ddst.metrics.sources import check_below_zero, check_value_range, spans_wide
-from lightning_ddst.utils.logging import generator_updates, tensorboards
+from lightning_ddst.utils.logging import generator_updates, log_image, shows_images
 from lightning_ddst.utils.networks import check_sample
 from lightning_ddst.utils.states import FLAG, check_state
 from lightning_ddst.utils.validation import check_count
@@ -15,7 +17,8 @@ from lightning_ddst.utils.validation import check_count
 class SampleGrid(Callback):
     """A callback that logs a grid of samples from fixed noise to TensorBoard, as ``samples``, at every validation.
 
-    The module must have ``sample(n, rng=...)``, as `GANModule` does.
+    In a fit without validation it does so at the ends of epochs. Weights & Biases and MLflow get it, too; for a
+    CSVLogger it is a file in its folder. The module must have ``sample(n, rng=...)``, as `GANModule` does.
 
     Args:
         samples: Number of images.
@@ -55,10 +58,15 @@ class SampleGrid(Callback):
             self._dark = False
         check_sample(self, pl_module)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Generates and logs the grid in a fit without validation; training stays as it is."""
+        if not trainer.enable_validation:
+            with validation_state(trainer, pl_module), torch.no_grad(), isolate_rng(pl_module.device.type == "cuda"):
+                self.on_validation_epoch_end(trainer, pl_module)
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generates and logs the grid."""
-        writers = tensorboards(trainer)
-        if writers:
+        if shows_images(trainer):
             images = pl_module.sample(self._samples, rng=torch.Generator().manual_seed(self._seed))  # type: ignore[operator]
             if self._value_range is None and not self._dark and images.dim() == 4:
                 low, high = float(images.min()), float(images.max())
@@ -68,8 +76,8 @@ class SampleGrid(Callback):
             shown = self._value_range or (-1, 1)
             grid = make_grid(images.float(), nrow=self._columns, normalize=True, value_range=shown)
             grid = grid.repeat_interleave(self._scale, 1).repeat_interleave(self._scale, 2)
-            for writer in writers:
-                writer.add_image("samples", grid, generator_updates(trainer))
+            pixels = (grid * 255).clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+            log_image(trainer, "samples", pixels, generator_updates(trainer))
 
     def state_dict(self) -> dict[str, bool]:
         """Returns whether samples had pixels below 0."""

@@ -1,25 +1,35 @@
 """A short table of a run's results."""
 
+from pathlib import Path
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_ddst.attached.summary import align, result_rows
+from lightning_ddst.callbacks._support.results import is_interruption, run_folder
 from lightning_ddst.callbacks.dynamic_sparsity import DynamicSparsityCallback
 from lightning_ddst.callbacks.quality import SampleQuality
-from lightning_ddst.methods.base import ROLES
-from lightning_ddst.utils.lightning_packages import is_a
+from lightning_ddst.report.results import RunResults, is_comparable, read_results
 from lightning_ddst.utils.logging import tensorboards
+
+_CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 class RunSummary(Callback):
     """A callback that prints densities, balance, operations and sample quality when fitting ends or is interrupted.
 
     Args:
-        reference: A Frechet distance to compare with, such as the dense baseline's.
+        reference: A Frechet distance to compare with; or the folder of a run, such as a dense baseline's, whose last
+            distance is printed if the two runs differ in nothing but sparsity (`lightning_ddst.runs.is_comparable`);
+            or the name of a run that comes with the package, "digits_dense".
         reference_name: Its name in the table.
+
+    Raises:
+        ValueError: If `reference` is a folder without the results of one run.
     """
 
-    def __init__(self, reference: float | None = None, reference_name: str = "reference") -> None:
-        self._reference = reference
+    def __init__(self, reference: float | str | Path | None = None, reference_name: str = "reference") -> None:
+        self._reference = _read(reference) if isinstance(reference, str | Path) else reference
         self._reference_name = reference_name
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -28,58 +38,56 @@ class RunSummary(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Prints the table of an interrupted run."""
-        interrupted = isinstance(exception, KeyboardInterrupt) or is_a(exception, "SIGTERMException")
-        if interrupted and trainer.state.fn == "fit":
+        if is_interruption(exception) and trainer.state.fn == "fit":
             self._print(trainer)
 
     @rank_zero_only
     def _print(self, trainer: Trainer) -> None:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        rows = [row for c in callbacks if isinstance(c, DynamicSparsityCallback) for row in _sparsity(c)]
-        rows += [row for c in callbacks if isinstance(c, SampleQuality) for row in self._quality(c)]
-        if trainer.logger is not None and trainer.log_dir is not None:
-            rows.append(("logs", trainer.log_dir))
+        rows: list[tuple[str, ...]] = [
+            row for c in callbacks if isinstance(c, DynamicSparsityCallback) for row in result_rows(c)
+        ]
+        results = next((c.results(trainer) for c in callbacks if isinstance(c, DynamicSparsityCallback)), None)
+        rows += [row for c in callbacks if isinstance(c, SampleQuality) for row in self._quality(c, results)]
+        if (folder := run_folder(trainer)) is not None:
+            rows.append(("logs", folder))
             if tensorboards(trainer):
-                rows.append(("to look at them", f"tensorboard --logdir {trainer.log_dir}"))
+                rows.append(("to look at them", f"tensorboard --logdir {folder}"))
         if rows:
-            width = max(len(name) for name, _ in rows)
-            print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+            print("\n" + "\n".join(align(rows)))
 
-    def _quality(self, callback: SampleQuality) -> list[tuple[str, str]]:
+    def _quality(self, callback: SampleQuality, results: RunResults | None) -> list[tuple[str, str]]:
         rows = []
         for metric, history in callback.history.items():
             rows.append((f"{_title(metric)} ({callback.name})", ""))
             ends = dict.fromkeys((history[0], history[-1]))
             rows += [(f"  after {updates:,} generator updates", f"{value:.4g}") for updates, value in ends]
-            if metric == "frechet_distance" and self._reference is not None:
-                rows.append((f"  {self._reference_name}", f"{self._reference:.4g}"))
+            if metric == "frechet_distance" and (value := self._compared(callback, results)) is not None:
+                rows.append((f"  {self._reference_name}", f"{value:.4g}"))
             if metric.startswith("frechet_distance") and callback.real_halves is not None:
                 rows.append(("  between two halves of the real images", f"{callback.real_halves:.4g}"))
         return rows
+
+    def _compared(self, callback: SampleQuality, results: RunResults | None) -> float | None:
+        """Returns the reference's distance; None if it was measured in other training."""
+        if not isinstance(self._reference, RunResults):
+            return self._reference
+        if results is None or not is_comparable(results, self._reference):
+            return None
+        if results.pair.method == self._reference.pair.method:
+            return None
+        return self._reference.last("frechet_distance", callback.name)
+
+
+def _read(reference: str | Path) -> RunResults:
+    packaged = _CONFIGS / f"{reference}.json"
+    try:
+        return read_results(packaged if packaged.is_file() else reference)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"reference={str(reference)!r}: {error}") from error
 
 
 def _title(metric: str) -> str:
     """Returns a metric's title, such as "Frechet distance" or "Precision, raw weights"."""
     title = metric.removesuffix("_raw").replace("_", " ").capitalize()
     return f"{title}, raw weights" if metric.endswith("_raw") else title
-
-
-def _sparsity(callback: DynamicSparsityCallback) -> list[tuple[str, str]]:
-    rows = [("method", f"{callback.method}, {callback.generator_updates:,} generator updates")]
-    networks = callback.networks()
-    rows += [(role, f"density {network.density:.4f} ({network.describe()})") for role, network in networks.items()]
-    if (balance := callback.balance) is not None:
-        last = f"{balance.ratio:.3f}" if balance.ratio is not None else f"undecided: {balance.reason}"
-        rows.append(("balance ratio, last window", last))
-    if actions := [decision.action for _, decision in callback.decisions]:
-        counts = ", ".join(f"{action} {actions.count(action)}" for action in dict.fromkeys(actions))
-        resized = actions.count("grow") + actions.count("prune")
-        updates = callback.settings.mask_updates()
-        whose = " and ".join(role for role in ROLES if any(each.resizes and role in each.roles for each in updates))
-        rows.append((f"{whose} resized", f"{resized} times in {len(actions)} decisions ({counts})"))
-    if (ratio := callback.flops_ratio) is not None:
-        kernels = "dense kernels do the arithmetic all the same"
-        if not all(network.units.dense_kernels for network in networks.values()):
-            kernels = "inactive channels are left out, where networks are not compiled"
-        rows.append(("training FLOPs", f"{ratio:.1%} of dense training ({kernels})"))
-    return rows

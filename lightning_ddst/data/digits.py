@@ -39,6 +39,12 @@ class DigitsDataModule(LightningDataModule):
         ValueError: If an argument is not a positive integer, or an epoch would have no batch.
     """
 
+    image_size = 8
+    """Height and width."""
+
+    channels = 1
+    """Gray."""
+
     def __init__(self, batch_size: int = 64, batches_per_epoch: int | None = None) -> None:
         super().__init__()
         check_count("batch_size", batch_size)

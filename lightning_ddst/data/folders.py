@@ -105,7 +105,7 @@ class ImageFolderDataModule(ImageDataModule):
         bad = {path: reason for each in distributed.all_gather(found.bad) for path, reason in each.items()}
         self._check_bad(found, bad)
         if bad:
-            distributed.warn(f"{_describe(found, bad)}; they are skipped.")
+            distributed.warn(f"{_describe(found, bad)}; skipped.")
         if found.empty:
             distributed.warn(f"subfolders of {folder} without images are skipped: {', '.join(found.empty)}.")
         samples = [(path, label) for path, label in found.samples if path not in bad]

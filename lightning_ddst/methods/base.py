@@ -60,6 +60,10 @@ class MaskUpdate(ABC):
     def begin(self, training: "SparseTraining") -> None:  # noqa: B027 -- most have nothing to prepare
         """Prepares for a run, after the first masks were made."""
 
+    def describe_plan(self, plan: Plan) -> str:
+        """Returns a line about the times of its changes in a run; empty if there is nothing to describe."""
+        return ""
+
     def readings(self, training: "SparseTraining") -> dict[str, float]:
         """Returns the numbers that its decisions depend on, by their logged names."""
         return {}

@@ -91,6 +91,11 @@ class Plan:
             probe_interval = _default_probe_interval(interval)
         return cls(interval, explore_interval, probe_interval, updates)
 
+    def times(self, interval: int) -> str:
+        """Returns an interval in words, such as "every 100 updates, 30 times"."""
+        number = "" if self.updates is None else f", {self.updates // interval:,} times"
+        return f"every {interval:,} updates{number}" if interval > 1 else f"at every update{number}"
+
     @property
     def window(self) -> int:
         """Number of measurements between two decisions; a small number while it is not known."""

@@ -57,9 +57,10 @@ class MagnitudePruning:
 
     def rounds_until(self, update: int, length: int) -> int:
         """Returns the number of rounds up to a generator update in a run of this length."""
-        return sum(self._at(number, length) <= update for number in range(1, self.rounds + 1))
+        return sum(self.time_of(number, length) <= update for number in range(1, self.rounds + 1))
 
-    def _at(self, number: int, length: int) -> int:
+    def time_of(self, number: int, length: int) -> int:
+        """Returns the generator update at which a round is due, from round 1, in a run of this length."""
         return round(length * self.first * number)
 
     def density(self, number: int, target: float) -> float:
@@ -135,6 +136,15 @@ class PruneByMagnitude(MaskUpdate):
     def due(self, update: int, plan: Plan) -> bool:
         """Returns whether a round of pruning is due."""
         return plan.updates is not None and self._pruning.rounds_until(update, plan.updates) > self._done
+
+    def describe_plan(self, plan: Plan) -> str:
+        """Returns the number of rounds and their times."""
+        if plan.updates is None:
+            return ""
+        first, last = (self._pruning.time_of(number, plan.updates) for number in (1, self._pruning.rounds))
+        if first == last:
+            return f"pruning by magnitude at update {first:,}"
+        return f"{self._pruning.rounds} rounds of pruning by magnitude, at updates {first:,} to {last:,}"
 
     def apply(self, training: SparseTraining) -> bool:
         """Prunes, and restores the initial weights if the method does."""

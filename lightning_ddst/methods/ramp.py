@@ -35,6 +35,10 @@ class Resize(MaskUpdate):
         """Returns whether a decision is due: every ``plan.interval`` updates."""
         return is_due(update, plan.interval)
 
+    def describe_plan(self, plan: Plan) -> str:
+        """Returns how often the controller decides."""
+        return "" if plan.interval is None else f"decision on the discriminator {plan.times(plan.interval)}"
+
     def apply(self, training: SparseTraining) -> bool:
         """Asks the controller and applies its decision, if the dense gradients that it needs are available."""
         network, plan, balance = training.network("discriminator"), training.plan, training.balance

@@ -66,6 +66,12 @@ class Explore(MaskUpdate):
         """Returns whether an exploration is due: every ``plan.explore_interval`` updates."""
         return self._has_inactive and is_due(update, plan.explore_interval)
 
+    def describe_plan(self, plan: Plan) -> str:
+        """Returns how often the network explores."""
+        if not self._has_inactive or plan.explore_interval is None:
+            return ""
+        return f"exploration of the {self._role} {plan.times(plan.explore_interval)}"
+
     def apply(self, training: SparseTraining) -> bool:
         """Explores if the dense gradients are available."""
         gradients = training.dense_gradients(self._role)

@@ -243,8 +243,8 @@ class SparseTraining:
     def _measure(self, batch: Any) -> bool:
         if self._probe is None or not self._probe.watching:
             return False
-        with self.flops.probing():
-            scores = self._probe.after_update(batch)
+        with self.flops.probing() as counted:
+            scores = self._probe.after_update(batch, counted=counted)
         due = is_due(self.updates, self.plan.probe_interval)
         if scores is None:
             if due:

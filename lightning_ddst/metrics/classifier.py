@@ -28,6 +28,8 @@ class SmallClassifier(FeatureExtractor):
 
     Attributes:
         num_features: Number of features, 64.
+        image_size: The argument.
+        channels: The argument.
     """
 
     num_features = 64
@@ -36,6 +38,7 @@ class SmallClassifier(FeatureExtractor):
         super().__init__()
         for name, value in (("image_size", image_size), ("channels", channels), ("num_classes", num_classes)):
             check_count(name, value)
+        self.image_size, self.channels = image_size, channels
         layers = [nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU()]
         for _ in range((image_size // 8).bit_length() - 1):
             layers += [nn.MaxPool2d(2), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()]

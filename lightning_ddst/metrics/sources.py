@@ -1,6 +1,7 @@
 """Sources of the images to compare: an evaluation's loaders, and the generator; processes share the work."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from itertools import islice
 from typing import Any, Literal, TypeVar
 
@@ -18,7 +19,7 @@ from torch.utils.data import (
 )
 
 from lightning_ddst.utils import distributed
-from lightning_ddst.utils.lightning_private import evaluation_loaders, transfer_batch
+from lightning_ddst.utils.lightning_private import evaluation_loaders, train_loaders, transfer_batch
 from lightning_ddst.utils.nested import Place, find_images, tensors_in
 
 T = TypeVar("T")
@@ -136,7 +137,7 @@ def check_value_range(value: tuple[float, float] | None) -> tuple[float, float] 
 
 
 class RealImages:
-    """The images of an evaluation's loaders.
+    """The images to compare samples with: those of a given loader, or of an evaluation's loaders.
 
     A loader without a custom sampler returns every image of its data set once, in order, with any number of
     processes. A loader with a custom sampler returns to each process the images that its sampler draws. Batches have
@@ -144,7 +145,9 @@ class RealImages:
     limits them like the evaluation.
 
     Args:
-        trainer: A Trainer that is evaluating.
+        trainer: A Trainer that is evaluating, unless a loader is given.
+        sample_shape: Returns the shape of one sample.
+        loader: The loader; None means the evaluation's loaders.
         real: Place of the images in a batch; None means the only floating-point tensor, or of several the only one
             shaped like the module's samples.
 
@@ -153,12 +156,21 @@ class RealImages:
         count: Number of images in all processes; None if unknown.
     """
 
-    def __init__(self, trainer: Trainer, real: Place | None = None) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        sample_shape: Callable[[], torch.Size],
+        loader: Iterable[Any] | None = None,
+        real: Place | None = None,
+    ) -> None:
         self._trainer = trainer
+        self._sample_shape = cache(sample_shape)
         self._real = real
-        self._shape: torch.Size | None = None
-        limits = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
-        self._loaders = list(zip(evaluation_loaders(trainer), limits, strict=True))
+        if loader is not None:
+            self._loaders: list[tuple[Any, float]] = [(loader, float("inf"))]
+        else:
+            limits = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+            self._loaders = list(zip(evaluation_loaders(trainer), limits, strict=True))
         self.datasets = [getattr(loader, "dataset", loader) for loader, _ in self._loaders]
         counts = [_count(loader, limit) for loader, limit in self._loaders]
         known = [count for count in counts if count is not None]
@@ -181,16 +193,38 @@ class RealImages:
             return first  # bytes
         return find_images(batch, self._real, self._sample_shape, "SampleQuality")
 
-    def _sample_shape(self) -> torch.Size:
-        if self._shape is None:
-            (images,) = islice(sampled(self._trainer.lightning_module, 2 * distributed.get_world_size(), 2, 0), 1)
-            self._shape = images.shape[1:]
-        return self._shape
-
     def same_as(self, datasets: list[Dataset[Any]], count: int | None) -> bool:
         """Returns whether other loaders, with these data sets and this count, return the same images."""
         alike = len(datasets) == len(self.datasets)
         return alike and count == self.count and all(a is b for a, b in zip(datasets, self.datasets, strict=True))
+
+
+def training_images(trainer: Trainer) -> DataLoader[Any]:
+    """Makes a loader of the training data: every image of the data set once, in order, without a fit's sampler.
+
+    Raises:
+        ValueError: If the training data are a stream, or of several loaders.
+    """
+    loaders = train_loaders(trainer)
+    loader = loaders[0] if len(loaders) == 1 else None
+    if (
+        not isinstance(loader, DataLoader)
+        or isinstance(loader.dataset, IterableDataset)
+        or not isinstance(loader.batch_size, int)
+    ):
+        kinds = ", ".join(type(getattr(each, "dataset", each)).__name__ for each in loaders)
+        raise ValueError(
+            f"loader=None: the fit has no validation, and the training data ({kinds}) are not one data set with "
+            "indices, in batches of one size: give SampleQuality(..., loader=...) the images to compare samples with."
+        )
+    return DataLoader(
+        loader.dataset,
+        batch_size=loader.batch_size,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
 
 
 def _count(loader: Any, limit: float) -> int | None:

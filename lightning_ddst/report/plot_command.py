@@ -21,7 +21,9 @@ def plot(args: Sequence[str]) -> list[Path]:
     from lightning_ddst.report import plots  # imported here: training works without Matplotlib
 
     formats = get_args(plots.Format)
-    parser = OneLineParser(prog="lightning-ddst plot", description="Draws what a run logged for TensorBoard.")
+    parser = OneLineParser(
+        prog="lightning-ddst plot", description="Draws what a run logged for TensorBoard or with CSVLogger."
+    )
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder, such as lightning_logs/version_0")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where figures go (default: RUN/plots)")
     parser.add_argument("--formats", nargs="+", choices=formats, default=list(formats), help="kinds of files")

@@ -56,7 +56,7 @@ _SIGNALS = {
     "balance/ratio": ("balance ratio (BR)", ("too weak", "too strong")),
     "balance/real_sign": ("mean sign of D(real)", ("too strong", "too weak")),
 }
-_MEANINGS = {
+MEANINGS = {
     "frechet_distance": "lower is better",
     "kernel_distance": "lower is better",
     "inception_score": "higher is better",
@@ -295,7 +295,7 @@ def quality(series: Series) -> Figure | None:
             _line(ax, points, label=label if both else None, marker=".", clip_on=False, **how)
         title = metric.replace("_", " ").capitalize() + (", raw weights" if list(lines) == ["raw"] else "")
         ax.set_title(f"{title}: {_last(lines.get('average') or lines['raw']):.4g}")
-        ax.set_ylabel(f"{_short(features)}\n({_MEANINGS[metric]})")
+        ax.set_ylabel(f"{_short(features)}\n({MEANINGS[metric]})")
         _logarithmic_where_wide(ax, lines.values())
         if both:
             ax.legend(loc="best", frameon=False)

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_ddst.utils.devices import is_launch_bound
+
 _GATHERS = 0x0102040810204080
 """The product of this and eight bytes of 0 or 1 holds them as adjacent bits in the highest byte."""
 _PIECE = 2**16
@@ -26,7 +28,7 @@ def choose_chunk(tensor: Tensor, size: int) -> int:
         size: Number on a CPU, so that intermediate results stay in its cache. Elsewhere the number is at least all of
             the tensor's entries, because launching operations costs more.
     """
-    return size if tensor.device.type == "cpu" else max(size, tensor.numel())
+    return max(size, tensor.numel()) if is_launch_bound(tensor.device) else size
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -48,9 +50,9 @@ def pack_bits(mask: Tensor) -> Tensor:
     return bits
 
 
-def count_bits(bits: Tensor) -> int:
-    """Returns the number of ones in bits that `pack_bits` returned; waits for the device."""
-    return int(sum(_ones(words) for words in bits.view(torch.int64).split(choose_chunk(bits, _PIECE))))
+def count_bits(bits: Tensor) -> Tensor:
+    """Returns the number of ones in bits that `pack_bits` returned: a tensor without dimensions."""
+    return torch.stack([_ones(words) for words in bits.view(torch.int64).split(choose_chunk(bits, _PIECE))]).sum()
 
 
 def _ones(words: Tensor) -> Tensor:

@@ -1,16 +1,17 @@
 """Keeps the gradients of all weights, active and inactive, for growth rules that need them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lightning_ddst.sparsity.launches import all_finite, join, read, unjoin
 from lightning_ddst.sparsity.masked import MaskedNetwork
 from lightning_ddst.sparsity.sharding import copy_like, full_tensor, is_split, local_part
-from lightning_ddst.sparsity.units.base import check_finite
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.compilation import uncompiled
+from lightning_ddst.utils.devices import is_launch_bound
 from lightning_ddst.utils.states import FLAG, FLOATS, Form, Leaf, check_tensors, named
 
 Unscaled = Callable[[Tensor], Tensor]
@@ -27,6 +28,31 @@ def unscale_by(scaler: Any) -> Unscaled:
     if scaler is None:
         return torch.clone
     return lambda gradient: gradient / scaler.scale(torch.ones((), device=gradient.device))
+
+
+def is_masked_at_end(parameter: Tensor) -> bool:
+    """Returns whether a weight's gradient is masked at the end of the backward pass, together with all others.
+
+    On devices bound by launches it is. But DistributedDataParallel and FSDP2 reduce gradients at the end of the pass,
+    too, and must see masked ones.
+    """
+    return is_launch_bound(parameter.device) and not (distributed.is_distributed() or is_split(parameter))
+
+
+def _averaged(averages: Mapping[str, Tensor], gradients: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
+    """Moves averages towards gradients, except where these are not finite: there they would never be finite again."""
+    if not gradients:
+        return {}
+    old, new = [averages[name] for name in gradients], list(gradients.values())
+    if is_masked_at_end(new[0]):
+        before, now = join(old), join(new)
+        return dict(zip(gradients, unjoin(_lerp_finite(before, now, weight), new), strict=True))
+    pairs = zip(old, new, strict=True)
+    return {name: _lerp_finite(before, now, weight) for name, (before, now) in zip(gradients, pairs, strict=True)}
+
+
+def _lerp_finite(before: Tensor, now: Tensor, weight: float) -> Tensor:
+    return before.lerp(torch.where(now - now == 0, now, before), weight)  # true where finite
 
 
 class DenseGradients:
@@ -65,6 +91,8 @@ class DenseGradients:
         self._network = network
         self._weights = network.weights
         self._incoming: dict[str, Tensor] = {}  # from a backward pass, or from torch.autograd.grad
+        self._fresh: set[str] = set()  # weights whose incoming gradient will be all of parameter.grad
+        self._uncopied: list[str] = []  # weights whose parameter.grad is copied at the end of the backward pass
         self._accumulated: dict[str, Tensor] = {}  # added to parameter.grad since it was cleared
         self._grads: dict[str, tuple[Tensor, int]] = {}  # parameter.grad after that, and its version
         self._kept: dict[str, Tensor] = {}  # from the last update, or the average
@@ -80,7 +108,10 @@ class DenseGradients:
         """Records a dense gradient that may be added to ``parameter.grad`` next."""
         grad = self._weights[name].parameter.grad
         adds = name in self._accumulated and grad is not None and not self._cleared(name, grad)
-        if self.needed or adds:
+        self._fresh.discard(name)
+        if self.needed and grad is None and self._is_copied_at_end(name):
+            self._fresh.add(name)
+        elif self.needed or adds:
             gradient = self._unscaled(gradient.detach())
             if (norm := self._weights[name].norm) is not None:
                 gradient = norm.effective_gradient(gradient)
@@ -89,6 +120,10 @@ class DenseGradients:
             self._incoming[name] = gradient
         else:
             self._accumulated.pop(name, None)
+
+    def _is_copied_at_end(self, name: str) -> bool:
+        weight = self._weights[name]
+        return weight.norm is None and is_masked_at_end(weight.parameter)
 
     def _cleared(self, name: str, grad: Tensor) -> bool:
         """Returns whether ``parameter.grad`` was set to 0 since a gradient was added."""
@@ -103,6 +138,22 @@ class DenseGradients:
         if name in self._incoming and parameter.grad is not None:
             self._accumulated[name] = self._incoming.pop(name)
             self._grads[name] = (parameter.grad, parameter.grad._version)
+        if name in self._fresh:
+            self._fresh.remove(name)
+            self._uncopied.append(name)
+
+    def on_pass_end(self) -> None:
+        """Records every ``parameter.grad`` at the end of a backward pass, before they are masked, if that was left."""
+        names, self._uncopied = self._uncopied, []
+        grads = {name: grad for name in names if (grad := self._weights[name].parameter.grad) is not None}
+        if not grads:
+            return
+        gradients = [grad.detach() for grad in grads.values()]
+        joined = join(gradients)
+        if self._unscaled is not torch.clone:
+            joined = self._unscaled(joined)
+        self._accumulated |= zip(grads, unjoin(joined, gradients), strict=True)
+        self._grads |= {name: (grad, grad._version) for name, grad in grads.items()}
 
     def _split_gradient(self, name: str, grad: Tensor) -> Tensor:
         """Returns the accumulated gradient of a sharded weight; only here is its mean over processes known."""
@@ -114,21 +165,25 @@ class DenseGradients:
 
     def on_step(self, names: Iterable[str]) -> None:
         """Keeps the gradients of the weights that an optimizer has just updated."""
+        self.on_pass_end()  # where an optimizer steps within the backward pass
+        gradients: dict[str, Tensor] = {}
         for name in names:
             self._grads.pop(name, None)
             accumulated = self._accumulated.pop(name, None)
             if self._weights[name].parameter.grad is None:
                 accumulated = None  # cleared, so the step did not use the gradients
-            if (gradient := self._average_over_processes(name, accumulated)) is None:
-                continue
-            self._finite[name] = local_part(gradient).isfinite().all()
-            if self._kind == "average":
-                # Skips entries that are not finite, or the average would never be finite again.
-                kept = self._kept.get(name, torch.zeros_like(gradient))
-                weight = 1 - _AVERAGE_DECAY if name in self._kept else 1.0
-                self._kept[name] = kept.lerp(torch.where(gradient.isfinite(), gradient, kept), weight)
-            else:
-                self._kept[name] = gradient
+            if (gradient := self._average_over_processes(name, accumulated)) is not None:
+                gradients[name] = gradient
+        if not gradients:
+            return
+        self._finite |= zip(gradients, all_finite(list(gradients.values())).unbind(), strict=True)
+        if self._kind != "average":
+            self._kept |= gradients
+            return
+        known = {name: gradient for name, gradient in gradients.items() if name in self._kept}
+        zeros = {name: torch.zeros_like(gradient) for name, gradient in gradients.items() if name not in known}
+        self._kept |= _averaged(zeros, {name: gradients[name] for name in zeros}, 1.0)
+        self._kept |= _averaged(self._kept, known, 1 - _AVERAGE_DECAY)
 
     def _average_over_processes(self, name: str, gradient: Tensor | None) -> Tensor | None:
         """Returns the mean over processes; a missing gradient counts as 0. None if no process has a gradient."""
@@ -151,7 +206,8 @@ class DenseGradients:
             return {}
         kept = {name: self._kept[name] for name in self._weights if name in self._kept}
         missing = self._weights.keys() - kept.keys() - self._network.frozen
-        infinite = {name for name in kept if not bool(self._finite[name])}
+        (finite,) = read([torch.stack([self._finite[name].flatten()[0] for name in kept])]) if kept else ([],)
+        infinite = {name for name, is_finite in zip(kept, finite, strict=True) if not is_finite}
         if self._kind == "latest" and (infinite or not missing):
             self._kept.clear()
         self.unusable = [name for name in self._weights if name in missing | infinite]
@@ -181,7 +237,8 @@ class DenseGradients:
             raise ValueError(f"finite must hold whether the saved gradient of {unknown[0]!r} was finite.")
         if self._kind == "average":
             for name, gradient in state["kept"].items():
-                check_finite(f"the saved average gradient of {name!r}", gradient)
+                if not bool(all_finite([gradient])):
+                    raise ValueError(f"the saved average gradient of {name!r} must be finite.")
         self.recording = state["recording"]
         for held, saved in ((self._kept, state["kept"]), (self._accumulated, state["accumulated"])):
             for name, gradient in saved.items():

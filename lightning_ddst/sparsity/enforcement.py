@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ddst.sparsity.dense_gradients import DenseGradients, Unscaled
-from lightning_ddst.sparsity.masked import MaskedNetwork, zero_where_inactive
+from lightning_ddst.sparsity.dense_gradients import DenseGradients, Unscaled, is_masked_at_end
+from lightning_ddst.sparsity.launches import zero_where_inactive
+from lightning_ddst.sparsity.masked import MaskedNetwork
 from lightning_ddst.sparsity.optimizers import find_optimizers, get_parameters
 from lightning_ddst.sparsity.sharding import local_part
 from lightning_ddst.utils.compilation import uncompiled
@@ -23,23 +24,22 @@ OptimizerState = Literal["reset", "keep"]
 
 def mask_weights(masks: Masks) -> None:
     """Sets inactive weights to 0."""
-    for parameter, mask in masks.items():
-        zero_where_inactive(parameter, mask)
+    zero_where_inactive(list(masks), list(masks.values()))
 
 
 def mask_gradients(masks: Masks) -> None:
     """Sets the gradients of inactive weights to 0."""
-    for parameter, mask in masks.items():
-        if parameter.grad is not None:
-            # Bypasses autograd's version counter, so that `DenseGradients` can tell this from zero_grad.
-            zero_where_inactive(parameter.grad.data, mask)
+    # Bypasses autograd's version counter, so that `DenseGradients` can tell this from zero_grad.
+    gradients = {parameter: parameter.grad.data for parameter in masks if parameter.grad is not None}
+    zero_where_inactive(list(gradients.values()), [masks[parameter] for parameter in gradients])
 
 
 class StateMasker:
     """A masker of one optimizer's weight-shaped state: it sets the state of inactive weights to 0.
 
-    Most optimizers keep state at 0 where weight and gradient are 0. The first step after every mask change shows
-    whether this one does; if so, its state is not masked again until the next change.
+    Most optimizers keep state at 0 where weight and gradient are 0. A step after a mask change shows whether this one
+    does, and once it does with inactive weights, it is trusted: its state is then masked only when masks change, and
+    after the first step that follows.
 
     Args:
         optimizer: The optimizer.
@@ -48,22 +48,28 @@ class StateMasker:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._leaves_zero: bool | None = None  # unknown until a step shows it
+        self._trusted = False
+        self._changed = False
 
     def on_step(self, masks: Masks) -> None:
-        """Masks the state after the optimizer's step; the first call after a mask change waits for the device."""
+        """Masks the state after the optimizer's step; the first call after a mask change waits if it is not trusted."""
         if self._leaves_zero is None:
-            self._leaves_zero = not any(bool(local_part(value)[~mask].any()) for value, mask in self._state(masks))
-        if not self._leaves_zero:
+            inactive, written = _look_at_inactive(self._state(masks))
+            self._leaves_zero = not written
+            self._trusted = inactive and not written
+        if self._changed or not self._leaves_zero:
             self._mask(masks)
+        self._changed = False
 
     def on_change(self, masks: Masks) -> None:
         """Masks the state after a mask change."""
-        self._leaves_zero = None
+        self._changed = True
+        self._leaves_zero = True if self._trusted else None
         self._mask(masks)
 
     def _mask(self, masks: Masks) -> None:
-        for value, mask in self._state(masks):
-            zero_where_inactive(value, mask)
+        values = list(self._state(masks))
+        zero_where_inactive([value for value, _ in values], [mask for _, mask in values])
 
     def _state(self, masks: Masks) -> Iterator[tuple[Tensor, Tensor]]:
         for parameter, mask in masks.items():
@@ -72,11 +78,22 @@ class StateMasker:
                     yield value, mask
 
 
+def _look_at_inactive(state: Iterable[tuple[Tensor, Tensor]]) -> tuple[bool, bool]:
+    """Returns whether a mask is false anywhere, and whether a value is not 0 there; one transfer."""
+    inactive = [(local_part(value), mask == 0) for value, mask in state]
+    if not inactive:
+        return False, False
+    found = torch.stack([torch.stack([none.any(), (value != 0).logical_and_(none).any()]) for value, none in inactive])
+    any_inactive, any_written = found.any(0).tolist()
+    return any_inactive, any_written
+
+
 class MaskEnforcer:
     """Hooks that keep weights, gradients and optimizer state at 0 where a network is inactive.
 
     - Hooks on each weight mask ``.grad`` as soon as a backward pass has added to it, before it can be clipped or used
-      in a step. `DenseGradients` sees the gradient first and keeps it if growth needs it.
+      in a step; on devices bound by launches, all at once at the end of the backward pass. `DenseGradients` sees the
+      gradient first and keeps it if growth needs it.
     - A hook on each optimizer masks weights and, unless it is kept, optimizer state after every step. So neither
       momentum nor weight decay nor noise can make an inactive weight non-zero.
 
@@ -112,6 +129,7 @@ class MaskEnforcer:
             for optimizer in find_optimizers(network.parameters, optimizers)
         }
         self._states = {optimizer: StateMasker(optimizer) for optimizer in self._names if optimizer_state == "reset"}
+        self._unmasked: list[str] = []  # whose gradients wait for the end of the backward pass
         self._handles: list[RemovableHandle] = []
         for parameter, name in names.items():
             trains = parameter.requires_grad
@@ -132,12 +150,24 @@ class MaskEnforcer:
         self._handles.clear()
 
     def _masks(self, names: Iterable[str]) -> dict[nn.Parameter, Tensor]:
-        return {self._network.weights[name].parameter: self._network.local_mask(name) for name in names}
+        return {self._network.weights[name].parameter: self._network.multiplier(name) for name in names}
 
     @uncompiled
     def _after_backward(self, name: str, parameter: Tensor) -> None:
         self.gradients.on_accumulated(name, parameter)
-        mask_gradients(self._masks([name]))
+        if not is_masked_at_end(parameter):
+            mask_gradients(self._masks([name]))
+            return
+        # Each weight requests the end of the pass, so that a pass that raised an error leaves nothing behind.
+        self._unmasked.append(name)
+        torch.autograd.Variable._execution_engine.queue_callback(self._after_pass)
+
+    @uncompiled
+    def _after_pass(self) -> None:
+        names, self._unmasked = self._unmasked, []
+        if names:
+            self.gradients.on_pass_end()
+            mask_gradients(self._masks(names))
 
     @uncompiled
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

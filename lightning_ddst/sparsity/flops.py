@@ -174,8 +174,12 @@ class TrainingFlops:
     # ---- training ----------------------------------------------------------------------------------
 
     @contextmanager
-    def probing(self) -> Iterator[None]:
-        """Counts operations inside the context as those of a measurement of the balance ratio."""
+    def probing(self) -> Iterator[bool]:
+        """Counts operations inside the context as those of a measurement of the balance ratio, once.
+
+        Yields:
+            Whether they are counted this time.
+        """
         with ExitStack() as stack:
             stack.enter_context(self._log.paused())
             if self._counter is not None:
@@ -183,7 +187,7 @@ class TrainingFlops:
             if self._probe is None:
                 self._probe_counter = self._probe_counter or self._make_counter()
                 stack.enter_context(self._probe_counter.counted())
-            yield
+            yield self._probe is None
 
     def updated(self, *, probed: bool, dense_gradients: Iterable[bool]) -> None:
         """Adds one generator update with the current masks; call it before they change.

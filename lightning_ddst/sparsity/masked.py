@@ -8,20 +8,22 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_ddst.sparsity.bitpack import choose_chunk, count_bits, pack_bits, view_as_integers
+from lightning_ddst.sparsity.bitpack import view_as_integers
+from lightning_ddst.sparsity.coverage import Coverage
 from lightning_ddst.sparsity.growth import GrowthRule
+from lightning_ddst.sparsity.launches import join, read, unjoin, zero_where_inactive
 from lightning_ddst.sparsity.layer_patterns import first_match, name_of_layer
 from lightning_ddst.sparsity.maskable import MaskableWeight, MaskedParameters, all_weights, maskable_weights
 from lightning_ddst.sparsity.sharding import is_split, local_part, reshard, split_like
+from lightning_ddst.sparsity.spectral import refresh_all
 from lightning_ddst.sparsity.units import Units, find_units
 from lightning_ddst.sparsity.units.base import INITIAL, ByTensor, Gradients, Initial
+from lightning_ddst.utils.devices import is_launch_bound
 from lightning_ddst.utils.states import BITS, DENSITY, MASK, SHARE, TORCH_STATE, Form, check_tensors, named
 from lightning_ddst.utils.validation import check_choice, check_rate
 
 Regrown = Literal["keep", "reset"]
 REGROWN = get_args(Regrown)
-
-_PIECE = 2**20
 
 
 class MaskedNetwork:
@@ -55,10 +57,6 @@ class MaskedNetwork:
         masks: A bool mask by name, true where active, one byte per weight.
         listeners: Functions that are called whenever weights were pruned, before others grow.
         target: The density last requested, as near as it can be reached; `density` is the actual one, in whole units.
-        coverage: The share of maskable weights that were ever active, in [density, 1]: the in-time
-            over-parameterization rate (ITOP).
-        overlap: Intersection over union (IoU) of the masks before and after their last change, in [0, 1]; 1 before the
-            first change.
 
     Raises:
         ValueError: For an argument outside the allowed range, or a network without maskable weights.
@@ -116,14 +114,17 @@ class MaskedNetwork:
         self.listeners: list[Callable[[], None]] = []
         self._regrown = regrown
         self._parts: dict[str, Tensor] = {}
-        self._ever: dict[str, Tensor] = {}
-        self.coverage = 0.0
-        self.overlap = 1.0
+        self._multipliers: dict[str, Tensor] = {}
+        self._ever = Coverage({name: weight.parameter for name, weight in self.weights.items()})
+        self._covered: int | None = None
+        self._changed: tuple[int | Tensor, int] | None = None
+        self._overlap = 1.0
         if state is not None:
             self.load_state_dict(state)
             return
         self.units.begin(density, initial)
-        self._split()
+        self.units.settle()
+        self._update_local()
         self._zero_inactive()
         self._cover()
         if self.active < self.total or not self.units.dense_kernels:  # a dense network stays unchanged
@@ -150,6 +151,38 @@ class MaskedNetwork:
     def density(self) -> float:
         """Active over maskable weights."""
         return self.active / self.total
+
+    @property
+    def coverage(self) -> float:
+        """The share of weights that were ever active, in [density, 1]: the in-time over-parameterization rate (ITOP).
+
+        The first reading after a change waits for the device.
+        """
+        self._read_numbers()
+        assert self._covered is not None
+        return self._covered / self.total
+
+    @property
+    def overlap(self) -> float:
+        """Intersection over union (IoU) of the masks before and after their last change, in [0, 1].
+
+        It is 1 before the first change. The first reading after a change waits for the device.
+        """
+        self._read_numbers()
+        return self._overlap
+
+    def _read_numbers(self) -> None:
+        """Reads the numbers of the last change in one transfer."""
+        both, together = (0, 0) if self._changed is None else self._changed
+        unread = [] if self._covered is not None else [self._ever.count().view(1)]
+        unread += [both.view(1)] if isinstance(both, Tensor) else []
+        numbers = [number for (number,) in read(unread)]
+        if isinstance(both, Tensor):
+            both = numbers.pop()
+        if self._covered is None:
+            (self._covered,) = numbers
+        if self._changed is not None:
+            self._overlap, self._changed = both / (together - both), None
 
     @property
     def layer_counts(self) -> dict[str, int]:
@@ -213,6 +246,10 @@ class MaskedNetwork:
             if name not in self.weights and name not in named and not self._is_named_dense(places)
         }
 
+    def maskable_share(self) -> float:
+        """Returns the maskable share of the weights, in (0, 1]; the others are those of `dense_weights`."""
+        return self.total / (self.total + sum(parameter.numel() for parameter in self.dense_weights().values()))
+
     def _maskable(self) -> list[MaskableWeight]:
         return maskable_weights(self.network, self._masked_parameters, dense_layers=self._dense_layers, name=self._name)
 
@@ -222,18 +259,26 @@ class MaskedNetwork:
     def written(self) -> list[str]:
         """Returns the names of weights that are not 0 somewhere where they are inactive; waits for the device."""
         parts = {name: local_part(weight.parameter.detach()) for name, weight in self.weights.items()}
-        return [name for name, part in parts.items() if bool((part[~self.local_mask(name)] != 0).any())]
+        written = [(part != 0).gt(self.local_mask(name)).any() for name, part in parts.items()]
+        return [name for name, found in zip(parts, torch.stack(written).tolist(), strict=True) if found]
 
     def local_mask(self, name: str) -> Tensor:
         """Returns the mask of this process's part of a weight, which is the full weight unless it is sharded."""
         return self._parts.get(name, self.masks[name])
 
+    def multiplier(self, name: str) -> Tensor:
+        """Returns the mask of this process's part of a weight, for `zero_where_inactive`.
+
+        On devices bound by launches it consists of integers as wide as the weight's entries, elsewhere of bools.
+        """
+        return self._multipliers.get(name, self.local_mask(name))
+
     def to_weights(self) -> None:
         """Moves the masks to their weights' devices."""
-        for held in (self.masks, self._ever):
-            held |= {name: values.to(self.weights[name].parameter.device) for name, values in held.items()}
+        for name, mask in self.masks.items():
+            self.masks[name] = mask.to(self.weights[name].parameter.device)
         self.units.update_masks()
-        self._split()
+        self._update_local()
 
     # ---- changes -------------------------------------------------------------------------------
 
@@ -264,7 +309,7 @@ class MaskedNetwork:
             self._forget_pruned()
         self.target = self.reachable(density)
         if any(moves):
-            self.overlap = min(before, self.active) / max(before, self.active)
+            self._changed = min(before, self.active), before + self.active
             self._refresh_spectral()
 
     def explore(self, rate: float, gradients: Gradients | None = None) -> int:
@@ -305,8 +350,7 @@ class MaskedNetwork:
         new = self._grow(numbers, scores, pruned)
         if keeps:
             self._forget_pruned()
-        both = units.count_weights(new)
-        self.overlap = both / (before + self.active - both)
+        self._changed = units.count_weights(new), before + self.active
         self._refresh_spectral()
         return replaced
 
@@ -327,7 +371,8 @@ class MaskedNetwork:
 
     def _prune(self, numbers: Sequence[int], magnitudes: ByTensor, limits: Mapping[str, int]) -> ByTensor:
         pruned = self.units.prune(numbers, magnitudes, limits)
-        self._split()
+        self.units.settle()
+        self._update_local()
         return pruned
 
     def _grow(self, numbers: Sequence[int], scores: ByTensor, pruned: ByTensor) -> ByTensor:
@@ -337,37 +382,44 @@ class MaskedNetwork:
             Marks of the units that grew and were not pruned just before.
         """
         grown = self.units.grow(numbers, scores)
-        self._split()
-        new = {key: marks > pruned[key] if key in pruned else marks for key, marks in grown.items()}
+        self.units.settle()
+        self._update_local()
+        new = _without(grown, pruned)
         self.units.born(new if self._regrown == "keep" else grown)
         self._cover()
         return new
 
     def _cover(self) -> None:
         """Adds the active weights to those that were ever active."""
-        for name, mask in self.masks.items():
-            bits = pack_bits(mask)
-            self._ever[name] = self._ever[name] | bits if name in self._ever else bits
-        self.coverage = sum(count_bits(bits) for bits in self._ever.values()) / self.total
+        self._ever.add(self.masks)
+        self._covered = None
 
-    def _split(self) -> None:
+    def _update_local(self) -> None:
+        """Updates what `local_mask` and `multiplier` return from the masks."""
         for name, weight in self.weights.items():
             if is_split(weight.parameter):
                 self._parts[name] = local_part(split_like(self.masks[name], weight.parameter))
+        masks = {name: mask for name in self.masks if is_launch_bound((mask := self.local_mask(name)).device)}
+        if not masks:
+            self._multipliers.clear()
+            return
+        for name, mask in masks.items():
+            if name not in self._multipliers or self._multipliers[name].device != mask.device:
+                bits = view_as_integers(local_part(self.weights[name].parameter.detach()))
+                self._multipliers[name] = torch.empty_like(bits, device=mask.device)
+        torch._foreach_copy_([self._multipliers[name] for name in masks], list(masks.values()))
 
     def _refresh_spectral(self) -> None:
-        for weight in self.weights.values():
-            for spectral in weight.spectral:
-                spectral.refresh()
+        refresh_all([spectral for weight in self.weights.values() for spectral in weight.spectral])
 
     def _zero_inactive(self) -> None:
-        for name, weight in self.weights.items():
-            before = None if weight.norm is None else weight.norm.lengths()
-            # Bypasses autograd's version counter: a mask change at a generator update may precede the backward pass of
-            # a discriminator loss computed earlier.
-            zero_where_inactive(weight.parameter.data, self.local_mask(name))
-            if weight.norm is not None and before is not None:
-                weight.norm.rescale(before)
+        norms = [(weight.norm, weight.norm.lengths()) for weight in self.weights.values() if weight.norm is not None]
+        # Bypasses autograd's version counter: a mask change at a generator update may precede the backward pass of a
+        # discriminator loss computed earlier.
+        values = [weight.parameter.data for weight in self.weights.values()]
+        zero_where_inactive(values, [self.multiplier(name) for name in self.weights])
+        for norm, before in norms:
+            norm.rescale(before)
         reshard(self.network)
 
     # ---- saving --------------------------------------------------------------------------------
@@ -375,15 +427,17 @@ class MaskedNetwork:
     @property
     def checksum(self) -> int:
         """The CRC-32 of all masks."""
+        masks = list(self.masks.values())
         value = 0
-        for mask in self.masks.values():
+        for mask in [join(masks)] if is_launch_bound(masks[0].device) else masks:
             value = zlib.crc32(mask.cpu().numpy().tobytes(), value)
         return value
 
     def state_dict(self) -> dict[str, Any]:
         """Returns masks and random state, on the CPU; loads with ``weights_only=True``."""
         masks, ever = (
-            {name: values.to("cpu", copy=True) for name, values in held.items()} for held in (self.masks, self._ever)
+            {name: values.to("cpu", copy=True) for name, values in held.items()}
+            for held in (self.masks, self._ever.bits)
         )
         rng = self._generator.get_state()
         state = {"target": self.target, "rng": rng, "masks": masks, "ever": ever, "overlap": self.overlap}
@@ -397,26 +451,19 @@ class MaskedNetwork:
         """
         check_tensors("the saved masks", state["masks"], self.parameters)
         self.units.load_state_dict(state)
-        ever = state.get("ever", {})
-        self._ever = {name: bits.to(self.masks[name].device, copy=True) for name, bits in ever.items()}
+        self._ever.load(state.get("ever", {}))
         self._cover()
-        self.target, self.overlap = state["target"], state.get("overlap", 1.0)
+        self.target = state["target"]
+        self._overlap, self._changed = state.get("overlap", 1.0), None
         self._generator.set_state(state["rng"].cpu())
-        self._split()
+        self._update_local()
         self._zero_inactive()  # spectral norm's vectors were saved with the weights and fit these masks
 
 
-@torch.no_grad()
-def zero_where_inactive(tensor: Tensor, mask: Tensor) -> None:
-    """Sets a tensor to 0 in place where the mask is false, also where it is NaN."""
-    # Multiplies bits by 0 or 1, which is several times faster than masked_fill_, which branches. Works in chunks, so
-    # that the mask that mul_ converts stays in the processor's cache.
-    tensor = local_part(tensor)
-    bits = view_as_integers(tensor)
-    size = choose_chunk(tensor, _PIECE)
-    if tensor.numel() <= size:
-        bits.mul_(mask)
-        return
-    rows = max(1, size * len(tensor) // tensor.numel())
-    for part, local_mask in zip(bits.split(rows), mask.split(rows), strict=True):
-        part.mul_(local_mask)
+def _without(marks: ByTensor, others: ByTensor) -> ByTensor:
+    """Returns marks without those that are also in others, which may have only some of the keys."""
+    both = [key for key in marks if key in others]
+    if both and is_launch_bound(marks[both[0]].device):
+        here, there = ([held[key] for key in both] for held in (marks, others))
+        return marks | dict(zip(both, unjoin(join(here) > join(there), here), strict=True))
+    return marks | {key: marks[key] > others[key] for key in both}

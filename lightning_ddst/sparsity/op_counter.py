@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from lightning_ddst.sparsity.observed_ops import observed
 from lightning_ddst.sparsity.sharding import is_split
 
 _aten = torch.ops.aten
@@ -115,8 +115,7 @@ class OpCounter:
         self._clear()
         self._register(self._parameters)
         try:
-            # Numbers of autograd's nodes are unique in one thread only.
-            with torch.autograd.set_multithreading_enabled(False), _Observer(self):
+            with observed(self.observe):
                 yield
         finally:
             self._clear()
@@ -286,27 +285,6 @@ class OpCounter:
                     seen.add(each)
                     waiting.append(each)
         return None
-
-
-class _Observer(TorchDispatchMode):
-    """Shows each of torch's operations to a counter."""
-
-    def __init__(self, counter: OpCounter) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._counter = counter
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled() and func._overloadpacket not in flop_registry:
-            with self:  # in this mode layers arrive whole
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
-        result = func(*args, **kwargs)
-        self._counter.observe(func, args, kwargs, result)
-        return result
 
 
 def _get_node(tensor: Tensor) -> Node | None:

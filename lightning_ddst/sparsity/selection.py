@@ -1,13 +1,17 @@
 """Selects exactly the k best weights; ties are broken by position."""
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from lightning_ddst.sparsity.bitpack import choose_chunk
+from lightning_ddst.sparsity.launches import join, unjoin
+from lightning_ddst.utils.devices import is_launch_bound
 
 Key = Callable[[Tensor], Tensor]
+Read = Callable[[Tensor], list[int]]
 
 _NARROW_ABOVE = 2**18
 _SAMPLE = 2**15
@@ -35,13 +39,21 @@ def largest(scores: Tensor, k: int) -> Tensor:
     """
     if not 0 <= k <= scores.numel():
         raise ValueError(f"k={k} must be between 0 and the number of scores, {scores.numel()}.")
-    return _largest([scores], [torch.ones_like(scores, dtype=torch.bool)], k, torch.detach)[0][0]
+    return _largest([scores], [torch.ones_like(scores, dtype=torch.bool)], k, torch.detach, Tensor.tolist)[0][0]
 
 
 def select(
-    scores: Sequence[Tensor], eligible: Sequence[Tensor], k: int, limits: Sequence[int], key: Key = torch.detach
+    scores: Sequence[Tensor],
+    eligible: Sequence[Tensor],
+    k: int,
+    limits: Sequence[int],
+    key: Key = torch.detach,
+    read: Read = Tensor.tolist,
 ) -> tuple[list[Tensor], list[int]]:
     """Marks the k best eligible weights over all layers together.
+
+    On devices bound by launches it waits once, for the numbers of several layers, and once more whenever layers exceed
+    their limits.
 
     Args:
         scores: One tensor per layer, finite; the largest are chosen.
@@ -49,6 +61,7 @@ def select(
         k: Number of weights to choose.
         limits: Largest number of weights to choose in each layer, at most its number of eligible weights.
         key: Elementwise function; its values are compared instead of the scores, which saves a copy of all scores.
+        read: Function that reads numbers from a device; it may read others in the same transfer.
 
     Returns:
         One bool tensor per layer, with k true entries in total, and the number of true entries per layer. Ties go to
@@ -65,10 +78,10 @@ def select(
     while True:
         # A layer over its limit contributes its limit; the rest is chosen again from the other layers.
         for i in full - chosen.keys():
-            (chosen[i],), (counts[i],) = _largest([scores[i]], [eligible[i]], limits[i], key)
+            (chosen[i],), (counts[i],) = _largest([scores[i]], [eligible[i]], limits[i], key, read)
         rest = [i for i in range(len(scores)) if i not in full]
         left = k - sum(limits[i] for i in full)
-        marks, numbers = _largest([scores[i] for i in rest], [eligible[i] for i in rest], left, key)
+        marks, numbers = _largest([scores[i] for i in rest], [eligible[i] for i in rest], left, key, read)
         over = {i for i, number in zip(rest, numbers, strict=True) if number > limits[i]}
         if not over:
             chosen |= zip(rest, marks, strict=True)
@@ -86,10 +99,47 @@ def count_true(marks: Tensor) -> int:
     return int(sums.sum()) + int(flat[whole:].sum())
 
 
-def _largest(scores: Sequence[Tensor], eligible: Sequence[Tensor], k: int, key: Key) -> tuple[list[Tensor], list[int]]:
+def _largest(
+    scores: Sequence[Tensor], eligible: Sequence[Tensor], k: int, key: Key, read: Read
+) -> tuple[list[Tensor], list[int]]:
     """Marks the k largest eligible scores of several tensors, ties to the first; also returns counts per tensor."""
     if k == 0:
         return [torch.zeros_like(score, dtype=torch.bool) for score in scores], [0] * len(scores)
+    if not is_launch_bound(scores[0].device):
+        return _largest_by_sample(scores, eligible, k, key)
+    marks, ends = _largest_by_threshold(join(scores), join(eligible), k, [score.numel() for score in scores], key)
+    totals = [k] if len(scores) == 1 else read(ends)
+    return unjoin(marks, scores), [end - start for start, end in zip([0, *totals], totals, strict=False)]
+
+
+def _largest_by_threshold(
+    scores: Tensor, eligible: Tensor, k: int, sizes: Sequence[int], key: Key
+) -> tuple[Tensor, Tensor]:
+    """Marks the k largest of joined scores, without waiting for the device.
+
+    Returns:
+        The marks, and the number of marks up to the end of each part of these sizes.
+    """
+    scores = key(scores)
+    scores = torch.where(eligible, scores, float("-inf"))
+    from_below = len(scores) - k + 1
+    if k <= from_below:
+        threshold = scores.topk(k, sorted=False).values.min()
+    else:
+        threshold = scores.topk(from_below, largest=False, sorted=False).values.max()
+    marks = scores > threshold
+    ties = (scores == threshold).logical_and_(eligible)
+    del scores, eligible
+    ranks = ties.to(torch.int32).cumsum_(0)  # a float cumsum would not be deterministic
+    marks.logical_or_(ties.logical_and_(ranks <= k - marks.sum()))
+    ranks.copy_(marks).cumsum_(0)
+    return marks, torch.stack([ranks[end - 1] for end in accumulate(sizes)])
+
+
+def _largest_by_sample(
+    scores: Sequence[Tensor], eligible: Sequence[Tensor], k: int, key: Key
+) -> tuple[list[Tensor], list[int]]:
+    """Does the same where reading a number costs nothing: a sample spares sorting most scores."""
     flats = [score.flatten() for score in scores]
     allowed = [mask.flatten() for mask in eligible]
     # Scores above `high` are certainly among the largest, those below `low` are not; those between are sorted.

@@ -46,7 +46,7 @@ def _add(hashed: Hash, tensor: Tensor) -> None:
         hashed.update(flat.view(torch.uint8).numpy().data)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message, or the name of its class if there is none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 

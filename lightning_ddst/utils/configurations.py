@@ -4,7 +4,7 @@ import inspect
 import math
 import pydoc
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,17 @@ def _count_values(value: Any, known: dict[int, float]) -> float:
         parts = value.values() if isinstance(value, dict) else value
         known[id(value)] = 1 + sum(_count_values(part, known) for part in parts)
     return known[id(value)]
+
+
+def option_values(args: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns the options among a command's arguments with their values, which follow or are joined by "=".
+
+    Args:
+        args: The arguments; those that are no options come with the next argument, too.
+    """
+    following = [*args[1:], ""]
+    pairs = zip(args, following, strict=False)
+    return [(arg, value) if "=" not in arg else (arg.partition("=")[0], arg.partition("=")[2]) for arg, value in pairs]
 
 
 def check_classes(config: Any, name: str = "") -> None:

@@ -359,7 +359,7 @@ def test_the_highest_is_of_medians_of_three_windows():
     highest = []
     for ratio in [0.1, 0.3, 0.9, 0.5, None, 0.4, 0.6, 0.6, 0.2]:
         controller.observe(balanced_at(ratio))
-        highest.append(controller.readings(balanced_at(ratio)).get("control/lower", 0.0) / 0.65)
+        highest.append(controller.readings(balanced_at(0.5)).get("control/lower", 0.0) / 0.65)
     # Medians: none yet, none yet, 0.3, 0.5, as before, 0.5, 0.5, 0.6, 0.6.
     assert highest == pytest.approx([0, 0, 0.3, 0.5, 0.5, 0.5, 0.5, 0.6, 0.6])
 
@@ -432,9 +432,18 @@ def test_a_generator_that_gets_worse_prunes():
 
 def test_reasons_give_the_highest_ratio():
     controller = RelativeController((0.1, 1.0))
-    assert controller.decide(balanced_at(0.2), 0.3).reason == "BR is 0.200, and its level is not known yet"
+    reason = "BR is 0.200, and there is no earlier level yet to compare it with"
+    assert controller.decide(balanced_at(0.2), 0.3).reason == reason
     followed(controller, 0.1, [0.5, 0.5, 0.5])
-    assert controller.decide(balanced_at(0.2), 0.3).reason == "BR 0.200 is 40% of the highest, 0.500"
+    level = "its highest level so far, 0.500"
+    for ratio, words in [
+        (-0.1, "BR -0.100 is below 0, and its highest level so far is 0.500"),
+        (0.2, f"BR 0.200 is 40% of {level} (below 65%)"),
+        (0.4, f"BR 0.400 is 80% of {level} (at least 65%)"),
+        (0.5, f"BR 0.500 is 100% of {level} (at least 65%)"),
+        (1.015, f"BR 1.015 is above {level}"),
+    ]:
+        assert controller.decide(balanced_at(ratio), 0.3).reason == words
     assert controller.decide(UNDECIDED, 0.3).reason == UNDECIDED.reason
 
 
@@ -486,10 +495,13 @@ def test_arguments_outside_what_is_allowed_are_rejected(limits, delta, named):
 
 def test_what_is_logged_of_control():
     controller = RelativeController((0.1, 1.0))
-    assert controller.readings(balanced_at(0.4)) == {"control/signal": 0.4}
+    # TensorBoard's chart needs all three at the same updates, or none.
+    assert controller.readings(balanced_at(0.4)) == {}
     followed(controller, 0.1, [0.5, 0.5, 0.5])
     bounds = {"control/lower": 0.325, "control/upper": 0.475}
     assert controller.readings(balanced_at(0.4)) == pytest.approx({"control/signal": 0.4} | bounds)
-    assert controller.readings(UNDECIDED) == pytest.approx(bounds)
-    assert DensityController().readings(UNDECIDED) == {"control/lower": 0.45, "control/upper": 0.55}
+    assert controller.readings(UNDECIDED) == {}
+    assert DensityController().readings(UNDECIDED) == {}
+    bounds = {"control/lower": 0.45, "control/upper": 0.55}
+    assert DensityController().readings(balanced_at(0.4)) == {"control/signal": 0.4} | bounds
     assert DensityRamp(0.1).readings(balanced_at(0.4)) == {}

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ddst.balance import BalanceProbe
 
@@ -738,6 +740,43 @@ def test_every_score_starts_from_the_spectral_norm_that_training_started_from(ki
         assert scores[0] == alone(real)
         assert scores[1] == scores[2] == alone(generator(z))
         assert scores[1] != discriminator(generator(z)).mean(), "one iteration further the score is another"
+
+
+@pytest.mark.parametrize(
+    ("changes", "counted", "expected"), [(False, False, 0), (True, False, 3), (False, True, 3), (True, True, 3)]
+)
+def test_all_scores_take_the_weights_that_training_normalized(changes, counted, expected):
+    class Products(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.number += function.overloadpacket.__name__ == "mv"
+            return function(*args, **kwargs or {})
+
+    torch.manual_seed(0)
+    generator, discriminator = nn.Linear(NOISE, 4), spectral_norm(nn.Linear(4, 1))
+    z, real = torch.randn(16, NOISE), torch.randn(16, 4)
+    nn.init.normal_(discriminator.parametrizations.weight.original)  # far from what the vectors fit
+    state = {name: value.clone() for name, value in discriminator.state_dict().items()}
+    probe = BalanceProbe(generator, discriminator)
+    probe.watching = True
+    discriminator(generator(z)).mean().backward()
+    if changes:
+        for parameter in discriminator.parameters():
+            nn.init.normal_(parameter)
+    state |= {name: value.detach().clone() for name, value in discriminator.named_parameters()}
+    images = [real, generator(z)]
+    probe.before_update(generator.parameters())
+    with torch.no_grad():
+        generator.weight *= 2
+    images.append(generator(z))
+    with Products() as products:
+        scores = probe.after_update(real, counted=counted)
+    assert products.number == expected
+    with torch.no_grad():
+        for score, each in zip(scores, images, strict=False):
+            discriminator.load_state_dict(state)
+            assert score == discriminator(each).mean()
 
 
 def test_the_old_score_is_trainings_own_unless_something_changed_since():

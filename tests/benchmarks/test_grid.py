@@ -68,7 +68,10 @@ def test_no_run_starts_after_the_time_limit(study, monkeypatch, tmp_path):
     assert not rows.rows("tiny")
 
 
-@pytest.mark.parametrize("name", ["fashion", "ablations", "rules", "cifar10", "digits"])
+@pytest.mark.parametrize(
+    "name",
+    ["fashion", "ablations", "rules", "cifar10", "digits", "scaling", "wide_ablations", "controllers", "cifar10_small"],
+)
 def test_every_command_of_a_study_parses(name, monkeypatch):
     monkeypatch.chdir(rows.HERE.parent)
     seen = set()

@@ -1,44 +1,51 @@
 """The results page against the result files it is made from."""
 
 import re
+from statistics import fmean
 
 import page
 import pytest
-from comparisons import Comparison, flops, mean_density, of
+from comparisons import Comparison, distance, failed, flops, geometric_mean, mean_density, of
 from rows import path, rows
-from studies import ESTIMATED
+from studies import ESTIMATED, WIDE_RUNS
 
 
-def row(seed, distance, **more):
-    return {"setting": "s", "run": "r", "density": 0.1, "seed": seed, "distance": [[1, 99.0], [2, distance]], **more}
+def row(seed, value, **more):
+    return {"setting": "s", "run": "r", "density": 0.1, "seed": seed, "distance": [[1, 99.0], [2, value]], **more}
 
 
-@pytest.mark.parametrize(("name", "made"), [("results.md", page.results_page), ("bounds.md", page.bounds_page)])
-def test_the_tables_are_those_that_the_result_files_give(name, made):
-    assert (page.DOCS / name).read_text() == made()
+def test_the_tables_are_those_that_the_result_files_give():
+    made = page.pages()
+    assert page.DOCS / "results.md" in made
+    assert [each for each, text in made.items() if each.read_text() != text] == []
 
 
-def test_the_bounds_page_has_the_table():
-    assert page.rules() in (page.DOCS / "bounds.md").read_text()
+def test_every_page_of_results_is_made():
+    assert {each for each in page.pages() if each.parent.name == "results"} == set((page.DOCS / "results").iterdir())
 
 
-def test_every_picture_of_the_page_is_there():
-    pictures = re.findall(r"!\[.*?\]\((.*?)\)", page.results_page())
-    assert pictures
-    for picture in pictures:
-        assert "</svg>" in (page.DOCS / picture).read_text()
+def test_every_table_is_on_a_page():
+    templates = [*(page.HERE / "pages").iterdir(), *(page.DOCS / name for name in page.WITH_TABLES)]
+    shown = re.findall(r"{{(.+?)}}|<!-- rows: (.+?) -->", "".join(each.read_text() for each in templates))
+    assert {name for names in shown for name in names if name} == set(page.TABLES)
 
 
-def test_the_readmes_figures_are_those_of_the_rows():
+def test_every_picture_of_the_pages_is_there():
+    for made, text in page.pages().items():
+        for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
+            assert (made.parent / picture).is_file(), picture
+
+
+def test_the_first_runs_numbers_are_those_of_the_rows():
     by_run = {each["run"]: each for each in rows("digits")}
     ddst, dense = by_run["DDST"], by_run["dense"]
-    readme = (page.DOCS.parent / "README.md").read_text()
-    said = dict(re.findall(r"^ *(\S.*?)  +(\S.*)$", readme, re.MULTILINE))
+    start = (page.DOCS / "start.md").read_text()
+    said = dict(re.findall(r"^ *(\S.*?)  +(\S.*)$", start, re.MULTILINE))
     (_, before), *_, (updates, after) = ddst["distance"]
     assert updates == 2500
     assert said["after 0 generator updates"] == f"{before:.4g}"
     assert said["after 2,500 generator updates"] == f"{after:.4g}"
-    assert said["dense pair, same seed and length"] == f"{dense['distance'][-1][1]:.4g}"
+    assert said["dense baseline, same seed and length"] == f"{dense['distance'][-1][1]:.4g}"
     assert (
         said["training FLOPs"]
         == f"{ddst['flops'][-1][1]:.1%} of dense training (dense kernels do the arithmetic all the same)"
@@ -47,7 +54,30 @@ def test_the_readmes_figures_are_those_of_the_rows():
     assert said["discriminator"].startswith(f"density {ddst['discriminator_density'][-1][1]:.4f} ")
 
 
-@pytest.mark.parametrize("study", ["fashion", "mask_update", "digits"])
+def test_what_the_readme_claims_is_in_the_rows():
+    found, setting = rows("wide"), "60,000 images"
+    readme = " ".join((page.DOCS.parent / "README.md").read_text().split())
+    said = re.search(
+        r"is (\S+) \((\d) seeds\), the dense generator's (\S+) \((\d) seeds?\), with (\d+) % of the operations", readme
+    )
+    sparse, dense = of(found, setting, "DDST relaxed", 0.1), of(found, setting, "dense", 1.0)
+    assert said.groups() == (
+        *(f"{geometric_mean(map(distance, sparse)):.1f}", str(len(sparse))),
+        *(f"{geometric_mean(map(distance, dense)):.1f}", str(len(dense))),
+        f"{100 * fmean(map(flops, sparse)):.0f}",
+    )
+    for density in (0.05, 0.1):
+        cells = {run: of(found, setting, run, density) for run in WIDE_RUNS}
+        shared = set.intersection(*({row["seed"] for row in cell} for cell in cells.values()))
+        means = {
+            run: geometric_mean(distance(row) for row in cell if row["seed"] in shared) for run, cell in cells.items()
+        }
+        assert min(means, key=means.__getitem__) == "DDST relaxed"
+        assert max(means, key=means.__getitem__) == "RigL, balanced D"
+    assert not any(failed(row) for row in found if row["setting"] == setting and row["density"] >= 0.05)
+
+
+@pytest.mark.parametrize("study", ["fashion", "wide", "mask_update", "digits", "densities"])
 def test_rows_name_their_source(study):
     assert rows(study)
     for each in rows(study):
@@ -55,7 +85,7 @@ def test_rows_name_their_source(study):
         assert "dirty" not in each["commit"]
 
 
-@pytest.mark.parametrize("study", ["fashion", "ablations", "cifar10", "digits"])
+@pytest.mark.parametrize("study", ["fashion", "wide", "ablations", "cifar10", "digits", "densities"])
 def test_no_run_has_two_rows(study):
     keys = [(each["setting"], each["run"], each["density"], each["seed"]) for each in rows(study)]
     assert len(set(keys)) == len(keys)

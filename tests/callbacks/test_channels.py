@@ -140,7 +140,9 @@ class Matching(ToyGAN):
 
 def test_features_that_are_matched_have_the_active_channels(caplog):
     gan, every = Matching(), EveryUpdate()
-    sparsity = DynamicSparsityCallback(0.7, discriminator_density=0.5, discriminator_output=0, **CHANNELS)
+    sparsity = DynamicSparsityCallback(
+        0.7, discriminator_density=0.5, discriminator_output=0, **for_method("ramp", **CHANNELS)
+    )
     with caplog.at_level("INFO"):
         trained(sparsity, every, gan=gan)
     active = [16, *(counts["discriminator"][0][0] for counts in every.counts[:-1])]  # the masks before each update

@@ -138,10 +138,18 @@ def test_another_modules_run_of_as_many_updates_is_drawn_at_its_end(drawn, tmp_p
     assert callback.state_dict()["validations"] == 1
 
 
-@pytest.mark.parametrize("logger", ["none", "csv"])
-def test_without_tensorboard_nothing_is_drawn(logger: str, drawn, tmp_path) -> None:
-    fit(None, SparsityPlots(), logger=CSVLogger(tmp_path) if logger == "csv" else False)
+def test_without_a_logger_nothing_is_drawn(drawn) -> None:
+    fit(None, SparsityPlots())
     assert drawn == []
+
+
+def test_a_csv_logger_gets_files(tmp_path) -> None:
+    logger = CSVLogger(tmp_path)
+    fit(None, SparsityPlots(), epochs=1, logger=logger)
+    for name in FIGURES:
+        (path,) = (Path(logger.log_dir) / "plots" / name).iterdir()
+        assert path.name == "00000010.png"
+        assert Image.open(path).width == 900
 
 
 def test_only_the_first_process_draws(drawn, tmp_path, monkeypatch) -> None:

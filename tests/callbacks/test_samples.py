@@ -1,4 +1,5 @@
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,8 +157,7 @@ def test_samples_of_another_module_are_looked_at_anew(tmp_path) -> None:
         grids(tmp_path / "second", grid, gan=unit_painting())
 
 
-@pytest.mark.parametrize("logger", ["none", "csv"])
-def test_without_tensorboard_nothing_is_drawn(logger: str, tmp_path) -> None:
+def test_without_a_logger_nothing_is_drawn() -> None:
     class Counting(GANModule):
         drawn = 0
 
@@ -166,9 +166,19 @@ def test_without_tensorboard_nothing_is_drawn(logger: str, tmp_path) -> None:
             return super().sample(*args, **kwargs)
 
     gan = Counting(Painter(), Judge())
-    trainer = toy_trainer(SampleGrid(), logger=CSVLogger(tmp_path) if logger == "csv" else False)
-    trainer.fit(gan, DataLoader(torch.zeros(4, 1, 4, 4)), ONE)
+    toy_trainer(SampleGrid(), logger=False).fit(gan, DataLoader(torch.zeros(4, 1, 4, 4)), ONE)
     assert gan.drawn == 0
+
+
+def test_a_csv_logger_gets_the_same_grid_as_files(tmp_path) -> None:
+    (_, expected), (update, _) = grids(tmp_path, SampleGrid(), gan=painting(discriminator_steps=2))
+    logger = CSVLogger(tmp_path / "csv")
+    seed_everything(0, verbose=False)
+    trainer = toy_trainer(SampleGrid(), logger=logger)
+    trainer.fit(painting(discriminator_steps=2), DataLoader(torch.zeros(4, 1, 4, 4)), ONE)
+    files = sorted((Path(logger.log_dir) / "samples").iterdir())
+    assert [path.name for path in files] == ["00000000.png", f"{update:08d}.png"]
+    assert torch.equal(pil_to_tensor(Image.open(files[0])), expected)
 
 
 def test_a_module_that_cannot_be_sampled_from_is_rejected() -> None:
@@ -187,3 +197,18 @@ def test_bad_arguments_are_rejected(name: str, value: float) -> None:
 def test_a_bad_range_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"value_range=\(1, 0\) must be two numbers, the lower one first"):
         SampleGrid(value_range=(1, 0))
+
+
+def test_a_fit_without_validation_shows_samples_at_the_ends_of_epochs(tmp_path) -> None:
+    def run(*callbacks) -> dict[str, Tensor]:
+        seed_everything(0, verbose=False)
+        gan = painting(lr=0.1)
+        trainer = toy_trainer(*callbacks, folder=tmp_path / str(len(callbacks)), epochs=2)
+        trainer.fit(gan, DataLoader(torch.zeros(4, 1, 4, 4)))
+        return gan.state_dict()
+
+    plain, shown = run(), run(SampleGrid(4))
+    assert all(torch.equal(value, plain[name]) for name, value in shown.items())
+    events = EventAccumulator(str(tmp_path / "1" / "lightning_logs" / "version_0"))
+    events.Reload()
+    assert [image.step for image in events.Images("samples")] == [4, 8]

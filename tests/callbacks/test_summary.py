@@ -7,6 +7,7 @@ from torch.optim import SGD
 from toys import LATENT, PIXELS, ToyGAN, toy_data, toy_trainer
 
 from lightning_ddst import DynamicSparsityCallback, GeneratorEMA, RunSummary, SampleQuality
+from lightning_ddst.report.results import read_results
 
 FRECHET = "frechet_distance"
 
@@ -213,3 +214,50 @@ def test_methods_that_resize_both_networks_are_named_so(capsys, method, times) -
     rows = dict(printed(capsys, DynamicSparsityCallback(0.25, method=method), RunSummary(), epochs=4))
     assert rows["generator and discriminator resized"] == f"{times} times in {times} decisions (prune {times})"
     assert "discriminator resized" not in rows
+
+
+# ---- a run as the reference ----------------------------------------------------------------------------
+
+
+def fitted(folder, method: str, seed: int = 0, epochs: int = 2, **quality) -> str:
+    """A run's folder; the seed is that of the networks and the training."""
+    seed_everything(seed, verbose=False)
+    sparsity = DynamicSparsityCallback(0.25, method=method)
+    toy_trainer(sparsity, SampleQuality(Features(), "three", **quality), epochs=epochs, folder=folder).fit(
+        Sampled(), toy_data(), toy_data()
+    )
+    return str(folder)
+
+
+def compared(capsys, reference: str, method: str = "ddst", **settings) -> str | None:
+    quality = SampleQuality(Features(), settings.pop("name", "three"))
+    rows = printed(
+        capsys, DynamicSparsityCallback(0.25, method=method), quality, RunSummary(reference, "dense"), **settings
+    )
+    return dict(rows).get("dense")
+
+
+def test_a_run_as_the_reference_is_printed_only_where_it_belongs(capsys, tmp_path) -> None:
+    dense = fitted(tmp_path / "dense", "dense")
+    last = read_results(dense).last("frechet_distance")
+    assert compared(capsys, dense) == compared(capsys, dense, method="static") == f"{last:.4g}"
+    assert compared(capsys, dense, method="dense") is None  # it is the same run
+    assert compared(capsys, dense, epochs=1) is None
+    assert compared(capsys, dense, name="others") is None
+
+    class Wider(Sampled):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator = nn.Linear(LATENT, PIXELS)
+
+    assert compared(capsys, dense, gan=Wider()) is None
+    assert compared(capsys, fitted(tmp_path / "seed", "dense", seed=1)) is None
+
+
+def test_a_reference_without_results_is_rejected(tmp_path) -> None:
+    with pytest.raises(ValueError, match="reference='missing': there is no folder missing"):
+        RunSummary(reference="missing")
+
+
+def test_the_packaged_reference_is_known_by_its_name(capsys) -> None:
+    assert compared(capsys, "digits_dense") is None  # of other networks

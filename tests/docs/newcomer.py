@@ -1,4 +1,4 @@
-"""A newcomer: the README's commands one after the other in an empty folder, with what is installed (.ci/newcomer)."""
+"""Runs the commands of README and docs/start.md in an empty folder, with the installed package (.ci/newcomer)."""
 
 import subprocess
 import sys
@@ -10,6 +10,7 @@ from pathlib import Path
 from pages import ROOT, blocks, commands
 
 ELSEWHERE = ("sphinx-build", "pytest")
+READ = ("README.md", "docs/start.md")
 PORT = 6123
 
 
@@ -76,7 +77,7 @@ def load() -> None:
 
 
 def main() -> None:
-    """Everything in the README that is for users, in its order."""
+    """Runs everything for users on the two pages, in their order."""
     import lightning_ddst
 
     print(lightning_ddst.__file__, lightning_ddst.__version__, flush=True)
@@ -84,7 +85,7 @@ def main() -> None:
     assert not list(Path.cwd().iterdir()), "the folder is not empty"
     run("lightning-ddst --version")
     for block in blocks("bash"):
-        if block.page != "README.md" or block.note == "test command" or block.note.startswith("parsed only"):
+        if block.page not in READ or block.note == "test command" or block.note.startswith("parsed only"):
             continue
         for line in commands(block):
             if block.note == "main job":  # what it does after installing

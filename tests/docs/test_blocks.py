@@ -14,6 +14,7 @@ import torch
 import yaml
 from commands import parsed
 from pages import PAGES, ROOT, Block, blocks, commands
+from PIL import Image
 from toys import LATENT, ToyGAN, toy_data, toy_trainer
 
 from lightning_ddst import DynamicSparsityCallback, cli
@@ -113,7 +114,11 @@ def command(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
 def runs(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
     """Runs a line of a page, or sees to it that what it names is there where something else runs it."""
     words = line.split()
-    if words[0] == "lightning-ddst":
+    if words[:2] == ["lightning-ddst", "sweep"]:  # tests/report/test_sweep_command.py runs one
+        assert words[2] == "--densities"
+        with monkeypatch.context() as patch:
+            assert parsed(patch, *words[4:]).config
+    elif words[0] == "lightning-ddst":
         before = len(list(Path("lightning_logs").iterdir()))
         command(monkeypatch, line)
         assert len(list(Path("lightning_logs").iterdir())) == before + (words[1] in ("fit", "validate"))
@@ -171,6 +176,9 @@ def names(beside_a_run: Path) -> dict[str, Any]:
     sparse = quiet_trainer(callbacks=[DynamicSparsityCallback(0.2)])
     sparse.fit(gan, data)
     sparse.save_checkpoint("last.ckpt")
+    Path("my_images").mkdir()
+    for number in range(40):
+        Image.effect_noise((8, 8), 50).save(f"my_images/{number}.png")
     return of_a_loop() | {
         "torch": torch,
         "Trainer": quiet_trainer,
@@ -238,6 +246,19 @@ def check_attach(names: dict[str, Any]) -> None:
 
     real, fake = names["balance_scores"](Painter, {"image": torch.randn(5, 16)})
     assert (real.shape, fake.shape) == ((5, 1), (5, 1))
+    painting = ToyGAN()  # of images of 4x4 pixels
+    painting.generator.extend([torch.nn.Tanh(), torch.nn.Unflatten(1, (1, 4, 4))])
+    painting.discriminator.insert(0, torch.nn.Flatten())
+    images = torch.utils.data.TensorDataset(torch.rand(16, 1, 4, 4) * 2 - 1)
+    quiet_trainer(callbacks=[names["quality"]]).fit(painting, torch.utils.data.DataLoader(images, batch_size=8))
+    history = names["quality"].history
+    assert list(history) == ["frechet_distance", "precision", "recall"]
+    assert all([at for at, _ in values] == [2] for values in history.values())
+    assert names["SampledGAN"]().sample(3).shape == (3, 16)
+
+
+def check_own_images(names: dict[str, Any]) -> None:
+    assert (names["size"], names["channels"], names["gan"].generator_updates) == (8, 1, 20)
 
 
 def check_loops(names: dict[str, Any]) -> None:
@@ -269,6 +290,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "docs/attach.md": check_attach,
     "docs/extending.md": check_extending,
     "docs/loops.md": check_loops,
+    "docs/own_images.md": check_own_images,
 }
 
 

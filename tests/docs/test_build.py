@@ -51,7 +51,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_page_is_built(site: Path) -> None:
     for page in PAGES:
-        assert (site / f"{'index' if page.name == 'README.md' else page.stem}.html").is_file()
+        built = "index" if page.name == "README.md" else page.relative_to(ROOT / "docs").with_suffix("")
+        assert (site / f"{built}.html").is_file()
 
 
 def test_no_link_of_the_site_is_dead(site: Path) -> None:

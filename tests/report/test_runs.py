@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_ddst.report.runs import by_pair, find_source, of_samples, read_run
+from lightning_ddst.report.runs import by_pair, find_runs, find_source, of_samples, read_run
 
 
 def write(folder: Path, scalars: dict[str, list[tuple[int, float]]]) -> None:
@@ -97,7 +97,9 @@ def test_of_several_runs_none_is_chosen(tmp_path) -> None:
 def test_a_folder_without_a_run_is_rejected(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=f"there is no folder {tmp_path / 'missing'}. Name the folder of a run"):
         read_run(tmp_path / "missing")
-    with pytest.raises(FileNotFoundError, match=f"neither {tmp_path} nor a folder below it holds event files"):
+    with pytest.raises(
+        FileNotFoundError, match=f"neither {tmp_path} nor a folder below it holds the logs of a run: event files"
+    ):
         read_run(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(FileNotFoundError, match=f"there is no folder {tmp_path / 'file'}"):
@@ -113,6 +115,56 @@ def test_a_run_of_something_else_is_rejected(scalars: dict, found: str, tmp_path
         read_run(tmp_path)
     assert str(tmp_path) in str(refused.value)
     assert found in str(refused.value)
+
+
+CSV = """balance/ratio,density/generator,epoch,loss,step
+,0.5,,,10
+0.25,0.5,,,20
+,,0,1.5,30
+nan,0.25,,,20
+"""
+
+
+def test_a_csv_run_is_read(tmp_path) -> None:
+    (tmp_path / "version_0").mkdir()
+    (tmp_path / "version_0" / "metrics.csv").write_text(CSV)
+    series = read_run(tmp_path)
+    assert list(series) == ["density/generator", "balance/ratio", "loss"]
+    assert series["density/generator"] == [(10, 0.5), (20, 0.25)]
+    assert series["loss"] == [(30, 1.5)]
+    ((step, value),) = series["balance/ratio"]
+    assert step == 20
+    assert math.isnan(value)
+
+
+def test_an_incomplete_last_line_of_a_csv_run_is_left_out(tmp_path) -> None:
+    (tmp_path / "metrics.csv").write_text(CSV + ",0.125")  # would be 0.125 of step None, or cut digits
+    with pytest.warns(UserWarning, match="the last line of .*metrics.csv is incomplete"):
+        assert read_run(tmp_path)["density/generator"] == [(10, 0.5), (20, 0.25)]
+
+
+@pytest.mark.parametrize("row", ["0.5,,,,ten\n", "much,,,,40\n"])
+def test_a_damaged_csv_run_is_rejected(row: str, tmp_path) -> None:
+    (tmp_path / "metrics.csv").write_text(CSV + row)
+    with pytest.raises(ValueError, match=r"metrics.csv: a row with step=(ten|40) has balance/ratio='(0.5|much)'"):
+        read_run(tmp_path)
+
+
+def test_event_files_come_before_a_csv_file(tmp_path) -> None:
+    (tmp_path / "metrics.csv").write_text(CSV)
+    write(tmp_path, {"density/generator": [(1, 0.75)]})
+    assert read_run(tmp_path) == {"density/generator": [(1, 0.75)]}
+
+
+def test_runs_below_a_folder_are_found_in_natural_order(tmp_path) -> None:
+    files = {"v_10": "metrics.csv", "v_9": "results.json", "d_0.3": "metrics.csv", "d_0.05": "events.out.tfevents.1"}
+    for name, file in files.items():
+        (tmp_path / name / "below").mkdir(parents=True)
+        (tmp_path / name / file).touch()
+        (tmp_path / name / "below" / "metrics.csv").touch()  # belongs to the run
+    (tmp_path / "empty").mkdir()
+    assert find_runs(tmp_path) == [tmp_path / name for name in ("d_0.05", "d_0.3", "v_9", "v_10")]
+    assert find_runs(tmp_path / "v_9") == [tmp_path / "v_9"]
 
 
 def test_series_are_sorted_by_pair() -> None:

@@ -1,4 +1,6 @@
+import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import spectral_norm as spectral_norm_hook
 from torch.nn.utils import weight_norm as weight_norm_hook
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ddst.sparsity import MaskedNetwork
 from lightning_ddst.sparsity.averaging import WeightAverage
@@ -96,6 +99,53 @@ def test_a_weight_that_two_layers_share_is_masked_in_the_average_too() -> None:
         fill(network[0].weight, *values)
         average.update()
     assert average.values()["0.weight"].flatten().tolist() == [2, 0, 5, 0]
+
+
+def test_weights_of_all_layouts_and_dtypes_are_averaged_alike() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), nn.Linear(300, 300), nn.Linear(2, 3).double()
+    )
+    network[2].weight = nn.Parameter(torch.zeros(2, 3, dtype=torch.float64).t())
+    average = WeightAverage(network, 0.999)
+    weights = {f"{number}.weight": layer.weight for number, layer in enumerate(network)}
+    torch.manual_seed(0)
+    values = [{name: torch.rand_like(weight) + 1 for name, weight in weights.items()} for _ in range(3)]
+    for drawn in values:
+        for name, weight in weights.items():
+            fill(weight, *drawn[name].flatten().tolist())
+        average.update()
+    for name, weight in weights.items():
+        found = average.values()[name]
+        assert (found.dtype, found.stride()) == (weight.dtype, weight.stride())
+        torch.testing.assert_close(found, sum(each[name] for each in values) / 3)
+
+
+def test_an_average_that_is_not_finite_is_zero_again_once_the_weight_is_inactive() -> None:
+    network = nn.Linear(3, 1, bias=False)
+    average = WeightAverage(network, 0.9)
+    for values in ((float("inf"), float("nan"), 1.0), (0.0, -0.0, 3.0)):
+        fill(network.weight, *values)
+        average.update()
+    assert average.values()["weight"].tolist() == [[0, 0, 2]]
+    assert not average.values()["weight"].signbit().any()
+
+
+def test_an_update_takes_as_many_operations_for_few_layers_as_for_many() -> None:
+    class Operations(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.number += function.overloadpacket.__name__ not in ("detach", "empty_like", "as_strided", "split")
+            return function(*args, **kwargs or {})
+
+    counts = []
+    for layers in (2, 20):
+        network = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(layers)))
+        average = WeightAverage(network)
+        with Operations() as done:
+            average.update()
+        counts.append(done.number)
+    assert counts[0] == counts[1] <= 14
 
 
 # ---- buffers -------------------------------------------------------------------------------------------
@@ -248,6 +298,17 @@ def test_spectral_norm_holds_next_to_a_layer_that_cannot_be_masked() -> None:
 
 
 # ---- saving --------------------------------------------------------------------------------------------
+
+
+def test_a_copy_of_an_average_is_updated_alone() -> None:
+    network = nn.Linear(4, 3)
+    average = WeightAverage(network, 0.9)
+    wandering(network, average)
+    before = average.values()
+    for again in (copy.deepcopy(average), pickle.loads(pickle.dumps(average))):
+        again.update()
+        assert not torch.equal(again.values()["weight"], before["weight"])
+    assert same(average.values(), before)
 
 
 def through_a_file(state: dict) -> dict:

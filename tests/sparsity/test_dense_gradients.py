@@ -9,6 +9,8 @@ from torch import nn
 from lightning_ddst.sparsity import MaskedNetwork, MaskEnforcer
 from lightning_ddst.sparsity.dense_gradients import DenseGradients
 
+pytestmark = pytest.mark.usefixtures("every_device")
+
 
 @pytest.fixture
 def setting():

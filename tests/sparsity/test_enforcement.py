@@ -9,6 +9,8 @@ from torch.nn.utils import clip_grad_norm_
 from lightning_ddst.sparsity import MaskedNetwork, MaskEnforcer
 from lightning_ddst.sparsity.enforcement import StateMasker, mask_gradients, mask_weights
 
+pytestmark = pytest.mark.usefixtures("every_device")
+
 
 class Noisy(torch.optim.Optimizer):
     """Moves every weight at random and writes noise into all of its state, masked or not."""

@@ -564,7 +564,10 @@ def test_densities_averaged_over_updates():
         (models.SmallGenerator(16, 3, 4), models.SmallDiscriminator(16, 3, 4), 16, False),
         (models.SNGANGenerator(32, width=8), models.SNGANDiscriminator(32, width=4), 32, False),
         (models.DCGANGenerator(32, width=4), models.DCGANDiscriminator(32, width=4), 32, False),
-        (models.BigGANGenerator(32, width=2), models.BigGANDiscriminator(32, width=2), 32, True),
+        pytest.param(
+            *(models.BigGANGenerator(32, width=2), models.BigGANDiscriminator(32, width=2), 32, True),
+            marks=pytest.mark.skipif(torch.__version__ < "2.5", reason="torch's own counter fails on it"),
+        ),
     ],
 )
 def test_dense_training_counts_what_torchs_counter_counts(generator, discriminator, size, labelled):

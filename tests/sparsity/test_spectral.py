@@ -7,6 +7,8 @@ from torch.nn.utils import spectral_norm as old_spectral_norm
 from lightning_ddst.sparsity import MaskedNetwork
 from lightning_ddst.sparsity.spectral import spectral_norms
 
+pytestmark = pytest.mark.usefixtures("every_device")
+
 BOTH_NORMS = pytest.mark.parametrize("norm", [old_spectral_norm, parametrizations.spectral_norm], ids=["old", "new"])
 LAYERS = {
     "small linear": (lambda: nn.Linear(24, 16), (2, 24)),

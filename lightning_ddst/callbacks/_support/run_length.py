@@ -121,12 +121,13 @@ class RunLength:
         self._ask_at = state["ask_at"]
 
 
-def _find_timer(trainer: Trainer) -> Timer | None:
+def find_timer(trainer: Trainer) -> Timer | None:
+    """Returns the callback that ends a run after ``Trainer(max_time=...)``; None without."""
     return next((c for c in trainer.callbacks if is_a(c, "Timer")), None)  # type: ignore[attr-defined]
 
 
 def _measure_progress(trainer: Trainer, updates: int) -> _Progress:
-    timer = _find_timer(trainer)
+    timer = find_timer(trainer)
     seconds = 0.0 if timer is None else timer.time_elapsed()
     return _Progress(updates, trainer.fit_loop.total_batch_idx + 1, trainer.global_step, seconds)
 
@@ -142,7 +143,7 @@ def _extrapolate(trainer: Trainer, since: _Progress, now: _Progress) -> int | No
     if (trainer.max_epochs or -1) > 0 and trainer.num_training_batches != float("inf"):
         batches = int((trainer.max_epochs or 0) * trainer.num_training_batches)
         lengths.append(now.updates + (batches - now.batches) * made // max(now.batches - since.batches, 1))
-    timer = _find_timer(trainer)
+    timer = find_timer(trainer)
     seconds_left = None if timer is None else timer.time_remaining()
     if seconds_left is not None and now.seconds > since.seconds:
         lengths.append(now.updates + int(seconds_left * made / (now.seconds - since.seconds)))

@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_ddst.attached.checks import check_method
 from lightning_ddst.methods import Method
+from lightning_ddst.utils.lightning_packages import is_a
 from lightning_ddst.utils.networks import get_parts
 
 _WRITERS = {
@@ -66,6 +67,11 @@ def check_other_averages(trainer: Trainer, module: nn.Module, generator: nn.Modu
                     f"{name}, torch's AveragedModel of the generator, does not respect changing masks: its average "
                     f"makes every weight that was ever active non-zero. {instead}"
                 )
+
+
+def shows_summary(trainer: Trainer) -> bool:
+    """Returns whether the Trainer prints a summary of the model, unless ``enable_model_summary=False``."""
+    return any(is_a(callback, "ModelSummary") for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def warn_of_raw_optimizers() -> None:

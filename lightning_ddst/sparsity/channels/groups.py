@@ -47,17 +47,18 @@ class Channels:
         """Returns the remaining indices of the tensors that the network returns; argument as in `kept`."""
         return {number: _kept(axes, active) for number, axes in self.returned.items()}
 
-    def mask(self, name: str, shape: Sequence[int], active: Tensor) -> Tensor:
+    def mask(self, name: str, shape: Sequence[int], active: Tensor, device: torch.device | None = None) -> Tensor:
         """Returns a mask of a parameter's remaining entries.
 
         Args:
             name: Name of the parameter.
             shape: Shape of the parameter.
             active: The active channels, bool ``(channels,)``, on the CPU.
+            device: The mask's device; by default the CPU.
         """
-        mask = torch.ones(tuple(shape), dtype=torch.bool)
+        mask = torch.ones(tuple(shape), dtype=torch.bool, device=device)
         for dim, channels in self.axes.get(name, {}).items():
-            mask &= _at(active, channels).view([-1 if i == dim else 1 for i in range(len(shape))])
+            mask &= _at(active, channels).to(mask.device).view([-1 if i == dim else 1 for i in range(len(shape))])
         return mask
 
     def entries(self, name: str, shape: Sequence[int], active: Tensor) -> int:

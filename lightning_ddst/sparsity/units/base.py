@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ddst.sparsity.growth import GROWTH_RULES, Layer
+from lightning_ddst.sparsity.launches import all_finite, flip, invert, join, read
 from lightning_ddst.sparsity.maskable import MaskableWeight
 from lightning_ddst.sparsity.selection import Key, count_true, select
 from lightning_ddst.utils import validation
+from lightning_ddst.utils.devices import is_launch_bound
 from lightning_ddst.utils.registry import Registry
 from lightning_ddst.utils.states import Form
 
@@ -91,6 +93,7 @@ class Units(ABC):
         self.kept: dict[str, dict[int, Tensor]] = {}
         self.frozen: set[str] = set()
         self._generator = generator
+        self._checks: list[tuple[str, list[str], Tensor]] = []  # that wait for a transfer
 
     # ---- checks of arguments -------------------------------------------------------------------
 
@@ -173,8 +176,7 @@ class Units(ABC):
     def magnitudes(self) -> ByTensor:
         """Returns values; units with the smallest absolute values are pruned first."""
         weights = {name: weight.effective() for name, weight in self.weights.items()}
-        for name, weight in weights.items():
-            check_finite(f"the weights of {name!r}", weight)
+        self._check_finite("the weights of", weights)
         return weights
 
     def growth(self, gradients: Gradients | None) -> ByTensor:
@@ -188,7 +190,7 @@ class Units(ABC):
                 gradient = gradients[name]
             layer = Layer(weight.effective(), self.masks[name], gradient, self._generator)
             scores[name] = self.growth_rule.score(layer)
-            check_finite(f"the growth rule's scores of {name!r}", scores[name])
+        self._check_finite("the growth rule's scores of", scores)
         return scores
 
     def prune(self, numbers: Sequence[int], magnitudes: ByTensor, limits: Mapping[str, int]) -> ByTensor:
@@ -202,14 +204,14 @@ class Units(ABC):
         Returns:
             Marks of the pruned units; unchanged tensors are left out.
         """
-        pruned: ByTensor = {}
+        changes = []
         for pool, number in zip(self.pools, numbers, strict=True):
             if number:
                 values, active = [magnitudes[key] for key in pool], [self._prunable(key) for key in pool]
-                marks, counts = select(values, active, number, [limits[key] for key in pool], _smallness)
-                pruned |= self._flip(pool, marks, [-count for count in counts])
-        self.update_masks()
-        return pruned
+                least = [limits[key] for key in pool]
+                marks, counts = select(values, active, number, least, _smallness, self._read)
+                changes.append((pool, marks, [-count for count in counts]))
+        return self._flip_all(changes)
 
     def grow(self, numbers: Sequence[int], scores: ByTensor) -> ByTensor:
         """Activates the inactive units of highest score in each pool.
@@ -221,16 +223,13 @@ class Units(ABC):
         Returns:
             Marks of the grown units; unchanged tensors are left out.
         """
-        grown: ByTensor = {}
+        changes = []
         for pool, number in zip(self.pools, numbers, strict=True):
             if number:
-                inactive = [self.active[key].logical_not() for key in pool]
+                values, inactive = [scores[key] for key in pool], invert([self.active[key] for key in pool])
                 limits = [self._growable(key) for key in pool]
-                grown |= self._flip(
-                    pool, *select([scores[key] for key in pool], inactive, number, limits, self._growth_key)
-                )
-        self.update_masks()
-        return grown
+                changes.append((pool, *select(values, inactive, number, limits, self._growth_key, self._read)))
+        return self._flip_all(changes)
 
     def born(self, new: ByTensor) -> None:  # noqa: B027 - right for single weights
         """Sets the first values of the marked units, which have just grown; single weights are 0 already."""
@@ -246,9 +245,15 @@ class Units(ABC):
         """Inactive units in each pool that may grow."""
         return [sum(map(self._growable, pool)) for pool in self.pools]
 
-    def count_weights(self, without: ByTensor) -> int:
-        """Returns the number of weights that are active also without the marked units."""
-        return sum(self.layer_counts.values()) - sum(map(count_true, without.values()))
+    def count_weights(self, without: ByTensor) -> int | Tensor:
+        """Returns the number of weights that are active also without the marked units.
+
+        It may be a tensor of one integer, which was not read from the device yet.
+        """
+        active, marks = sum(self.layer_counts.values()), list(without.values())
+        if marks and is_launch_bound(marks[0].device):
+            return active - join(marks).sum()
+        return active - sum(map(count_true, marks))
 
     def _prunable(self, key: str) -> Tensor:
         """Marks the active units that may be pruned: under weight norm all but the largest of every norm."""
@@ -265,15 +270,54 @@ class Units(ABC):
     def _growth_key(self) -> Key:
         return torch.abs if self.growth_rule.magnitude else torch.detach
 
-    def _flip(self, keys: Iterable[str], marks: Iterable[Tensor], changes: Iterable[int]) -> ByTensor:
-        """Flips marked units in place, so that all holders of the tensors see it; returns only tensors that changed."""
-        flipped = {}
-        for key, marked, change in zip(keys, marks, changes, strict=True):
-            if change:
-                self.active[key].logical_xor_(marked)
-                self.counts[key] += change
-                flipped[key] = marked
+    def _flip_all(self, changes: Iterable[tuple[Iterable[str], Iterable[Tensor], Iterable[int]]]) -> ByTensor:
+        """Flips marked units in place, so that all holders of the tensors see it, and updates the masks.
+
+        Args:
+            changes: For each pool its keys, marks, and how many units become active (or, negative, inactive).
+
+        Returns:
+            The marks of the tensors that changed.
+        """
+        self.settle()
+        flipped: ByTensor = {}
+        numbers: dict[str, int] = {}
+        for keys, marks, counts in changes:
+            for key, marked, count in zip(keys, marks, counts, strict=True):
+                if count:
+                    flipped[key], numbers[key] = marked, count
+        flip([self.active[key] for key in flipped], list(flipped.values()))
+        for key, count in numbers.items():
+            self.counts[key] += count
+        self.update_masks()
         return flipped
+
+    # ---- checks of values ----------------------------------------------------------------------
+
+    def _check_finite(self, what: str, values: ByTensor) -> None:
+        """Checks that values are finite, at the latest when `settle` is called."""
+        finite = all_finite(list(values.values()))
+        self._checks.append((what, list(values), finite))
+        if not is_launch_bound(finite.device):
+            self.settle()
+
+    def settle(self) -> None:
+        """Reads the checks of finite values that wait for a transfer from the device.
+
+        Raises:
+            ValueError: If some are not finite.
+        """
+        if self._checks:
+            self._read(torch.zeros(0, dtype=torch.int64, device=self._checks[0][2].device))
+
+    def _read(self, numbers: Tensor) -> list[int]:
+        """Reads integers from the device, and in the same transfer the checks that wait for one."""
+        checks, self._checks = self._checks, []
+        first, *flags = read([numbers, *(finite for _, _, finite in checks)])
+        for (what, names, _), finite in zip(checks, flags, strict=True):
+            if not all(finite):
+                raise ValueError(f"{what} {names[finite.index(0)]!r} must be finite to compare, and some are not.")
+        return first
 
     # ---- texts and saving ----------------------------------------------------------------------
 
@@ -300,19 +344,13 @@ class Units(ABC):
             ValueError: If the masks are of other units; nothing has changed in that case.
         """
         for name, weight in self.weights.items():
+            self.counts[name] = count_true(state["masks"][name])
             self.masks[name] = state["masks"][name].to(weight.parameter.device, copy=True)
-            self.counts[name] = count_true(self.masks[name])
 
 
 def all_active(weight: Tensor) -> Tensor:
     """Returns a mask of a weight with every entry active."""
     return torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
-
-
-def check_finite(what: str, values: Tensor) -> None:
-    """Raises ValueError if a value is not finite."""
-    if not all(extreme.isfinite() for extreme in values.aminmax()):
-        raise ValueError(f"{what} must be finite to compare, and some are not.")
 
 
 def _smallness(values: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from lightning_ddst.sparsity.units.base import (
     Options,
     Units,
     all_active,
-    check_finite,
 )
 from lightning_ddst.utils.states import BOOL_TENSOR, Form
 from lightning_ddst.utils.validation import check_choice, check_density
@@ -49,7 +48,7 @@ class ChannelUnits(Units):
         ValueError: If the channels cannot be traced.
     """
 
-    drop_fraction = 0.1  # one of the two best values tested (docs/results.md)
+    drop_fraction = 0.1  # one of the two best values tested (docs/results/channels.md)
     needs_inputs = True
     dense_kernels = False
     state_form: ClassVar[Form] = {"channels": BOOL_TENSOR}
@@ -153,13 +152,19 @@ class ChannelUnits(Units):
         """Returns every channel's share of the squares of the weights that compute or read it."""
         # The last entry collects indices without a channel. Lightning changes the default precision in "64-true".
         scores = torch.zeros(len(self._all) + 1, dtype=torch.float32)
+        places, parts = [], []
         for name, weight in self.weights.items():
-            values = weight.parameter.detach().float().cpu().where(self.masks[name].cpu(), 0.0)
-            check_finite(f"the weights of {name!r}", values)
+            values = weight.parameter.detach().float().where(self.masks[name], 0.0)
+            self._check_finite("the weights of", {name: values})
             squares = values.square()
             for dim, channels in self._channels.axes.get(name, {}).items():
-                part = squares.sum([i for i in range(values.dim()) if i != dim]) / squares.sum().clamp(min=1e-30)
-                scores.index_add_(0, channels.where(channels >= 0, len(self._all)), part)
+                parts.append(squares.sum([i for i in range(values.dim()) if i != dim]) / squares.sum().clamp(min=1e-30))
+                places.append(channels.where(channels >= 0, len(self._all)))
+        self.settle()
+        # On the CPU: sums on a GPU would depend on the order in which it adds.
+        sums = torch.cat(parts).cpu().split([len(place) for place in places]) if parts else []
+        for place, values in zip(places, sums, strict=True):
+            scores.index_add_(0, place, values)
         return self._by_group(scores[:-1])
 
     def growth(self, gradients: Gradients | None) -> ByTensor:
@@ -168,7 +173,7 @@ class ChannelUnits(Units):
 
     def grow(self, numbers: Sequence[int], scores: ByTensor) -> ByTensor:
         """Activates channels, and remembers the scale of each weight's active entries before."""
-        self._scales = {name: self._scale(name) for name in self.weights}
+        self._scales = dict(zip(self.weights, torch.stack(list(map(self._scale, self.weights))).tolist(), strict=True))
         return super().grow(numbers, scores)
 
     @torch.no_grad()
@@ -193,7 +198,7 @@ class ChannelUnits(Units):
         self.counts |= {key: int(active.sum()) for key, active in self.active.items()}
         self.layer_counts = self._entries(self._all)
         for name, mask in self.masks.items():
-            mask.copy_(self._channels.mask(name, mask.shape, self._all))
+            mask.copy_(self._channels.mask(name, mask.shape, self._all, mask.device))
         devices = {n: t.device for n, t in [*self.network.named_parameters(), *self.network.named_buffers()]}
         self.kept.clear()
         for name, dims in self._channels.kept(self._all).items():
@@ -204,10 +209,10 @@ class ChannelUnits(Units):
         groups = [active & ~without.get(key, ~active) for key, active in self.active.items()]
         return sum(self._entries(torch.cat(groups)).values())
 
-    def _scale(self, name: str) -> float:
+    def _scale(self, name: str) -> Tensor:
         """Returns the root mean square of a weight's active entries."""
         weight = self.weights[name].parameter.detach().float() * self.masks[name]
-        return float((weight.square().sum() / self.layer_counts[name]).sqrt())
+        return (weight.square().sum() / self.layer_counts[name]).sqrt()
 
     def _by_group(self, values: Tensor) -> ByTensor:
         """Returns views of the values of each group's channels."""

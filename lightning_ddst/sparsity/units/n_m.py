@@ -79,13 +79,14 @@ class NMUnits(Units):
 
     def grow(self, numbers: Sequence[int], scores: ByTensor) -> ByTensor:
         """Activates the missing weights in every group, those of highest score; `numbers` is not used."""
-        grown: ByTensor = {}
+        changes = []
         for name, mask in self.active.items():
             active = self._grouped(name, mask)
             missing = self.n - active.sum(-1, keepdim=True)
             score = self._growth_key(self._grouped(name, scores[name])).masked_fill(active, float("-inf"))
-            grown |= self._flip([name], [self._mark(name, score, missing)], [int(missing.sum())])
-        return grown
+            number = mask.numel() // self.m * self.n - self.counts[name]
+            changes.append(([name], [self._mark(name, score, missing)], [number]))
+        return self._flip_all(changes)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the masks.

@@ -1,4 +1,5 @@
 import re
+from inspect import signature
 from types import SimpleNamespace
 
 import pytest
@@ -6,13 +7,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
-from toys import ToyGAN, trained
+from toys import ToyGAN, toy_trainer, trained
 
 from lightning_ddst import DynamicSparsityCallback
+from lightning_ddst.attached.options import RunOptions
 from lightning_ddst.balance import Decision
-from lightning_ddst.callbacks._support.reporting import layout, summary_markdown
+from lightning_ddst.callbacks._support.reporting import hparams, layout, summary_markdown
 from lightning_ddst.methods import DDA, DDST, Dense, Method, Ramp, Static
-from lightning_ddst.sparsity import LayerFlops
+from lightning_ddst.sparsity import GROWTH_RULES, LayerFlops
 
 
 class WithHyperparameters(ToyGAN):
@@ -97,10 +99,10 @@ def test_a_long_summary_drops_its_oldest_rows() -> None:
 
 def test_the_summary_explains_automatic_bounds() -> None:
     method = DDST(generator_density=0.1, bounds="auto")
-    run = training(method, (600, "grow", 0.15, "BR 0.600 is 97% of the highest, 0.620"))
+    run = training(method, (600, "grow", 0.15, "BR 0.600 is 97% of its highest level so far, 0.620"))
     words = summary_markdown(method, run)
     assert "after 10.0% at the start: grown once.\n" in words
-    assert "The nearer BR is to the highest that it has been, the more weights the discriminator gets" in words
+    assert "The nearer BR is to the highest level that it has reached, the more weights the discriminator gets" in words
     assert "too weak" not in words
 
 
@@ -180,8 +182,10 @@ def test_hyperparameters_are_shown_with_the_final_numbers(module, tmp_path) -> N
     experiment = metadata.parse_experiment_plugin_data(of_plugin[metadata.EXPERIMENT_TAG])
     assert [info.name.tag for info in experiment.metric_infos] == [
         "balance/ratio",
+        "density/generator",
         "density/discriminator",
         "flops/training_ratio",
+        "generator_updates",
     ]
     # They are curves of the run; TensorBoard shows each one's last value.
     assert {info.name.tag for info in experiment.metric_infos} <= set(events.Tags()["scalars"])
@@ -190,5 +194,53 @@ def test_hyperparameters_are_shown_with_the_final_numbers(module, tmp_path) -> N
     assert settings["method"].string_value == "ddst"
     assert (settings["granularity"].string_value, settings["growth"].string_value) == ("weight", "gradient")
     assert settings["discriminator_density"].string_value == "0.2"
+    assert settings["sparsity.bounds"].string_value == "0.45 to 0.55"
+    assert settings["sparsity.delta"].string_value == "0.05"
+    assert settings["sparsity.max_discriminator_density"].number_value == 1
+    assert (settings["seed"].number_value, settings["run_length"].string_value) == (0, "1 epoch")
+    assert settings["other_settings"].string_value == "interval=5, explore_interval=5, probe_interval=1"
     if module is WithHyperparameters:
         assert (settings["width"].number_value, settings["loss"].string_value) == (32, "hinge")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "limits", "expected"),
+    [
+        (
+            {"method": "dense"},
+            {},
+            {"generator_density": 1.0, "discriminator_density": "1.0", "max_discriminator_density": 1.0, "bounds": ""},
+        ),
+        (
+            {"bounds": "auto", "max_discriminator_density": 0.5, "granularity": "channel", "dense_layers": ["*.3"]},
+            {"max_epochs": -1, "max_steps": 2000},
+            {
+                "bounds": "auto",
+                "delta": "",
+                "max_discriminator_density": 0.5,
+                "granularity": "channel",
+                "run_length": "2,000 steps",
+                "other_settings": "dense_layers=*.3",
+            },
+        ),
+        (
+            {"method": "ramp", "delta": None, "seed": 7},
+            {"max_time": {"hours": 1}, "max_epochs": 3},
+            {"bounds": "", "delta": "", "seed": 7, "run_length": "3 epochs, 3,600 s", "other_settings": ""},
+        ),
+        ({"signal": "real_sign", "bounds": (0.5, 0.75)}, {}, {"bounds": "0.5 to 0.75"}),
+    ],
+)
+def test_columns_show_what_the_run_does(arguments: dict, limits: dict, expected: dict) -> None:
+    sparsity = DynamicSparsityCallback(**{"generator_density": 0.1} | arguments)
+    options = RunOptions.of_arguments(
+        {name: each.default for name, each in signature(DynamicSparsityCallback).parameters.items()}
+        | {"generator_density": 0.1}
+        | arguments
+    )
+    trainer = toy_trainer(**({"max_epochs": 5} | limits))
+    columns = hparams(trainer, options, GROWTH_RULES["random"], sparsity.changed_settings)
+    shown = {name.removeprefix("sparsity."): value for name, value in columns.items()}
+    assert {name: shown[name] for name in expected} == expected
+    first = ["discriminator_density", "generator_density", "granularity", "growth", "method"]
+    assert sorted(columns)[:5] == first  # which TensorBoard shows at first
