@@ -126,27 +126,9 @@ class SparseGANCLI(LightningCLI):
         super().add_default_arguments_to_parser(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses the arguments, and checks names of classes and files before anything is made.
-
-        It also keeps the arguments that were given, without defaults.
-        """
+        """Parses the arguments; also keeps those that were given, without defaults."""
         super().parse_arguments(parser, args)
         self._given = parser.parse_args(args, defaults=False)
-        config = self.config.get(self.config.get("subcommand", ""), self.config)
-        try:
-            check_classes(config.as_dict())
-        except ValueError as error:
-            fail(error)
-        missing = [f"{option}: {reason}" for option, reason in find_missing_files(config.as_dict())]
-        checkpoint = str(config.get("ckpt_path") or "last")
-        if (
-            checkpoint.partition(":")[0] not in _CHECKPOINTS
-            and "://" not in checkpoint
-            and not Path(checkpoint).exists()
-        ):
-            missing.append(f"--ckpt_path={checkpoint}: no such file.")
-        if missing:
-            fail(*missing)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds a checkpoint for interrupted runs to the Trainer's callbacks, and has checkpoints written atomically."""
@@ -161,6 +143,7 @@ class SparseGANCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Makes all objects; an invalid value ends the process with an error message, without a traceback."""
         given = self.config
+        _check(given[self.subcommand] if self.subcommand else given)
         try:
             self.config = _without_unused(given, self.subcommand)  # config.yaml records this
             sizes = self._fit_networks()
@@ -185,6 +168,20 @@ class SparseGANCLI(LightningCLI):
             values = ", ".join(f"{name}={size}" for name, size in sizes.filled.items())
             rank_zero_info(f"The networks fit the data's images: {values}")
         return sizes
+
+
+def _check(config: Namespace) -> None:
+    """Ends the process for names of classes that are not allowed, and for missing files, before anything is made."""
+    try:
+        check_classes(config.as_dict())
+    except ValueError as error:
+        fail(error)
+    missing = [f"{option}: {reason}" for option, reason in find_missing_files(config.as_dict())]
+    checkpoint = str(config.get("ckpt_path") or "last")
+    if checkpoint.partition(":")[0] not in _CHECKPOINTS and "://" not in checkpoint and not Path(checkpoint).exists():
+        missing.append(f"--ckpt_path={checkpoint}: no such file.")
+    if missing:
+        fail(*missing)
 
 
 def _without_unused(config: Namespace, subcommand: str | None) -> Namespace:
