@@ -4,14 +4,18 @@ import os
 import pickle
 import pydoc
 import sys
+import traceback
 import warnings
+from argparse import SUPPRESS, Action
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import Namespace, capture_parser, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -26,9 +30,10 @@ from lightning_ddst.methods.base import METHODS, unused_arguments
 from lightning_ddst.report.compare_command import compare
 from lightning_ddst.report.plot_command import plot
 from lightning_ddst.report.sweep_command import sweep
-from lightning_ddst.utils.checkpoints import AtomicCheckpointIO, CheckpointError, describe_error
-from lightning_ddst.utils.configurations import check_classes, option_values, read_yaml
-from lightning_ddst.utils.states import StateError
+from lightning_ddst.utils.checkpoints import AtomicCheckpointIO, describe_error
+from lightning_ddst.utils.command_line import DEBUG, OneLineParser, describe_expected, fail
+from lightning_ddst.utils.configurations import check_classes, find_missing_files, option_values, read_yaml
+from lightning_ddst.utils.suggestions import did_you_mean
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 """The default configuration: DDST on handwritten digits."""
@@ -42,13 +47,83 @@ SUBCOMMANDS: dict[str, Callable[[Sequence[str]], object]] = {
 }
 """Subcommands next to LightningCLI's: functions of the arguments after the subcommand's name."""
 
+_CHECKPOINTS = ("best", "last", "hpc", "registry")
+"""Values of ``--ckpt_path``, or their beginnings before a colon, that Lightning replaces by a path."""
+_ERRORS = (ValueError, OSError, ImportError, MisconfigurationException)
+"""Errors of constructors that are about their arguments, or about a missing package."""
+_DESCRIPTION = "Sparse training of GANs with Double Dynamic Sparse Training (DDST)."
+_EXAMPLES = """\
+Examples:
+  lightning-ddst fit                                                    the default experiment, on handwritten digits
+  lightning-ddst fit --sparsity.generator_density 0.05 --trainer.max_epochs 10
+  lightning-ddst fit --print_config > my.yaml                           all arguments as a file, to change
+  lightning-ddst fit --config my.yaml --sparsity.method static          a file, and arguments that override it
+  lightning-ddst fit --config paper --config cifar10_sngan --config ddst_relaxed
+  lightning-ddst fit --data CIFAR10DataModule --data.root data          another class, and its arguments
+  lightning-ddst validate --ckpt_path lightning_logs/version_0/checkpoints/last.ckpt
+"""
+
+
+class _TrainerHelp(Action):
+    """Prints all arguments of the Trainer."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str = SUPPRESS, **others: Any) -> None:
+        text = "Show all arguments of the Trainer and exit."
+        super().__init__(option_strings, dest=SUPPRESS, default=SUPPRESS, nargs=0, help=text)
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        every = LightningArgumentParser(prog=parser.prog, usage="%(prog)s [--trainer.NAME VALUE]", description="")
+        every.add_lightning_class_args(Trainer, "trainer")
+        every.print_help()
+        parser.exit()
+
+
+class SparseGANParser(OneLineParser, LightningArgumentParser):
+    """The parser of the command and of its subcommands for training."""
+
+    subcommands: Any
+    """What `add_subcommands` returned."""
+
+    def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
+        """Adds subcommands."""
+        self.subcommands = super().add_subcommands(*args, **kwargs)
+        add = self.subcommands.add_subcommand
+        # LightningCLI's texts end within a sentence.
+        self.subcommands.add_subcommand = lambda name, parser, help="": add(name, parser, help=help.partition(".")[0])
+        return self.subcommands
+
+    def instantiate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> Namespace:
+        """Makes the Trainer's callbacks last: they may take long, and errors of other arguments appear before."""
+        callbacks = namespace.get("trainer.callbacks")
+        if callbacks is None:
+            made: Namespace = super().instantiate(namespace, *args, **kwargs)
+            return made
+        others = namespace.clone()
+        others["trainer.callbacks"] = None
+        made = super().instantiate(others, *args, **kwargs)
+        alone = Namespace({"trainer.callbacks": callbacks})  # type: ignore[no-untyped-call]
+        made.update(super().instantiate(alone, instantiate_groups=False))
+        return made
+
 
 class SparseGANCLI(LightningCLI):
     """A LightningCLI with the arguments of `DynamicSparsityCallback` under ``sparsity``."""
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the callback to every configuration."""
+    def setup_parser(self, add_subcommands: bool, *args: Any, **kwargs: Any) -> None:
+        """Adds the parsers of other subcommands, for help and completion."""
+        super().setup_parser(add_subcommands, *args, **kwargs)
+        if add_subcommands:
+            for name, command in SUBCOMMANDS.items():
+                parser = capture_parser(command, [])
+                self.parser.subcommands.add_subcommand(  # type: ignore[attr-defined]
+                    name, parser, help=parser.description
+                )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the callback to every configuration, before all other arguments."""
         parser.add_lightning_class_args(DynamicSparsityCallback, "sparsity")
+        parser.add_argument("--trainer.help", action=_TrainerHelp)
+        super().add_default_arguments_to_parser(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the arguments; also keeps those that were given, without defaults."""
@@ -68,8 +143,8 @@ class SparseGANCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Makes all objects; an invalid value ends the process with an error message, without a traceback."""
         given = self.config
+        _check(given[self.subcommand] if self.subcommand else given)
         try:
-            check_classes((given[self.subcommand] if self.subcommand else given).as_dict())
             self.config = _without_unused(given, self.subcommand)  # config.yaml records this
             sizes = self._fit_networks()
             super().instantiate_classes()
@@ -77,9 +152,8 @@ class SparseGANCLI(LightningCLI):
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, SampleQuality):
                     callback.check_data(self.datamodule)
-        except (ValueError, OSError) as error:
-            print(f"lightning-ddst: error: {_first_reason(error)}", file=sys.stderr)
-            sys.exit(2)
+        except _ERRORS as error:
+            fail(_first_reason(error))
         finally:
             self.config = given
 
@@ -94,6 +168,20 @@ class SparseGANCLI(LightningCLI):
             values = ", ".join(f"{name}={size}" for name, size in sizes.filled.items())
             rank_zero_info(f"The networks fit the data's images: {values}")
         return sizes
+
+
+def _check(config: Namespace) -> None:
+    """Ends the process for names of classes that are not allowed, and for missing files, before anything is made."""
+    try:
+        check_classes(config.as_dict())
+    except ValueError as error:
+        fail(error)
+    missing = [f"{option}: {reason}" for option, reason in find_missing_files(config.as_dict())]
+    checkpoint = str(config.get("ckpt_path") or "last")
+    if checkpoint.partition(":")[0] not in _CHECKPOINTS and "://" not in checkpoint and not Path(checkpoint).exists():
+        missing.append(f"--ckpt_path={checkpoint}: no such file.")
+    if missing:
+        fail(*missing)
 
 
 def _without_unused(config: Namespace, subcommand: str | None) -> Namespace:
@@ -113,20 +201,39 @@ def _without_unused(config: Namespace, subcommand: str | None) -> Namespace:
 
 
 def main() -> None:
-    """Runs the command with the arguments of the process."""
+    """Runs the command with the arguments of the process.
+
+    An error about arguments, configurations or files is one line. With ``--debug`` its traceback is printed as well.
+    """
+    debug = DEBUG in sys.argv
+    try:
+        _run([argument for argument in sys.argv[1:] if argument != DEBUG])
+    except SystemExit as end:
+        if debug and end.code not in (None, 0):
+            traceback.print_exception(end)
+        raise
+    except Exception as error:
+        text = describe_expected(error)
+        if debug or text is None:
+            raise
+        fail(text, status=1)
+
+
+def _run(args: Sequence[str]) -> None:
     # `args` are those of the process, with names of configurations replaced by paths.
     warnings.filterwarnings("ignore", ".*LightningCLI's args parameter")
     sys.path.append(os.getcwd())  # for the user's own classes
-    if (subcommand := SUBCOMMANDS.get("".join(sys.argv[1:2]))) is not None:
-        subcommand(sys.argv[2:])
-    else:
-        try:
-            make_cli(sys.argv[1:])
-        except (CheckpointError, StateError, pickle.UnpicklingError) as error:
-            # LightningCLI itself reads the checkpoint's hyperparameters, with weights_only=True.
-            said = f"--ckpt_path: {describe_error(error)}." if isinstance(error, pickle.UnpicklingError) else error
-            print(f"lightning-ddst: error: {said}", file=sys.stderr)
-            sys.exit(1)
+    if (subcommand := SUBCOMMANDS.get("".join(args[:1]))) is not None:
+        subcommand(args[1:])
+        return
+    try:
+        make_cli(args)
+    except pickle.UnpicklingError as error:
+        # LightningCLI itself reads the checkpoint's hyperparameters, with weights_only=True.
+        fail(
+            f"--ckpt_path: it is damaged, or holds other objects than tensors and containers: {describe_error(error)}.",
+            status=1,
+        )
 
 
 def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
@@ -139,6 +246,8 @@ def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
     """
     args = _with_default_config(_with_log_folder(_with_paths(args)), run)
     _check_configs(args)
+    if find_spec("shtab"):
+        set_parsing_settings(add_print_completion_argument=True)
     return SparseGANCLI(
         LightningModule,
         LightningDataModule,
@@ -146,25 +255,49 @@ def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
+        parser_class=SparseGANParser,
         parser_kwargs={
-            "epilog": "Others: lightning-ddst plot RUN draws what a run logged, compare RUN... compares several, "
-            "sweep --densities D,D,... runs and compares several densities, export CKPT writes a generator.",
+            "prog": "lightning-ddst",
+            "description": _DESCRIPTION,
+            "epilog": _epilog(),
             "version": version("lightning-ddst"),
-        },
+        }
+        | {name: {"usage": _usage(name), "epilog": _epilog()} for name in LightningCLI.subcommands()},
         seed_everything_default=0,
         args=args,
         run=run,
     )
 
 
-def _first_reason(error: ValueError | OSError) -> ValueError | OSError:
+def _first_reason(error: BaseException) -> BaseException:
     """Returns the first error in a chain: the parser wraps errors of constructors."""
     reason, cause = error, error.__cause__ or error.__context__
     while cause is not None:
-        if isinstance(cause, ValueError | OSError):
+        if isinstance(cause, _ERRORS):
             reason = cause
         cause = cause.__cause__ or cause.__context__
     return reason
+
+
+def _usage(subcommand: str) -> str:
+    return (
+        f"lightning-ddst {subcommand} [--config NAME_OR_FILE] [--ckpt_path CKPT] [--sparsity.NAME VALUE]\n"
+        "       [--model CLASS] [--model.NAME VALUE] [--data CLASS] [--data.NAME VALUE] [--trainer.NAME VALUE]"
+    )
+
+
+def _epilog() -> str:
+    """Lists examples and the package's configurations, each with the first sentence of its first comment."""
+    names = "\n".join(f"  {name:<22}{_first_comment(path)}" for name, path in CONFIGS.items())
+    return (
+        f"{_EXAMPLES}\nConfigurations for --config, which can be given several times; later ones override earlier "
+        f"ones:\n{names}\n\n{DEBUG} prints the traceback of an error as well."
+    )
+
+
+def _first_comment(path: Path) -> str:
+    with path.open(encoding="utf-8") as file:
+        return file.readline().removeprefix("#").strip().partition(". ")[0].rstrip(".:")
 
 
 def _check_configs(args: Sequence[str]) -> None:
@@ -178,10 +311,12 @@ def _check_configs(args: Sequence[str]) -> None:
             path = Path(value if equals else "".join(args[place + 1 : place + 2]))
             with suppress(OSError):  # which the parser reports
                 try:
-                    check_classes(read_yaml(path))
+                    content = read_yaml(path)
+                    if not isinstance(content, dict | None):
+                        raise ValueError("it must hold arguments by name, such as sparsity: {generator_density: 0.1}.")
+                    check_classes(content)
                 except ValueError as error:
-                    print(f"lightning-ddst: error: {path}: {error}", file=sys.stderr)
-                    sys.exit(2)
+                    fail(f"{path}: {error}")
 
 
 def _with_paths(args: Sequence[str]) -> list[str]:
@@ -207,13 +342,14 @@ def _with_log_folder(args: Sequence[str]) -> list[str]:
 
 
 def _path(config: str) -> str:
-    if Path(config).suffix or Path(config).is_file():
-        return config
-    if config not in CONFIGS:
+    if config in CONFIGS and not Path(config).is_file():
+        return str(CONFIGS[config])
+    if not Path(config).is_file() and "://" not in config:
+        if Path(config).suffix:
+            fail(f"--config={config}: no such file.")
         names = ", ".join(CONFIGS)
-        print(f"lightning-ddst: error: --config {config} is neither a file nor one of {names}.", file=sys.stderr)
-        sys.exit(2)
-    return str(CONFIGS[config])
+        fail(f"--config={config} is neither a file nor one of {names}.{did_you_mean(config, CONFIGS)}")
+    return config
 
 
 def _with_default_config(args: Sequence[str], run: bool) -> list[str]:

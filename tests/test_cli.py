@@ -16,7 +16,7 @@ from crashes import Signal
 from torch import Tensor
 
 from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA, SampleQuality
-from lightning_ddst.cli import DEFAULT_CONFIG, SUBCOMMANDS, SparseGANCLI, make_cli
+from lightning_ddst.cli import CONFIGS, DEFAULT_CONFIG, SUBCOMMANDS, SparseGANCLI, make_cli
 from lightning_ddst.data import DigitsDataModule
 from lightning_ddst.models import SmallDiscriminator, SmallGenerator, trained_digits_cnn
 from lightning_ddst.report.results import read_results
@@ -310,7 +310,6 @@ def test_an_average_can_be_added(tmp_path) -> None:
         # Of a wrong kind.
         ("--sparsity.generator_density=much", "generator_density"),
         ("--sparsity.method=rigl", "method"),
-        ("--sparsity.no_such_option=1", "no_such_option"),
         ("--model.init_args.loss=best", "loss"),
         # Out of range.
         ("--sparsity.generator_density=2", "generator_density=2.0 must be in (0, 1]"),
@@ -410,22 +409,40 @@ def test_functions_that_return_optimizers_and_classes_by_name_are_allowed(optimi
     assert type(first) is (torch.optim.Adam if "paper" in optimizer else torch.optim.AdamW)
 
 
-@pytest.mark.parametrize("args", [[], ["no_such_subcommand"]])
-def test_without_a_subcommand_the_usage_is_shown(args: list[str], capsys) -> None:
+def helped(capsys, *args: str) -> str:
     with pytest.raises(SystemExit) as end:
         make_cli(args)
-    assert end.value.code == 2
-    assert "{fit,validate,test,predict}" in capsys.readouterr().err
-
-
-def test_the_help_of_a_subcommand_explains_the_sparsity(capsys) -> None:
-    with pytest.raises(SystemExit) as end:
-        make_cli(["fit", "--help"])
     assert end.value.code == 0
-    out = capsys.readouterr().out
-    assert "--sparsity.generator_density" in out
+    return capsys.readouterr().out
+
+
+def test_the_help_of_a_subcommand_begins_with_sparsity(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    text = helped(capsys, "fit", "--help").partition("options:")[2]
+    places = [text.index(f"--{name} ") for name in ("sparsity.generator_density", "model", "data", "ckpt_path")]
+    assert places[0] == min(places)
+    assert text.index("--trainer.max_epochs") > places[0]
     # The callback's own documentation.
-    assert "active over maskable weights" in " ".join(out.split())
+    assert "active over maskable weights" in " ".join(text.split())
+    assert set(re.findall(r"^  (\w+)  +", text.partition("Configurations for --config")[2], re.MULTILINE)) == {*CONFIGS}
+    assert "lightning-ddst fit --config paper --config cifar10_sngan" in text
+    assert len(text.splitlines()) < 320
+    # The Trainer's other arguments are in a help of their own.
+    assert "limit_test_batches" not in text
+    assert "--trainer.limit_test_batches" in helped(capsys, "fit", "--trainer.help")
+
+
+def test_the_help_lists_all_subcommands(capsys) -> None:
+    text = helped(capsys, "--help")
+    listed = re.findall(r"^    (\w+)  +\w", text, re.MULTILINE)
+    assert listed == ["fit", "validate", "test", "predict", *SUBCOMMANDS]
+
+
+def test_completion_knows_arguments_and_subcommands(capsys) -> None:
+    pytest.importorskip("shtab")
+    script = helped(capsys, "--print_completion", "shtab-bash")
+    for name in ("--sparsity.generator_density", "--trainer.limit_test_batches", "--formats", *SUBCOMMANDS):
+        assert name in script
 
 
 def test_the_configuration_can_be_printed(capsys) -> None:

@@ -8,7 +8,7 @@ import yaml
 from commands import parsed
 from toys import for_method, toy_trainer
 
-from lightning_ddst import DynamicSparsityCallback
+from lightning_ddst import DynamicSparsityCallback, SampleQuality
 from lightning_ddst.balance import DensityController, DensityRamp
 from lightning_ddst.cli import CONFIGS, make_cli
 from lightning_ddst.methods import Resize
@@ -20,7 +20,7 @@ SYSTEMS = {
     "tiny_imagenet_biggan": (64, 200_000, 5),
 }
 """Their image size, generator updates, and batches' worth of optimizer steps a generator update."""
-METHODS = sorted(CONFIGS.keys() - SYSTEMS.keys() - {"digits", "images", "paper"})
+METHODS = sorted(CONFIGS.keys() - SYSTEMS.keys() - {"digits", "images", "no_inception", "paper"})
 DENSITIES = (0.1, 0.2, 0.3, 0.5)
 
 
@@ -94,15 +94,6 @@ def test_what_the_methods_are():
     ]
 
 
-def test_an_unknown_name_is_rejected_with_those_that_exist(capsys):
-    with pytest.raises(SystemExit) as error:
-        make_cli(["fit", "--config", "cifar10_sngam"])
-    assert error.value.code == 2
-    said = capsys.readouterr().err
-    assert "--config cifar10_sngam " in said
-    assert "digits, images, cifar10_biggan, " in said
-
-
 def test_names_and_files_can_be_mixed(monkeypatch, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("sparsity: {generator_density: 0.07}")
@@ -111,14 +102,45 @@ def test_names_and_files_can_be_mixed(monkeypatch, tmp_path):
     assert command.config.sparsity.explore_interval == 500
 
 
-def test_without_the_weights_a_run_ends_before_training_with_what_to_download(capsys, tmp_path, monkeypatch):
+def test_all_missing_files_are_listed_before_anything_is_made(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as error:
-        make_cli(["fit", *cell("cifar10_sngan", "ddst_relaxed", 0.1)])
-    assert error.value.code == 2
-    message = capsys.readouterr().err
-    assert "weights-inception-2015-12-05-6726825d.pth" in message
-    assert "https://github.com/toshas/torch-fidelity" in message
+    command = ["fit", *cell("cifar10_sngan", "ddst_relaxed", 0.1)]
+
+    def missing(*options):
+        with pytest.raises(SystemExit) as error:
+            make_cli([*command, *options])
+        assert error.value.code == 2
+        assert list(tmp_path.iterdir()) == []
+        return sorted(capsys.readouterr().err.splitlines())
+
+    def starts(option, path):
+        return f"lightning-ddst: error: {option}: {path}"
+
+    weights = "weights-inception-2015-12-05-6726825d.pth"
+    of_data, of_weights = missing()
+    assert of_data.startswith(starts("--data.root=data", f"neither {tmp_path}/data/cifar-10-batches-py nor "))
+    assert of_weights.startswith(
+        starts(
+            f"--trainer.callbacks.features.weights={weights}", f"{tmp_path}/{weights} does not exist. Download https"
+        )
+    )
+    of_data, of_weights = missing("--data.root", "elsewhere", "--trainer.callbacks.features.weights", "own.pth")
+    assert of_data.startswith(starts("--data.root=elsewhere", f"neither {tmp_path}/elsewhere/"))
+    assert of_weights.startswith(starts("--trainer.callbacks.features.weights=own.pth", f"{tmp_path}/own.pth does"))
+    (of_data,) = missing("--config", "no_inception")
+    assert of_data.startswith(starts("--data.root=data", "neither"))
+
+
+def test_a_run_without_inception_needs_no_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=images)
+    options = ["--data=lightning_ddst.data.ArrayDataModule", "--data.path=images.npz", "--data.batch_size=2"]
+    command = [*cell("cifar10_sngan", "ddst_relaxed", 0.1), "--config=no_inception", *options, "--data.image_size=32"]
+    callbacks = make_cli([*command, "--trainer.accelerator=cpu"], run=False).trainer.callbacks
+    assert [each.names for each in callbacks if isinstance(each, SampleQuality)] == [
+        ["frechet_distance/random_resnet18"]
+    ]
 
 
 # ---- a few updates of each ---------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Images in NumPy files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -64,6 +64,12 @@ class ArrayDataModule(ImageDataModule):
         self.test_path = None if test_path is None else Path(test_path).expanduser()
         self.layout = layout
         self.value_range = value_range
+
+    @classmethod
+    def sources(cls, arguments: Mapping[str, Any]) -> Sequence[tuple[str, Sequence[Path]]]:
+        """Returns the given files."""
+        given = [(name, arguments.get(name)) for name in ("path", "test_path")]
+        return [(name, [Path(file).expanduser()]) for name, file in given if file is not None]
 
     def make_dataset(self, train: bool) -> Dataset[Any]:
         """Reads the images and labels of a file."""

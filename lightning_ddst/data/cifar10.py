@@ -1,5 +1,6 @@
 """CIFAR-10."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,13 @@ class CIFAR10DataModule(ImageDataModule):
         super().__init__(root, image_size, channels, horizontal_flips=horizontal_flips, **settings)
         self.lossless_reference = lossless_reference
         self._lossless: dict[bool, list[int]] = {}
+
+    @classmethod
+    def sources(cls, arguments: Mapping[str, Any]) -> Sequence[tuple[str, Sequence[Path]]]:
+        """Returns the folder of the original files, or this split's ``.npz`` files."""
+        root = Path(arguments["root"]).expanduser()
+        splits = ("train", "test") if arguments.get("reference") == "test" else ("train",)
+        return [("root", (root / CIFAR10.base_folder, root / f"{split}.npz")) for split in splits]
 
     def prepare_data(self) -> None:
         """Downloads the original files if `download` is True and they are missing."""

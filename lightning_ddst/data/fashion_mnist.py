@@ -2,6 +2,7 @@
 
 import gzip
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,18 @@ class FashionMNISTDataModule(ImageDataModule):
     def __init__(self, root: str | Path, image_size: int = 32, channels: int = 1, **settings: Any) -> None:
         super().__init__(root, image_size, channels, **settings)
 
+    @classmethod
+    def sources(cls, arguments: Mapping[str, Any]) -> Sequence[tuple[str, Sequence[Path]]]:
+        """Returns the files of the training split."""
+        root = Path(arguments["root"]).expanduser()
+        names = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
+        return [("root", cls._places(root, name)) for name in names]
+
+    @staticmethod
+    def _places(root: Path, name: str) -> list[Path]:
+        plain = [folder / name for folder in (root / "FashionMNIST" / "raw", root)]
+        return [path for each in plain for path in (each, each.with_name(f"{name}.gz"))]
+
     def prepare_data(self) -> None:
         """Downloads missing files if `download` is True."""
         if self.download:
@@ -49,11 +62,10 @@ class FashionMNISTDataModule(ImageDataModule):
 
     def _idx(self, name: str) -> NDArray[np.uint8]:
         # torchvision's reader needs unpacked files in one folder, and stops at an incomplete one by a bare assert.
-        folder = self.root / "FashionMNIST" / "raw"
-        paths = [parent / name for parent in (folder, self.root)]
-        paths = [path for plain in paths for path in (plain, plain.with_name(f"{name}.gz")) if path.is_file()]
+        places = self._places(self.root, name)
+        paths = [path for path in places if path.is_file()]
         if not paths:
-            raise self.missing(folder / name, f"this file, also as {name}.gz, there or in {self.root}")
+            raise self.missing(places[0], f"this file, also as {name}.gz, there or in {self.root}")
         with gzip.open(paths[0]) if paths[0].suffix == ".gz" else paths[0].open("rb") as file:
             content = file.read()
         # The header: two zeros, 8 for bytes, the number of dimensions, and each dimension in four bytes.

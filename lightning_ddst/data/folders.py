@@ -90,6 +90,12 @@ class ImageFolderDataModule(ImageDataModule):
             self.image_size = _nearest_size(found.headers) if image_size is None else image_size
             self.channels = (1 if all(header.gray for header in found.headers) else 3) if channels is None else channels
 
+    @classmethod
+    def sources(cls, arguments: Mapping[str, Any]) -> Sequence[tuple[str, Sequence[Path]]]:
+        """Returns the given folders."""
+        given = [(name, arguments.get(name)) for name in ("root", "test_root")]
+        return [(name, [Path(folder).expanduser()]) for name, folder in given if folder is not None]
+
     def make_dataset(self, train: bool) -> Dataset[Any]:
         """Lists the images and labels of a folder."""
         folder = self.root if train or self.test_root is None else self.test_root

@@ -1,6 +1,6 @@
 """Base class of the data modules for images."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -115,6 +115,40 @@ class ImageDataModule(LightningDataModule):
         """Returns the indices of the reference images with which samples are compared; None for all."""
         return None
 
+    @classmethod
+    def sources(cls, arguments: Mapping[str, Any]) -> Sequence[tuple[str, Sequence[Path]]]:
+        """Returns the files or folders without which nothing can be read.
+
+        Args:
+            arguments: All arguments of the class by name.
+
+        Returns:
+            Pairs of the argument that sets a path, and alternative paths, of which one must exist.
+        """
+        return []
+
+    @classmethod
+    def missing_files(cls, arguments: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """Finds all `sources` that are missing; ``lightning-ddst`` calls it before anything is made.
+
+        Args:
+            arguments: All arguments of the class by name.
+
+        Returns:
+            Pairs of an argument's name, and a sentence with the full paths of the missing files.
+        """
+        found = [] if arguments.get("download") else cls.sources(arguments)
+        return [(name, cls._say_missing(paths)) for name, paths in found if not any(path.exists() for path in paths)]
+
+    @classmethod
+    def _say_missing(cls, paths: Sequence[Path]) -> str:
+        places = " nor ".join(str(path.absolute()) for path in paths)
+        text = f"{'neither ' if len(paths) > 1 else ''}{places} {'exists' if len(paths) > 1 else 'does not exist'}"
+        hint = " Or set download=true." if cls.downloads else ""
+        return (
+            f"{text}; {cls.__name__} reads {'one of them' if len(paths) > 1 else 'it'}.{cls._where_to_get_it()}{hint}"
+        )
+
     def missing(self, path: Path, expected: str) -> FileNotFoundError:
         """Makes the error to raise for a missing path.
 
@@ -132,8 +166,9 @@ class ImageDataModule(LightningDataModule):
         message = f"{folder} lacks a file, or has one that is not the original (by its MD5)."
         return ValueError(message + self._where_to_get_it())
 
-    def _where_to_get_it(self) -> str:
-        return "" if self.home is None else f" Get it from {self.home}."
+    @classmethod
+    def _where_to_get_it(cls) -> str:
+        return "" if cls.home is None else f" Get it from {cls.home}."
 
     # ---- reading ---------------------------------------------------------------------------------------
 

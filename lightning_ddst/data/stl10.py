@@ -1,5 +1,6 @@
 """STL-10."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +45,11 @@ class STL10DataModule(ImageDataModule):
         super().__init__(root, image_size, channels, horizontal_flips=horizontal_flips, **settings)
         check_choice("split", split, ("unlabeled", "train+unlabeled", "train"))
         self.split = split
+
+    @classmethod
+    def sources(cls, arguments: Mapping[str, Any]) -> Sequence[tuple[str, Sequence[Path]]]:
+        """Returns the folder of the original files."""
+        return [("root", [Path(arguments["root"]).expanduser() / STL10.base_folder])]
 
     def prepare_data(self) -> None:
         """Downloads missing files if `download` is True."""

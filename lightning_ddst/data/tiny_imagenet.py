@@ -1,5 +1,6 @@
 """Tiny ImageNet."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -42,6 +43,12 @@ class TinyImageNetDataModule(ImageDataModule):
         super().__init__(root, image_size, channels, horizontal_flips=horizontal_flips, **settings)
         check_choice("on_bad_image", on_bad_image, get_args(OnBadImage))
         self.on_bad_image: OnBadImage = on_bad_image
+
+    @classmethod
+    def sources(cls, arguments: Mapping[str, Any]) -> Sequence[tuple[str, Sequence[Path]]]:
+        """Returns the list of classes."""
+        root = Path(arguments["root"]).expanduser()
+        return [("root", (root / "wnids.txt", root / _FOLDER / "wnids.txt"))]
 
     def make_dataset(self, train: bool) -> ImageFiles:
         """Lists the images and labels of a split."""

@@ -13,10 +13,12 @@ from lightning_ddst.export.benchmark import WORTHWHILE, onnx_time_ratio, sparse_
 from lightning_ddst.export.traced import Computation
 from lightning_ddst.sparsity import compact
 from lightning_ddst.sparsity.reparametrized import copy_network
+from lightning_ddst.utils.command_line import OneLineParser
 from lightning_ddst.utils.configurations import check_classes, read_yaml, without_optimizers
 from lightning_ddst.utils.example_inputs import get_generator_inputs
 from lightning_ddst.utils.modules import eval_mode
 from lightning_ddst.utils.networks import find_network
+from lightning_ddst.utils.parser_errors import explain
 
 Format = Literal["dense", "compressed", "onnx", "program"]
 _BATCH = 16
@@ -32,7 +34,7 @@ def export(args: Sequence[str]) -> list[Path]:
         The paths of the files. An invalid argument ends the process with an error message.
     """
     formats = get_args(Format)
-    parser = ArgumentParser(prog="lightning-ddst export", description="Writes a run's generator as files of its own.")
+    parser = OneLineParser(prog="lightning-ddst export", description="Writes a run's generator as files of its own.")
     parser.add_argument(
         "checkpoint", type=Path, metavar="CKPT", help="checkpoint, such as lightning_logs/version_0/.../last.ckpt"
     )
@@ -59,6 +61,8 @@ def export(args: Sequence[str]) -> list[Path]:
     try:
         if not given.checkpoint.is_file():
             raise FileNotFoundError(f"CKPT={given.checkpoint}: no such file.")
+        if given.config is not None and not given.config.is_file():
+            raise FileNotFoundError(f"--config={given.config}: no such file.")
         config = given.config or _config_of(given.checkpoint)
         content = _read(config)
         if given.generator is None and (parts := _parts(content)):
@@ -176,11 +180,7 @@ def _module_of(config: Path, content: Mapping[str, Any]) -> LightningModule:
     try:
         parsed = parser.parse_object({"model": without_optimizers(content["model"])})
     except ArgumentError as error:
-        raise ValueError(f"{config} describes no module: {_in_one_line(error)}") from error
+        raise ValueError(f"{config} describes no module: {explain(str(error), [])}") from error
     check_classes(parsed.as_dict())  # in which names without a module are complete
     model: LightningModule = parser.instantiate_classes(parsed).model
     return model
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).partition("Given value type:")[0].split())

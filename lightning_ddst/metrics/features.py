@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torchvision
@@ -32,6 +32,24 @@ class FeatureExtractor(nn.Module):
     """
 
     num_features: int
+
+    weights_advice: ClassVar[str] = "Put the file of weights there"
+    """What to do where the file of `weights` is missing."""
+
+    @classmethod
+    def missing_files(cls, arguments: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """Finds a missing file of weights; ``lightning-ddst`` calls it before anything is made.
+
+        Args:
+            arguments: All arguments of the class by name.
+
+        Returns:
+            Pairs of an argument's name, and a sentence with the full path of the missing file.
+        """
+        weights = arguments.get("weights")
+        if weights is None or (path := Path(weights).expanduser()).is_file():
+            return []
+        return [("weights", f"{path.absolute()} does not exist. {cls.weights_advice}.")]
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,11 +97,14 @@ class InceptionFeatures(FeatureExtractor):
     """
 
     num_features = 2048
+    weights_advice = (
+        f"Download {URL_INCEPTION_V3} and put it there; with --config no_inception, a run needs no weights of Inception"
+    )
 
     def __init__(self, weights: str | Path) -> None:
         super().__init__()
         path = Path(weights).expanduser()
-        _read(path, f"Download {URL_INCEPTION_V3} and put it there")  # torch-fidelity would unpickle it unsafely
+        _read(path, self.weights_advice)  # torch-fidelity would unpickle it unsafely
         try:
             self.network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
@@ -128,6 +149,8 @@ class TorchvisionFeatures(FeatureExtractor):
             if the file holds other weights, or unless exactly one of `weights` and `random` is given.
     """
 
+    weights_advice = "torchvision's weights of the model belong there"
+
     def __init__(
         self,
         model: str,
@@ -148,7 +171,7 @@ class TorchvisionFeatures(FeatureExtractor):
         with seeded(seed):
             network = get_model(model, weights=None, num_classes=num_classes)
         if weights is not None:
-            _load(network, Path(weights).expanduser(), f"torchvision's weights of {model} belong there")
+            _load(network, Path(weights).expanduser(), self.weights_advice)
         self.network: nn.Module = create_feature_extractor(network.eval(), {layer: "features"})
         self._image_size = image_size
         self.register_buffer("_mean", torch.tensor(mean)[:, None, None], persistent=False)
@@ -195,6 +218,7 @@ class CifarResNet(FeatureExtractor):
     """
 
     num_features = 64
+    weights_advice = "Get it from https://github.com/akamaster/pytorch_resnet_cifar10 and put it there"
 
     def __init__(self, weights: str | Path, depth: int = 56) -> None:
         super().__init__()
@@ -209,7 +233,7 @@ class CifarResNet(FeatureExtractor):
         self.layer3 = _stage(32, 64, blocks)
         self.linear = nn.Linear(64, 10)
         path = Path(weights).expanduser()
-        _load(self, path, "Get it from https://github.com/akamaster/pytorch_resnet_cifar10 and put it there")
+        _load(self, path, self.weights_advice)
         self.register_buffer("_mean", torch.tensor(_MEAN)[:, None, None], persistent=False)
         self.register_buffer("_std", torch.tensor(_STD)[:, None, None], persistent=False)
         self._settings = {"depth": depth}

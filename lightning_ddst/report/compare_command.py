@@ -4,10 +4,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
 from lightning_ddst.report.compare import FORMATS, collect_runs, make_rows, short_names
 from lightning_ddst.report.results import RunResults
+from lightning_ddst.utils.command_line import OneLineParser
 
 
 def compare(args: Sequence[str]) -> str:
@@ -19,7 +18,7 @@ def compare(args: Sequence[str]) -> str:
     Returns:
         The table. An invalid argument ends the process with an error message.
     """
-    parser = ArgumentParser(
+    parser = OneLineParser(
         prog="lightning-ddst compare",
         description="Prints a table of several runs: densities, BR, training FLOPs, sample quality.",
     )

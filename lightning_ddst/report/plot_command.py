@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from jsonargparse import ArgumentParser
-
 from lightning_ddst.report.runs import read_run
 from lightning_ddst.utils import cache
+from lightning_ddst.utils.command_line import OneLineParser
 
 
 def plot(args: Sequence[str]) -> list[Path]:
@@ -22,7 +21,7 @@ def plot(args: Sequence[str]) -> list[Path]:
     from lightning_ddst.report import plots  # imported here: training works without Matplotlib
 
     formats = get_args(plots.Format)
-    parser = ArgumentParser(
+    parser = OneLineParser(
         prog="lightning-ddst plot", description="Draws what a run logged for TensorBoard or with CSVLogger."
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder, such as lightning_logs/version_0")

@@ -1,6 +1,5 @@
 """The command ``lightning-ddst sweep``: one run of ``fit`` for each of several densities, then their comparison."""
 
-import argparse
 import json
 import os
 import signal
@@ -21,6 +20,7 @@ from lightning_ddst.report.compare_command import draw
 from lightning_ddst.report.results import RunResults, read_results
 from lightning_ddst.report.runs import find_runs
 from lightning_ddst.utils.cache import atomic_write, check_writable, digest, first_line
+from lightning_ddst.utils.command_line import OneLineParser
 from lightning_ddst.utils.configurations import option_values
 from lightning_ddst.utils.validation import check_count, check_density
 
@@ -41,18 +41,20 @@ def sweep(args: Sequence[str]) -> None:
     Args:
         args: The command's arguments after ``sweep``; those of ``fit`` are passed on.
     """
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="lightning-ddst sweep",
         usage="lightning-ddst sweep --densities D,D,... [--jobs N] [--folder FOLDER] [arguments of fit]",
         description="Runs `lightning-ddst fit` at several densities of the generator, and compares the runs. Run it "
         "again to resume: finished runs are skipped.",
         epilog="All other arguments are those of `lightning-ddst fit`, such as --config or --sparsity.method.",
-        allow_abbrev=False,
     )
-    parser.add_argument("--densities", required=True, help="the generator's densities, such as 0.05,0.1,0.3")
+    parser.add_argument("--densities", help="the generator's densities, such as 0.05,0.1,0.3")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at the same time (default: 1)")
     parser.add_argument("--folder", type=Path, default=Path("sweep"), help="folder of all runs (default: sweep)")
-    given, of_fit = parser.parse_known_args(list(args))
+    own, of_fit = _split_arguments(args)
+    given = parser.parse_args(own)
+    if given.densities is None:
+        parser.error("--densities must be given, such as --densities 0.05,0.1,0.3.")
     try:
         densities = _parse(given.densities)
         check_count("--jobs", given.jobs)
@@ -76,6 +78,19 @@ def sweep(args: Sequence[str]) -> None:
             print(f"lightning-ddst sweep: no picture: {first_line(error)}", file=sys.stderr)
     if failed:
         sys.exit(1 if started.signal is None else 128 + started.signal)
+
+
+def _split_arguments(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits the arguments into the sweep's own, and those of ``fit``."""
+    own: list[str] = []
+    of_fit: list[str] = []
+    waiting = False  # for the value of an argument of the sweep
+    for arg in args:
+        name, equals, _ = arg.partition("=")
+        is_own = waiting or name in ("--densities", "--jobs", "--folder", "--help", "-h")
+        (own if is_own else of_fit).append(arg)
+        waiting = is_own and not waiting and not equals
+    return own, of_fit
 
 
 def _parse(densities: str) -> list[float]:

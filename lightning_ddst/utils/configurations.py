@@ -83,6 +83,34 @@ def check_classes(config: Any, name: str = "") -> None:
         check_classes(value, f"{name}.{key}".removeprefix("."))
 
 
+def find_missing_files(config: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Finds every file that the classes of a configuration would read, and that is not there.
+
+    A class that reads files may have a class method `missing_files`. It takes the class's arguments as a mapping, and
+    returns pairs of an argument's name and a sentence about the file that is missing.
+
+    Args:
+        config: The configuration with all defaults, or a part of it; dicts and lists.
+        name: Its dotted name.
+
+    Yields:
+        The argument with its value, as on the command line where that can set it, and the sentence.
+    """
+    if isinstance(config, Mapping) and isinstance(config.get("class_path"), str):
+        arguments = config.get("init_args") or {}
+        find = getattr(_located(config["class_path"]), "missing_files", None)
+        for argument, reason in find(arguments) if callable(find) else ():
+            dashes = "" if "[" in name else "--"
+            yield f"{dashes}{name}.{argument}={arguments.get(argument)}", reason
+        yield from find_missing_files(arguments, name)
+    else:
+        for key, value in _items(config):
+            # Options change the last entry of a list.
+            of_list = not isinstance(config, Mapping)
+            part = ("" if key == len(config) - 1 else f"[{key}]") if of_list else f".{key}"
+            yield from find_missing_files(value, f"{name}{part}".removeprefix("."))
+
+
 def without_optimizers(config: Any) -> Any:
     """Returns a copy of a configuration whose classes get no optimizers and schedulers.
 

@@ -1,8 +1,9 @@
 """One registry for everything that users can add by name: methods, growth rules, signals, units, losses."""
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import TypeVar
+
+from lightning_ddst.utils.suggestions import did_you_mean
 
 T = TypeVar("T")
 
@@ -54,9 +55,9 @@ class Registry(dict[str, T]):
             ValueError: If nothing is registered under the name; the error lists all names and the nearest one.
         """
         if name not in self:
-            near = get_close_matches(str(name), self, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{argument}={name!r} is unknown; allowed are {', '.join(self)}.{hint}")
+            raise ValueError(
+                f"{argument}={name!r} is unknown; allowed are {', '.join(self)}.{did_you_mean(name, self)}"
+            )
         return self[name]
 
 

@@ -5,6 +5,8 @@ from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
+from lightning_ddst.utils.suggestions import did_you_mean
+
 T = TypeVar("T")
 
 
@@ -33,7 +35,9 @@ def check_count(name: str, value: int) -> None:
 def check_choice(name: str, value: T, allowed: Collection[T]) -> None:
     """Checks that a value is one of several names or numbers."""
     if value not in allowed:
-        raise ValueError(f"{name}={value!r} is unknown; allowed are {', '.join(map(str, allowed))}.")
+        raise ValueError(
+            f"{name}={value!r} is unknown; allowed are {', '.join(map(str, allowed))}.{did_you_mean(value, allowed)}"
+        )
 
 
 def to_plain_numbers(options: Any) -> None:

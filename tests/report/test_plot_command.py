@@ -104,10 +104,6 @@ def test_the_command_goes_to_it(monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["lightning-ddst", "plot", "RUN", "--formats", "png"])
     cli.main()
     assert given == [["RUN", "--formats", "png"]]
-    monkeypatch.setattr(sys, "argv", ["lightning-ddst", "--help"])
-    with pytest.raises(SystemExit):
-        cli.main()
-    assert "lightning-ddst plot RUN" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("module", [plot_command, callbacks.plots, runs])

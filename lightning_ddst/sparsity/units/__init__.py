@@ -14,6 +14,7 @@ from lightning_ddst.sparsity.units.base import INITIAL, UNITS, Initial, Units
 from lightning_ddst.sparsity.units.channel import ChannelUnits
 from lightning_ddst.sparsity.units.n_m import NMUnits, n_m
 from lightning_ddst.sparsity.units.weight import SCOPES, Scope, WeightUnits
+from lightning_ddst.utils.suggestions import did_you_mean
 
 __all__ = [
     "INITIAL",
@@ -44,5 +45,6 @@ def find_units(granularity: str) -> type[Units]:
     if granularity not in UNITS:
         raise ValueError(
             f"granularity={granularity!r} is unknown; allowed are {', '.join(UNITS)}, and patterns N:M such as 2:4."
+            f"{did_you_mean(granularity, UNITS)}"
         )
     return UNITS[granularity]
