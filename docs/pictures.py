@@ -51,7 +51,7 @@ TABS: dict[str, tuple[str, str, tuple[int, int], list[Box]]] = {
     # The pages of TensorBoard, of one run or of all, the window, and the parts of it that are worth a look.
     "custom_scalars": ("custom_scalars&_smoothingWeight=0", "run", (1280, 1080), [(0, 0, 1280, 1080)]),
     "text": ("text", "run", (1280, 900), [(0, 0, 1280, 760)]),
-    "hparams": ("hparams", "all", (2300, 400), [(466, 128, 1255, 300), (1255, 128, 2300, 300)]),
+    "hparams": ("hparams", "all", (2360, 400), [(466, 128, 1212, 300), (1212, 128, 2360, 300)]),
 }
 _BLUE, _ORANGE, _GREEN, _INACTIVE = "#0072B2", "#D55E00", "#009E73", "#8888884D"
 _ACTIVE = GRAY
