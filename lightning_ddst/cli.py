@@ -10,11 +10,10 @@ from argparse import SUPPRESS, Action
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace, capture_parser, set_parsing_settings
+from jsonargparse import Namespace, capture_parser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -110,7 +109,7 @@ class SparseGANCLI(LightningCLI):
     """A LightningCLI with the arguments of `DynamicSparsityCallback` under ``sparsity``."""
 
     def setup_parser(self, add_subcommands: bool, *args: Any, **kwargs: Any) -> None:
-        """Adds the parsers of other subcommands, for help and completion."""
+        """Adds the parsers of other subcommands, for the help."""
         super().setup_parser(add_subcommands, *args, **kwargs)
         if add_subcommands:
             for name, command in SUBCOMMANDS.items():
@@ -246,8 +245,6 @@ def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
     """
     args = _with_default_config(_with_log_folder(_with_paths(args)), run)
     _check_configs(args)
-    if find_spec("shtab"):
-        set_parsing_settings(add_print_completion_argument=True)
     return SparseGANCLI(
         LightningModule,
         LightningDataModule,

@@ -438,13 +438,6 @@ def test_the_help_lists_all_subcommands(capsys) -> None:
     assert listed == ["fit", "validate", "test", "predict", *SUBCOMMANDS]
 
 
-def test_completion_knows_arguments_and_subcommands(capsys) -> None:
-    pytest.importorskip("shtab")
-    script = helped(capsys, "--print_completion", "shtab-bash")
-    for name in ("--sparsity.generator_density", "--trainer.limit_test_batches", "--formats", *SUBCOMMANDS):
-        assert name in script
-
-
 def test_the_configuration_can_be_printed(capsys) -> None:
     with pytest.raises(SystemExit) as end:
         make_cli(["fit", "--sparsity.delta=0.02", "--print_config"])
