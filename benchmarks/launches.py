@@ -18,11 +18,12 @@ import argparse
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import peers
 import torch
@@ -36,6 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA
+from lightning_ddst.balance import Balance, BalanceWindow
 from lightning_ddst.gan.module import paper_adam
 from lightning_ddst.models import SNGANDiscriminator, SNGANGenerator
 from lightning_ddst.sparsity import maskable_weights
@@ -90,17 +92,37 @@ class Count:
 class Counting:
     """Counts what happens inside the context, which begins anew every time."""
 
+    def __init__(self) -> None:
+        self._operations: Counter[str] = Counter()
+        self._waits = 0
+        self._paused = False
+
     @property
     def count(self) -> Count:
         return Count(sum(self._operations.values()), self._waits, Counter(self._operations))
 
+    @contextmanager
+    def on_the_host(self) -> Iterator[None]:
+        """Counts nothing inside the context but one copy from the device, which is converted before."""
+        self._operations["_to_copy"] += 1
+        self._waits += 1
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
     def dispatched(self, operation: Any, args: Sequence[Any]) -> None:
+        if self._paused:
+            return
         name = operation.overloadpacket.__name__
         self._waits += name in WAIT or selects_by_mask(name, args)
         if launched := launches(operation, name, args):
             self._operations[name] += launched
 
     def called(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        if self._paused:
+            return
         self._waits += (
             function in TO_THE_HOST
             or (function is Tensor.to and "cpu" in (*args[1:2], kwargs.get("device")))
@@ -108,7 +130,7 @@ class Counting:
         )
 
     def __enter__(self) -> "Counting":
-        self._operations: Counter[str] = Counter()
+        self._operations = Counter()
         self._waits = 0
         with ExitStack() as stack:
             stack.enter_context(_Calls(self))
@@ -192,6 +214,22 @@ class BatchEnd(Callback):
             self.counts.append(self._counting.count)
 
 
+@contextmanager
+def window_on_the_host(counting: Counting) -> Iterator[None]:
+    """Counts that a window of measurements is copied once, and that its means are computed from the copy.
+
+    Where the measurements are on the CPU already, there is no operation that says so.
+    """
+    compute = BalanceWindow.read
+
+    def read(window: BalanceWindow) -> Balance:
+        with counting.on_the_host():
+            return compute(window)
+
+    with patch.object(BalanceWindow, "read", read):
+        yield
+
+
 def count_updates(callbacks: Sequence[Callback], updates: int, first: int = 3) -> dict[int, Count]:
     """Counts updates of a run, one D step and one G step each, as they are on a GPU.
 
@@ -206,7 +244,7 @@ def count_updates(callbacks: Sequence[Callback], updates: int, first: int = 3) -
     gan = GANModule(SNGANGenerator(width=WIDTH), SNGANDiscriminator(width=WIDTH))
     images = TensorDataset(torch.rand((updates + 1) * BATCH, 3, 32, 32) * 2 - 1)
     made = trainer([BatchStart(counting, first - 1), *callbacks, end], epochs=1)
-    with simulate_launch_bound():
+    with simulate_launch_bound(), window_on_the_host(counting):
         made.fit(gan, DataLoader(images, batch_size=BATCH))
     return dict(enumerate(end.counts[:-1], first))
 

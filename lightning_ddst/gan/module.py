@@ -191,7 +191,8 @@ class GANMixin(_Module):
                 log_scalars(
                     self.trainer, {name: float(value) for name, value in losses.items()}, self.generator_updates
                 )
-        self.log_dict(losses, prog_bar=True, logger=False)
+        # Lightning reads what a bar shows in every batch, which waits for the device, even where there is no bar.
+        self.log_dict(losses, prog_bar=self.trainer.progress_bar_callback is not None, logger=False)
 
     @contextmanager
     def _toggled(self, optimizer: Any) -> Iterator[None]:
