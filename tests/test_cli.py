@@ -426,8 +426,8 @@ def test_the_help_of_a_subcommand_begins_with_sparsity(capsys, monkeypatch) -> N
     assert "active over maskable weights" in " ".join(text.split())
     assert set(re.findall(r"^  (\w+)  +", text.partition("Configurations for --config")[2], re.MULTILINE)) == {*CONFIGS}
     assert "lightning-ddst fit --config paper --config cifar10_sngan" in text
-    assert len(text.splitlines()) < 320
     # The Trainer's other arguments are in a help of their own.
+    assert 5 < text.count("\n  --trainer.") < 20
     assert "limit_test_batches" not in text
     assert "--trainer.limit_test_batches" in helped(capsys, "fit", "--trainer.help")
 

@@ -51,7 +51,11 @@ MISTAKES = [
     ("fit --model nowhere.GAN", "No module named 'nowhere'", None),
     ("fit --data lightning_ddst.GANModule", "--data=lightning_ddst.GANModule is not a subclass of", None),
     ("fit --model.generator_optimizer torch.optim.Adm", "torch.optim has no Adm", "torch.optim.Adam"),
-    ("fit --data CIFAR10DataModule", "--data.root must be given: CIFAR10DataModule needs it.", None),
+    (
+        "fit --data lightning_ddst.data.CIFAR10DataModule",
+        "--data.root must be given: CIFAR10DataModule needs it.",
+        None,
+    ),
     # ---- values, of which the package says what is allowed ---------------------------------------------
     ("fit --sparsity.method dst", "method='dst' is unknown; allowed are ", "'sdst'"),
     ("fit --sparsity.granularity chanel", "granularity='chanel' is unknown; allowed are ", "'channel'"),
@@ -71,7 +75,7 @@ MISTAKES = [
     ),
     ("fit --config metric.yaml", "--trainer.callbacks.metrics=frechet_distnace must be", "'frechet_distance'"),
     ("fit --ckpt_path none.ckpt", "--ckpt_path=none.ckpt: no such file.", None),
-    ("fit --data CIFAR10DataModule --data.root none", "--data.root=none: neither ", None),
+    ("fit --data lightning_ddst.data.CIFAR10DataModule --data.root none", "--data.root=none: neither ", None),
     ("plot none", "none", None),
     ("export none.ckpt", "CKPT=none.ckpt: no such file.", None),
 ]

@@ -94,10 +94,7 @@ class CallRecorder:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CallRecorder":
         """Returns an idle recorder: a copied network's hooks record nothing and do not copy the other network."""
-        idle = object.__new__(CallRecorder)
-        idle.recording = idle._paused = False
-        idle._handles = []
-        return idle
+        return CallRecorder(nn.Identity(), nn.Identity())
 
     def scored_by(self, part: int) -> list[Scored]:
         """Returns the calls of one part of the discriminator, oldest first."""

@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -89,6 +90,7 @@ def test_a_run_records_the_sizes_and_measures_without_weights_from_elsewhere(mod
 
 
 def test_arrays_fit_too(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((8, 32, 32), np.uint8))
     cli = make_cli(
         [
             *("--config", "cifar10_sngan", "--data=lightning_ddst.data.ArrayDataModule"),
@@ -110,7 +112,7 @@ def test_arrays_fit_too(tmp_path):
     [
         (NETWORK.format("generator", "image_size", 32), "generator.init_args.image_size=32 .* is 16"),
         (NETWORK.format("discriminator", "channels", 1), "discriminator.init_args.channels=1 .* is 3"),
-        (f"--data.root={CONFIGS['digits'].parent}/nowhere", "nowhere is not there: ImageFolderDataModule"),
+        (f"--data.root={CONFIGS['digits'].parent}/nowhere", "nowhere does not exist; ImageFolderDataModule reads it"),
         ("--data.on_bad_image=error", "1 of 41 images .*bad.png is no image of a known format"),
     ],
 )
@@ -145,7 +147,10 @@ def test_features_for_other_images_end_with_one_line(options, message, folder, c
 
 def test_the_digits_networks_do_not_fit_a_folder(folder, capsys):
     with pytest.raises(SystemExit) as end:
-        make_cli(["--data=ImageFolderDataModule", f"--data.root={folder()}", "--data.image_size=16"], run=False)
+        make_cli(
+            ["--data=lightning_ddst.data.ImageFolderDataModule", f"--data.root={folder()}", "--data.image_size=16"],
+            run=False,
+        )
     assert end.value.code == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("lightning-ddst: error: "))
     assert "generator.init_args.image_size=8 does not fit" in line

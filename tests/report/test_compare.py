@@ -215,7 +215,7 @@ def test_names_of_near_points_do_not_overlap() -> None:
     ("args", "message"),
     [
         (["missing"], "there is no folder missing"),
-        ([], "RUN"),
+        ([], "runs is missing"),
         (["RUN", "--format", "html"], "html"),
         (["RUN", "--plot", "picture.bmp"], "picture.bmp must end in .png or .svg"),
         (["EMPTY", "--plot", "picture.svg"], "no run has training FLOPs"),

@@ -45,7 +45,9 @@ def test_a_choice_that_is_allowed_passes():
 
 @pytest.mark.parametrize("value", ["Layer", "", "all"])
 def test_an_unknown_choice_is_rejected_with_every_allowed_one(value):
-    with pytest.raises(ValueError, match=rf"^scope='{value}' is unknown; allowed are global, layer\.$"):
+    with pytest.raises(
+        ValueError, match=rf"^scope='{value}' is unknown; allowed are global, layer\.( Did you mean 'layer'\?)?$"
+    ):
         check_choice("scope", value, ("global", "layer"))
 
 
