@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from jsonargparse import Namespace, capture_parser
@@ -51,15 +52,21 @@ _CHECKPOINTS = ("best", "last", "hpc", "registry")
 _ERRORS = (ValueError, OSError, ImportError, MisconfigurationException)
 """Errors of constructors that are about their arguments, or about a missing package."""
 _DESCRIPTION = "Sparse training of GANs with Double Dynamic Sparse Training (DDST)."
+_WIDTH = 80
+"""Columns of the help's own texts."""
 _EXAMPLES = """\
 Examples:
-  lightning-ddst fit                                                    the default experiment, on handwritten digits
-  lightning-ddst fit --sparsity.generator_density 0.05 --trainer.max_epochs 10
-  lightning-ddst fit --print_config > my.yaml                           all arguments as a file, to change
-  lightning-ddst fit --config my.yaml --sparsity.method static          a file, and arguments that override it
-  lightning-ddst fit --config paper --config cifar10_sngan --config ddst_relaxed
-  lightning-ddst fit --data CIFAR10DataModule --data.root data          another class, and its arguments
-  lightning-ddst validate --ckpt_path lightning_logs/version_0/checkpoints/last.ckpt
+  The default experiment, on handwritten digits, and with other settings:
+    lightning-ddst fit
+    lightning-ddst fit --sparsity.generator_density 0.05 --trainer.max_epochs 10
+  All arguments as a file, to change; a file, and arguments that override it:
+    lightning-ddst fit --print_config > my.yaml
+    lightning-ddst fit --config my.yaml --sparsity.method static
+  Configurations of this package; another class, and its arguments:
+    lightning-ddst fit --config paper --config cifar10_sngan --config dda
+    lightning-ddst fit --data CIFAR10DataModule --data.root data
+  A checkpoint:
+    lightning-ddst validate --ckpt_path lightning_logs/version_0/checkpoints/last.ckpt
 """
 
 
@@ -278,16 +285,20 @@ def _first_reason(error: BaseException) -> BaseException:
 
 def _usage(subcommand: str) -> str:
     return (
-        f"lightning-ddst {subcommand} [--config NAME_OR_FILE] [--ckpt_path CKPT] [--sparsity.NAME VALUE]\n"
-        "       [--model CLASS] [--model.NAME VALUE] [--data CLASS] [--data.NAME VALUE] [--trainer.NAME VALUE]"
+        f"lightning-ddst {subcommand} [--config NAME_OR_FILE] [--ckpt_path CKPT]\n"
+        "       [--sparsity.NAME VALUE] [--model CLASS] [--model.NAME VALUE]\n"
+        "       [--data CLASS] [--data.NAME VALUE] [--trainer.NAME VALUE]"
     )
 
 
 def _epilog() -> str:
     """Lists examples and the package's configurations, each with the first sentence of its first comment."""
-    names = "\n".join(f"  {name:<22}{_first_comment(path)}" for name, path in CONFIGS.items())
+    names = "\n".join(
+        fill(f"  {name:<22}{_first_comment(path)}", _WIDTH, subsequent_indent=" " * 24, break_on_hyphens=False)
+        for name, path in CONFIGS.items()
+    )
     return (
-        f"{_EXAMPLES}\nConfigurations for --config, which can be given several times; later ones override earlier "
+        f"{_EXAMPLES}\nConfigurations for --config, which can be given several times; later ones\noverride earlier "
         f"ones:\n{names}\n\n{DEBUG} prints the traceback of an error as well."
     )
 

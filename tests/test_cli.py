@@ -426,6 +426,11 @@ def test_the_help_of_a_subcommand_begins_with_sparsity(capsys, monkeypatch) -> N
     assert "active over maskable weights" in " ".join(text.split())
     assert set(re.findall(r"^  (\w+)  +", text.partition("Configurations for --config")[2], re.MULTILINE)) == {*CONFIGS}
     assert "lightning-ddst fit --config paper --config cifar10_sngan" in text
+    own = text.partition("\nExamples:\n")[2].splitlines()
+    # A command is not wrapped.
+    assert [line for line in own if len(line) > 80] == [
+        line for line in own if line.startswith("    lightning-ddst val")
+    ]
     # The Trainer's other arguments are in a help of their own.
     assert 5 < text.count("\n  --trainer.") < 20
     assert "limit_test_batches" not in text

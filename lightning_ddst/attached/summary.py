@@ -10,6 +10,7 @@ from lightning_ddst.attached.readings import RunReadings
 from lightning_ddst.methods import Method, Role, SparseTraining
 from lightning_ddst.methods.base import ROLES
 from lightning_ddst.sparsity import MaskedNetwork
+from lightning_ddst.utils.counts import describe_times
 from lightning_ddst.utils.networks import get_parts
 
 Rows: TypeAlias = Sequence[tuple[str, ...]]
@@ -148,9 +149,10 @@ def result_rows(run: RunReadings) -> list[tuple[str, ...]]:
         rows.append(("balance ratio, last window", last))
     if actions := [decision.action for _, decision in run.decisions]:
         counts = ", ".join(f"{action} {actions.count(action)}" for action in dict.fromkeys(actions))
+        decided = "1 decision" if len(actions) == 1 else f"{len(actions):,} decisions"
         resized = actions.count("grow") + actions.count("prune")
         whose = " and ".join(role for role in ROLES if any(each.resizes and role in each.roles for each in updates))
-        rows.append((f"{whose} resized", f"{resized} times in {len(actions)} decisions ({counts})"))
+        rows.append((f"{whose} resized", f"{describe_times(resized)} in {decided} ({counts})"))
     if (ratio := run.flops_ratio) is not None:
         kernels = "dense kernels do the arithmetic all the same"
         if not all(network.units.dense_kernels for network in networks.values()):

@@ -1,5 +1,6 @@
 """A short table of a run's results."""
 
+import os
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -50,6 +51,7 @@ class RunSummary(Callback):
         results = next((c.results(trainer) for c in callbacks if isinstance(c, DynamicSparsityCallback)), None)
         rows += [row for c in callbacks if isinstance(c, SampleQuality) for row in self._quality(c, results)]
         if (folder := run_folder(trainer)) is not None:
+            folder = _shorten(folder)
             rows.append(("logs", folder))
             if tensorboards(trainer):
                 rows.append(("to look at them", f"tensorboard --logdir {folder}"))
@@ -91,3 +93,9 @@ def _title(metric: str) -> str:
     """Returns a metric's title, such as "Frechet distance" or "Precision, raw weights"."""
     title = metric.removesuffix("_raw").replace("_", " ").capitalize()
     return f"{title}, raw weights" if metric.endswith("_raw") else title
+
+
+def _shorten(folder: str) -> str:
+    """Returns a path below the working directory relative to it; other paths and URLs as they are."""
+    working = os.path.join(os.getcwd(), "")
+    return folder.removeprefix(working)

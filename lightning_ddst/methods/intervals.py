@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import ClassVar, Literal
 
+from lightning_ddst.utils.counts import describe_times
 from lightning_ddst.utils.states import COUNT, POSITIVE, Form, maybe
 from lightning_ddst.utils.validation import check_count, to_plain_numbers
 
@@ -93,7 +94,7 @@ class Plan:
 
     def times(self, interval: int) -> str:
         """Returns an interval in words, such as "every 100 updates, 30 times"."""
-        number = "" if self.updates is None else f", {self.updates // interval:,} times"
+        number = "" if self.updates is None else f", {describe_times(self.updates // interval)}"
         return f"every {interval:,} updates{number}" if interval > 1 else f"at every update{number}"
 
     @property

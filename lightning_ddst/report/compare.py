@@ -18,8 +18,8 @@ Row: TypeAlias = Mapping[str, Any]
 """Values of one run by column; None where they are unknown."""
 
 _SAME_WHERE_EQUAL = ("status", "method", "seed", "updates", "planned_updates")
-_DENSITIES = ("generator_density", "discriminator_density")
-"""Settings that columns show as they were reached."""
+_NO_COLUMN = ("generator_density", "discriminator_density", "verbose")
+"""Settings without a column of their own: densities are shown as they were reached, and `verbose` changes no result."""
 
 
 def collect_runs(places: Sequence[str | Path], report: Callable[[str], object]) -> dict[Path, RunResults]:
@@ -101,7 +101,7 @@ def make_rows(runs: Mapping[str, RunResults]) -> list[Row]:
         for name, run in runs.items()
         for pair_name, pair in run.pairs.items()
     ]
-    names = dict.fromkeys(name for _, _, pair in pairs for name in pair.settings if name not in _DENSITIES)
+    names = dict.fromkeys(name for _, _, pair in pairs for name in pair.settings if name not in _NO_COLUMN)
     settings = [name for name in names if len({repr(pair.settings.get(name)) for _, _, pair in pairs}) > 1]
     metrics = dict.fromkeys(name for _, run, _ in pairs for name in _last_values(run))
     return [

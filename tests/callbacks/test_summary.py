@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from lightning.pytorch import seed_everything
@@ -8,6 +10,7 @@ from toys import LATENT, PIXELS, ToyGAN, toy_data, toy_trainer
 
 from lightning_ddst import DynamicSparsityCallback, GeneratorEMA, RunSummary, SampleQuality
 from lightning_ddst.report.results import read_results
+from lightning_ddst.utils.counts import describe_times
 
 FRECHET = "frechet_distance"
 
@@ -68,7 +71,7 @@ def test_the_rows_of_a_sparse_run_with_distances(capsys) -> None:
             f"density {discriminator.active / 544:.4f} ({discriminator.active} of 544 weights active)",
         ),
         ("balance ratio, last window", f"{sparsity.balance_ratio:.3f}"),
-        ("discriminator resized", f"{actions.count('grow')} times in 4 decisions ({counted})"),
+        ("discriminator resized", f"{describe_times(actions.count('grow'))} in 4 decisions ({counted})"),
         (
             "training FLOPs",
             f"{100 * sparsity.flops_ratio:.1f}% of dense training (dense kernels do the arithmetic all the same)",
@@ -103,6 +106,12 @@ def test_the_logs_are_named_where_there_are_any(capsys, tmp_path) -> None:
     folder = tmp_path / "lightning_logs" / "version_0"
     lines = output(capsys, RunSummary(), folder=tmp_path).strip().splitlines()
     assert lines == [f"logs             {folder}", f"to look at them  tensorboard --logdir {folder}"]
+
+
+def test_logs_below_the_working_directory_have_short_paths(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = output(capsys, RunSummary(), folder=tmp_path).strip().splitlines()
+    assert lines[0] == f"logs             {Path('lightning_logs', 'version_0')}"
 
 
 def test_an_undecided_balance_gives_the_reason(capsys) -> None:
@@ -209,10 +218,12 @@ def test_large_counts_are_easy_to_read(capsys) -> None:
     assert rows["generator"] == "density 0.5000 (6,000 of 12,000 weights active)"
 
 
-@pytest.mark.parametrize(("method", "times"), [("posthoc", 1), ("imp", 7)])
-def test_methods_that_resize_both_networks_are_named_so(capsys, method, times) -> None:
+@pytest.mark.parametrize(
+    ("method", "times", "number"), [("posthoc", "once in 1 decision", 1), ("imp", "7 times in 7 decisions", 7)]
+)
+def test_methods_that_resize_both_networks_are_named_so(capsys, method, times, number) -> None:
     rows = dict(printed(capsys, DynamicSparsityCallback(0.25, method=method), RunSummary(), epochs=4))
-    assert rows["generator and discriminator resized"] == f"{times} times in {times} decisions (prune {times})"
+    assert rows["generator and discriminator resized"] == f"{times} (prune {number})"
     assert "discriminator resized" not in rows
 
 

@@ -54,6 +54,11 @@ def test_rows_have_the_settings_that_differ_and_the_last_values() -> None:
     }
 
 
+def test_settings_that_change_no_result_have_no_column() -> None:
+    loud = replace(RESULTS, pairs={"": replace(RESULTS.pair, settings={**RESULTS.pair.settings, "verbose": True})})
+    assert "verbose" not in make_rows({"quiet": RESULTS, "loud": loud})[0]
+
+
 def test_every_pair_of_a_run_has_a_row() -> None:
     several = replace(RESULTS, pairs={"first": RESULTS.pair, "second": RESULTS.pair})
     assert [row["run"] for row in make_rows({"run": several})] == ["run: first", "run: second"]

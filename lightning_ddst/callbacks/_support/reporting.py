@@ -18,6 +18,7 @@ from lightning_ddst.callbacks._support.run_length import find_timer
 from lightning_ddst.methods import Method, Resize, SparseTraining
 from lightning_ddst.sparsity import GROWTH_RULES, LayerFlops
 from lightning_ddst.sparsity.growth import GrowthRule
+from lightning_ddst.utils.counts import describe_times
 from lightning_ddst.utils.logging import (
     log_hyperparameters,
     log_scalars,
@@ -273,7 +274,7 @@ def summary_markdown(method: Method, training: SparseTraining) -> str:
     line = f"- The **discriminator** has {discriminator.density:.1%} of its weights, after {start:.1%} at the start"
     actions = [decision.action for _, decision in training.decisions]
     counts = [
-        f"{verb} {_times(actions.count(action))}" + (_BECAUSE.get(action, "") if judges else "")
+        f"{verb} {describe_times(actions.count(action))}" + (_BECAUSE.get(action, "") if judges else "")
         for action, verb in _VERBS.items()
         if action in actions
     ]
@@ -310,14 +311,10 @@ def _table(decisions: Sequence[tuple[int, Decision]]) -> list[str]:
     for group in reversed(groups[-_MOST_ROWS:]):
         (first, _), (last, decision) = group[0], group[-1]
         when = f"{last:,}" if len(group) == 1 else f"{first:,} to {last:,}"
-        times = decision.action if len(group) == 1 else f"{decision.action}, {_times(len(group))}"
+        times = decision.action if len(group) == 1 else f"{decision.action}, {describe_times(len(group))}"
         rows.append(f"| {when} | {times} | {decision.density:.4g} | {decision.reason} |")
     if not rows:
         return []
     header = ["| generator updates | decided | density then | why (the last time) |", "|---|---|---|---|"]
     left_out = len(groups) - len(rows)
     return [*header, *rows, *([f"\n{left_out} earlier rows are left out."] if left_out > 0 else [])]
-
-
-def _times(count: int) -> str:
-    return {1: "once", 2: "twice"}.get(count, f"{count} times")
