@@ -352,7 +352,7 @@ def _draw_signal(ax: Axes, series: Series, name: str, label: str, meanings: tupl
     if lower[0].size and lower[0].size == upper[0].size:
         low, high = lower[1][-1], upper[1][-1]
         moving = len(set(lower[1])) > 1  # with bounds "auto"
-        band = f"band, {low:.2g} to {high:.2g} at the end" if moving else f"kept within {low:g} and {high:g}"
+        band = f"band, {low:.2g} to {high:.2g} at the end" if moving else f"band, {low:g} to {high:g}"
         bounds: Looks = {"color": _BAND, "alpha": 0.25, "linewidth": 0, "label": band}
         ax.fill_between(lower[0], lower[1], upper[1], step="post", **bounds)
         values = np.concatenate([values, lower[1], upper[1]])

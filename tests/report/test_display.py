@@ -42,7 +42,7 @@ def test_the_figure_shows_signal_band_and_densities():
     assert list(line.get_xdata()) == sorted(logged)
     assert line.get_ydata()[-1] == sparsity.discriminator_density
     assert signal.get_title(loc="left") == "Balance"
-    assert [collection.get_label() for collection in signal.collections] == ["kept within 0 and 1e-09"]
+    assert [collection.get_label() for collection in signal.collections] == ["band, 0 to 1e-09"]
 
 
 def test_a_second_fit_continues_the_figure_and_another_module_begins_anew():

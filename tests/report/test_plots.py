@@ -185,7 +185,7 @@ def test_the_bounds_are_a_band() -> None:
     vertices = band.get_paths()[0].vertices
     assert (vertices[:, 0].min(), vertices[:, 0].max()) == (10, 40)
     assert set(vertices[:, 1]) == {0.45, 0.55}
-    assert {"kept within 0.45 and 0.55", "D too weak", "D too strong"} <= set(texts(figure))
+    assert {"band, 0.45 to 0.55", "D too weak", "D too strong"} <= set(texts(figure))
 
 
 def test_bounds_that_move_are_a_band_of_their_own() -> None:
