@@ -24,7 +24,13 @@ from lightning_ddst.utils.command_line import OneLineParser
 from lightning_ddst.utils.configurations import option_values
 from lightning_ddst.utils.validation import check_count, check_density
 
-_OWN = ("--sparsity.generator_density", "--trainer.default_root_dir", "--ckpt_path")
+_OWN = (
+    "--sparsity.generator_density",
+    "--trainer.default_root_dir",
+    "--trainer.logger.save_dir",
+    "--trainer.logger.init_args.save_dir",
+    "--ckpt_path",
+)
 """Arguments of ``fit`` that the sweep gives."""
 
 

@@ -166,6 +166,8 @@ def test_a_folder_with_other_arguments_is_rejected(program, capsys) -> None:
         (["--densities", "0.1", "--jobs", "0"], "--jobs=0 must be an integer, at least 1"),
         (["--densities", "0.1", "--sparsity.generator_density=0.1"], "--sparsity.generator_density: a sweep sets it"),
         (["--densities", "0.1", "--ckpt_path", "last.ckpt"], "--ckpt_path: a sweep sets it"),
+        (["--densities", "0.1", "--trainer.logger.save_dir=logs"], "--trainer.logger.save_dir: a sweep sets it"),
+        (["--densities", "0.1", "--trainer.logger.init_args.save_dir", "logs"], "save_dir: a sweep sets it"),
         (["--densities", "0.1", "--folder", "python/here"], "python"),
     ],
 )
