@@ -58,8 +58,8 @@ def test_what_the_readme_claims_is_in_the_rows():
     found, setting = rows("wide"), "60,000 images"
     readme = " ".join((page.DOCS.parent / "README.md").read_text().split())
     said = re.search(
-        r"Trained with (\d+) % of the operations of dense training, .* distance of (\S+) on Fashion-MNIST \((\d) seeds\), "
-        r"the dense generator (\S+) \((\d) seeds?\)",
+        r"Trained with (\d+) % of the operations of dense training, .* distance of (\S+) on Fashion-MNIST "
+        r"\((\d) seeds\), the dense generator (\S+) \((\d) seeds?\)",
         readme,
     )
     sparse, dense = of(found, setting, "DDST relaxed", 0.1), of(found, setting, "dense", 1.0)
