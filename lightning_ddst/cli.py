@@ -32,6 +32,7 @@ from lightning_ddst.report.sweep_command import sweep
 from lightning_ddst.utils.checkpoints import AtomicCheckpointIO, describe_error
 from lightning_ddst.utils.command_line import DEBUG, OneLineParser, describe_expected, fail
 from lightning_ddst.utils.configurations import check_classes, find_missing_files, option_values, read_yaml
+from lightning_ddst.utils.run_folders import NewRunFolders
 from lightning_ddst.utils.shell_completion import SHELLS, completion_script
 from lightning_ddst.utils.suggestions import did_you_mean
 
@@ -130,6 +131,20 @@ class SparseGANParser(OneLineParser, LightningArgumentParser):
 
 class SparseGANCLI(LightningCLI):
     """A LightningCLI with the arguments of `DynamicSparsityCallback` under ``sparsity``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._new_folders: NewRunFolders | None = None
+        try:
+            super().__init__(*args, **kwargs)
+        except Exception:
+            if self._new_folders is not None and not self.trainer.fit_loop.epoch_loop.batch_progress.total.ready:
+                self._new_folders.remove_untrained()
+            raise
+
+    def before_fit(self) -> None:
+        """Notes which log folders are new: they are removed if the run ends with an error before its first batch."""
+        if self.trainer.is_global_zero:
+            self._new_folders = NewRunFolders(self.trainer.loggers)
 
     def setup_parser(self, add_subcommands: bool, *args: Any, **kwargs: Any) -> None:
         """Adds the parsers of other subcommands, for the help."""
