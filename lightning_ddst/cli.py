@@ -33,17 +33,41 @@ from lightning_ddst.report.sweep_command import sweep
 from lightning_ddst.utils.checkpoints import AtomicCheckpointIO, describe_error
 from lightning_ddst.utils.command_line import DEBUG, OneLineParser, describe_expected, fail
 from lightning_ddst.utils.configurations import check_classes, find_missing_files, option_values, read_yaml
+from lightning_ddst.utils.run_folders import NewRunFolders
+from lightning_ddst.utils.shell_completion import SHELLS, completion_script
 from lightning_ddst.utils.suggestions import did_you_mean
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 """The default configuration: DDST on handwritten digits."""
 CONFIGS = {path.stem: path for path in sorted(DEFAULT_CONFIG.parent.rglob("*.yaml"))}
 """The package's configurations by name; ``--config`` accepts these names and paths of files."""
+
+
+def completion(args: Sequence[str]) -> None:
+    """Prints a script with which a shell completes the command.
+
+    Args:
+        args: The command's arguments after ``completion``. An invalid one ends the process with an error message.
+    """
+    parser = OneLineParser(
+        prog="lightning-ddst completion",
+        description="Prints a script that completes the command's arguments in a shell.",
+        epilog='For this shell: eval "$(lightning-ddst completion bash)"',
+    )
+    parser.add_argument("shell", choices=SHELLS, help="the shell")
+    shell = parser.parse_args(list(args)).shell
+    try:
+        print(completion_script(capture_parser(make_cli, ["fit"]), shell, CONFIGS))
+    except ImportError as error:
+        parser.error(str(error))
+
+
 SUBCOMMANDS: dict[str, Callable[[Sequence[str]], object]] = {
     "plot": plot,
     "compare": compare,
     "sweep": sweep,
     "export": export,
+    "completion": completion,
 }
 """Subcommands next to LightningCLI's: functions of the arguments after the subcommand's name."""
 
@@ -114,6 +138,20 @@ class SparseGANParser(OneLineParser, LightningArgumentParser):
 
 class SparseGANCLI(LightningCLI):
     """A LightningCLI with the arguments of `DynamicSparsityCallback` under ``sparsity``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._new_folders: NewRunFolders | None = None
+        try:
+            super().__init__(*args, **kwargs)
+        except Exception:
+            if self._new_folders is not None and not self.trainer.fit_loop.epoch_loop.batch_progress.total.ready:
+                self._new_folders.remove_untrained()
+            raise
+
+    def before_fit(self) -> None:
+        """Notes which log folders are new: they are removed if the run ends with an error before its first batch."""
+        if self.trainer.is_global_zero:
+            self._new_folders = NewRunFolders(self.trainer.loggers)
 
     def setup_parser(self, add_subcommands: bool, *args: Any, **kwargs: Any) -> None:
         """Adds the parsers of other subcommands, for the help."""
