@@ -360,7 +360,9 @@ def prepare() -> None:
     """Makes this process ready for several runs."""
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    torch._dynamo.config.recompile_limit *= 8  # several GANs are compiled in one process
+    config = torch._dynamo.config  # several GANs are compiled in one process
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    setattr(config, limit, 8 * getattr(config, limit))
 
 
 def main() -> None:

@@ -79,6 +79,7 @@ def test_only_files_of_the_start_are_removed(tmp_path) -> None:
         *("notes.txt", "metrics.csv", "checkpoints/last.ckpt", "checkpoints/config.yaml"),
         f"events.out.tfevents.1.{socket.gethostname()}.{os.getpid() + 1}.0",
     ],
+    ids=["text", "metrics", "checkpoint", "in a folder", "another process"],
 )
 def test_a_folder_with_any_other_file_is_kept(other, tmp_path) -> None:
     folders = NewRunFolders([CSVLogger(tmp_path)])
