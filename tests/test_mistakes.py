@@ -97,9 +97,10 @@ FILES = {
 def run(monkeypatch, capsys, line: str) -> tuple[int, str]:
     """Runs the command; returns its status and what it wrote to stderr."""
     monkeypatch.setattr(sys, "argv", ["lightning-ddst", *line.split()])
-    with pytest.raises(SystemExit) as end, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        cli.main()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
     return end.value.code, capsys.readouterr().err
 
 
