@@ -190,7 +190,10 @@ RANDOM = "its images are random in evaluation mode, so they cannot be compared. 
     ("save", "part", "message", "output"),
     [
         ("onnx", Eigenvalues, f"for ONNX: {UNKNOWN}", "image"),
-        ("onnx", Branches, f"for ONNX: {BRANCH}", None),
+        pytest.param(
+            *("onnx", Branches, f"for ONNX: {BRANCH}", None),
+            marks=pytest.mark.skipif(torch.__version__ < "2.9", reason="the exporter's reason is an assertion of its own"),
+        ),
         ("program", Branches, f"as a program: {BRANCH}", None),
         ("program", Branches, f"as a program: {BRANCH}", "image"),
         ("onnx", Random, f"for ONNX: {RANDOM}", None),
