@@ -192,7 +192,7 @@ RANDOM = "its images are random in evaluation mode, so they cannot be compared. 
         ("onnx", Eigenvalues, f"for ONNX: {UNKNOWN}", "image"),
         pytest.param(
             *("onnx", Branches, f"for ONNX: {BRANCH}", None),
-            marks=pytest.mark.skipif(torch.__version__ < "2.9", reason="the exporter's reason is an assertion of its own"),
+            marks=pytest.mark.skipif(torch.__version__ < "2.9", reason="the exporter gives another reason"),
         ),
         ("program", Branches, f"as a program: {BRANCH}", None),
         ("program", Branches, f"as a program: {BRANCH}", "image"),
