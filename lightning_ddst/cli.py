@@ -112,7 +112,7 @@ class SparseGANParser(OneLineParser, LightningArgumentParser):
     """The parser of the command and of its subcommands for training."""
 
     subcommands: Any
-    """What `add_subcommands` returned."""
+    """The result of `add_subcommands`."""
 
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
         """Adds subcommands."""
@@ -290,6 +290,7 @@ def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
     """
     args = _with_default_config(_with_log_folder(_with_paths(args)), run)
     _check_configs(args)
+    epilog = _epilog()
     return SparseGANCLI(
         LightningModule,
         LightningDataModule,
@@ -301,10 +302,10 @@ def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
         parser_kwargs={
             "prog": "lightning-ddst",
             "description": _DESCRIPTION,
-            "epilog": _epilog(),
+            "epilog": epilog,
             "version": version("lightning-ddst"),
         }
-        | {name: {"usage": _usage(name), "epilog": _epilog()} for name in LightningCLI.subcommands()},
+        | {name: {"usage": _usage(name), "epilog": epilog} for name in LightningCLI.subcommands()},
         seed_everything_default=0,
         args=args,
         run=run,

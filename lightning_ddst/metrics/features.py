@@ -34,7 +34,7 @@ class FeatureExtractor(nn.Module):
     num_features: int
 
     weights_advice: ClassVar[str] = "Put the file of weights there"
-    """What to do where the file of `weights` is missing."""
+    """Advice in the message about a missing file of `weights`."""
 
     @classmethod
     def missing_files(cls, arguments: Mapping[str, Any]) -> list[tuple[str, str]]:
