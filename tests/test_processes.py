@@ -1,6 +1,7 @@
 """Compares training in two processes (tests/two_processes.py) with training in one."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,11 @@ NEEDS_FSDP2 = pytest.mark.skipif(not two_processes.FSDP2, reason="FSDP2 works on
 
 def run(folder, *cases):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{HERE}:{HERE.parent}",
+        "PYTHONFAULTHANDLER": "1",
+    }
     done = subprocess.run(
         [*command, str(HERE / "two_processes.py"), str(folder), *cases],
         env=environment,
@@ -29,12 +34,18 @@ def run(folder, *cases):
     return done.returncode, done.stdout + done.stderr
 
 
+def failure(printed):
+    """Returns what was printed from the first sign of a failure on: the process that fails second prints more."""
+    found = re.search(r"Traceback|terminate called|Fatal Python error", printed)
+    return printed[max(found.start() - 500, 0) :][:6000] if found else printed[-4000:]
+
+
 def results_of(folder, *cases):
     code, printed = run(folder, *cases)
 
     def result(case):
         files = [folder / case.replace(" ", "_") / f"{rank}.pt" for rank in (0, 1)]
-        assert all(file.exists() for file in files), printed[-4000:]
+        assert all(file.exists() for file in files), failure(printed)
         return [torch.load(file, weights_only=False) for file in files]
 
     result.code, result.printed = code, printed
@@ -163,7 +174,7 @@ def test_the_distance_is_that_of_all_processes_images(results):
 
 
 def test_every_case_ended_well(results):
-    assert results.code == 0, results.printed[-4000:]
+    assert results.code == 0, failure(results.printed)
 
 
 @pytest.mark.long

@@ -371,6 +371,8 @@ def main(folder: Path, names: list[str]) -> None:
             torch.save(result, own / f"{RANK}.pt")
             raise
         torch.save(result, own / f"{RANK}.pt")
+    # gloo's threads may hold the last reference to a tensor; one that drops it after Python's end aborts the process.
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -137,3 +137,4 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     folder = Path(sys.argv[1])
     torch.save(cases(2, folder) | {"recorded": recorded(2, folder)}, folder / f"{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()
