@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_ddst.sparsity.launches import all_finite, join, read, unjoin
+from lightning_ddst.sparsity.launches import all_finite, join, join_views, read, unjoin
 from lightning_ddst.sparsity.masked import MaskedNetwork
 from lightning_ddst.sparsity.sharding import copy_like, full_tensor, is_split, local_part
 from lightning_ddst.utils import distributed
@@ -45,7 +45,7 @@ def _averaged(averages: Mapping[str, Tensor], gradients: Mapping[str, Tensor], w
         return {}
     old, new = [averages[name] for name in gradients], list(gradients.values())
     if is_masked_at_end(new[0]):
-        before, now = join(old), join(new)
+        before, now = join_views(old), join_views(new)
         return dict(zip(gradients, unjoin(_lerp_finite(before, now, weight), new), strict=True))
     pairs = zip(old, new, strict=True)
     return {name: _lerp_finite(before, now, weight) for name, (before, now) in zip(gradients, pairs, strict=True)}
@@ -92,7 +92,7 @@ class DenseGradients:
         self._weights = network.weights
         self._incoming: dict[str, Tensor] = {}  # from a backward pass, or from torch.autograd.grad
         self._fresh: set[str] = set()  # weights whose incoming gradient will be all of parameter.grad
-        self._uncopied: list[str] = []  # weights whose parameter.grad is copied at the end of the backward pass
+        self._uncopied: set[str] = set()  # weights whose parameter.grad is copied at the end of the backward pass
         self._accumulated: dict[str, Tensor] = {}  # added to parameter.grad since it was cleared
         self._grads: dict[str, tuple[Tensor, int]] = {}  # parameter.grad after that, and its version
         self._kept: dict[str, Tensor] = {}  # from the last update, or the average
@@ -140,12 +140,14 @@ class DenseGradients:
             self._grads[name] = (parameter.grad, parameter.grad._version)
         if name in self._fresh:
             self._fresh.remove(name)
-            self._uncopied.append(name)
+            self._uncopied.add(name)
 
     def on_pass_end(self) -> None:
         """Records every ``parameter.grad`` at the end of a backward pass, before they are masked, if that was left."""
-        names, self._uncopied = self._uncopied, []
-        grads = {name: grad for name in names if (grad := self._weights[name].parameter.grad) is not None}
+        # In the order of the weights, in which an optimizer steps, so that they need not be joined again there.
+        parameters = {name: weight.parameter for name, weight in self._weights.items() if name in self._uncopied}
+        grads = {name: grad for name, parameter in parameters.items() if (grad := parameter.grad) is not None}
+        self._uncopied.clear()
         if not grads:
             return
         gradients = [grad.detach() for grad in grads.values()]

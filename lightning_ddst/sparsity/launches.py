@@ -18,6 +18,17 @@ def join(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
+def join_views(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns the entries of tensors in one dimension: a view if they lie as `unjoin` leaves them, else a copy."""
+    first, end = tensors[0], tensors[0].storage_offset()
+    for tensor in tensors:
+        same = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and tensor.is_contiguous()
+        if not same or tensor.dtype != first.dtype or tensor.storage_offset() != end:
+            return join(tensors)
+        end += tensor.numel()
+    return first.as_strided((end - first.storage_offset(),), (1,))
+
+
 def unjoin(joined: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Returns views of a tensor that `join` returned, of the shapes of the tensors."""
     parts = joined.split([tensor.numel() for tensor in tensors])

@@ -17,7 +17,7 @@ LIMITS = {
         PRUNES: (320, 6),
         AFTER + PRUNES: (5, 0),
         AVERAGE: (12, 0),
-        MOMENTUM: (24, 0),
+        MOMENTUM: (20, 0),
     },
     "channel": {
         ORDINARY: (553, 0),

@@ -8,7 +8,16 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_ddst.sparsity import MaskedNetwork, MaskEnforcer, select
-from lightning_ddst.sparsity.launches import all_finite, flip, invert, join, read, unjoin, zero_where_inactive
+from lightning_ddst.sparsity.launches import (
+    all_finite,
+    flip,
+    invert,
+    join,
+    join_views,
+    read,
+    unjoin,
+    zero_where_inactive,
+)
 from lightning_ddst.utils.devices import simulate_launch_bound
 
 INF = float("inf")
@@ -24,6 +33,25 @@ def test_joined_tensors_come_apart_in_their_shapes_also_if_they_were_stored_by_c
 
 
 @pytest.mark.usefixtures("every_device")
+@pytest.mark.parametrize(
+    ("order", "shares"),
+    [([0, 1, 2], True), ([1, 2], True), ([0, 2], False), ([1, 0, 2], False)],
+)
+def test_parts_that_lie_side_by_side_are_joined_without_a_copy(order, shares):
+    joined = torch.arange(9.0)
+    parts = unjoin(joined, [torch.empty(2, 2), torch.empty(3), torch.empty(1, 2)])
+    chosen = [parts[number] for number in order]
+    again = join_views(chosen)
+    assert again.tolist() == join(chosen).tolist()
+    assert (again.untyped_storage().data_ptr() == joined.untyped_storage().data_ptr()) is shares
+
+
+def test_parts_of_other_tensors_or_transposed_ones_are_copied():
+    first, second, square = torch.ones(2), torch.zeros(2), torch.arange(4.0).view(2, 2).t()
+    assert join_views([first, second]).tolist() == [1, 1, 0, 0]
+    assert join_views([square]).tolist() == [0, 2, 1, 3]
+
+
 def test_tensors_with_a_value_that_is_not_finite_are_found():
     values = [[1.0, -3e38], [0.0, float("nan")], [INF, 1.0], [-INF, 0.0], [-0.0, 2.0]]
     assert all_finite([torch.tensor(value) for value in values]).tolist() == [True, False, False, False, True]
