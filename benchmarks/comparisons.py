@@ -1,12 +1,13 @@
-"""What rows say: single numbers, and runs of one kind against those of another with the same seeds."""
+"""Reads numbers from rows, and compares two kinds of runs with the same seeds."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from rows import rows as rows_of
 from scipy.stats import t as student
-from studies import UNCONTROLLED
+from studies import UNCONTROLLED, WIDE
 
 Row = dict[str, Any]
 
@@ -27,7 +28,7 @@ def without_measuring(row: Row) -> float:
 
 
 def failed(row: Row) -> bool:
-    """Whether what it generates is hardly images."""
+    """Whether a run failed: its samples are hardly images."""
     return distance(row) > _FAILED
 
 
@@ -36,10 +37,22 @@ def mean_density(row: Row) -> float:
     return fmean(value for _, value in row["discriminator_density"])
 
 
+def settled(row: Row) -> list[float]:
+    """BR of a run's windows after its first 500 updates."""
+    return [value for update, value in row["balance_ratio"] if update > 500]
+
+
 def of(rows: Iterable[Row], setting: str, run: str, density: float) -> list[Row]:
     """The rows of a cell, by seed."""
     cell = [row for row in rows if (row["setting"], row["run"], row["density"]) == (setting, run, density)]
     return sorted(cell, key=lambda row: int(row["seed"]))
+
+
+def of_widths() -> list[Row]:
+    """Returns the rows of all widths, with settings "width 6", ...; width 24 is from the study "wide"."""
+    setting = next(iter(WIDE))
+    wide = [row | {"setting": "width 24"} for row in rows_of("wide") if row["setting"] == setting]
+    return [*rows_of("scaling"), *wide]
 
 
 def of_run(rows: Iterable[Row], run: str) -> list[Row]:
@@ -103,7 +116,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """In words."""
+        """The result in words."""
         if self.interval is None:
             return "too few cells" if self.cells > 1 else "too few seeds"
         low, high = self.interval

@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Sequence
 from math import ceil
 from pathlib import Path
+from statistics import fmean
 
-from comparisons import Comparison, Row, distance, flops, geometric_mean, of, of_run
+from comparisons import Comparison, Row, distance, flops, geometric_mean, mean_density, of, of_run, of_widths, settled
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -12,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 from rows import rows
-from studies import BAND, CLAIMS, FASHION, METHODS, WIDE, WIDE_RUNS
+from studies import BAND, CLAIMS, FASHION, METHODS, SCALED_RUNS, SIZES, WIDE, WIDE_RUNS
 
 from lightning_ddst.report import plots
 
@@ -105,6 +106,45 @@ def wide(found: Sequence[Row]) -> Figure:
     return _panels(
         found, [(setting, density) for density in _densities(found, setting)], WIDE_RUNS, height=3.3, one_scale=True
     )
+
+
+def widths(found: Sequence[Row]) -> Figure:
+    """Draws quality and BR over the size of the networks, for generators at 5 and 10 %."""
+    figure = Figure(figsize=(8, 6.2), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True, sharey="row")
+    for (top, bottom), density in zip(axes.T, (0.05, 0.1), strict=True):
+        bottom.axhspan(*BAND, color=GRAY, alpha=0.25, linewidth=0)
+        for run in SCALED_RUNS:
+            color, marker = _LOOKS[run]
+            cells = {width: of(found, f"width {width}", run, density) for width in SIZES}
+            trained = [width for width, cell in cells.items() if cell]
+            for ax, value in ((top, distance), (bottom, lambda row: fmean(settled(row)))):
+                each = [(width, value(row)) for width in trained for row in cells[width]]
+                ax.scatter(*zip(*each, strict=True), 14, color, marker, alpha=0.6, linewidths=0)
+                means = [geometric_mean(map(value, cells[width])) for width in trained]
+                ax.plot(trained, means, color=color, marker=marker, ms=8)
+        top.set_title(f"generator at {density:.0%}")
+        top.set_yscale("log")
+        top.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        top.yaxis.set_minor_formatter(NullFormatter())
+        bottom.set_xscale("log")
+        bottom.set_xticks(list(SIZES), [_active(found, width, density) for width in SIZES])
+        bottom.xaxis.set_minor_formatter(NullFormatter())
+        bottom.tick_params(axis="x", which="minor", length=0)
+    axes[0, 0].set_ylabel("Frechet distance (log), lower is better")
+    axes[1, 0].set_ylabel("BR after 500 updates")
+    figure.supxlabel("width; active weights of the generator, and of DDST's discriminator in the mean", fontsize=10)
+    figure.legend(handles=_key(SCALED_RUNS), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _active(found: Sequence[Row], width: int, density: float) -> str:
+    """Returns a width, and the active weights of a generator and of DDST's discriminator."""
+    generator, discriminator = SIZES[width]
+    cell = of(found, f"width {width}", "DDST relaxed", density)
+    active = f"{discriminator * fmean(map(mean_density, cell)):,.0f}" if cell else "?"
+    return f"{width}\n{generator * density:,.0f}\n{active}"
 
 
 def _densities(found: Sequence[Row], setting: str) -> list[float]:
@@ -204,6 +244,7 @@ def write(folder: Path) -> None:
         ("pareto", pareto, found),
         ("balance", balance, found),
         ("wide", wide, rows("wide")),
+        ("widths", widths, of_widths()),
     )
     for name, draw, of_study in drawn:
         with plots.plot_style():

@@ -32,11 +32,11 @@ SERIES = {
     "balance/alpha": "alpha",
     "balance/beta": "beta",
 }
-"""What a row keeps of what a run logged: generator updates with a value at each."""
+"""Names in a row of the logged series: pairs of generator updates and a value."""
 
 
 def key(row: dict[str, Any]) -> tuple[str, str, float, int]:
-    """Of the cell that a row is of."""
+    """Returns the key of a row's cell."""
     return row["setting"], row["run"], row["density"], row["seed"]
 
 
@@ -71,7 +71,7 @@ def train(cell: Cell, work: Path) -> dict[str, Any]:
 
 
 def kept(logged: dict[str, Points]) -> dict[str, list[tuple[int, float]]]:
-    """What a row keeps, to five digits."""
+    """Returns the series that a row keeps, to five digits."""
     found = {}
     for prefix, name in SERIES.items():
         for logged_as, points in logged.items():

@@ -61,7 +61,7 @@ WAIT = {
 """Operations that return a number, or a tensor whose size depends on values, or look whether they converged."""
 TO_THE_HOST = {Tensor.tolist, Tensor.cpu, Tensor.numpy, Tensor.__array__}
 FROM_THE_HOST = {torch.tensor, torch.as_tensor}
-"""Where a device is given, they wait for the copy of pageable memory."""
+"""Operations that wait for a copy of pageable memory if a device is given."""
 FEW_TENSORS = (110, 64, 48, 36, 30)
 """Tensors that one kernel of a `_foreach` operation takes, by its number of lists, from 1."""
 

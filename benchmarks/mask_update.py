@@ -1,4 +1,4 @@
-"""What a mask update costs, against a dense training step, other implementations, and the memory's bandwidth.
+"""Compares a mask update with a dense training step, other implementations, and the memory's bandwidth.
 
     python benchmarks/mask_update.py [--authors CLONE] [--rigl-torch CLONE] [--sparsimony CLONE] [--millions 1 10 100]
         [--accelerator gpu]

@@ -1,4 +1,4 @@
-"""What DDST costs while training: the mean step time with the callback, against the same GAN without it.
+"""Measures the cost of DDST in training: the mean step time with the callback over that of the same GAN without it.
 
     OMP_NUM_THREADS=1 python benchmarks/overhead.py [--authors CLONE] [--steps 1 5] [--updates 1000]
     OMP_NUM_THREADS=1 python benchmarks/overhead.py --kinds [--changes 20]
@@ -212,7 +212,7 @@ class Setting:
 
     @property
     def unusual(self) -> list[str]:
-        """What is not as usual, for the page."""
+        """Returns the unusual settings, for the page."""
         named = [self.pair, self.accelerator, self.precision, *(["compiled"] if self.compiled else [])]
         return [name for name in named if name not in ("small", *USUAL)]
 

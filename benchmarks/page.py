@@ -25,6 +25,8 @@ from comparisons import (
     mean_density,
     of,
     of_run,
+    of_widths,
+    settled,
     without_measuring,
 )
 from grid import key
@@ -39,8 +41,11 @@ from studies import (
     FASHION,
     FIXED,
     METHODS,
+    SCALED_RUNS,
+    SIZES,
     STUDIES,
     WIDE,
+    WIDE_ABLATIONS,
     WIDE_RUNS,
 )
 
@@ -52,7 +57,7 @@ def percent(value: float) -> str:
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """In Markdown."""
+    """Returns a table in Markdown."""
     lines = [list(head), ["---"] * len(head), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -71,7 +76,7 @@ def with_seeds(cell: Sequence[Row]) -> str:
 
 
 CONTROLLED = ("DDST auto", "DDST relaxed")
-"""That follow BR."""
+"""Runs that use BR."""
 
 
 def claim(study: str) -> str:
@@ -97,7 +102,7 @@ def claim(study: str) -> str:
 
 
 BESIDE = ("ramp", "ramp to 0.5", *CONTROLLED)
-"""What every kind of run is compared with."""
+"""The runs that every kind of run is compared with."""
 
 
 def overall(least: float = 0.0) -> str:
@@ -141,7 +146,7 @@ def wide_in_short() -> str:
 
 
 def again() -> str:
-    """How runs came out that were trained again, with another version of PyTorch on another machine."""
+    """Compares runs that were trained again, with another version of PyTorch on another machine."""
     now = {key(row): row for row in (*rows("fashion"), *rows("floors"))}
     pairs = [(row, now[key(row)]) for row in rows("versions") if key(row) in now]
     logs = [math.log(distance(later) / distance(earlier)) for earlier, later in pairs]
@@ -154,7 +159,7 @@ def again() -> str:
 
 
 def quality(study: str, settings: Sequence[str]) -> str:
-    """What a study has, by setting and density; below the table what is missing."""
+    """Returns the results of a study by setting and density, and below the table the runs that are missing."""
     found = rows(study)
     wanted = Counter((cell.setting, cell.density, cell.run) for cell in STUDIES[study]())
     runs = ["dense", *METHODS]
@@ -215,8 +220,20 @@ def ablation() -> str:
     return table(["changed", "seeds", "distance", "training FLOPs", "distance relative to no change"], body)
 
 
+def wide_ablations() -> str:
+    """Returns DDST with one change, beside DDST of the study "wide" with the same seeds."""
+    found, setting, density = rows("wide_ablations"), next(iter(WIDE)), 0.05
+    ours = of(rows("wide"), setting, "DDST relaxed", density)
+    body = []
+    for run in WIDE_ABLATIONS:
+        if cell := of(found, setting, run, density):
+            cost = percent(fmean(map(flops, cell)))
+            body.append([run, with_seeds(cell), with_seeds(ours), cost, str(Comparison(cell, ours))])
+    return table(["changed", "distance", "without the change", "training FLOPs", "ratio"], body)
+
+
 def trials() -> str:
-    """What settings and variants were chosen by, on seeds that are in no other table."""
+    """Returns the trials that settings and variants were chosen by, on seeds of their own."""
     body = [
         [row["run"], str(row["seed"]), f"{distance(row):.1f}", percent(row["flops"]), f"`{row['command']}`"]
         for row in rows("trials")
@@ -225,7 +242,7 @@ def trials() -> str:
 
 
 def floors() -> str:
-    """Where the discriminator starts, for generators that are very sparse."""
+    """Compares first densities of the discriminator, for very sparse generators."""
     found, body = rows("floors"), []
     for setting, density, run in sorted({(row["setting"], row["density"], row["run"]) for row in found}):
         cell = of(found, setting, run, density)
@@ -252,6 +269,53 @@ def by_place(study: str) -> tuple[list[str], list[list[str]]]:
     return ["run", *(f"{setting}, {percent(density)}" for setting, density in places)], body
 
 
+def widths() -> str:
+    """Returns distance and BR by the width of the networks, with their active weights."""
+    found, (lower, upper), body = of_widths(), BAND, []
+    for width, density, run in product(SIZES, (0.05, 0.1), SCALED_RUNS):
+        if cell := of(found, f"width {width}", run, density):
+            generator, discriminator = SIZES[width]
+            windows = [value for row in cell for value in settled(row)]
+            body.append(
+                [
+                    str(width),
+                    f"{density * generator:,.0f} ({percent(density)})",
+                    run,
+                    f"{discriminator * fmean(map(mean_density, cell)):,.0f}",
+                    ", ".join(f"{distance(row):.1f}" for row in cell),
+                    percent(fmean(map(flops, cell))),
+                    f"{fmean(windows):.2f}",
+                    percent(fmean(lower <= value <= upper for value in windows)),
+                ]
+            )
+    head = [
+        "width",
+        "active weights of G",
+        "run",
+        "of D, in the mean",
+        "distance",
+        "FLOPs",
+        "BR",
+        "windows in the band",
+    ]
+    return table(head, body)
+
+
+def failures() -> str:
+    """Returns how many runs failed, by kind of run and study, and in which cells."""
+    found = {study: rows(study) for study in ("wide", "scaling", "fashion", "unbalanced")}
+    body = []
+    for run in BESIDE:
+        counts, places = [], {}
+        for study, each in found.items():
+            own = of_run(each, run)
+            bad = [row for row in own if failed(row)]
+            counts.append(f"{len(bad)} of {len(own)}" if own else "")
+            places |= dict.fromkeys(f"{row['setting']} at {percent(row['density'])} ({study})" for row in bad)
+        body.append([run, *counts, "; ".join(places) or "none"])
+    return table(["run", *found, "where"], body)
+
+
 def rules() -> str:
     """Ways of control, where the right discriminators differ."""
     found = rows("rules")
@@ -261,11 +325,6 @@ def rules() -> str:
         beside = Comparison(of_run(found, line[0]), ramps)
         line += ["", ""] if line[0] == "ramp" or not beside.pairs else [str(beside), f"x {beside.ratio_of(flops):.2f}"]
     return table([*head, "distance relative to the ramp", "FLOPs relative to the ramp"], body)
-
-
-def settled(row: Row) -> list[float]:
-    """BR of a run's windows after its first 500 updates."""
-    return [value for update, value in row["balance_ratio"] if update > 500]
 
 
 def balances() -> str:
@@ -355,7 +414,7 @@ def channel_trials() -> str:
 
 
 def short(value: float) -> str:
-    """To two digits at least."""
+    """Formats a number with two digits or more."""
     return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
@@ -489,7 +548,7 @@ def smaller() -> str:
 
 
 def origins() -> str:
-    """Where the rows are from: every kind of machine and set of versions once."""
+    """Lists the machines and versions that rows are from."""
     seen: dict[str, int] = {}
     for study in (
         *STUDIES,
@@ -540,6 +599,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "channel trials": channel_trials,
     "origins": origins,
     "rules": rules,
+    "controllers": lambda: table(*by_place("controllers")),
+    "wide ablations": wide_ablations,
+    "widths": widths,
+    "failures": failures,
 }
 
 

@@ -30,7 +30,7 @@ PEERS = ("authors", "rigl-torch", "sparsimony")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where the clones are; those that are not named are left out."""
+    """Folders of the clones; peers without one are left out."""
     for name in PEERS:
         parser.add_argument(f"--{name}", type=Path, metavar="CLONE", help=f"a clone of {name}'s repository")
 

@@ -35,7 +35,7 @@ def add(study: str, row: dict[str, Any]) -> None:
 
 
 def origin() -> dict[str, Any]:
-    """What every row says of where it is from."""
+    """Returns the versions, commit and machine that every row names."""
     return {
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "commit": commit(),
@@ -44,7 +44,7 @@ def origin() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of the repository, with "-dirty" where a file differs, but for results."""
+    """Returns the repository's commit, with "-dirty" if a file differs, results aside."""
     if "COMMIT" in os.environ:
         return os.environ["COMMIT"]
 

@@ -1,4 +1,4 @@
-"""What smaller layers gain in training: the mean step of the paper's SNGAN pair with masks of whole channels.
+"""Times a training step of the paper's SNGAN pair with masks of whole channels, over the dense step.
 
     OMP_NUM_THREADS=1 python benchmarks/smaller.py [--densities 0.1 0.3 0.5] [--steps 1 5] [--updates 20]
 

@@ -7,9 +7,9 @@ from itertools import product
 from lightning_ddst.balance import SIGNALS
 
 BAND = SIGNALS["balance_ratio"].bounds
-"""That DDST keeps BR in."""
+"""The bounds of BR that DDST uses."""
 DENSITIES = (0.1, 0.3, 0.05, 0.2, 0.5)
-"""Of the generator."""
+"""Densities of the generator."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Cell:
 
     @property
     def key(self) -> tuple[str, str, float, int]:
-        """What it is in its study."""
+        """Its key in the study."""
         return self.setting, self.run, self.density, self.seed
 
     @property
     def command(self) -> str:
-        """What trains it."""
+        """The command that trains it."""
         return f"lightning-ddst fit {self.options} --seed_everything {self.seed}"
 
 
@@ -88,11 +88,11 @@ METHODS: dict[str, str] = {
     "RigL, strong D, twice its learning rate": f"--config sdst_rigl_strong {_LEARNING_RATE} 2.0e-3",
 }
 FIXED = tuple(run for run in METHODS if "DDST " not in run and "ramp" not in run)
-"""Whose discriminator keeps its density."""
+"""Runs whose discriminator keeps its density."""
 UNCONTROLLED = ("dense", "static", "SET", "RigL", "ramp", "channels, a smaller pair")
-"""How the names of runs begin in which nothing depends on BR."""
+"""First words of the names of runs that do not use BR."""
 CLAIMS = tuple(METHODS)[:6]
-"""What the claim is judged by: DDST and what it has to be better than."""
+"""The runs that the claim is judged by: DDST and its competitors."""
 *EVERYWHERE, _ONCE = METHODS
 """All but the last: other learning rates are no better (the study "rates")."""
 
@@ -100,7 +100,7 @@ CLAIMS = tuple(METHODS)[:6]
 def _options(
     base: str, setting: str, run: str, density: float, matched: Mapping[tuple[str, float], float] = MATCHED
 ) -> str:
-    """Of a method in a setting."""
+    """Returns the options of a method in a setting."""
     method = METHODS[run].format(matched=matched.get((setting, density), ""))
     return f"{base} {method} --sparsity.generator_density {density}"
 
@@ -137,7 +137,7 @@ def fashion() -> list[Cell]:
 
 
 def matching() -> list[Cell]:
-    """Where DDST takes the discriminator, on a seed that is in no table of results: what `MATCHED` is from."""
+    """Returns trials that show the density that DDST reaches, which `MATCHED` is from, on a seed of their own."""
     large, few, *others = FASHION
     first, second, *rest = DENSITIES
     places = [(large, density) for density in rest] + [(setting, first) for setting in others]
@@ -202,9 +202,9 @@ RULES: dict[str, str] = {
     "brake, 0.75 to 0.9, steps of 0.02, BR every 5th update": _brake(0.75, 0.9, "true", 0.02, _SELDOM),
     "brake, 0.75 to 0.9, masks kept, BR every 5th update": _brake(0.75, 0.9, "false", more=_SELDOM),
 }
-"""Of control, that were tried."""
+"""Rules of control that were tried."""
 CANDIDATES = tuple(RULES)[:2]
-"""What it was between in the end."""
+"""The last two candidates."""
 
 
 def rules() -> list[Cell]:
@@ -224,7 +224,7 @@ RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 
 
 def rates() -> list[Cell]:
-    """Beside a sparse generator, with many images and with few, on seeds that choices were made by."""
+    """Returns runs with a sparse generator, with many images and with few, on the seeds of trials."""
     large, few, *_ = FASHION
     return [
         Cell(
@@ -242,7 +242,7 @@ UNBALANCED = {
     "D learns 4 times as fast": f"{_LEARNING_RATE} 4.0e-3",
     "D learns a quarter as fast": f"{_LEARNING_RATE} 2.5e-4",
 }
-"""What takes a GAN out of balance: what a plan made beforehand cannot know, and feedback should answer to."""
+"""Learning rates that unbalance a GAN: a fixed plan cannot know them, and feedback should answer them."""
 
 
 def unbalanced() -> list[Cell]:
@@ -268,10 +268,10 @@ ABLATIONS: dict[str, str] = {
     "optimizer state kept": "--sparsity.optimizer_state keep",
     "plain average": "--config benchmarks/plain_average.yaml",
 }
-"""What DDST relaxed is changed to."""
+"""Changes of DDST relaxed."""
 
 ESTIMATED = ("RigL, balanced D", "RigL, strong D")
-"""Whose BR is estimated in both ways: nothing depends on it, so the runs are the same."""
+"""Runs whose BR is estimated in both ways; nothing depends on it, so both runs are identical."""
 
 
 def ablations() -> list[Cell]:
@@ -341,9 +341,11 @@ def wide() -> list[Cell]:
     return rounds
 
 
-WIDTHS = (6, 12, 48)
-"""Widths of the study "scaling"; 24 is in the study "wide"."""
 SCALED_RUNS = ("DDST relaxed", "ramp to 0.5", "RigL, strong D", "DDST auto")
+
+
+SIZES = {6: (21174, 15126), 12: (72300, 60204), 24: (264408, 240216), 48: (1008048, 959664)}
+"""Maskable weights of generator and discriminator by width; the study "scaling" has all but 24, which "wide" has."""
 
 
 def scaling() -> list[Cell]:
@@ -357,7 +359,8 @@ def scaling() -> list[Cell]:
             seed,
             _options(f"{FASHION[large]} {_WIDTH.format(width)}", large, run, density),
         )
-        for width, seed, density, run in product(WIDTHS, range(2), (0.05, 0.1), SCALED_RUNS)
+        for width, seed, density, run in product(SIZES, range(2), (0.05, 0.1), SCALED_RUNS)
+        if width != 24
     ]
 
 
@@ -431,9 +434,9 @@ CHANNELS = {
     "channels": "--config ddst_relaxed --sparsity.granularity channel",
     "channels, a smaller pair": "--config static_balanced --sparsity.granularity channel",
 }
-"""What masks consist of; static and balanced, channels are a smaller pair of networks."""
+"""Granularities of masks. With static, balanced masks of channels the pair is simply a smaller one."""
 CHANNEL_RATES = (0.5, 0.2, 0.1, 0.05)
-"""Of exploration, that were tried on seeds of their own."""
+"""Drop fractions that were tried, on seeds of their own."""
 
 
 def channels() -> list[Cell]:
@@ -481,7 +484,7 @@ _IN_RUN = (
 
 
 def digits() -> list[Cell]:
-    """What `lightning-ddst fit` does without arguments, and the dense pair beside it."""
+    """Returns the run of `lightning-ddst fit` without arguments, and its dense baseline."""
     runs = (("DDST", 0.1, "ddst"), ("dense", 1.0, "dense"))
     return [Cell("digits", run, density, 0, f"{_IN_RUN} --sparsity.method {method}") for run, density, method in runs]
 
@@ -520,4 +523,4 @@ STUDIES: dict[str, Callable[[], list[Cell]]] = {
     "digits": digits,
     "densities": densities,
 }
-"""By name, the cells in the order of their rank."""
+"""The cells of every study by its name, in the order of their rank."""

@@ -103,7 +103,7 @@ class GrowsWithoutGap(Controller):
         return self._feedback.readings(balance)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was observed."""
+        """Returns the observed values."""
         return {"last": self._last, "highest": self._highest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -153,7 +153,7 @@ class Brake(Controller):
         return self._controller().readings(balance) if self._highest else {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What was observed."""
+        """Returns the observed values."""
         return {"last": self._last, "highest": self._highest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""How Sphinx makes the pages: ``sphinx-build -W docs site``."""
+"""Configuration of Sphinx: ``sphinx-build -W docs site``."""
 
 from functools import partial
 from importlib import metadata

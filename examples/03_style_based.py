@@ -30,7 +30,7 @@ class StyledConv(nn.Module):
 
 
 class Synthesis(nn.Module):
-    """From two styles to a picture; where they differ, styles are mixed."""
+    """Generates a picture from two styles; if they differ, styles are mixed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class StyleGAN(LightningModule):
         return self.G.synthesis(style, torch.where(mixed, other, style))
 
     def balance_scores(self, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Of real images and of generated ones: around a generator update, without gradients, on the same noise."""
+        """Scores real and generated images: around a generator update, without gradients, on the same noise."""
         real, _ = batch
         return self.D(real), self.D(self.generate(len(real)))
 

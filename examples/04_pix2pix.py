@@ -57,7 +57,7 @@ class Pix2Pix(LightningModule):
         return self.D(torch.cat([source, image], 1))
 
     def balance_scores(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Of real pairs and of generated ones: around a generator update, without gradients, on the same noise."""
+        """Scores real and generated pairs: around a generator update, without gradients, on the same noise."""
         source, target = batch["source"], batch["target"]
         return self.score(source, target), self.score(source, self.G(source))
 

@@ -16,7 +16,7 @@ from lightning_ddst.utils import distributed
 
 
 class KilledError(Exception):
-    """As if the process had died."""
+    """Stands for the death of the process."""
 
 
 class Kill(Callback):
@@ -43,7 +43,7 @@ class Signal(Callback):
 
 
 class History(Callback):
-    """What was trained on and logged, and the masks after every batch, by the number of the batch."""
+    """Records the data, logs and masks of every batch, by the number of the batch."""
 
     def __init__(self) -> None:
         self.batches: dict[int, tuple[Any, ...]] = {}

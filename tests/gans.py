@@ -27,7 +27,7 @@ DENSITY = 0.3
 
 
 class Generator(nn.Module):
-    """From noise, and labels if there are classes, to anything of a shape."""
+    """Generates tensors of a shape from noise, and labels if there are classes."""
 
     def __init__(self, shape: tuple[int, ...] = IMAGE, classes: int = 0) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Generator(nn.Module):
 
 
 class Translator(nn.Module):
-    """From image to image."""
+    """Generates an image from an image."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -51,7 +51,7 @@ def equal(ones, others):
 
 
 def assert_consistent(sparse):
-    """What must hold at any time."""
+    """Checks what must always hold."""
     assert all(sparse.parameters[name] is weight.parameter for name, weight in sparse.weights.items())
     assert sparse.parameters.keys() == sparse.weights.keys() == sparse.masks.keys()
     assert sparse.layer_counts == {name: int(mask.sum()) for name, mask in sparse.masks.items()}

@@ -1,4 +1,4 @@
-"""Where the authors' code departs from what the paper defines: what it does, in a few lines, and what is done here.
+"""Differences between the authors' code and the paper: their code in a few lines, next to this package.
 
 `theirs_...` restates a rule of github.com/YiteWang/ADAPT in its effect; every test shows both results.
 """

@@ -25,7 +25,7 @@ DENSITIES = (0.1, 0.2, 0.3, 0.5)
 
 
 def sparsity_of(name):
-    """What a configuration says of sparsity."""
+    """Returns a configuration's settings of sparsity."""
     return yaml.safe_load(CONFIGS[name].read_text())["sparsity"]
 
 

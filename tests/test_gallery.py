@@ -215,7 +215,7 @@ class Counted(Callback):
 
 
 class Untracked(nullcontext):
-    """In the place of the counter's tracker of modules, which autograd.grad on an input of a module breaks."""
+    """Replaces the counter's tracker of modules, which autograd.grad on an input of a module breaks."""
 
     parents: ClassVar = {"Global"}
 

@@ -1,4 +1,4 @@
-"""On a GPU: updates do not wait for it, masks hold in every precision, and runs resume exactly."""
+"""Training on a GPU: updates do not wait for it, masks hold in every precision, and runs resume exactly."""
 
 import warnings
 from itertools import pairwise
@@ -62,7 +62,7 @@ class Waits(Callback):
 
 
 def waits(*callbacks: Callback, **settings: Any) -> Waits:
-    """Of a training of 40 updates of the generator."""
+    """Returns the results of 40 generator updates."""
     seed_everything(0, verbose=False)
     counted = Waits()
     trainer = toy_trainer(counted, *callbacks, epochs=10, accelerator="gpu", log_every_n_steps=1000, **settings)

@@ -1,4 +1,4 @@
-"""What the package says of itself, in all the places where it says it."""
+"""The package's description is the same in all places."""
 
 import re
 import sys

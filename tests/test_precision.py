@@ -98,7 +98,7 @@ def ddst(**arguments: Any) -> DynamicSparsityCallback:
 
 @dataclass
 class Watch(Callback):
-    """What a training does, seen from outside the callback."""
+    """Records a training from outside the callback."""
 
     sparsity: DynamicSparsityCallback
     wrong: list[str] = field(default_factory=list)
@@ -108,7 +108,7 @@ class Watch(Callback):
     balances: list[tuple[float, float]] = field(default_factory=list)
     masks: list[dict[str, Tensor]] = field(default_factory=list)
     grown: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    """By weight, the dense gradients that its mask grew by."""
+    """The dense gradients that masks grew by, by the weight's name."""
     steps: int = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

@@ -66,7 +66,7 @@ MOVES = {
 }
 """Decisions that each makes at least once."""
 FEW = ("between discriminator steps",)
-"""Where methods that change masks at the same moments as others are killed."""
+"""Kills of methods that change masks at the same updates as others."""
 
 
 @pytest.mark.parametrize(

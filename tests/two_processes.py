@@ -1,4 +1,4 @@
-"""What two processes do together; started by torchrun, results go to files that tests read.
+"""Cases that two processes train together; started by torchrun, results go to files that tests read.
 
 torchrun --standalone --nproc-per-node 2 tests/two_processes.py FOLDER
 """
@@ -96,7 +96,7 @@ def methods(folder: Path, **sparsity: Any) -> Any:
 
 
 class ExactGAN(ToyGAN):
-    """In double precision, without batch statistics, dropout or noise other than the batch's own."""
+    """A GAN in double precision, without batch statistics, dropout or noise other than the batch's own."""
 
     def __init__(self) -> None:
         super().__init__()

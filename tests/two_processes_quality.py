@@ -1,4 +1,4 @@
-"""What `SampleQuality` measures in two processes; started by torchrun, results go to files that a test reads.
+"""`SampleQuality` in two processes; started by torchrun, results go to files that a test reads.
 
 torchrun --standalone --nproc-per-node 2 tests/two_processes_quality.py FOLDER
 """
@@ -51,7 +51,7 @@ class Bars(quality.tqdm):
 
 
 def measured(processes: int, cache: Path | None = None, **loader: Any) -> Any:
-    """What is measured of a conditional GAN: of 31 images in batches of 4, so that nothing is divisible."""
+    """Measures a conditional GAN on 31 images in batches of 4, so that nothing is divisible."""
     seed_everything(0, verbose=False)
     gan = GANModule(
         SmallGenerator(image_size=8, channels=1, width=4, latent_dim=4, num_classes=3),
@@ -95,7 +95,7 @@ class WithoutSample(GANModule):
 
 
 def recorded(processes: int, folder: Path) -> Any:
-    """What is measured of a GAN without `sample` and validation, before and after a checkpoint of its first epoch."""
+    """Measures a GAN without `sample` and validation, before and after a checkpoint of its first epoch."""
     seed_everything(0, verbose=False)
     images = torch.rand(31, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 

@@ -16,7 +16,7 @@ STEPS, LATENT, SERIES = 8, 4, 2
 
 
 class Generator(nn.Module):
-    """From a noise vector for every step to a series."""
+    """Generates a series from a noise vector for every step."""
 
     def __init__(self) -> None:
         super().__init__()

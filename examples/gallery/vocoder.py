@@ -44,7 +44,7 @@ class ResidualBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """From a mel spectrogram to a waveform."""
+    """Generates a waveform from a mel spectrogram."""
 
     def __init__(self) -> None:
         super().__init__()

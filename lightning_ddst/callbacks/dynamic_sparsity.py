@@ -68,9 +68,9 @@ class DynamicSparsityCallback(RunDisplay, ActsInValidation):
 
     Add it to the Trainer of a GAN with manual optimization. It masks the weights of both networks (those of linear,
     convolutional, recurrent and attention layers, and of layers of your own: see `maskable_weights`), explores the
-    generator's mask, measures the balance ratio (BR) around generator updates, and resizes the discriminator's mask to
-    keep BR between two bounds ("Double Dynamic Sparse Training for GANs", 2022; "Balanced Training for Sparse GANs",
-    NeurIPS 2023, arXiv 2302.14670). Every interval counts generator updates.
+    generator's mask, measures the balance ratio (BR) around generator updates, and resizes the discriminator's mask by
+    BR ("Double Dynamic Sparse Training for GANs", 2022; "Balanced Training for Sparse GANs", NeurIPS 2023, arXiv
+    2302.14670). Every interval counts generator updates.
 
     Masks of single weights simulate unstructured sparsity: inactive weights are exactly 0, and dense kernels do the
     arithmetic. With masks of whole channels, training computes without the inactive ones.
@@ -89,15 +89,15 @@ class DynamicSparsityCallback(RunDisplay, ActsInValidation):
             have is rejected.
         signal: Signal that controls the discriminator's density: "balance_ratio", "real_sign" (the mean sign of its
             scores of real images, as in ADA), or a signal registered with `control_signal`.
-        bounds: Lower and upper bound of the signal; by default the signal's own, 0.45 and 0.55 for BR. "auto" takes
-            shares of the highest BR so far.
+        bounds: Lower and upper bound of the signal. "auto", the default with BR, takes shares of the highest BR so far;
+            the paper's bounds are 0.45 and 0.55. Other signals have default bounds of their own.
         min_discriminator_density: Lower limit of resizing. By default the smaller of the generator's density and the
             discriminator's at the start. (The paper uses 0.05. BR starts near 0, so the first decisions prune, and a
             discriminator that is too small to learn never grows again.)
         max_discriminator_density: Upper limit of resizing. 1, the default, is the paper's relaxed setting; below 1, the
             strict one, the discriminator explores at its maximum instead of growing.
-        delta: Density that a decision adds or removes. By default 0.05, the paper's; with bounds "auto" as much as
-            takes the whole run from the lower limit to the upper.
+        delta: Density that a decision adds or removes. By default a decision with bounds "auto" adds at most the step of
+            a straight line from the lower limit to the upper over the run; with two numbers it is 0.05, the paper's.
         interval: Generator updates between decisions on the discriminator. By default 1 % of the run's length; 100 in
             runs of less than 10,000, a tenth of runs of less than 1,000, and 1,000 if the length is unknown.
         explore_interval: Generator updates between explorations of the generator; by default half the default of

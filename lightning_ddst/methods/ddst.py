@@ -28,10 +28,11 @@ class DDST(ResizingMethod):
 
     Args:
         signal: Signal that controls the discriminator's density, a key of `lightning_ddst.balance.SIGNALS`.
-        bounds: Lower and upper bound of the signal; by default the signal's own, 0.45 and 0.55 for the balance ratio.
-            "auto" takes shares of the highest balance ratio so far.
-        delta: Density that a decision adds or removes, in (0, 1]; by default 0.05, the paper's, and with bounds "auto"
-            as much as takes the whole run from the lower limit to the upper.
+        bounds: Lower and upper bound of the signal. "auto", the default with the balance ratio, takes shares of its
+            highest value so far; the paper's bounds are 0.45 and 0.55. Other signals have default bounds of their own.
+        delta: Density that a decision adds or removes, in (0, 1]. By default a decision with bounds "auto" adds at most
+            the step of a straight line from the lower limit to the upper over the run; with two numbers it is 0.05, the
+            paper's.
         min_discriminator_density: Lower limit of resizing, in (0, 1]; by default the smaller of the generator's
             density and the discriminator's at the start.
         max_discriminator_density: Upper limit of resizing. 1 is the paper's relaxed setting; below 1, the strict
@@ -86,13 +87,15 @@ class DDST(ResizingMethod):
         if self.controller is not None:
             return deepcopy(self.controller)  # a controller remembers what it saw
         lowest, highest = self.lowest_densities["discriminator"], self.max_discriminator_density
-        if isinstance(self.bounds, str):
-            if self.bounds != "auto" or self.signal != "balance_ratio":
+        bounds = self.bounds
+        if bounds is None:
+            bounds = "auto" if self.signal == "balance_ratio" else SIGNALS[self.signal].bounds
+        if isinstance(bounds, str):
+            if bounds != "auto" or self.signal != "balance_ratio":
                 raise ValueError(
-                    f'bounds={self.bounds!r} with signal={self.signal!r} must be two numbers; only BR\'s can be "auto".'
+                    f'bounds={bounds!r} with signal={self.signal!r} must be two numbers; only BR\'s can be "auto".'
                 )
             return RelativeController((lowest, highest), self.delta)
-        bounds = SIGNALS[self.signal].bounds if self.bounds is None else self.bounds
         return DensityController(
             cast(tuple[float, float], tuple(bounds)),  # YAML gives a list
             DensityController.delta if self.delta is None else self.delta,

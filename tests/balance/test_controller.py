@@ -1,4 +1,4 @@
-"""From the balance ratio to the discriminator's density, along paths worked out by hand."""
+"""Decisions on the discriminator's density, along paths of BR worked out by hand."""
 
 import math
 import re
@@ -13,7 +13,7 @@ UNDECIDED = Balance(None, -0.1, 0.2, 0.0, 0.1, 8, "alpha = -0.1 +- 0.3")
 
 
 def balanced_at(ratio):
-    """What a window says; None for a ratio that is undecided."""
+    """Returns the balance of a window; a ratio of None is undecided."""
     return UNDECIDED if ratio is None else Balance(ratio, 1.0, ratio, 1.0, 0.0, 100, "")
 
 

@@ -46,7 +46,7 @@ def made():
 
 
 def from_state(network, state, *arguments):
-    """What a call from a state returns, the products that it takes, and the state afterwards."""
+    """Returns the result of a call from a state, the number of its products, and the state afterwards."""
     network.load_state_dict(state)
     with Products() as products, torch.no_grad():
         returned = network(*arguments)

@@ -17,7 +17,7 @@ ALPHA_4_BETA_1 = (3.0, -1.0, 0.0)
 
 
 def measurement(scores):
-    """What a probe gives for a single real image."""
+    """Returns the scores of a probe with a single real image."""
     scores = torch.as_tensor(scores)
     return torch.cat([scores, scores[:1].sign()])
 

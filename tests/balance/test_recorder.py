@@ -1,4 +1,4 @@
-"""What is recorded of a GAN's calls: D(x) = x w' on G(z) = z A', of two pixels."""
+"""The recorded calls of a GAN with two pixels: D(x) = x w' on G(z) = z A'."""
 
 import copy
 import weakref

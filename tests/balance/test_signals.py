@@ -5,7 +5,14 @@ import torch
 from toys import trained
 
 from lightning_ddst import DynamicSparsityCallback
-from lightning_ddst.balance import SIGNALS, Balance, BalanceWindow, DensityController, control_signal
+from lightning_ddst.balance import (
+    SIGNALS,
+    Balance,
+    BalanceWindow,
+    DensityController,
+    RelativeController,
+    control_signal,
+)
 
 BALANCE = Balance(0.25, 4.0, 1.0, 3.0, -1.0, 8, "", real_sign=0.5)
 
@@ -55,11 +62,17 @@ def test_unknown_signals_are_rejected_with_those_that_exist():
         DynamicSparsityCallback(0.1, signal="brr")
 
 
-def test_bounds_are_the_signals_own_by_default():
+def test_other_signals_have_bounds_of_their_own_by_default():
     sparsity = DynamicSparsityCallback(0.25, signal="real_sign", interval=10, probe_interval=1)
     trained(sparsity)
     assert controller_of(sparsity) == DensityController((0.5, 0.7), 0.05, 0.25, 1.0, "real_sign")
-    assert controller_of(DynamicSparsityCallback(0.25)) == DensityController((0.45, 0.55), 0.05, 0.25)
+
+
+def test_bounds_follow_the_balance_ratio_by_default():
+    by_default, auto = (controller_of(DynamicSparsityCallback(0.25, **given)) for given in ({}, {"bounds": "auto"}))
+    assert isinstance(by_default, RelativeController)
+    assert vars(by_default) == vars(auto)
+    assert by_default.decide(BALANCE, 0.25, share=0.1).density == 0.325  # 0.25 to 1 in ten steps
 
 
 def controller_of(sparsity):

@@ -18,7 +18,7 @@ from lightning_ddst.balance import Balance, RelativeController
 
 
 def balanced_at(ratio: float | None) -> Balance:
-    """What a window says; None for a ratio that is undecided."""
+    """Returns the balance of a window; a ratio of None is undecided."""
     return Balance(ratio, 1.0, ratio or 0.0, 1.0, 0.0, 100, "" if ratio is not None else "alpha is near 0")
 
 

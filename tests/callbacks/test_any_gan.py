@@ -252,7 +252,7 @@ class Augmented(GAN):
 
 
 class Restoration(GAN):
-    """From a degraded image to a clean one, by an L1 and an adversarial part; both are in the batch."""
+    """Restores a degraded image, with an L1 and an adversarial loss; the batch has both images."""
 
     arguments: ClassVar = {"real": "clean"}
 
@@ -556,7 +556,7 @@ class StyleBased(GAN):
 
 
 class StyleBasedGeneratorFirst(StyleBased):
-    """At the first update the discriminator was called, but has neither stepped nor received a gradient."""
+    """Calls the discriminator before the first update, but neither steps it nor gives it a gradient."""
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         optimizer = self.optimizers()[0]
@@ -629,6 +629,8 @@ def test_weights_are_those_of_a_run_that_is_not_measured(pattern: type[GAN]) -> 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_ddst_runs_and_a_checkpoint_of_it_loads_without_the_package(pattern: type[GAN], tmp_path: Path) -> None:
     arguments: ClassVar = {"interval": 2, "explore_interval": 1, "probe_interval": 1} | pattern.arguments
+    if pattern is ConditionedOnTheInput:
+        arguments |= {"bounds": (0.45, 0.55)}  # by which its discriminator, which gets no gradients, never grows
     callback = DynamicSparsityCallback(DENSITY, DENSITY, "ddst", **arguments)
     seed_everything(0, verbose=False)
     gan = pattern()
@@ -668,7 +670,7 @@ class OfPairs(Restoration):
 
 
 class ChangedInPlace(GAN):
-    """What the generator returns is overwritten before it is scored."""
+    """Overwrites the generator's output before it is scored."""
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         (x, _), (g, d) = batch, self.optimizers()

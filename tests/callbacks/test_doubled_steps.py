@@ -1,4 +1,4 @@
-"""What docs/attach.md says of Lightning's counting of steps, with two a batch."""
+"""Lightning's counting of steps with two per batch, as in docs/attach.md."""
 
 from typing import Any
 

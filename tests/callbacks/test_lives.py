@@ -359,7 +359,7 @@ def test_weights_that_are_written_to_after_the_last_step_are_named():
             nn.init.ones_(self.discriminator[0].parametrizations.weight.original)
 
     with pytest.warns(UserWarning, match="after the last training step: .* of the discriminator: 0.parametrizations"):
-        fit(DynamicSparsityCallback(0.25), Averaged())
+        fit(DynamicSparsityCallback(0.25, method="sdst"), Averaged())
 
 
 def test_a_layer_that_comes_with_new_optimizers_is_named():

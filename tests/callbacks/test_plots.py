@@ -28,7 +28,7 @@ class ValidatedGAN(ToyGAN):
 
 @pytest.fixture
 def drawn(monkeypatch) -> list[tuple[int, dict]]:
-    """What would be drawn; single pixels are, to save time."""
+    """Records what would be drawn, and draws single pixels to save time."""
     calls = []
 
     def figures(series) -> dict:

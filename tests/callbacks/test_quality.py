@@ -66,7 +66,7 @@ def rng(seed: int = 0) -> torch.Generator:
 
 
 def batch_rng(seed: int, batch: int = 0) -> torch.Generator:
-    """Where the noise of one batch of samples comes from."""
+    """Returns the source of one batch's noise."""
     return rng(torch.randint(2**32, (batch + 1,), generator=rng(seed))[batch].item())
 
 
@@ -635,7 +635,7 @@ def flat() -> nn.Module:
 
 
 def cached(folder: Path, features: nn.Module | None = None, data: DataLoader | None = None, **arguments) -> tuple:
-    """What is measured, and how many images the features were made of."""
+    """Returns the measured values, and the number of images that features were computed for."""
     features = features or Logits()
     quality = SampleQuality(features, "toy", **({"metrics": METRICS, "cache": folder} | arguments))
     seed_everything(0, verbose=False)

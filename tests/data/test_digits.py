@@ -20,7 +20,7 @@ def test_the_images_and_labels() -> None:
 
 
 def how_often(batches: list) -> dict[int, int]:
-    """How often each digit was seen, by its place in the data; images that look alike count together."""
+    """Returns how often each digit was seen, by its index; identical images count together."""
     images, _ = digits().tensors
     places = {image.numpy().tobytes(): place for place, image in enumerate(images)}
     counts = dict.fromkeys(places.values(), 0)

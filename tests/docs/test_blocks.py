@@ -169,7 +169,7 @@ def quiet_trainer(**settings: Any) -> Any:
 
 @pytest.fixture
 def names(beside_a_run: Path) -> dict[str, Any]:
-    """What the pages speak of: a GAN of the reader's own, its data, and files of earlier runs."""
+    """Returns the names that pages assume: the reader's GAN, its data, and files of earlier runs."""
     gan, data = ToyGAN(), toy_data(2)
     quiet_trainer().fit(gan, data)
     torch.save({"state_dict": gan.state_dict(), "pytorch-lightning_version": "2.6.0"}, "dense.ckpt")

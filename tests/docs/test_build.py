@@ -19,7 +19,7 @@ COMMAND = "sphinx-build -W docs site"
 
 
 class DependencyGraph(HTMLParser):
-    """What a built page leads to, and where in it one may be led."""
+    """Returns the targets of a built page's links, and its own anchors."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What every registered method must do at every granularity; a new method is tested without a line."""
+"""The contract of every registered method at every granularity; a new method is tested without a new line."""
 
 from dataclasses import fields
 

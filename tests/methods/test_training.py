@@ -1,4 +1,4 @@
-"""What happens at every generator update of a tiny GAN that is trained by hand, without Lightning."""
+"""Every generator update of a tiny GAN that is trained by hand, without Lightning."""
 
 import io
 import math

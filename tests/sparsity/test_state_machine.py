@@ -349,7 +349,7 @@ class SparseTraining(RuleBasedStateMachine):
         return dict(zip(self.sparse.masks, allocate(shapes, density, self.options["distribution"]), strict=True))
 
     def floors(self, density=None):
-        """What pruning leaves each layer."""
+        """Returns the weights that pruning leaves in each layer."""
         counts = self.sparse.layer_counts
         if self.options["scope"] == "layer":
             return dict.fromkeys(counts, 1)
@@ -404,7 +404,7 @@ class SparseTraining(RuleBasedStateMachine):
         return sum(int(grown.sum()) for grown in sure.values()), unsure
 
     def untouched(self):
-        """What no change of the masks may change."""
+        """Checks what no change of the masks may change."""
         masked, shaped = self.sparse.masks.keys(), self.training.weight_state().values()
         values = self.training.network.state_dict().items()
         others = {name: value for name, value in values if name not in masked and not name.endswith(("_u", "_v"))}

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_ddst.attached.hooks import AttachedTraining
 from lightning_ddst.attached.options import RunOptions
 from lightning_ddst.attached.report import RunReport
-from lightning_ddst.balance import Decision
+from lightning_ddst.balance import Decision, RelativeController
 from lightning_ddst.callbacks._support.run_length import find_timer
 from lightning_ddst.methods import Method, Resize, SparseTraining
 from lightning_ddst.sparsity import GROWTH_RULES, LayerFlops
@@ -194,7 +194,9 @@ def hparams(
         "growth": next(name for name, rule in GROWTH_RULES.items() if rule == growth),  # or a copy of it
         "run_length": _length(trainer),
         "seed": torch.initial_seed() if options.seed is None else options.seed,
-        "sparsity.bounds": _text(getattr(method, "bounds", None) or getattr(controller, "bounds", None)),
+        "sparsity.bounds": "auto"
+        if isinstance(controller, RelativeController)
+        else _text(getattr(controller, "bounds", None)),
         "sparsity.delta": _text(getattr(method, "delta", None) or getattr(controller, "delta", None)),
         "sparsity.max_discriminator_density": float(
             getattr(method, "max_discriminator_density", final["discriminator"])

@@ -54,7 +54,7 @@ def training(method: Method, *decisions: tuple[int, str, float, str]) -> SimpleN
 
 
 def test_the_summary_lists_decisions_with_their_reasons() -> None:
-    method = DDST(generator_density=0.1)
+    method = DDST(generator_density=0.1, bounds=(0.45, 0.55))
     run = training(
         method,
         (300, "hold", 0.1, "BR 0.500 is within 0.45 to 0.55"),
@@ -98,7 +98,7 @@ def test_a_long_summary_drops_its_oldest_rows() -> None:
 
 
 def test_the_summary_explains_automatic_bounds() -> None:
-    method = DDST(generator_density=0.1, bounds="auto")
+    method = DDST(generator_density=0.1)
     run = training(method, (600, "grow", 0.15, "BR 0.600 is 97% of its highest level so far, 0.620"))
     words = summary_markdown(method, run)
     assert "after 10.0% at the start: grown once.\n" in words
@@ -143,7 +143,7 @@ def test_a_run_writes_its_summary_at_every_epochs_end(tmp_path) -> None:
 
 @pytest.mark.parametrize("method", ["ddst", "sdst", "ramp"])
 def test_every_chart_of_the_layout_has_what_it_shows(method: str, tmp_path) -> None:
-    sparsity = DynamicSparsityCallback(0.2, method=method, interval=5, explore_interval=5, probe_interval=1)
+    sparsity = DynamicSparsityCallback(0.2, method=method, interval=2, explore_interval=5, probe_interval=1)
     events = events_of(tmp_path, sparsity)
     (event,) = events.Tensors("custom_scalars__config__")
     page = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
@@ -199,8 +199,8 @@ def test_hyperparameters_are_shown_with_the_final_numbers(module, tmp_path) -> N
     assert settings["method"].string_value == "ddst"
     assert (settings["granularity"].string_value, settings["growth"].string_value) == ("weight", "gradient")
     assert settings["discriminator_density"].string_value == "0.2"
-    assert settings["sparsity.bounds"].string_value == "0.45 to 0.55"
-    assert settings["sparsity.delta"].string_value == "0.05"
+    assert settings["sparsity.bounds"].string_value == "auto"
+    assert settings["sparsity.delta"].string_value == ""
     assert settings["sparsity.max_discriminator_density"].number_value == 1
     assert (settings["seed"].number_value, settings["run_length"].string_value) == (0, "1 epoch")
     assert settings["other_settings"].string_value == "interval=5, explore_interval=5, probe_interval=1"

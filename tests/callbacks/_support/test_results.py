@@ -1,4 +1,4 @@
-"""What a fit leaves in ``results.json``."""
+"""The ``results.json`` of a fit."""
 
 import json
 import platform
