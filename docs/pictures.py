@@ -101,7 +101,7 @@ def first_look(dense: Images, sparse: Images, found: Sequence[Row]) -> Figure:
     for ax, images, title in zip(axes, (dense, sparse), ("dense generator", "10 % of its weights"), strict=False):
         _show(ax, tiled(images, 6, 4))
         ax.set_title(title)
-    quality_over_density(axes[2], found, _FASHION, {"DDST relaxed": "DDST"})
+    quality_over_density(axes[2], found, _FASHION, {"DDST auto": "DDST"})
     axes[2].set_title("quality over density")
     return for_both_modes(figure)
 
@@ -127,7 +127,7 @@ def gallery(by_density: dict[float, Images], real: Images, distances: dict[float
 def densities(found: Sequence[Row]) -> Figure:
     """Draws quality over density on digits, from rows of the study "densities"."""
     figure = _figure(7, 3.2)
-    quality_over_density(figure.subplots(), found, "digits", {"DDST": "DDST", "DDST auto": 'DDST, bounds="auto"'})
+    quality_over_density(figure.subplots(), found, "digits", {"DDST": "DDST", "DDST, paper's bounds": "DDST, paper's bounds"})
     return for_both_modes(figure)
 
 
@@ -331,7 +331,7 @@ def drawn(run: Path, work: Path) -> dict[str, Callable[[], Figure]]:
     def look() -> Figure:
         dense, sparse = (
             samples(work / f"{_FASHION.replace(',', '_').replace(' ', '_')}-{name}-0", 36)
-            for name in ("dense-1.0", "DDST_relaxed-0.1")
+            for name in ("dense-1.0", "DDST_auto-0.1")
         )
         return first_look(dense, sparse, rows("wide"))
 
