@@ -111,7 +111,7 @@ def wide(found: Sequence[Row]) -> Figure:
 def widths(found: Sequence[Row]) -> Figure:
     """Draws quality and BR over the size of the networks, for generators at 5 and 10 %."""
     figure = Figure(figsize=(8, 6.2), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True, sharey="row")
+    axes = figure.subplots(2, 2, sharex="col", sharey="row")
     for (top, bottom), density in zip(axes.T, (0.05, 0.1), strict=True):
         bottom.axhspan(*BAND, color=GRAY, alpha=0.25, linewidth=0)
         for run in SCALED_RUNS:
@@ -124,25 +124,22 @@ def widths(found: Sequence[Row]) -> Figure:
                 means = [geometric_mean(map(value, cells[width])) for width in trained]
                 ax.plot(trained, means, color=color, marker=marker, ms=8)
         top.set_title(f"generator at {density:.0%}")
-        top.set_yscale("log")
-        top.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        top.yaxis.set_minor_formatter(NullFormatter())
+        _log_scale(top)
         bottom.set_xscale("log")
         bottom.set_xticks(list(SIZES), [_active(found, width, density) for width in SIZES])
         bottom.xaxis.set_minor_formatter(NullFormatter())
         bottom.tick_params(axis="x", which="minor", length=0)
+        bottom.set_xlabel("width, active weights of G, mean active weights of D (DDST auto)")
     axes[0, 0].set_ylabel("Frechet distance (log), lower is better")
     axes[1, 0].set_ylabel("BR after 500 updates")
-    figure.supxlabel("width; active weights of the generator, and of DDST's discriminator in the mean", fontsize=10)
     figure.legend(handles=_key(SCALED_RUNS), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
 def _active(found: Sequence[Row], width: int, density: float) -> str:
-    """Returns a width, and the active weights of a generator and of DDST's discriminator."""
+    """Returns a width, and the active weights of a generator and of DDST auto's discriminator."""
     generator, discriminator = SIZES[width]
-    cell = of(found, f"width {width}", "DDST relaxed", density)
+    cell = of(found, f"width {width}", "DDST auto", density)
     active = f"{discriminator * fmean(map(mean_density, cell)):,.0f}" if cell else "?"
     return f"{width}\n{generator * density:,.0f}\n{active}"
 

@@ -45,7 +45,6 @@ from studies import (
     SIZES,
     STUDIES,
     WIDE,
-    WIDE_ABLATIONS,
     WIDE_RUNS,
 )
 
@@ -218,18 +217,6 @@ def ablation() -> str:
         beside = "" if run == "nothing" else str(Comparison(cell, ours))
         body.append([run, f"{len(cell)} of 3", values, cost, beside])
     return table(["changed", "seeds", "distance", "training FLOPs", "distance relative to no change"], body)
-
-
-def wide_ablations() -> str:
-    """Returns DDST with one change, beside DDST of the study "wide" with the same seeds."""
-    found, setting, density = rows("wide_ablations"), next(iter(WIDE)), 0.05
-    ours = of(rows("wide"), setting, "DDST relaxed", density)
-    body = []
-    for run in WIDE_ABLATIONS:
-        if cell := of(found, setting, run, density):
-            cost = percent(fmean(map(flops, cell)))
-            body.append([run, with_seeds(cell), with_seeds(ours), cost, str(Comparison(cell, ours))])
-    return table(["changed", "distance", "without the change", "training FLOPs", "ratio"], body)
 
 
 def trials() -> str:
@@ -600,7 +587,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "origins": origins,
     "rules": rules,
     "controllers": lambda: table(*by_place("controllers")),
-    "wide ablations": wide_ablations,
     "widths": widths,
     "failures": failures,
 }

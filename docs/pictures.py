@@ -127,7 +127,9 @@ def gallery(by_density: dict[float, Images], real: Images, distances: dict[float
 def densities(found: Sequence[Row]) -> Figure:
     """Draws quality over density on digits, from rows of the study "densities"."""
     figure = _figure(7, 3.2)
-    quality_over_density(figure.subplots(), found, "digits", {"DDST": "DDST", "DDST, paper's bounds": "DDST, paper's bounds"})
+    quality_over_density(
+        figure.subplots(), found, "digits", {"DDST": "DDST", "DDST, paper's bounds": "DDST, paper's bounds"}
+    )
     return for_both_modes(figure)
 
 

@@ -47,8 +47,11 @@ def collect_runs(places: Sequence[str | Path], report: Callable[[str], object]) 
                     found[folder.parent if folder.is_file() else folder] = read_results(folder)
                 except (OSError, ValueError) as error:
                     report(f"{folder} is left out: {first_line(error)}")
-            checkpoints = [Path(abspath(each.resumed_from)) for each in found.values() if each.resumed_from]
-            resumed = {folder for checkpoint in checkpoints for folder in checkpoint.parents}
+            resumed: set[Path] = set()
+            for folder, each in found.items():
+                own = Path(abspath(folder))
+                if each.resumed_from and own not in (above := Path(abspath(each.resumed_from)).parents):
+                    resumed.update(above)
             runs |= {folder: each for folder, each in found.items() if Path(abspath(folder)) not in resumed}
     if not runs:
         raise ValueError(f"no run in {', '.join(map(str, places))} can be read.")

@@ -5,9 +5,9 @@ from statistics import fmean
 
 import page
 import pytest
-from comparisons import Comparison, distance, failed, flops, geometric_mean, mean_density, of
+from comparisons import Comparison, distance, failed, flops, geometric_mean, mean_density, of, of_run, of_widths
 from rows import path, rows
-from studies import ESTIMATED, WIDE_RUNS
+from studies import ESTIMATED, UNBALANCED, WIDE_RUNS
 
 
 def row(seed, value, **more):
@@ -62,21 +62,32 @@ def test_what_the_readme_claims_is_in_the_rows():
         r"\((\d) seeds\), the dense generator (\S+) \((\d) seeds?\)",
         readme,
     )
-    sparse, dense = of(found, setting, "DDST relaxed", 0.1), of(found, setting, "dense", 1.0)
+    sparse, dense = of(found, setting, "DDST auto", 0.1), of(found, setting, "dense", 1.0)
     assert said.groups() == (
         f"{100 * fmean(map(flops, sparse)):.0f}",
         *(f"{geometric_mean(map(distance, sparse)):.1f}", str(len(sparse))),
         *(f"{geometric_mean(map(distance, dense)):.1f}", str(len(dense))),
     )
     for density in (0.05, 0.1):
-        cells = {run: of(found, setting, run, density) for run in WIDE_RUNS}
-        shared = set.intersection(*({row["seed"] for row in cell} for cell in cells.values()))
-        means = {
-            run: geometric_mean(distance(row) for row in cell if row["seed"] in shared) for run, cell in cells.items()
-        }
-        assert min(means, key=means.__getitem__) == "DDST relaxed"
+        means = {run: geometric_mean(map(distance, of(found, setting, run, density))) for run in WIDE_RUNS}
+        growing = [means[run] for run in ("DDST auto", "DDST relaxed", "ramp")]
+        assert max(growing) < min(mean for run, mean in means.items() if run.startswith("RigL"))
         assert max(means, key=means.__getitem__) == "RigL, balanced D"
-    assert not any(failed(row) for row in found if row["setting"] == setting and row["density"] >= 0.05)
+
+
+def test_the_default_failed_where_the_readme_says():
+    fast, slow = UNBALANCED
+    unbalanced = of_run(rows("unbalanced"), "DDST auto")
+    default = [*of_run(of_widths(), "DDST auto"), *of_run(rows("fashion"), "DDST auto")]
+    default += [row for row in unbalanced if row["setting"] == fast]
+    readme = (page.DOCS.parent / "README.md").read_text()
+    assert re.search(r"failed in none of (\d+) runs", readme)[1] == str(len(default))
+    assert not any(map(failed, default))
+    assert [failed(row) for row in unbalanced if row["setting"] == slow] == [True] * 3
+    assert sum(failed(row) for row in of(rows("unbalanced"), slow, "ramp", 0.1)) == 1
+    papers = of_run(rows("fashion"), "DDST relaxed")
+    assert {failed(row) for row in papers if row["density"] == 0.05} == {True}
+    assert not any(failed(row) for row in papers if row["density"] > 0.05)
 
 
 @pytest.mark.parametrize("study", ["fashion", "wide", "mask_update", "digits", "densities"])

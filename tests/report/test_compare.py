@@ -148,6 +148,11 @@ def unexpected(line: str) -> None:
     pytest.fail(line)
 
 
+def test_a_run_that_resumed_in_its_own_folder_is_kept(tmp_path) -> None:
+    write_results(tmp_path / "run", replace(RESULTS, resumed_from=str(tmp_path / "run" / "checkpoints" / "last.ckpt")))
+    assert list(collect_runs([tmp_path], print)) == [tmp_path / "run"]
+
+
 def test_of_the_runs_below_a_folder_those_that_were_resumed_are_left_out(logs) -> None:
     assert names_of(collect_runs([logs], unexpected)) == ["version_0", "version_2", "version_3"]
     assert names_of(collect_runs([logs / "version_1"], unexpected)) == ["version_1"]
