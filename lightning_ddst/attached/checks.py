@@ -240,10 +240,11 @@ def check_unchanged(pair: MaskedPair) -> None:
     Raises:
         RuntimeError: If a weight was replaced or added, or something else wrote into inactive ones; names it.
     """
+    held = {id(parameter) for parameter in pair.module.parameters()}
     for role, network in pair.networks.items():
         present = dict(network.network.named_parameters())
         for name, parameter in network.parameters.items():
-            if present.get(name) is not parameter:
+            if present.get(name) is not parameter or id(parameter) not in held:
                 raise RuntimeError(
                     f"the {role}'s weight {name!r} was replaced since it was masked, so its mask is of another "
                     "weight. Change layers before training starts."

@@ -10,7 +10,8 @@ from itertools import pairwise
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BatchSizeFinder, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import Adam
@@ -241,6 +242,40 @@ def test_the_new_length_counts_from_the_first_update_on(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("saves", "size", "updates"),
+    [
+        ("on_train_epoch_end", 16, 20 + 2 * 5),
+        ("on_train_epoch_end", 4, 20 + 2 * 20),
+        ("on_train_batch_end", 16, 20 + 2 * 5),
+        ("on_train_batch_end", 8, 40),
+        ("on_validation_end", 8, 40),
+    ],
+)
+def test_the_length_of_a_run_that_resumes_with_another_batch_size(saves, size, updates, tmp_path):
+    class Validated(ToyGAN):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    class Save(Callback):
+        def save(self, trainer, *args):
+            if trainer.fit_loop.total_batch_idx == 19:
+                trainer.save_checkpoint(tmp_path / "second.ckpt")
+
+    class Watch(Callback):
+        def on_train_batch_start(self, *args):
+            planned.append(sparsity.plan.updates)
+
+    setattr(Save, saves, Save.save)
+    planned = []
+    toy_trainer(DynamicSparsityCallback(0.25), Save(), epochs=2).fit(Validated(), toy_data(), toy_data(1))
+    sparsity = DynamicSparsityCallback(0.25)
+    trainer = toy_trainer(sparsity, Watch(), epochs=4)
+    trainer.fit(Validated(), toy_data(80 // size, size), toy_data(1), ckpt_path=tmp_path / "second.ckpt")
+    assert sparsity.generator_updates == updates
+    assert planned == [updates] * (updates - 20)
+
+
+@pytest.mark.parametrize(
     ("argument", "value"), [("interval", 7), ("explore_interval", 3), ("bounds", (0.1, 0.2)), ("growth", "random")]
 )
 def test_other_settings_take_effect_with_one_warning(argument, value, tmp_path):
@@ -304,7 +339,15 @@ def test_optimizers_made_anew_are_followed():
         assert not any(parameters[name][~mask].any() for name, mask in sparsity.masks(role).items())
 
 
-@pytest.mark.parametrize("change", ["added", "replaced", "written"])
+def test_a_network_that_is_replaced_between_two_fits_is_named():
+    sparsity = DynamicSparsityCallback(0.25)
+    gan = fit(sparsity)
+    gan.generator = ToyGAN().generator
+    with pytest.raises(RuntimeError, match=r"generator's weight '0\.weight' was replaced"):
+        fit(sparsity, gan)
+
+
+@pytest.mark.parametrize("change", ["added", "replaced", "written", "network"])
 def test_other_changes_stop_the_run_naming_the_weight(change):
     class Changing(ToyGAN):
         def on_train_epoch_end(self):
@@ -312,6 +355,9 @@ def test_other_changes_stop_the_run_naming_the_weight(change):
                 self.generator.add_module("late", nn.Linear(PIXELS, PIXELS))
             elif self.current_epoch == 1 and change == "replaced":
                 self.generator[0].weight = nn.Parameter(torch.ones(32, LATENT))
+            elif self.current_epoch == 1 and change == "network":
+                self.generator = ToyGAN().generator
+                self.trainer.strategy.setup_optimizers(self.trainer)
             elif self.current_epoch == 1:
                 with torch.no_grad():
                     self.generator[0].weight.add_(1)
@@ -341,6 +387,56 @@ def test_other_callbacks_that_write_weights_are_rejected(other):
     callback = other()
     with pytest.raises(ValueError, match=type(callback).__name__):
         toy_trainer(DynamicSparsityCallback(0.25), callback).fit(OneOptimizer(), toy_data())
+
+
+class Tuned(ToyGAN):
+    batch_size = 2
+
+    def train_dataloader(self):
+        return toy_data(40, self.batch_size)
+
+
+def test_a_run_starts_anew_after_a_tuner_has_tried_batch_sizes(tmp_path):
+    sparsity, gan = DynamicSparsityCallback(0.25, interval=5), Tuned()
+    trainer = toy_trainer(sparsity, default_root_dir=tmp_path)
+    Tuner(trainer).scale_batch_size(gan, steps_per_trial=3, max_trials=2)
+    assert sparsity.masks("generator") == {}
+    trainer.fit(gan)
+    assert sparsity.generator_updates == sparsity.measurements == 40
+    assert [update for update, _ in sparsity.decisions] == [5, 10, 15, 20, 25, 30, 35, 40]
+
+
+def test_a_run_starts_anew_after_a_callback_has_tried_batch_sizes(tmp_path):
+    sparsity, gan = DynamicSparsityCallback(0.25), Tuned()
+    finder = BatchSizeFinder(steps_per_trial=3, max_trials=2)
+    toy_trainer(sparsity, finder, GeneratorEMA(), default_root_dir=tmp_path).fit(gan)
+    assert sparsity.generator_updates == sparsity.plan.updates == 40
+
+
+def test_a_checkpoint_of_a_dense_run_is_rejected_with_a_tuner_too(tmp_path):
+    trainer = toy_trainer()
+    trainer.fit(Tuned())
+    trainer.save_checkpoint(tmp_path / "dense.ckpt")
+    sparsity = DynamicSparsityCallback(0.25)
+    with pytest.raises(ValueError, match="holds no masks"):
+        toy_trainer(sparsity, BatchSizeFinder(), epochs=2).fit(Tuned(), ckpt_path=tmp_path / "dense.ckpt")
+
+
+def test_a_lazy_layer_is_named():
+    gan = ToyGAN()
+    gan.generator[3] = nn.LazyLinear(PIXELS)
+    with pytest.raises(ValueError, match="Layer '3' is lazy"):
+        fit(DynamicSparsityCallback(0.25), gan)
+
+
+def test_a_module_may_have_extra_state_that_is_no_tensor():
+    class WithState(ToyGAN):
+        def get_extra_state(self):
+            return {"version": 2}
+
+    sparsity = DynamicSparsityCallback(0.25)
+    fit(sparsity, WithState())
+    assert sparsity.generator_updates == 20
 
 
 # ---- shared, split and frozen parameters ---------------------------------------------------------------
