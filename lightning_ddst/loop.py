@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ddst.attached.checks import check_method, check_settings, check_unchanged, check_unlimited
+from lightning_ddst.attached.checks import (
+    check_limits,
+    check_method,
+    check_settings,
+    check_unchanged,
+    check_unlimited,
+)
 from lightning_ddst.attached.hooks import AttachedTraining, check_attached
 from lightning_ddst.attached.options import RunOptions, given_arguments
 from lightning_ddst.attached.report import RunReport, new_series
@@ -363,6 +369,7 @@ class SparseLoop(RunDisplay):
             raise RuntimeError("load_state_dict was called inside step(batch).")
         check_attached("sparsify", state, _STATE_FORM)
         check_method(state, self.settings)
+        check_limits(state, self.settings)
         check_settings(state["settings"], self._options.arguments())
         if self._unmasked is not None:
             self._unmasked.restore()

@@ -88,6 +88,29 @@ def check_settings(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None
         distributed.warn(f"the run resumes with other settings: {words}.")
 
 
+def check_limits(state: Mapping[str, Any], method: Method) -> None:
+    """Checks that the discriminator's density in a checkpoint is within the limits of a method that has others.
+
+    Args:
+        state: The state returned by `AttachedTraining.state_dict`.
+        method: The method of the run that resumes.
+
+    Raises:
+        ValueError: If it is above the new maximum or below the new minimum.
+    """
+    density = state["networks"]["discriminator"]["target"]
+    lowest, highest = method.lowest_densities["discriminator"], getattr(method, "max_discriminator_density", 1.0)
+    for name, limit, outside in (
+        ("min_discriminator_density", lowest, density < lowest),
+        ("max_discriminator_density", highest, density > highest),
+    ):
+        if outside and getattr(method, name, None) != state["settings"].get(name):
+            raise ValueError(
+                f"{name}={limit}: the discriminator of the checkpoint has the density {density:g}, outside this limit. "
+                f"Resume with {name}={state['settings'].get(name)}, as before, or with a limit that allows it."
+            )
+
+
 def check_not_overwritten(overwritten: bool) -> None:
     """Checks that a module still has the weights of the last fit, to which its masks belong.
 

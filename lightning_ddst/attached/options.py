@@ -25,7 +25,7 @@ from lightning_ddst.sparsity.units import INITIAL, Initial
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.example_inputs import infer_inputs
 from lightning_ddst.utils.nested import Place
-from lightning_ddst.utils.networks import Name, SeveralParts, check_not_shared, find_network, prefix_in
+from lightning_ddst.utils.networks import Name, SeveralParts, check_not_shared, find_network, name_in, prefix_in
 from lightning_ddst.utils.validation import check_choice, plain_number
 
 METHOD_ARGUMENTS = (
@@ -232,13 +232,30 @@ class MeasuringOptions:
         check_choice("estimator", self.estimator, ESTIMATORS)
 
     def probe(self, pair: MaskedPair) -> BalanceProbe:
-        """Makes a probe that records both networks' calls, or calls the module's own `balance_scores`."""
+        """Makes a probe that records both networks' calls, or calls the module's own `balance_scores`.
+
+        Raises:
+            ValueError: If a network's calls must be recorded, and it is a container that cannot be called.
+        """
+        if not isinstance(pair.module, ScoresItself):
+            for role, masked in pair.networks.items():
+                _check_is_called(pair.module, role, masked.network)
         return BalanceProbe(
             pair.networks["generator"].network,
             pair.networks["discriminator"].network,
             real=self.real,
             discriminator_output=self.discriminator_output,
             module=pair.module if isinstance(pair.module, ScoresItself) else None,
+        )
+
+
+def _check_is_called(module: nn.Module, role: Role, network: nn.Module) -> None:
+    if type(network).forward is nn.Module.forward and not isinstance(network, SeveralParts):
+        name = name_in(module, network)
+        parts = [f"{name}.{part}" for part, _ in network.named_children()]
+        raise ValueError(
+            f"{role}={name!r} is a {type(network).__name__}, which is not called itself, so the balance ratio cannot "
+            f"be measured: name its parts, {role}={parts}."
         )
 
 

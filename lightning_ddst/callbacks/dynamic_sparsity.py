@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_ddst.attached.checks import (
+    check_limits,
     check_masks,
     check_not_overwritten,
     check_separate,
@@ -514,6 +515,7 @@ class DynamicSparsityCallback(RunDisplay, ActsInValidation):
         needs_masks = self._options.masking.initial_masks != "magnitude" and not restores_start(trainer, checkpoint)
         check_checkpoint(saved, self.state_key, self.settings, needs_masks=needs_masks)
         if state:
+            check_limits(state, self.settings)
             check_settings(state["settings"], self._options.arguments())
             with restoring(self.state_key):
                 check_masks(pl_module, self._options.masking.find_networks(pl_module), state["networks"])

@@ -229,7 +229,7 @@ def test_with_more_epochs_schedules_extend_over_the_new_length(method, tmp_path)
 
 
 def test_the_new_length_counts_from_the_first_update_on(tmp_path):
-    _, checkpoint = saved_run(tmp_path, method="ramp", interval=1)
+    _, checkpoint = saved_run(tmp_path, method="ramp", interval=1, max_discriminator_density=0.5)
     sparsity = DynamicSparsityCallback(0.25, method="ramp", interval=1, max_discriminator_density=0.5)
     densities = []
 
@@ -319,6 +319,26 @@ def test_other_masked_weights_are_rejected_before_training(argument, value, tmp_
     with pytest.raises(ValueError, match=f"{argument}=.*checkpoint"):
         fit(sparsity, epochs=4, ckpt_path=checkpoint)
     assert sparsity.generator_updates == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "argument", "value", "density"),
+    [
+        ({"method": "ramp", "max_discriminator_density": 0.5}, "max_discriminator_density", 0.4, 0.5),
+        ({"bounds": (0, 1e-9), "max_discriminator_density": 0.5}, "max_discriminator_density", 0.4, 0.5),
+        ({"bounds": (50, 60), "min_discriminator_density": 0.1}, "min_discriminator_density", 0.2, 0.1),
+        ({"bounds": (50, 60), "min_discriminator_density": 0.1}, "min_discriminator_density", None, 0.1),
+    ],
+)
+def test_limits_that_exclude_the_present_density_are_rejected(settings, argument, value, density, tmp_path):
+    settings = settings | {"interval": 1}
+    saved, checkpoint = saved_run(tmp_path, **settings)
+    assert saved.networks()["discriminator"].target == density
+    with pytest.raises(ValueError, match=f"{argument}=.* has the density {density}"):
+        fit(DynamicSparsityCallback(0.25, **settings | {argument: value}), epochs=4, ckpt_path=checkpoint)
+    resumed = DynamicSparsityCallback(0.25, **settings)
+    fit(resumed, epochs=4, ckpt_path=checkpoint)
+    assert resumed.generator_updates == 40
 
 
 # ---- a world that changes ------------------------------------------------------------------------------
