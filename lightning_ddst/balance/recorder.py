@@ -117,6 +117,9 @@ class CallRecorder:
             if isinstance(scored, Adversarial):
                 return scored
         name = ", ".join(_list_names(self._generator))
+        first_counts = "the generator returns several tensors, and the first counts as its images: return them first"
+        if not self.generated and self._calls.returns_several:
+            raise cannot_measure(f"the first output of the generator ({name}) has no gradients; {first_counts}")
         if not self.generated:
             raise cannot_measure(
                 f"no call of the generator ({name}) with gradients was seen since its "
@@ -134,7 +137,7 @@ class CallRecorder:
         shape = str(tuple(self.generated[-1].fake.shape))
         hint = ""
         if self._calls.returns_several:
-            hint = ". The generator returns several tensors, and the first counts as its images: return them first"
+            hint = f"; {first_counts}"
         elif shape in seen:
             hint = (
                 ". Another network may have made these images: name the networks that belong together. Or re-entrant "

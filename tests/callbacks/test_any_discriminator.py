@@ -783,6 +783,12 @@ class ImagesSecond(Usual):
         return self.generator.forward(z)["images"]
 
 
+class DetachedFirst(ImagesSecond):
+    class Networks(Generator):
+        def forward(self, z: Tensor) -> dict[str, Tensor]:
+            return {"norms": z.norm(dim=1), "images": super().forward(z)}
+
+
 class RescaledAndMoved(ChannelsLast):
     def real(self, batch: Any) -> Tensor:
         return 2 * super().real(batch) - 1
@@ -806,7 +812,8 @@ class RescaledAndMoved(ChannelsLast):
         (WrongShape, r"real=0 has the shape \(4, 1, 6, 6\) in the batch, and .* images of shape \(batch, 1, 4, 4\)"),
         (RescaledAndMoved, "changes the values of the batch's images"),
         (TakesADict, "called on arguments that are no tensors"),
-        (ImagesSecond, "The generator returns several tensors, and the first counts as its images: return them first"),
+        (DetachedFirst, r"first output of the generator \(Networks\) has no gradients; .*: return them first"),
+        (ImagesSecond, "the generator returns several tensors, and the first counts as its images: return them first"),
     ],
 )
 def test_the_first_update_says_what_is_needed(pattern: type[GAN], message: str) -> None:
