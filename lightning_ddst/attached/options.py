@@ -2,7 +2,7 @@
 
 import inspect
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
@@ -71,8 +71,12 @@ class MaskingOptions:
         check_choice("initial_masks", self.initial_masks, INITIAL)
         check_choice("regrown", self.regrown, REGROWN)
         check_choice("optimizer_state", self.optimizer_state, get_args(OptimizerState))
-        if isinstance(self.dense_layers, str):
+        if isinstance(self.dense_layers, str) or not isinstance(self.dense_layers, Collection):
             raise ValueError(f"dense_layers={self.dense_layers!r} must be a list of patterns.")
+        by_pattern = {"masked_parameters": self.masked_parameters, "layer_densities": self.units.get("layer_densities")}
+        for argument, given in by_pattern.items():
+            if not isinstance(given, Mapping | None):
+                raise ValueError(f"{argument}={given!r} must be a mapping from patterns.")
         for role, name in (("generator", self.generator), ("discriminator", self.discriminator)):
             parts = name if isinstance(name, Sequence) else (name,)
             if name is not None and not all(isinstance(part, str) for part in parts):
@@ -308,6 +312,8 @@ class RunOptions:
         masking = {field.name: arguments[field.name] for field in fields(MaskingOptions) if field.name != "units"}
         measuring = {field.name: arguments[field.name] for field in fields(MeasuringOptions)}
         intervals = {field.name: arguments[field.name] for field in fields(Intervals)}
+        if (stops := arguments["stop_on_divergence"]) not in (False, True):
+            raise ValueError(f"stop_on_divergence={stops!r} must be True or False.")
         seed = plain_number(arguments["seed"])
         if seed is not None and not isinstance(seed, int):
             raise ValueError(f"seed={seed!r} must be an integer.")
