@@ -116,6 +116,8 @@ def sparsify(
     if length is not None:
         check_count("length", length)
     check_count("log_every", log_every)
+    if not isinstance(optimizers, Iterable):
+        raise ValueError(f"optimizers must be a list of torch.optim.Optimizer, and is one {type(optimizers).__name__}.")
     given = list(optimizers)
     found = [unwrap_optimizer(optimizer) for optimizer in given]
     scaler = scaler or next(filter(None, (find_scaler(each) for each in given)), None)
