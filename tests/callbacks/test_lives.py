@@ -614,6 +614,26 @@ def test_a_layer_that_is_frozen_between_two_fits_keeps_its_mask():
     assert torch.equal(sparsity.masks("generator")["generator.0.weight"], mask)
 
 
+def test_a_layer_that_thaws_between_two_fits_is_named(tmp_path):
+    gan = ToyGAN()
+    gan.generator[0].requires_grad_(False)
+    sparsity = DynamicSparsityCallback(0.25)
+    trainer = toy_trainer(sparsity)
+    trainer.fit(gan, toy_data())
+    trainer.save_checkpoint(tmp_path / "frozen.ckpt")
+    gan.generator[0].requires_grad_(True)
+    for callback, ckpt_path in ((sparsity, None), (DynamicSparsityCallback(0.25), tmp_path / "frozen.ckpt")):
+        with pytest.raises(ValueError, match=r"none of '0\.weight': frozen, or not there"):
+            fit(callback, gan, ckpt_path=ckpt_path)
+    gan.generator[0].requires_grad_(False)
+    fit(sparsity, gan)
+    assert sparsity.generator_updates == 30
+    gan.generator[0].requires_grad_(True)
+    again = DynamicSparsityCallback(0.25, initial_masks="magnitude")
+    fit(again, gan)
+    assert again.networks()["generator"].maskable_share() == 1
+
+
 def test_a_network_that_is_frozen_as_a_whole_for_the_moment_is_masked():
     gan = ToyGAN()
     gan.discriminator.requires_grad_(False)
