@@ -92,6 +92,7 @@ class RunLength:
         loop = trainer.fit_loop
         is_under_way = loop.epoch_progress.current.ready > trainer.current_epoch
         done = loop.batch_idx + 1 if is_under_way else 0
+        done -= loop.total_batch_idx + 1 - self._last.batches  # batches without a generator update came after it
         return self._estimate(trainer, self._since, self._last, done)
 
     def _estimate(self, trainer: Trainer, since: _Progress, now: _Progress, done: int) -> bool:
@@ -152,8 +153,8 @@ def _extrapolate(trainer: Trainer, since: _Progress, now: _Progress, done: int) 
         trainer: The Trainer.
         since: The observation since which the rate counts.
         now: The last observation.
-        done: Number of batches done in the current epoch. Those of earlier epochs do not count: their loaders may have
-            had another batch size, or ended early.
+        done: Number of batches of the current epoch at that observation. Those of earlier epochs do not count: their
+            loaders may have had another batch size, or ended early.
     """
     made = now.updates - since.updates
     lengths = []
