@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from itertools import permutations
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 Name = str | Sequence[str]
 """Dotted name of a network in the module that holds it, or the names of its parts."""
@@ -165,6 +166,22 @@ def check_sample(callback: object, module: nn.Module) -> None:
         raise TypeError(
             f"{type(callback).__name__} needs {type(module).__name__}.sample(n, rng=...), as GANModule has it."
         )
+
+
+def draw_samples(module: nn.Module, n: int, rng: torch.Generator) -> Tensor:
+    """Returns the images of a module's method `sample`.
+
+    Raises:
+        TypeError: If it returns no tensor.
+        ValueError: If it returns another number of images.
+    """
+    images = module.sample(n, rng=rng)  # type: ignore[operator]
+    returned = f"{type(module).__name__}.sample({n}, rng=...) must return a tensor of {n} images, and returned"
+    if not isinstance(images, Tensor):
+        raise TypeError(f"{returned} {type(images).__name__}.")
+    if not images.dim() or len(images) != n:
+        raise ValueError(f"{returned} one of shape {tuple(images.shape)}.")
+    return images
 
 
 def _submodules(module: nn.Module) -> str:
