@@ -132,7 +132,7 @@ def _find_usual(module: nn.Module, role: str) -> dict[str, nn.Module]:
 
 
 def check_not_shared(networks: Mapping[Any, nn.Module]) -> None:
-    """Checks that the two networks share no parameter: it would have two masks, and both networks' updates.
+    """Checks that the two networks share no trained parameter: it would have two masks, and both networks' updates.
 
     Raises:
         ValueError: If they share one; names it in both.
@@ -140,10 +140,10 @@ def check_not_shared(networks: Mapping[Any, nn.Module]) -> None:
     (one, first), (other, second) = networks.items()
     names = {id(parameter): name for name, parameter in first.named_parameters()}
     for name, parameter in second.named_parameters():
-        if id(parameter) in names:
+        if parameter.requires_grad and id(parameter) in names:
             raise ValueError(
                 f"the {one}'s {names[id(parameter)]!r} is the {other}'s {name!r}: the networks cannot share a "
-                "parameter, which would have two masks and the updates of both."
+                "parameter, which would have two masks and the updates of both, unless it is frozen."
             )
 
 

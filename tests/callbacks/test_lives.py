@@ -469,6 +469,20 @@ def test_a_shared_layer_is_rejected_with_both_names():
         trained(DynamicSparsityCallback(0.25, method="static", probe_interval=None), gan=gan)
 
 
+def test_a_shared_layer_that_is_frozen_stays_as_it_is():
+    gan = ToyGAN()
+    encoder = nn.Linear(PIXELS, PIXELS).requires_grad_(False)
+    gan.generator.append(encoder)
+    gan.discriminator = nn.Sequential(encoder, nn.Linear(PIXELS, 1))
+    before = encoder.weight.clone()
+    sparsity = DynamicSparsityCallback(0.25)
+    fit(sparsity, gan)
+    assert torch.equal(encoder.weight, before)
+    assert sparsity.generator_updates == sparsity.measurements == 20
+    assert "generator.4.weight" not in sparsity.masks("generator")
+    assert "discriminator.0.weight" not in sparsity.masks("discriminator")
+
+
 def test_weights_that_are_written_to_after_the_last_step_are_named():
     class Averaged(ToyGAN):
         def on_train_end(self):
