@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ddst.attached.checks import check_method, check_settings, check_unchanged, check_unlimited
+from lightning_ddst.attached.checks import (
+    check_limits,
+    check_method,
+    check_settings,
+    check_unchanged,
+    check_unlimited,
+)
 from lightning_ddst.attached.hooks import AttachedTraining, check_attached
 from lightning_ddst.attached.options import RunOptions, given_arguments
 from lightning_ddst.attached.report import RunReport, new_series
@@ -110,6 +116,8 @@ def sparsify(
     if length is not None:
         check_count("length", length)
     check_count("log_every", log_every)
+    if not isinstance(optimizers, Iterable):
+        raise ValueError(f"optimizers must be a list of torch.optim.Optimizer, and is one {type(optimizers).__name__}.")
     given = list(optimizers)
     found = [unwrap_optimizer(optimizer) for optimizer in given]
     scaler = scaler or next(filter(None, (find_scaler(each) for each in given)), None)
@@ -363,6 +371,7 @@ class SparseLoop(RunDisplay):
             raise RuntimeError("load_state_dict was called inside step(batch).")
         check_attached("sparsify", state, _STATE_FORM)
         check_method(state, self.settings)
+        check_limits(state, self.settings)
         check_settings(state["settings"], self._options.arguments())
         if self._unmasked is not None:
             self._unmasked.restore()

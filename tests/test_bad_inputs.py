@@ -48,6 +48,12 @@ ARGUMENTS = [
     ({"initial_masks": "ones"}, "initial_masks='ones' .*random, magnitude"),
     ({"dense_layers": "Linear"}, "dense_layers='Linear' must be a list of patterns"),
     ({"layer_densities": {"Linear": 1.5}}, r"layer_densities\['Linear'\]=1.5 must be in \(0, 1\]"),
+    ({"bounds": 0.5}, "bounds=0.5 must be two numbers"),
+    ({"bounds": ("0.4", "0.5")}, r"bounds=\('0.4', '0.5'\) must be two numbers"),
+    ({"dense_layers": None}, "dense_layers=None must be a list of patterns"),
+    ({"layer_densities": [("Linear", 0.5)]}, r"layer_densities=\[\('Linear', 0.5\)\] must be a mapping"),
+    ({"masked_parameters": ["*.kernel"]}, r"masked_parameters=\['\*.kernel'\] must be a mapping"),
+    ({"stop_on_divergence": "no"}, "stop_on_divergence='no' must be True or False"),
     ({"bounds": (0.2, float("nan"))}, r"bounds=\(0.2, nan\) must be two numbers"),
 ]
 
@@ -91,6 +97,11 @@ FITS = [
     ),
     (ToyGAN(), {"dense_layers": ["generator.*"]}, "leaves nothing to mask"),
     (ToyGAN(), {"layer_densities": {"Conv2d": 0.5}}, "layer_densities: 'Conv2d' .* classes Linear"),
+    (
+        ToyGAN(),
+        {"masked_parameters": {"generator.*.bias": 0}},
+        r"masked_parameters\['generator.\*.bias'\]=0 .*give two",
+    ),
     (ToyGAN(), {"real": "target"}, "real='target' is no tensor in the batch; it holds"),
     (ToyGAN(), {"discriminator_output": "logits"}, "discriminator_output='logits' is no tensor .*returns"),
 ]

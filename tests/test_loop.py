@@ -636,7 +636,8 @@ def test_optimizers_and_networks_are_checked():
     generator, discriminator = ToyGAN().networks()
     first, second = (Adam(network.parameters()) for network in (generator, discriminator))
     before = copy.deepcopy([generator.state_dict(), discriminator.state_dict()])
-    for optimizers, message in (([first], "no optimizer updates"), ([first, second, "Adam"], "one is str")):
+    cases = (([first], "no optimizer updates"), ([first, second, "Adam"], "one is str"), (first, "is one Adam"))
+    for optimizers, message in cases:
         with pytest.raises(ValueError, match=message):
             sparsify(generator, discriminator, optimizers, length=20, **SETTINGS)
     with pytest.raises(ValueError, match=r"decay=1\.5"):

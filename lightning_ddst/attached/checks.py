@@ -88,6 +88,29 @@ def check_settings(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None
         distributed.warn(f"the run resumes with other settings: {words}.")
 
 
+def check_limits(state: Mapping[str, Any], method: Method) -> None:
+    """Checks that the discriminator's density in a checkpoint is within the limits of a method that has others.
+
+    Args:
+        state: The state returned by `AttachedTraining.state_dict`.
+        method: The method of the run that resumes.
+
+    Raises:
+        ValueError: If it is above the new maximum or below the new minimum.
+    """
+    density = state["networks"]["discriminator"]["target"]
+    lowest, highest = method.lowest_densities["discriminator"], getattr(method, "max_discriminator_density", 1.0)
+    for name, limit, outside in (
+        ("min_discriminator_density", lowest, density < lowest),
+        ("max_discriminator_density", highest, density > highest),
+    ):
+        if outside and getattr(method, name, None) != state["settings"].get(name):
+            raise ValueError(
+                f"{name}={limit}: the discriminator of the checkpoint has the density {density:g}, outside this limit. "
+                f"Resume with {name}={state['settings'].get(name)}, as before, or with a limit that allows it."
+            )
+
+
 def check_not_overwritten(overwritten: bool) -> None:
     """Checks that a module still has the weights of the last fit, to which its masks belong.
 
@@ -240,10 +263,11 @@ def check_unchanged(pair: MaskedPair) -> None:
     Raises:
         RuntimeError: If a weight was replaced or added, or something else wrote into inactive ones; names it.
     """
+    held = {id(parameter) for parameter in pair.module.parameters()}
     for role, network in pair.networks.items():
         present = dict(network.network.named_parameters())
         for name, parameter in network.parameters.items():
-            if present.get(name) is not parameter:
+            if present.get(name) is not parameter or id(parameter) not in held:
                 raise RuntimeError(
                     f"the {role}'s weight {name!r} was replaced since it was masked, so its mask is of another "
                     "weight. Change layers before training starts."

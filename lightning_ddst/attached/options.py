@@ -2,7 +2,7 @@
 
 import inspect
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
@@ -25,7 +25,7 @@ from lightning_ddst.sparsity.units import INITIAL, Initial
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.example_inputs import infer_inputs
 from lightning_ddst.utils.nested import Place
-from lightning_ddst.utils.networks import Name, SeveralParts, check_not_shared, find_network, prefix_in
+from lightning_ddst.utils.networks import Name, SeveralParts, check_not_shared, find_network, name_in, prefix_in
 from lightning_ddst.utils.validation import check_choice, plain_number
 
 METHOD_ARGUMENTS = (
@@ -71,8 +71,12 @@ class MaskingOptions:
         check_choice("initial_masks", self.initial_masks, INITIAL)
         check_choice("regrown", self.regrown, REGROWN)
         check_choice("optimizer_state", self.optimizer_state, get_args(OptimizerState))
-        if isinstance(self.dense_layers, str):
+        if isinstance(self.dense_layers, str) or not isinstance(self.dense_layers, Collection):
             raise ValueError(f"dense_layers={self.dense_layers!r} must be a list of patterns.")
+        by_pattern = {"masked_parameters": self.masked_parameters, "layer_densities": self.units.get("layer_densities")}
+        for argument, given in by_pattern.items():
+            if not isinstance(given, Mapping | None):
+                raise ValueError(f"{argument}={given!r} must be a mapping from patterns.")
         for role, name in (("generator", self.generator), ("discriminator", self.discriminator)):
             parts = name if isinstance(name, Sequence) else (name,)
             if name is not None and not all(isinstance(part, str) for part in parts):
@@ -232,13 +236,31 @@ class MeasuringOptions:
         check_choice("estimator", self.estimator, ESTIMATORS)
 
     def probe(self, pair: MaskedPair) -> BalanceProbe:
-        """Makes a probe that records both networks' calls, or calls the module's own `balance_scores`."""
+        """Makes a probe that records both networks' calls, or calls the module's own `balance_scores`.
+
+        Raises:
+            ValueError: If a network's calls must be recorded, and it is a container that cannot be called.
+        """
+        if not isinstance(pair.module, ScoresItself):
+            for role, masked in pair.networks.items():
+                _check_is_called(pair.module, role, masked.network)
         return BalanceProbe(
             pair.networks["generator"].network,
             pair.networks["discriminator"].network,
             real=self.real,
             discriminator_output=self.discriminator_output,
             module=pair.module if isinstance(pair.module, ScoresItself) else None,
+        )
+
+
+def _check_is_called(module: nn.Module, role: Role, network: nn.Module) -> None:
+    forward = getattr(network.forward, "__func__", None)  # not that of the class, which a compiled module replaces
+    if forward is nn.Module.forward and not isinstance(network, SeveralParts):
+        name = name_in(module, network)
+        parts = [f"{name}.{part}" for part, _ in network.named_children()]
+        raise ValueError(
+            f"{role}={name!r} is a {type(network).__name__}, which is not called itself, so the balance ratio cannot "
+            f"be measured: name its parts, {role}={parts}."
         )
 
 
@@ -291,6 +313,8 @@ class RunOptions:
         masking = {field.name: arguments[field.name] for field in fields(MaskingOptions) if field.name != "units"}
         measuring = {field.name: arguments[field.name] for field in fields(MeasuringOptions)}
         intervals = {field.name: arguments[field.name] for field in fields(Intervals)}
+        if (stops := arguments["stop_on_divergence"]) not in (False, True):
+            raise ValueError(f"stop_on_divergence={stops!r} must be True or False.")
         seed = plain_number(arguments["seed"])
         if seed is not None and not isinstance(seed, int):
             raise ValueError(f"seed={seed!r} must be an integer.")

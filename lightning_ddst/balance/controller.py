@@ -2,8 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from statistics import median
 from typing import Any, ClassVar, Literal
 
@@ -121,8 +122,9 @@ class DensityController(Controller):
     def __post_init__(self) -> None:
         SIGNALS.find("signal", self.signal)
         least, never = (0.0, ", neither negative") if self.signal == "balance_ratio" else (-math.inf, "")
-        if len(self.bounds) != 2 or not least <= self.bounds[0] < self.bounds[1]:
-            raise ValueError(f"bounds={tuple(self.bounds)} must be two numbers, lower < upper{never}.")
+        pair = tuple(self.bounds) if isinstance(self.bounds, Sequence) else ()
+        if len(pair) != 2 or not all(isinstance(bound, Real) for bound in pair) or not least <= pair[0] < pair[1]:
+            raise ValueError(f"bounds={self.bounds!r} must be two numbers, lower < upper{never}.")
         check_density("delta", self.delta)
         _check_limits(self.min_density, self.max_density)
 

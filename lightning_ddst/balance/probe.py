@@ -52,9 +52,9 @@ class BalanceProbe:
     the real images, and the generator's images with the old and with the new weights on the same input.
 
     The repeated calls run in the mode (training or evaluation) of the training step, without gradients, with the
-    discriminator's weights from before the update, and from the buffers, autocast and random states (of torch and
-    Python) of the recorded calls. Everything is restored after each call. So training is unchanged, bit for bit, and
-    all three scores come from the same discriminator. The old generator's score is taken from training if training
+    discriminator's weights from before the update, and from the buffers, autocast and random states (of torch, NumPy
+    and Python) of the recorded calls. Everything is restored after each call. So training is unchanged, bit for bit,
+    and all three scores come from the same discriminator. The old generator's score is taken from training if training
     computed it with these weights.
 
     Where the discriminator has several parts, a score is the mean over the parts' mean scores, each on the images that

@@ -117,6 +117,9 @@ class CallRecorder:
             if isinstance(scored, Adversarial):
                 return scored
         name = ", ".join(_list_names(self._generator))
+        first_counts = "the generator returns several tensors, and the first counts as its images: return them first"
+        if not self.generated and self._calls.returns_several:
+            raise cannot_measure(f"the first output of the generator ({name}) has no gradients; {first_counts}")
         if not self.generated:
             raise cannot_measure(
                 f"no call of the generator ({name}) with gradients was seen since its "
@@ -128,19 +131,22 @@ class CallRecorder:
                 f"the training step changes what one part of the generator ({name}) returns before the next takes it. "
                 "Do this in the forward method of a module that holds all of them, and call that module, `self(x)`"
             )
-        seen = {str(tuple(value.shape)) for scored in self.scored_by(part) for _, value in scored.call.tensors()}
+        calls = self.scored_by(part)
+        seen = {str(tuple(value.shape)) for scored in calls for _, value in scored.call.tensors()}
+        other = "arguments that are no tensors, such as lists or dicts of tensors" if calls else "nothing"
         shape = str(tuple(self.generated[-1].fake.shape))
         hint = ""
         if self._calls.returns_several:
-            hint = ". The generator returns several tensors, and the first counts as its images: return them first"
+            hint = f"; {first_counts}"
         elif shape in seen:
             hint = (
-                ". Re-entrant checkpointing of the generator hides the gradients: use "
-                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+                ". Another network may have made these images: name the networks that belong together. Or re-entrant "
+                "checkpointing of the generator hides the gradients: use torch.utils.checkpoint.checkpoint(..., "
+                "use_reentrant=False)"
             )
         raise cannot_measure(
             f"the discriminator ({self._names[part]}) was not called, with gradients flowing back, on "
-            f"what the generator returned, of shape {shape}; it was called on {', '.join(sorted(seen)) or 'nothing'}"
+            f"what the generator returned, of shape {shape}; it was called on {', '.join(sorted(seen)) or other}"
             f"{hint}"
         )
 

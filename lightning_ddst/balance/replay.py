@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ class CallState:
         buffers: Copies of the network's buffers, with their modules and names.
         autocast: Device type, dtype and whether autocast is enabled.
         python_rng: Python's random state.
+        numpy_rng: NumPy's global random state.
         torch_rng: Torch's random state on the CPU.
         device_rng: Torch's random state by GPU.
     """
@@ -32,6 +34,7 @@ class CallState:
     buffers: Sequence[_Buffer]
     autocast: tuple[str, torch.dtype, bool]
     python_rng: Any
+    numpy_rng: Any
     torch_rng: Tensor
     device_rng: dict[int, Tensor]
 
@@ -51,6 +54,7 @@ class CallState:
             buffers,
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)),
             random.getstate(),
+            np.random.get_state(),  # noqa: NPY002  # networks of users draw from it
             torch.get_rng_state(),
             {device: torch.cuda.get_rng_state(device) for device in devices},
         )
@@ -63,7 +67,7 @@ def replay(network: nn.Module, state: CallState) -> Iterator[None]:
     kind, dtype, enabled = state.autocast
     # The buffer objects are kept, because a pending backward pass may have saved them.
     buffers = _list_buffers(network)
-    python_rng = random.getstate()
+    python_rng, numpy_rng = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         for module, name, buffer in _copy_buffers(state.buffers):
             module._buffers[name] = buffer
@@ -71,12 +75,14 @@ def replay(network: nn.Module, state: CallState) -> Iterator[None]:
         autocast = torch.autocast(kind, dtype, enabled, cache_enabled=False)
         with torch.no_grad(), autocast, torch.random.fork_rng(devices=list(state.device_rng)):
             random.setstate(state.python_rng)
+            np.random.set_state(state.numpy_rng)  # noqa: NPY002
             torch.set_rng_state(state.torch_rng)
             for device, rng in state.device_rng.items():
                 torch.cuda.set_rng_state(rng, device)
             yield
     finally:
         random.setstate(python_rng)
+        np.random.set_state(numpy_rng)  # noqa: NPY002
         for module, name, buffer in buffers:
             module._buffers[name] = buffer
         reshard(network)

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_ddst.attached.checks import (
+    check_limits,
     check_masks,
     check_not_overwritten,
     check_separate,
@@ -26,7 +27,7 @@ from lightning_ddst.balance.scores import ScorePlaces
 from lightning_ddst.callbacks._support.folders import check_folders
 from lightning_ddst.callbacks._support.reporting import UPDATES, TrainerReport, hparams, write_custom_scalars
 from lightning_ddst.callbacks._support.results import gather_results, is_interruption, save_results
-from lightning_ddst.callbacks._support.run_length import RunLength
+from lightning_ddst.callbacks._support.run_length import RunLength, explain_unknown
 from lightning_ddst.callbacks._support.strategies import (
     check_backward_passes,
     check_strategy,
@@ -36,6 +37,7 @@ from lightning_ddst.callbacks._support.strategies import (
 from lightning_ddst.callbacks._support.trainer_checks import (
     check_checkpoint,
     check_other_averages,
+    restores_start,
     shows_summary,
     warn_of_raw_optimizers,
 )
@@ -58,7 +60,6 @@ from lightning_ddst.utils.networks import Name, name_in
 from lightning_ddst.utils.rng import random_states, resume_randomness
 from lightning_ddst.utils.states import ANYTHING, RANDOM_STATES, Form, check_state, each, named, restoring
 
-_UNLIMITED = "none of max_epochs, max_steps and max_time limits this run, so its length in generator updates is unknown"
 _STATE_FORM: Form = {"length": RunLength.state_form, "random": each(RANDOM_STATES)}
 """The form of the state, next to that of `AttachedTraining`."""
 
@@ -393,7 +394,7 @@ class DynamicSparsityCallback(RunDisplay, ActsInValidation):
             if not was_known and self._report is not None and shows_summary(trainer):
                 self._report.print(describe_plan(self, training))
             if not was_known and self._length.updates is None:
-                check_unlimited(self.settings, _UNLIMITED)
+                check_unlimited(self.settings, explain_unknown(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes a summary of the run so far to TensorBoard."""
@@ -511,9 +512,10 @@ class DynamicSparsityCallback(RunDisplay, ActsInValidation):
             self._overwritten = not self._is_state(state)
         if self._evaluates:
             return
-        needs_masks = self._options.masking.initial_masks != "magnitude"
+        needs_masks = self._options.masking.initial_masks != "magnitude" and not restores_start(trainer, checkpoint)
         check_checkpoint(saved, self.state_key, self.settings, needs_masks=needs_masks)
         if state:
+            check_limits(state, self.settings)
             check_settings(state["settings"], self._options.arguments())
             with restoring(self.state_key):
                 check_masks(pl_module, self._options.masking.find_networks(pl_module), state["networks"])

@@ -9,7 +9,7 @@ from lightning_ddst.callbacks._support.last_fit import LastFit
 from lightning_ddst.callbacks._support.validation_state import validation_state
 from lightning_ddst.metrics.sources import check_below_zero, check_value_range, spans_wide
 from lightning_ddst.utils.logging import generator_updates, log_image, shows_images
-from lightning_ddst.utils.networks import check_sample
+from lightning_ddst.utils.networks import check_sample, draw_samples
 from lightning_ddst.utils.states import FLAG, check_state
 from lightning_ddst.utils.validation import check_count
 
@@ -67,7 +67,7 @@ class SampleGrid(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generates and logs the grid."""
         if shows_images(trainer):
-            images = pl_module.sample(self._samples, rng=torch.Generator().manual_seed(self._seed))  # type: ignore[operator]
+            images = draw_samples(pl_module, self._samples, torch.Generator().manual_seed(self._seed))
             if self._value_range is None and not self._dark and images.dim() == 4:
                 low, high = float(images.min()), float(images.max())
                 if spans_wide(low, high):

@@ -83,9 +83,9 @@ class ResumableLoader(DataLoader[tuple[Tensor, ...]]):
         seed: Seed of the order.
 
     Raises:
-        ValueError: If `batch_size` or `batches` is not a positive integer, or if `shuffle` or `sampler` does not fit;
-            when resuming, for a state that an earlier version or another loader saved, or in the middle of an epoch
-            of a data set of another size.
+        ValueError: If `batch_size` or `batches` is not a positive integer, if the data set is empty, or if `shuffle`
+            or `sampler` does not fit; when resuming, for a state that an earlier version or another loader saved, or
+            in the middle of an epoch of a data set of another size.
     """
 
     # Lightning makes another loader with a sampler of its own for `overfit_batches` and for prediction: it looks for
@@ -95,6 +95,8 @@ class ResumableLoader(DataLoader[tuple[Tensor, ...]]):
     ) -> None:
         check_count("batch_size", batch_size)
         check_count("batches", batches)
+        if not len(dataset):  # type: ignore[arg-type]
+            raise ValueError(f"dataset={type(dataset).__name__}(...) must hold at least one image, and is empty.")
         sampler, batch_sampler = loader.pop("sampler", None), loader.pop("batch_sampler", None)
         if loader.pop("shuffle", None) is False and sampler is None and batch_sampler is None:
             raise ValueError("shuffle=False: ResumableLoader shuffles; give another order by sampler=...")

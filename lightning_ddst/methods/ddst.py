@@ -1,6 +1,6 @@
 """Double dynamic sparse training (DDST, also called ADAPT): feedback from the balance ratio."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, cast
@@ -97,7 +97,7 @@ class DDST(ResizingMethod):
                 )
             return RelativeController((lowest, highest), self.delta)
         return DensityController(
-            cast(tuple[float, float], tuple(bounds)),  # YAML gives a list
+            cast(tuple[float, float], tuple(bounds) if isinstance(bounds, Iterable) else bounds),  # YAML gives a list
             DensityController.delta if self.delta is None else self.delta,
             lowest,
             highest,

@@ -21,6 +21,7 @@ from torch.utils.data import (
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.lightning_private import evaluation_loaders, train_loaders, transfer_batch
 from lightning_ddst.utils.nested import Place, find_images, tensors_in
+from lightning_ddst.utils.networks import draw_samples
 
 T = TypeVar("T")
 
@@ -272,8 +273,11 @@ def sampled(module: LightningModule, total: int, batch_size: int, seed: int) -> 
         total: Number of samples in all processes.
         batch_size: Samples generated at once.
         seed: Seed of the batches' seeds.
+
+    Raises:
+        TypeError: If `sample` returns no tensor.
+        ValueError: If `sample` returns another number of images.
     """
-    sample: Callable[..., Tensor] = module.sample  # type: ignore[assignment]
     batches = [min(batch_size, total - start) for start in range(0, total, batch_size)]
     # Drawn, not counted up from `seed`: runs with the seeds 0 and 1 must not share noise.
     seeds = torch.randint(2**32, (len(batches),), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -282,6 +286,6 @@ def sampled(module: LightningModule, total: int, batch_size: int, seed: int) -> 
         # Every process calls `sample` equally often, also without a batch of its own in the last round: FSDP
         # gathers parameters in all processes at once.
         place = min(number, len(batches) - 1)
-        images = sample(batches[place], rng=torch.Generator().manual_seed(seeds[place]))
+        images = draw_samples(module, batches[place], torch.Generator().manual_seed(seeds[place]))
         if number < len(batches):
             yield images

@@ -273,7 +273,11 @@ def _declared_dims(use: _Use, pattern: str, dims: Sequence[int], *, masked: bool
         raise ValueError(f"{place} is computed from other parameters.")
     shape = tuple(use.stored.parameter.shape)
     count = len(shape)
-    if len(dims) != 2 or not all(isinstance(dim, int) and -count <= dim < count for dim in dims):
+    if (
+        not isinstance(dims, Sequence)
+        or len(dims) != 2
+        or not all(isinstance(dim, int) and -count <= dim < count for dim in dims)
+    ):
         raise ValueError(f"{place} has the shape {shape}; give two of its dimensions, (out_dim, in_dim).")
     out_dim, in_dim = (dim % count for dim in dims)
     if out_dim == in_dim:

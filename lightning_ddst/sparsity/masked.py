@@ -2,7 +2,7 @@
 
 import hashlib
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -104,6 +104,7 @@ class MaskedNetwork:
         self.weights: dict[str, MaskableWeight] = {weight.name: weight for weight in free if units.accepts(weight)}
         if not self.weights:
             raise ValueError(f"granularity={granularity!r} fits the shape of no layer, so there is nothing to mask.")
+        _check_not_thawed(self.weights, () if state is None else state["masks"])
         self._left_dense = {weight.name for weight in maskable} - self.weights.keys()
         self.target = float(density)  # of NumPy, for example, which does not load with weights_only=True
         # Not the seed itself: weights may have been drawn from it, and masks must be independent of them.
@@ -458,6 +459,16 @@ class MaskedNetwork:
         self._generator.set_state(state["rng"].cpu())
         self._update_local()
         self._zero_inactive()  # spectral norm's vectors were saved with the weights and fit these masks
+
+
+def _check_not_thawed(names: Iterable[str], saved: Collection[str]) -> None:
+    """Checks that saved masks, if there are any, are not those of some of the weights alone."""
+    if saved and set(saved) < set(names):
+        new = ", ".join(repr(name) for name in names if name not in saved)
+        raise ValueError(
+            f"the saved masks have none of {new}: frozen, or not there, when the masks were made. To leave them dense, "
+            'freeze them until training has started; to mask them, start another run with initial_masks="magnitude".'
+        )
 
 
 def _without(marks: ByTensor, others: ByTensor) -> ByTensor:

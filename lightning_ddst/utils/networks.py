@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from itertools import permutations
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 Name = str | Sequence[str]
 """Dotted name of a network in the module that holds it, or the names of its parts."""
@@ -131,7 +132,7 @@ def _find_usual(module: nn.Module, role: str) -> dict[str, nn.Module]:
 
 
 def check_not_shared(networks: Mapping[Any, nn.Module]) -> None:
-    """Checks that the two networks share no parameter: it would have two masks, and both networks' updates.
+    """Checks that the two networks share no trained parameter: it would have two masks, and both networks' updates.
 
     Raises:
         ValueError: If they share one; names it in both.
@@ -139,10 +140,10 @@ def check_not_shared(networks: Mapping[Any, nn.Module]) -> None:
     (one, first), (other, second) = networks.items()
     names = {id(parameter): name for name, parameter in first.named_parameters()}
     for name, parameter in second.named_parameters():
-        if id(parameter) in names:
+        if parameter.requires_grad and id(parameter) in names:
             raise ValueError(
                 f"the {one}'s {names[id(parameter)]!r} is the {other}'s {name!r}: the networks cannot share a "
-                "parameter, which would have two masks and the updates of both."
+                "parameter, which would have two masks and the updates of both, unless it is frozen."
             )
 
 
@@ -165,6 +166,22 @@ def check_sample(callback: object, module: nn.Module) -> None:
         raise TypeError(
             f"{type(callback).__name__} needs {type(module).__name__}.sample(n, rng=...), as GANModule has it."
         )
+
+
+def draw_samples(module: nn.Module, n: int, rng: torch.Generator) -> Tensor:
+    """Returns the images of a module's method `sample`.
+
+    Raises:
+        TypeError: If it returns no tensor.
+        ValueError: If it returns another number of images.
+    """
+    images = module.sample(n, rng=rng)  # type: ignore[operator]
+    returned = f"{type(module).__name__}.sample({n}, rng=...) must return a tensor of {n} images, and returned"
+    if not isinstance(images, Tensor):
+        raise TypeError(f"{returned} {type(images).__name__}.")
+    if not images.dim() or len(images) != n:
+        raise ValueError(f"{returned} one of shape {tuple(images.shape)}.")
+    return images
 
 
 def _submodules(module: nn.Module) -> str:

@@ -1,5 +1,6 @@
 import random
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import SGD
@@ -18,11 +19,12 @@ class Drawing(nn.Module):
 
     def forward(self, x):
         self.calls += 1
-        return self.norm(self.linear(x)) * self.calls + torch.randn(3) + random.random()
+        return self.norm(self.linear(x)) * self.calls + torch.randn(3) + random.random() + np.random.rand()  # noqa: NPY002
 
 
 def everything(network):
-    return [*(value.clone() for value in network.state_dict().values()), torch.get_rng_state(), random.getstate()]
+    values = [value.clone() for value in network.state_dict().values()]
+    return [*values, torch.get_rng_state(), random.getstate(), str(np.random.get_state())]  # noqa: NPY002
 
 
 def same(ones, others):

@@ -751,6 +751,20 @@ class WrongShape(Usual):
         return batch[0][:, :, 1:-1, 1:-1]
 
 
+class TakesADict(Usual):
+    def make_networks(self) -> None:
+        class OfDicts(Discriminator):
+            def forward(self, images: dict[str, Tensor]) -> Tensor:
+                return super().forward(images["large"])
+
+        self.generator, self.discriminator = Generator(), OfDicts()
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x, _), (g, d) = batch, self.optimizers()
+        self.step(d, F.softplus(-self.discriminator({"large": x})).mean())
+        self.step(g, F.softplus(-self.discriminator({"large": self.generator(self.noise(x))})).mean())
+
+
 class ImagesSecond(Usual):
     """The generator returns its features before its images."""
 
@@ -767,6 +781,12 @@ class ImagesSecond(Usual):
 
     def generate_by_forward(self, z: Tensor) -> Tensor:
         return self.generator.forward(z)["images"]
+
+
+class DetachedFirst(ImagesSecond):
+    class Networks(Generator):
+        def forward(self, z: Tensor) -> dict[str, Tensor]:
+            return {"norms": z.norm(dim=1), "images": super().forward(z)}
 
 
 class RescaledAndMoved(ChannelsLast):
@@ -791,7 +811,9 @@ class RescaledAndMoved(ChannelsLast):
         (PartsUnseen, r"discriminator \(msd\) was not called, .*\(4, 1, 4, 4\); it was called on nothing"),
         (WrongShape, r"real=0 has the shape \(4, 1, 6, 6\) in the batch, and .* images of shape \(batch, 1, 4, 4\)"),
         (RescaledAndMoved, "changes the values of the batch's images"),
-        (ImagesSecond, "The generator returns several tensors, and the first counts as its images: return them first"),
+        (TakesADict, "called on arguments that are no tensors"),
+        (DetachedFirst, r"first output of the generator \(Networks\) has no gradients; .*: return them first"),
+        (ImagesSecond, "the generator returns several tensors, and the first counts as its images: return them first"),
     ],
 )
 def test_the_first_update_says_what_is_needed(pattern: type[GAN], message: str) -> None:
@@ -799,6 +821,22 @@ def test_the_first_update_says_what_is_needed(pattern: type[GAN], message: str) 
     with pytest.raises(RuntimeError, match=f"the balance ratio cannot be measured: .*{message}"):
         fitted(pattern, callback)
     assert callback.generator_updates <= 1
+
+
+class OfAContainer(TwoDiscriminators):
+    arguments: ClassVar = {}
+
+    def make_networks(self) -> None:
+        super().make_networks()
+        self.discriminator = nn.ModuleList([self.model["mpd"], self.msd])
+
+
+def test_the_parts_of_a_container_must_be_named() -> None:
+    with pytest.raises(ValueError, match=r"is a ModuleList.*discriminator=\['discriminator.0', 'discriminator.1'\]"):
+        fitted(OfAContainer, static(OfAContainer))
+    parts = static(OfAContainer, discriminator=["discriminator.0", "discriminator.1"])
+    fitted(OfAContainer, parts)
+    assert parts.measurements == BATCHES
 
 
 class Noisy(Usual):

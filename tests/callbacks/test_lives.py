@@ -10,7 +10,8 @@ from itertools import pairwise
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BatchSizeFinder, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import Adam
@@ -228,7 +229,7 @@ def test_with_more_epochs_schedules_extend_over_the_new_length(method, tmp_path)
 
 
 def test_the_new_length_counts_from_the_first_update_on(tmp_path):
-    _, checkpoint = saved_run(tmp_path, method="ramp", interval=1)
+    _, checkpoint = saved_run(tmp_path, method="ramp", interval=1, max_discriminator_density=0.5)
     sparsity = DynamicSparsityCallback(0.25, method="ramp", interval=1, max_discriminator_density=0.5)
     densities = []
 
@@ -238,6 +239,40 @@ def test_the_new_length_counts_from_the_first_update_on(tmp_path):
 
     toy_trainer(sparsity, Watch(), epochs=4).fit(ToyGAN(), toy_data(), ckpt_path=checkpoint)
     assert densities[0] == (40, "52% of the run is done")  # the 21st of 40 updates
+
+
+@pytest.mark.parametrize(
+    ("saves", "size", "updates"),
+    [
+        ("on_train_epoch_end", 16, 20 + 2 * 5),
+        ("on_train_epoch_end", 4, 20 + 2 * 20),
+        ("on_train_batch_end", 16, 20 + 2 * 5),
+        ("on_train_batch_end", 8, 40),
+        ("on_validation_end", 8, 40),
+    ],
+)
+def test_the_length_of_a_run_that_resumes_with_another_batch_size(saves, size, updates, tmp_path):
+    class Validated(ToyGAN):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    class Save(Callback):
+        def save(self, trainer, *args):
+            if trainer.fit_loop.total_batch_idx == 19:
+                trainer.save_checkpoint(tmp_path / "second.ckpt")
+
+    class Watch(Callback):
+        def on_train_batch_start(self, *args):
+            planned.append(sparsity.plan.updates)
+
+    setattr(Save, saves, Save.save)
+    planned = []
+    toy_trainer(DynamicSparsityCallback(0.25), Save(), epochs=2).fit(Validated(), toy_data(), toy_data(1))
+    sparsity = DynamicSparsityCallback(0.25)
+    trainer = toy_trainer(sparsity, Watch(), epochs=4)
+    trainer.fit(Validated(), toy_data(80 // size, size), toy_data(1), ckpt_path=tmp_path / "second.ckpt")
+    assert sparsity.generator_updates == updates
+    assert planned == [updates] * (updates - 20)
 
 
 @pytest.mark.parametrize(
@@ -286,6 +321,26 @@ def test_other_masked_weights_are_rejected_before_training(argument, value, tmp_
     assert sparsity.generator_updates == 0
 
 
+@pytest.mark.parametrize(
+    ("settings", "argument", "value", "density"),
+    [
+        ({"method": "ramp", "max_discriminator_density": 0.5}, "max_discriminator_density", 0.4, 0.5),
+        ({"bounds": (0, 1e-9), "max_discriminator_density": 0.5}, "max_discriminator_density", 0.4, 0.5),
+        ({"bounds": (50, 60), "min_discriminator_density": 0.1}, "min_discriminator_density", 0.2, 0.1),
+        ({"bounds": (50, 60), "min_discriminator_density": 0.1}, "min_discriminator_density", None, 0.1),
+    ],
+)
+def test_limits_that_exclude_the_present_density_are_rejected(settings, argument, value, density, tmp_path):
+    settings = settings | {"interval": 1}
+    saved, checkpoint = saved_run(tmp_path, **settings)
+    assert saved.networks()["discriminator"].target == density
+    with pytest.raises(ValueError, match=f"{argument}=.* has the density {density}"):
+        fit(DynamicSparsityCallback(0.25, **settings | {argument: value}), epochs=4, ckpt_path=checkpoint)
+    resumed = DynamicSparsityCallback(0.25, **settings)
+    fit(resumed, epochs=4, ckpt_path=checkpoint)
+    assert resumed.generator_updates == 40
+
+
 # ---- a world that changes ------------------------------------------------------------------------------
 
 
@@ -304,7 +359,15 @@ def test_optimizers_made_anew_are_followed():
         assert not any(parameters[name][~mask].any() for name, mask in sparsity.masks(role).items())
 
 
-@pytest.mark.parametrize("change", ["added", "replaced", "written"])
+def test_a_network_that_is_replaced_between_two_fits_is_named():
+    sparsity = DynamicSparsityCallback(0.25)
+    gan = fit(sparsity)
+    gan.generator = ToyGAN().generator
+    with pytest.raises(RuntimeError, match=r"generator's weight '0\.weight' was replaced"):
+        fit(sparsity, gan)
+
+
+@pytest.mark.parametrize("change", ["added", "replaced", "written", "network"])
 def test_other_changes_stop_the_run_naming_the_weight(change):
     class Changing(ToyGAN):
         def on_train_epoch_end(self):
@@ -312,6 +375,9 @@ def test_other_changes_stop_the_run_naming_the_weight(change):
                 self.generator.add_module("late", nn.Linear(PIXELS, PIXELS))
             elif self.current_epoch == 1 and change == "replaced":
                 self.generator[0].weight = nn.Parameter(torch.ones(32, LATENT))
+            elif self.current_epoch == 1 and change == "network":
+                self.generator = ToyGAN().generator
+                self.trainer.strategy.setup_optimizers(self.trainer)
             elif self.current_epoch == 1:
                 with torch.no_grad():
                     self.generator[0].weight.add_(1)
@@ -343,6 +409,56 @@ def test_other_callbacks_that_write_weights_are_rejected(other):
         toy_trainer(DynamicSparsityCallback(0.25), callback).fit(OneOptimizer(), toy_data())
 
 
+class Tuned(ToyGAN):
+    batch_size = 2
+
+    def train_dataloader(self):
+        return toy_data(40, self.batch_size)
+
+
+def test_a_run_starts_anew_after_a_tuner_has_tried_batch_sizes(tmp_path):
+    sparsity, gan = DynamicSparsityCallback(0.25, interval=5), Tuned()
+    trainer = toy_trainer(sparsity, default_root_dir=tmp_path)
+    Tuner(trainer).scale_batch_size(gan, steps_per_trial=3, max_trials=2)
+    assert sparsity.masks("generator") == {}
+    trainer.fit(gan)
+    assert sparsity.generator_updates == sparsity.measurements == 40
+    assert [update for update, _ in sparsity.decisions] == [5, 10, 15, 20, 25, 30, 35, 40]
+
+
+def test_a_run_starts_anew_after_a_callback_has_tried_batch_sizes(tmp_path):
+    sparsity, gan = DynamicSparsityCallback(0.25), Tuned()
+    finder = BatchSizeFinder(steps_per_trial=3, max_trials=2)
+    toy_trainer(sparsity, finder, GeneratorEMA(), default_root_dir=tmp_path).fit(gan)
+    assert sparsity.generator_updates == sparsity.plan.updates == 40
+
+
+def test_a_checkpoint_of_a_dense_run_is_rejected_with_a_tuner_too(tmp_path):
+    trainer = toy_trainer()
+    trainer.fit(Tuned())
+    trainer.save_checkpoint(tmp_path / "dense.ckpt")
+    sparsity = DynamicSparsityCallback(0.25)
+    with pytest.raises(ValueError, match="holds no masks"):
+        toy_trainer(sparsity, BatchSizeFinder(), epochs=2).fit(Tuned(), ckpt_path=tmp_path / "dense.ckpt")
+
+
+def test_a_lazy_layer_is_named():
+    gan = ToyGAN()
+    gan.generator[3] = nn.LazyLinear(PIXELS)
+    with pytest.raises(ValueError, match="Layer '3' is lazy"):
+        fit(DynamicSparsityCallback(0.25), gan)
+
+
+def test_a_module_may_have_extra_state_that_is_no_tensor():
+    class WithState(ToyGAN):
+        def get_extra_state(self):
+            return {"version": 2}
+
+    sparsity = DynamicSparsityCallback(0.25)
+    fit(sparsity, WithState())
+    assert sparsity.generator_updates == 20
+
+
 # ---- shared, split and frozen parameters ---------------------------------------------------------------
 
 
@@ -351,6 +467,20 @@ def test_a_shared_layer_is_rejected_with_both_names():
     gan.discriminator = nn.Sequential(nn.Linear(PIXELS, 32), gan.generator[3], nn.Linear(PIXELS, 1))
     with pytest.raises(ValueError, match=r"generator's '3\.weight' is the discriminator's '1\.weight'"):
         trained(DynamicSparsityCallback(0.25, method="static", probe_interval=None), gan=gan)
+
+
+def test_a_shared_layer_that_is_frozen_stays_as_it_is():
+    gan = ToyGAN()
+    encoder = nn.Linear(PIXELS, PIXELS).requires_grad_(False)
+    gan.generator.append(encoder)
+    gan.discriminator = nn.Sequential(encoder, nn.Linear(PIXELS, 1))
+    before = encoder.weight.clone()
+    sparsity = DynamicSparsityCallback(0.25)
+    fit(sparsity, gan)
+    assert torch.equal(encoder.weight, before)
+    assert sparsity.generator_updates == sparsity.measurements == 20
+    assert "generator.4.weight" not in sparsity.masks("generator")
+    assert "discriminator.0.weight" not in sparsity.masks("discriminator")
 
 
 def test_weights_that_are_written_to_after_the_last_step_are_named():
@@ -496,6 +626,26 @@ def test_a_layer_that_is_frozen_between_two_fits_keeps_its_mask():
         fit(sparsity, gan)
     assert torch.equal(gan.generator[0].weight, weight)
     assert torch.equal(sparsity.masks("generator")["generator.0.weight"], mask)
+
+
+def test_a_layer_that_thaws_between_two_fits_is_named(tmp_path):
+    gan = ToyGAN()
+    gan.generator[0].requires_grad_(False)
+    sparsity = DynamicSparsityCallback(0.25)
+    trainer = toy_trainer(sparsity)
+    trainer.fit(gan, toy_data())
+    trainer.save_checkpoint(tmp_path / "frozen.ckpt")
+    gan.generator[0].requires_grad_(True)
+    for callback, ckpt_path in ((sparsity, None), (DynamicSparsityCallback(0.25), tmp_path / "frozen.ckpt")):
+        with pytest.raises(ValueError, match=r"none of '0\.weight': frozen, or not there"):
+            fit(callback, gan, ckpt_path=ckpt_path)
+    gan.generator[0].requires_grad_(False)
+    fit(sparsity, gan)
+    assert sparsity.generator_updates == 30
+    gan.generator[0].requires_grad_(True)
+    again = DynamicSparsityCallback(0.25, initial_masks="magnitude")
+    fit(again, gan)
+    assert again.networks()["generator"].maskable_share() == 1
 
 
 def test_a_network_that_is_frozen_as_a_whole_for_the_moment_is_masked():

@@ -250,6 +250,18 @@ def test_updates_are_counted_by_the_sparsity_where_the_module_does_not() -> None
     assert [updates for updates, _ in frechet.history[FRECHET]] == [0, 10, 20]
 
 
+def test_a_module_that_ignores_the_number_of_samples_is_rejected() -> None:
+    class Fixed(ToyGAN):
+        def sample(self, n: int, rng: torch.Generator) -> Tensor:
+            return self.generator(torch.randn(5, LATENT, generator=rng)).detach()
+
+        def validation_step(self, batch, batch_idx) -> None:
+            pass
+
+    with pytest.raises(ValueError, match=r"Fixed\.sample\(80, .* 80 images, and returned one of shape \(5, 16\)"):
+        fitted(distance(), gan=Fixed())
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_checkpoint_is_measured_at_its_own_number_of_updates(sparse: bool, tmp_path) -> None:
     callbacks = [DynamicSparsityCallback(0.5)] if sparse else []

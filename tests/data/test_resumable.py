@@ -343,3 +343,8 @@ def test_several_loaders_with_other_batch_sizes_are_rejected(tmp_path) -> None:
 def test_bad_arguments_are_rejected(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ResumableLoader(numbered(), **{"batch_size": 8, "batches": 12} | arguments)
+
+
+def test_an_empty_data_set_is_rejected() -> None:
+    with pytest.raises(ValueError, match=r"dataset=TensorDataset\(\.\.\.\) must hold at least one image"):
+        ResumableLoader(TensorDataset(torch.ones(0, 1)), 8, 12)

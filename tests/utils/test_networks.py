@@ -2,7 +2,15 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_ddst.utils.networks import USUAL_NAMES, find_network, get_parts, is_same_network, name_in, prefix_in
+from lightning_ddst.utils.networks import (
+    USUAL_NAMES,
+    draw_samples,
+    find_network,
+    get_parts,
+    is_same_network,
+    name_in,
+    prefix_in,
+)
 
 
 def holding(**networks: nn.Module) -> nn.Module:
@@ -116,3 +124,31 @@ def test_several_parts_are_one_network_with_the_names_of_the_module() -> None:
 def test_parts_that_overlap_or_do_not_exist_are_rejected(names: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_network(holding(mpd=nn.Sequential(nn.Linear(1, 1))), "discriminator", names)
+
+
+class Sampled(nn.Module):
+    def __init__(self, returned: object) -> None:
+        super().__init__()
+        self.returned = returned
+
+    def sample(self, n: int, rng: torch.Generator) -> object:
+        return self.returned
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        ((torch.ones(4, 1), None), TypeError, r"Sampled\.sample\(4, rng=\.\.\.\) must .* returned tuple"),
+        (torch.ones(4, 1).numpy(), TypeError, "returned ndarray"),
+        (torch.ones(3, 1), ValueError, r"must return a tensor of 4 images, and returned one of shape \(3, 1\)"),
+        (torch.ones(()), ValueError, r"of shape \(\)"),
+    ],
+)
+def test_samples_must_be_as_many_images(returned: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        draw_samples(Sampled(returned), 4, torch.Generator())
+
+
+def test_samples_are_drawn_with_the_generator() -> None:
+    images = torch.ones(4, 1)
+    assert draw_samples(Sampled(images), 4, torch.Generator()) is images

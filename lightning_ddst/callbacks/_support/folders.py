@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lightning_ddst.utils import cache
 from lightning_ddst.utils.lightning_packages import is_a
@@ -19,7 +21,9 @@ def check_folders(trainer: Trainer, module: LightningModule) -> None:
     Raises:
         OSError: If a folder cannot be written to, or has too little space for a checkpoint.
     """
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+    values = module.state_dict().values()  # may hold extra state of any type
+    tensors = [value for value in values if isinstance(value, Tensor) and not is_lazy(value)]
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     needed: dict[Path, int] = {}
     if trainer.loggers and trainer.log_dir is not None:
         needed[Path(trainer.log_dir)] = _LOGS

@@ -79,7 +79,7 @@ class RunLength:
             return False
         if now.updates >= 2 * self._middle.updates:
             self._since, self._middle = self._middle, now
-        return now.updates >= self._ask_at and self._estimate(trainer, self._since, now)
+        return now.updates >= self._ask_at and self._estimate(trainer, self._since, now, trainer.fit_loop.batch_idx + 1)
 
     def resume(self, trainer: Trainer) -> bool:
         """Estimates the length of a resumed run, whose Trainer may have other limits, before its first batch.
@@ -89,10 +89,14 @@ class RunLength:
         """
         if not self.known or self._since is None or self._last is None:
             return False
-        return self._estimate(trainer, self._since, self._last)
+        loop = trainer.fit_loop
+        is_under_way = loop.epoch_progress.current.ready > trainer.current_epoch
+        done = loop.batch_idx + 1 if is_under_way else 0
+        done -= loop.total_batch_idx + 1 - self._last.batches  # batches without a generator update came after it
+        return self._estimate(trainer, self._since, self._last, done)
 
-    def _estimate(self, trainer: Trainer, since: _Progress, now: _Progress) -> bool:
-        estimate = _extrapolate(trainer, since, now)
+    def _estimate(self, trainer: Trainer, since: _Progress, now: _Progress, done: int) -> bool:
+        estimate = _extrapolate(trainer, since, now, done)
         if distributed.is_distributed():
             self._ask_at = now.updates + now.updates // _ASKED_EVERY
             estimate = distributed.broadcast(estimate)
@@ -126,14 +130,32 @@ def find_timer(trainer: Trainer) -> Timer | None:
     return next((c for c in trainer.callbacks if is_a(c, "Timer")), None)  # type: ignore[attr-defined]
 
 
+def explain_unknown(trainer: Trainer) -> str:
+    """Returns a sentence that explains why a run's length is unknown, without a full stop."""
+    if (trainer.max_epochs or -1) > 0:
+        return (
+            f"max_epochs={trainer.max_epochs} limits this run, but its train loader has no length, so the run's length "
+            "in generator updates is unknown (Trainer(limit_train_batches=...), an integer, would tell it)"
+        )
+    return "none of max_epochs, max_steps and max_time limits this run, so its length in generator updates is unknown"
+
+
 def _measure_progress(trainer: Trainer, updates: int) -> _Progress:
     timer = find_timer(trainer)
     seconds = 0.0 if timer is None else timer.time_elapsed()
     return _Progress(updates, trainer.fit_loop.total_batch_idx + 1, trainer.global_step, seconds)
 
 
-def _extrapolate(trainer: Trainer, since: _Progress, now: _Progress) -> int | None:
-    """Returns the number of generator updates at the limit that is reached first; None without a limit."""
+def _extrapolate(trainer: Trainer, since: _Progress, now: _Progress, done: int) -> int | None:
+    """Returns the number of generator updates at the limit that is reached first; None without a limit.
+
+    Args:
+        trainer: The Trainer.
+        since: The observation since which the rate counts.
+        now: The last observation.
+        done: Number of batches of the current epoch at that observation. Those of earlier epochs do not count: their
+            loaders may have had another batch size, or ended early.
+    """
     made = now.updates - since.updates
     lengths = []
     if trainer.max_steps > 0 and now.steps > since.steps:
@@ -141,8 +163,9 @@ def _extrapolate(trainer: Trainer, since: _Progress, now: _Progress) -> int | No
         # The last period's generator update is made if the rest of the steps reaches it.
         lengths.append(now.updates + periods + (rest >= now.batches - since.batches))
     if (trainer.max_epochs or -1) > 0 and trainer.num_training_batches != float("inf"):
-        batches = int((trainer.max_epochs or 0) * trainer.num_training_batches)
-        lengths.append(now.updates + (batches - now.batches) * made // max(now.batches - since.batches, 1))
+        batches = int(trainer.num_training_batches)
+        left = ((trainer.max_epochs or 0) - trainer.current_epoch) * batches - min(done, batches)
+        lengths.append(now.updates + left * made // max(now.batches - since.batches, 1))
     timer = find_timer(trainer)
     seconds_left = None if timer is None else timer.time_remaining()
     if seconds_left is not None and now.seconds > since.seconds:

@@ -46,6 +46,18 @@ def check_checkpoint(saved: Mapping[str, Any], key: str, method: Method, *, need
     )
 
 
+def restores_start(trainer: Trainer, checkpoint: Mapping[str, Any]) -> bool:
+    """Returns whether a tuner of Lightning restores the start of a run, after trials without the other callbacks.
+
+    Args:
+        trainer: The Trainer.
+        checkpoint: The checkpoint that it loads.
+    """
+    finders = ("BatchSizeFinder", "LearningRateFinder")  # a Tuner adds one for the time
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return not checkpoint.get("global_step") and any(is_a(each, name) for each in callbacks for name in finders)
+
+
 def check_other_averages(trainer: Trainer, module: nn.Module, generator: nn.Module) -> None:
     """Rejects averages and pruning that ignore masks, for a generator whose masks change.
 

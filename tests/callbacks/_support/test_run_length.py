@@ -1,3 +1,4 @@
+import re
 import warnings
 
 import pytest
@@ -6,7 +7,7 @@ from lightning.pytorch.callbacks import Timer
 from torch.utils.data import DataLoader, IterableDataset
 from toys import ToyGAN, toy_data, toy_trainer, trained
 
-from lightning_ddst.callbacks._support.run_length import RunLength
+from lightning_ddst.callbacks._support.run_length import RunLength, explain_unknown
 
 
 class SlowGAN(ToyGAN):
@@ -34,6 +35,8 @@ class Observer(Callback):
         self.updates = 0
         self.length = RunLength()
         self.known: list[bool] = []
+        self.lengths: list[int | None] = []
+        self.unknown = ""
         self.stop_at = stop_at
 
     def on_fit_start(self, trainer, pl_module) -> None:
@@ -45,6 +48,8 @@ class Observer(Callback):
     def on_train_batch_end(self, trainer, *_) -> None:
         self.length.observe(trainer, self.updates)
         self.known.append(self.length.known)
+        self.lengths.append(self.length.updates)
+        self.unknown = explain_unknown(trainer)
         trainer.should_stop = self.stop_at is not None and self.updates >= self.stop_at
 
 
@@ -72,6 +77,23 @@ def test_the_planned_length_in_epochs_is_the_runs_length(every: int, epochs: int
     assert observer.updates == epochs * limit // every
     if observer.updates >= 2:
         assert observer.length.updates == observer.updates
+
+
+@pytest.mark.parametrize(
+    ("batches", "lengths"),
+    [
+        ((9, 2, 2), [None] + [27] * 8 + [13] * 4),  # 9 of 3 * 9 batches; then 9 + 2 * 2
+        ((2, 9, 9), [None, 6] + [20] * 18),  # 2 of 3 * 2 batches; then 2 + 2 * 9
+    ],
+)
+def test_batches_of_earlier_epochs_do_not_count(batches: tuple[int, ...], lengths: list[int | None]) -> None:
+    class Growing(ToyGAN):
+        def train_dataloader(self):
+            return toy_data(batches[self.current_epoch])
+
+    observer = Observer()
+    toy_trainer(observer, epochs=3, reload_dataloaders_every_n_epochs=1).fit(Growing())
+    assert observer.lengths == lengths
 
 
 def test_a_start_without_generator_updates_does_not_count() -> None:
@@ -125,8 +147,10 @@ class Endless(IterableDataset):
             yield from toy_data().dataset
 
 
-@pytest.mark.parametrize("epochs", [-1, 2])
-def test_where_nothing_limits_the_run_its_length_is_unknown(epochs: int) -> None:
+@pytest.mark.parametrize(
+    ("epochs", "reason"), [(-1, "none of max_epochs, "), (2, r"max_epochs=2 .*Trainer\(limit_train_batches=")]
+)
+def test_where_nothing_limits_the_run_its_length_is_unknown(epochs: int, reason: str) -> None:
     data = DataLoader(Endless(), batch_size=8) if epochs > 0 else toy_data()
     observer = Observer(stop_at=5)
     with warnings.catch_warnings():
@@ -134,6 +158,7 @@ def test_where_nothing_limits_the_run_its_length_is_unknown(epochs: int) -> None
         toy_trainer(observer, epochs=epochs).fit(ToyGAN(), data)
     assert observer.length.known
     assert observer.length.updates is None
+    assert re.match(reason, observer.unknown)
 
 
 def test_a_run_that_time_limits_is_as_long_as_its_rate_says() -> None:
