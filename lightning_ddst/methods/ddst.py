@@ -88,9 +88,8 @@ class DDST(ResizingMethod):
         lowest, highest = self.lowest_densities["discriminator"], self.max_discriminator_density
         if isinstance(self.bounds, str):
             if self.bounds != "auto" or self.signal != "balance_ratio":
-                raise ValueError(
-                    f'bounds={self.bounds!r} with signal={self.signal!r} must be two numbers; only BR\'s can be "auto".'
-                )
+                other = ' or "auto"' if self.signal == "balance_ratio" else ""
+                raise ValueError(f"bounds={self.bounds!r} with signal={self.signal!r} must be two numbers{other}.")
             return RelativeController((lowest, highest), self.delta)
         bounds = SIGNALS[self.signal].bounds if self.bounds is None else self.bounds
         return DensityController(
