@@ -3,6 +3,7 @@
 import os
 import pickle
 import pydoc
+import re
 import sys
 import traceback
 import warnings
@@ -12,7 +13,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import Namespace, capture_parser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -34,6 +35,7 @@ from lightning_ddst.utils.cache import check_writable
 from lightning_ddst.utils.checkpoints import AtomicCheckpointIO, describe_error, why_no_checkpoint
 from lightning_ddst.utils.command_line import DEBUG, OneLineParser, describe_expected, fail
 from lightning_ddst.utils.configurations import check_classes, find_missing_files, option_values, read_yaml
+from lightning_ddst.utils.parser_errors import explain
 from lightning_ddst.utils.run_folders import NewRunFolders
 from lightning_ddst.utils.shell_completion import SHELLS, completion_script
 from lightning_ddst.utils.suggestions import did_you_mean
@@ -122,6 +124,13 @@ class SparseGANParser(OneLineParser, LightningArgumentParser):
         # LightningCLI's texts end within a sentence.
         self.subcommands.add_subcommand = lambda name, parser, help="": add(name, parser, help=help.partition(".")[0])
         return self.subcommands
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends the process with a line for an error; a configuration of a method alone lacks model and data."""
+        missing = re.match(r"the following arguments are required: .*\b(data|model)$", message)
+        if self.exit_on_error and missing:
+            fail(f"{explain(message, [])} Configurations of a method come after another one, such as --config digits.")
+        super().error(message, ex)
 
     def instantiate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> Namespace:
         """Makes the Trainer's callbacks last: they may take long, and errors of other arguments appear before."""

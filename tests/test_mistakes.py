@@ -73,6 +73,7 @@ MISTAKES = [
     # ---- files -----------------------------------------------------------------------------------------
     ("fit --config none.yaml", "--config=none.yaml: no such file.", None),
     ("fit --config cifar10_sngam", "--config=cifar10_sngam is neither a file nor one of digits, ", "'cifar10_sngan'"),
+    ("fit --config ramp", "data and model are missing; --help shows all arguments. Configurations of a method", None),
     ("fit --config list.yaml", "list.yaml: it must hold arguments by name", None),
     ("fit --config key.yaml", "--sparsity.intervall", "--sparsity.interval"),
     (

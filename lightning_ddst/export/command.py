@@ -150,8 +150,8 @@ def _config_of(checkpoint: Path) -> Path:
             return candidate
     places = " or ".join(str(folder) for folder in (checkpoint.parent, checkpoint.parent.parent))
     raise FileNotFoundError(
-        f"there is no config.yaml in {places}: name the run's with --config. A run that was started in Python has none; "
-        "export its generator in Python, with lightning_ddst.export.load_generator."
+        f"there is no config.yaml in {places}: name the run's with --config. A run that was started in Python has "
+        "none; export its generator in Python, with lightning_ddst.export.load_generator."
     )
 
 

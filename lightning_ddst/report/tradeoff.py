@@ -68,7 +68,7 @@ def tradeoff(runs: Mapping[str, RunResults]) -> Figure:
         figure = Figure(figsize=(9, 0.6 + _PANEL * len(panels)), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-        headings: list[tuple[Text, Legend]] = []
+        headings: list[tuple[Axes, Text, Legend]] = []
         for ax, ((metric, features), measured) in zip(axes, panels.items(), strict=True):
             points = {name: (operations[name], each.values[-1][1]) for name, each in measured.items()}
             for place, method in enumerate(methods):
@@ -89,12 +89,12 @@ def tradeoff(runs: Mapping[str, RunResults]) -> Figure:
             if MEANINGS.get(metric) == "lower is better":
                 _logarithmic(ax, [y for _, y in points.values()])
             legend = ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, frameon=False, borderaxespad=0.1)
-            headings.append((title, legend))
+            headings.append((ax, title, legend))
         figure.draw_without_rendering()
-        for title, legend in headings:
+        for ax, title, legend in headings:
             box = legend.get_window_extent()
             if title.get_window_extent().overlaps(box):
-                title.axes.set_title(title.get_text(), pad=box.height * 72 / figure.dpi + 6)  # above the legend
+                ax.set_title(title.get_text(), pad=box.height * 72 / figure.dpi + 6)  # above the legend
         figure.draw_without_rendering()  # places of labels depend on the layout
         for ax, measured in zip(axes, panels.values(), strict=True):
             _label(ax, {name: (operations[name], each.values[-1][1]) for name, each in measured.items()})
