@@ -1,5 +1,6 @@
 """The command ``lightning-ddst export``: writes a run's generator to files that do not need this package."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -134,7 +135,9 @@ def _smaller(generator: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, li
 
 def _linears(generator: nn.Module, inputs: Sequence[Any]) -> str:
     """Returns a text about Linear layers that run faster as sparse tensors."""
-    ratios = sparse_linears(copy_network(generator), *inputs) if inputs else {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        ratios = sparse_linears(copy_network(generator), *inputs) if inputs else {}
     faster = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items() if ratio < WORTHWHILE)
     if not faster:
         return "nothing else is faster: dense kernels multiply zeros, and no Linear layer gains as a sparse tensor"
