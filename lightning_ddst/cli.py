@@ -286,6 +286,10 @@ def main() -> None:
         if debug and end.code not in (None, 0):
             traceback.print_exception(end)
         raise
+    except KeyboardInterrupt:  # before or after training, which Lightning ends itself
+        if debug:
+            raise
+        fail("interrupted.", status=130)
     except Exception as error:
         text = describe_expected(error)
         if debug or text is None:

@@ -136,6 +136,14 @@ def test_debug_adds_the_traceback(monkeypatch, capsys, tmp_path):
     assert "check_density" in error
 
 
+def test_an_interruption_before_training_is_one_line(monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "make_cli", interrupted)
+    assert run(monkeypatch, capsys, "fit") == (130, "lightning-ddst: error: interrupted.\n")
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """The line of a run, in an empty folder with its configuration."""

@@ -191,6 +191,8 @@ class _Runs:
         _, results = _latest(folder)
         if status == 0 and results is None:
             raise SweepError(f"failed: no results in {folder}: the run needs a logger, and one without a save_dir.")
+        if status < 0:
+            raise SweepError(f"failed: killed by {signal.Signals(-status).name} (see {log})")
         if status or results is None or results.status != "finished":
             raise SweepError(f"failed: {_last_line(log)} (status {status}; see {log})")
         return f"{'resumed and ' if checkpoint else ''}finished after {time.monotonic() - start:,.0f} s"
