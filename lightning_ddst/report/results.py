@@ -23,6 +23,8 @@ Status = Literal["finished", "interrupted", "failed", "running", "unknown"]
 _DENSITIES = ("generator_density", "discriminator_density")
 _DEFAULTS = {"granularity": "weight", "probe_interval": Intervals.probe_interval}
 """Defaults other than None among the settings of a configuration."""
+_TRAINER_ARGUMENTS = ("precision", "limit_train_batches", "overfit_batches", "devices", "num_nodes")
+"""Arguments of the Trainer that samples depend on; more processes train on more images per update."""
 _CALLBACKS = ("GeneratorEMA", "SampleQuality")
 """Callbacks that the measured values depend on."""
 
@@ -326,8 +328,8 @@ def is_comparable(results: RunResults, reference: RunResults) -> bool:
     """Returns whether two runs differ in nothing but sparsity.
 
     Both must have one pair of networks of the same sizes, and the same seed, number of generator updates and real
-    images, as far as their metrics tell. If both have a configuration, model, data, precision, averages and metrics
-    must be the same.
+    images, as far as their metrics tell. If both have a configuration, model, data, precision, devices, averages and
+    metrics must be the same.
 
     Args:
         results: The results of a run.
@@ -351,7 +353,7 @@ def _training_config(config: Mapping[str, Any]) -> list[Any]:
     callbacks = trainer.get("callbacks") or []
     counted = [each for each in callbacks if str(each.get("class_path")).rpartition(".")[2] in _CALLBACKS]
     parts = [config.get(name) for name in ("seed_everything", "model", "data")]
-    return [*parts, trainer.get("precision"), trainer.get("limit_train_batches"), counted]
+    return [*parts, *map(trainer.get, _TRAINER_ARGUMENTS), counted]
 
 
 def _agree(value: Any, other: Any) -> bool:

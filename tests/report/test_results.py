@@ -240,6 +240,7 @@ def default_run(monkeypatch, *args: str) -> RunResults:
         (["--sparsity.generator_density=0.05", "--trainer.enable_progress_bar=false"], True),
         (["--seed_everything=1"], False),
         (["--data.init_args.batch_size=16"], False),
+        (["--trainer.devices=2"], False),
         (["--data=lightning_ddst.data.FashionMNISTDataModule", "--data.init_args.root=x"], False),
         (["--model.init_args.generator.init_args.width=8"], False),
         (["--model.init_args.generator_optimizer.init_args.lr=0.01"], False),
