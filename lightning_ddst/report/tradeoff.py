@@ -35,6 +35,7 @@ _MEASURED = 0.9
 """Share of a run's updates after which its samples must have been measured, so that both belong together."""
 _MARKER = 5.0  # points from the middle of a marker to its edge
 _PLACES = ((0, 1), (1, 0), (0, -1), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1))  # of a name, from its point
+_GAP = 6.0  # points between names side by side
 _PANEL = 4.2  # inches, at 100 pixels per inch
 
 
@@ -161,7 +162,7 @@ def _label(ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
             for distance in (3, 16, 30, 44)
             for across, up in _PLACES
         ]
-        boxes = [_box(x * scale + across, y * scale + up, width, height) for across, up in places]
+        boxes = [_box(x * scale + across, y * scale + up, width + _GAP, height) for across, up in places]
         free = [
             place
             for place, box in enumerate(boxes)
