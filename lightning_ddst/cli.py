@@ -3,6 +3,7 @@
 import os
 import pickle
 import pydoc
+import re
 import sys
 import traceback
 import warnings
@@ -12,7 +13,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import Namespace, capture_parser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -30,9 +31,11 @@ from lightning_ddst.methods.base import METHODS, unused_arguments
 from lightning_ddst.report.compare_command import compare
 from lightning_ddst.report.plot_command import plot
 from lightning_ddst.report.sweep_command import sweep
-from lightning_ddst.utils.checkpoints import AtomicCheckpointIO, describe_error
+from lightning_ddst.utils.cache import check_writable
+from lightning_ddst.utils.checkpoints import AtomicCheckpointIO, describe_error, why_no_checkpoint
 from lightning_ddst.utils.command_line import DEBUG, OneLineParser, describe_expected, fail
 from lightning_ddst.utils.configurations import check_classes, find_missing_files, option_values, read_yaml
+from lightning_ddst.utils.parser_errors import explain
 from lightning_ddst.utils.run_folders import NewRunFolders
 from lightning_ddst.utils.shell_completion import SHELLS, completion_script
 from lightning_ddst.utils.suggestions import did_you_mean
@@ -122,6 +125,13 @@ class SparseGANParser(OneLineParser, LightningArgumentParser):
         self.subcommands.add_subcommand = lambda name, parser, help="": add(name, parser, help=help.partition(".")[0])
         return self.subcommands
 
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends the process with a line for an error; a configuration of a method alone lacks model and data."""
+        missing = re.match(r"the following arguments are required: .*\b(data|model)$", message)
+        if self.exit_on_error and missing:
+            fail(f"{explain(message, [])} Configurations of a method come after another one, such as --config digits.")
+        super().error(message, ex)
+
     def instantiate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> Namespace:
         """Makes the Trainer's callbacks last: they may take long, and errors of other arguments appear before."""
         callbacks = namespace.get("trainer.callbacks")
@@ -144,14 +154,34 @@ class SparseGANCLI(LightningCLI):
         try:
             super().__init__(*args, **kwargs)
         except Exception:
-            if self._new_folders is not None and not self.trainer.fit_loop.epoch_loop.batch_progress.total.ready:
-                self._new_folders.remove_untrained()
+            if self._new_folders is not None:
+                if not self.trainer.fit_loop.epoch_loop.batch_progress.total.ready:
+                    self._new_folders.remove_untrained()
+                if self.trainer.progress_bar_callback is not None:
+                    print(file=sys.stderr)  # the error begins on a line of its own
             raise
 
     def before_fit(self) -> None:
-        """Notes which log folders are new: they are removed if the run ends with an error before its first batch."""
-        if self.trainer.is_global_zero:
-            self._new_folders = NewRunFolders(self.trainer.loggers)
+        """Checks that logs can be written, and notes which log folders are new.
+
+        New folders are removed if the run ends with an error before its first batch.
+
+        Raises:
+            OSError: If a folder cannot be written to.
+        """
+        if not self.trainer.is_global_zero:
+            return
+        self._new_folders = NewRunFolders(self.trainer.loggers)
+        folders = [getattr(logger, "log_dir", None) for logger in self.trainer.loggers]
+        # Folders of single runs are left to the loggers, which number them by those that exist.
+        parents = [os.path.dirname(folder) for folder in folders if isinstance(folder, str)]
+        for folder in parents or [self.trainer.default_root_dir]:  # which gets config.yaml
+            if "://" not in folder:
+                try:
+                    check_writable(Path(folder))
+                except OSError as error:
+                    reason = f"the run cannot write to {folder}: {error.strerror}"
+                    raise OSError(f"{reason}. Choose another folder, --trainer.default_root_dir.") from error
 
     def setup_parser(self, add_subcommands: bool, *args: Any, **kwargs: Any) -> None:
         """Adds the parsers of other subcommands, for the help."""
@@ -222,8 +252,8 @@ def _check(config: Namespace) -> None:
         fail(error)
     missing = [f"{option}: {reason}" for option, reason in find_missing_files(config.as_dict())]
     checkpoint = str(config.get("ckpt_path") or "last")
-    if checkpoint.partition(":")[0] not in _CHECKPOINTS and "://" not in checkpoint and not Path(checkpoint).exists():
-        missing.append(f"--ckpt_path={checkpoint}: no such file.")
+    if checkpoint.partition(":")[0] not in _CHECKPOINTS and (reason := why_no_checkpoint(checkpoint)):
+        missing.append(f"--ckpt_path={checkpoint}: {reason}.")
     if missing:
         fail(*missing)
 
@@ -256,6 +286,10 @@ def main() -> None:
         if debug and end.code not in (None, 0):
             traceback.print_exception(end)
         raise
+    except KeyboardInterrupt:  # before or after training, which Lightning ends itself
+        if debug:
+            raise
+        fail("interrupted.", status=130)
     except Exception as error:
         text = describe_expected(error)
         if debug or text is None:

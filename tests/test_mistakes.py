@@ -17,6 +17,8 @@ MISTAKES = [
     ("test --sparsty.generator_density=0.1", "--sparsty.generator_density=0.1", "--sparsity.generator_density"),
     ("predict --ckpt_pat run.ckpt", "--ckpt_pat=run.ckpt", "--ckpt_path"),
     ("fit --generator_density 0.1", "--generator_density=0.1", "--sparsity.generator_density"),
+    ("fit --density 0.1", "--density=0.1", "--sparsity.generator_density"),
+    ("fit --trainer.epochs 3", "--trainer.epochs=3", "--trainer.max_epochs"),
     ("fit --dat.root folder", "--dat.root=folder", "--data.root"),
     ("fit --model.init_args.los hinge", "--model.los=hinge", "'loss'"),
     ("fit --model.generator.widht 4", "--model.generator.widht=4", "'width'"),
@@ -49,6 +51,11 @@ MISTAKES = [
         "lightning_ddst.data.DigitsDataModule",
     ),
     ("fit --model nowhere.GAN", "No module named 'nowhere'", None),
+    (
+        "fit --sparsity.method nowhere.GMP --sparsity.method.generator_density 0.3",
+        "--sparsity.method: No module named 'nowhere'.",
+        None,
+    ),
     ("fit --data lightning_ddst.GANModule", "--data=lightning_ddst.GANModule is not a subclass of", None),
     ("fit --model.generator_optimizer torch.optim.Adm", "torch.optim has no Adm", "torch.optim.Adam"),
     (
@@ -66,6 +73,7 @@ MISTAKES = [
     # ---- files -----------------------------------------------------------------------------------------
     ("fit --config none.yaml", "--config=none.yaml: no such file.", None),
     ("fit --config cifar10_sngam", "--config=cifar10_sngam is neither a file nor one of digits, ", "'cifar10_sngan'"),
+    ("fit --config ramp", "data and model are missing; --help shows all arguments. Configurations of a method", None),
     ("fit --config list.yaml", "list.yaml: it must hold arguments by name", None),
     ("fit --config key.yaml", "--sparsity.intervall", "--sparsity.interval"),
     (
@@ -75,6 +83,8 @@ MISTAKES = [
     ),
     ("fit --config metric.yaml", "--trainer.callbacks.metrics=frechet_distnace must be", "'frechet_distance'"),
     ("fit --ckpt_path none.ckpt", "--ckpt_path=none.ckpt: no such file.", None),
+    ("fit --ckpt_path .", "--ckpt_path=.: it is a folder without checkpoints.", None),
+    ("fit --config images --data.root list.yaml", "root=list.yaml is a file; it must be a folder of images", None),
     ("fit --data lightning_ddst.data.CIFAR10DataModule --data.root none", "--data.root=none: neither ", None),
     ("plot none", "none", None),
     ("export none.ckpt", "CKPT=none.ckpt: no such file.", None),
@@ -126,6 +136,14 @@ def test_debug_adds_the_traceback(monkeypatch, capsys, tmp_path):
     assert "check_density" in error
 
 
+def test_an_interruption_before_training_is_one_line(monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "make_cli", interrupted)
+    assert run(monkeypatch, capsys, "fit") == (130, "lightning-ddst: error: interrupted.\n")
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """The line of a run, in an empty folder with its configuration."""
@@ -140,6 +158,18 @@ def test_the_packages_own_errors_of_a_run_are_one_line_with_status_1(tiny, monke
     assert status == 1
     assert told.startswith("lightning-ddst: error: generator='maker' is not a submodule of GANModule")
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(("logger", "folder"), [("CSVLogger", "file/lightning_logs"), ("false", "file")])
+def test_a_folder_that_cannot_be_written_to_is_one_line_with_status_1(
+    logger, folder, tiny, monkeypatch, capsys, tmp_path
+):
+    (tmp_path / "file").touch()
+    status, error = run(monkeypatch, capsys, f"{tiny} --trainer.default_root_dir file --trainer.logger {logger}")
+    (told,) = [line for line in error.splitlines() if "error" in line]
+    assert status == 1
+    assert f"the run cannot write to {folder}: " in told
+    assert "--trainer.default_root_dir" in told
 
 
 def test_a_checkpoint_of_another_model_is_one_line_with_status_1(tiny, monkeypatch, capsys, tmp_path):

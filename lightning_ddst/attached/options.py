@@ -1,6 +1,7 @@
 """Options of a run: its method, and how two networks of a module are found, masked and measured."""
 
 import inspect
+import re
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -402,10 +403,13 @@ def list_arguments(options: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Returns a value in types that load with ``weights_only=True``; an object as the words that show it."""
+    """Returns a value in types that load with ``weights_only=True``; an object as its representation.
+
+    Addresses are left out, which differ from run to run.
+    """
     if isinstance(value, Mapping):
         return {str(name): _plain(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     value = plain_number(value)
-    return value if isinstance(value, bool | int | float | str | None) else repr(value)
+    return value if isinstance(value, bool | int | float | str | None) else re.sub(r" at 0x\w+", "", repr(value))

@@ -127,6 +127,8 @@ class ImageFolderDataModule(ImageDataModule):
 
     def _find(self, folder: Path) -> "_Found":
         if folder not in self._found:
+            if folder.is_file():
+                raise NotADirectoryError(f"root={folder} is a file; it must be a folder of images, or of subfolders.")
             if not folder.is_dir():
                 raise self.missing(folder, "a folder of images, or of one subfolder of images per class")
             self._found[folder] = _find_images(folder)

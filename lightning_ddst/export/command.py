@@ -1,5 +1,6 @@
 """The command ``lightning-ddst export``: writes a run's generator to files that do not need this package."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,6 +14,7 @@ from lightning_ddst.export.benchmark import WORTHWHILE, onnx_time_ratio, sparse_
 from lightning_ddst.export.traced import Computation
 from lightning_ddst.sparsity import compact
 from lightning_ddst.sparsity.reparametrized import copy_network
+from lightning_ddst.utils.checkpoints import why_no_checkpoint
 from lightning_ddst.utils.command_line import OneLineParser
 from lightning_ddst.utils.configurations import check_classes, read_yaml, without_optimizers
 from lightning_ddst.utils.example_inputs import get_generator_inputs
@@ -59,8 +61,8 @@ def export(args: Sequence[str]) -> list[Path]:
     )
     given = parser.parse_args(list(args))
     try:
-        if not given.checkpoint.is_file():
-            raise FileNotFoundError(f"CKPT={given.checkpoint}: no such file.")
+        if reason := why_no_checkpoint(given.checkpoint):
+            raise FileNotFoundError(f"CKPT={given.checkpoint}: {reason}.")
         if given.config is not None and not given.config.is_file():
             raise FileNotFoundError(f"--config={given.config}: no such file.")
         config = given.config or _config_of(given.checkpoint)
@@ -133,7 +135,9 @@ def _smaller(generator: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, li
 
 def _linears(generator: nn.Module, inputs: Sequence[Any]) -> str:
     """Returns a text about Linear layers that run faster as sparse tensors."""
-    ratios = sparse_linears(copy_network(generator), *inputs) if inputs else {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        ratios = sparse_linears(copy_network(generator), *inputs) if inputs else {}
     faster = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items() if ratio < WORTHWHILE)
     if not faster:
         return "nothing else is faster: dense kernels multiply zeros, and no Linear layer gains as a sparse tensor"
@@ -148,7 +152,10 @@ def _config_of(checkpoint: Path) -> Path:
         if candidate.is_file():
             return candidate
     places = " or ".join(str(folder) for folder in (checkpoint.parent, checkpoint.parent.parent))
-    raise FileNotFoundError(f"there is no config.yaml in {places}: name the run's with --config.")
+    raise FileNotFoundError(
+        f"there is no config.yaml in {places}: name the run's with --config. A run that was started in Python has "
+        "none; export its generator in Python, with lightning_ddst.export.load_generator."
+    )
 
 
 def _read(config: Path) -> dict[str, Any]:

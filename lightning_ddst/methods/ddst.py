@@ -92,9 +92,8 @@ class DDST(ResizingMethod):
             bounds = "auto" if self.signal == "balance_ratio" else SIGNALS[self.signal].bounds
         if isinstance(bounds, str):
             if bounds != "auto" or self.signal != "balance_ratio":
-                raise ValueError(
-                    f'bounds={bounds!r} with signal={self.signal!r} must be two numbers; only BR\'s can be "auto".'
-                )
+                other = ' or "auto"' if self.signal == "balance_ratio" else ""
+                raise ValueError(f"bounds={bounds!r} with signal={self.signal!r} must be two numbers{other}.")
             return RelativeController((lowest, highest), self.delta)
         return DensityController(
             cast(tuple[float, float], tuple(bounds) if isinstance(bounds, Iterable) else bounds),  # YAML gives a list

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from lightning_ddst.attached.options import METHOD_ARGUMENTS, UNITS_ARGUMENTS
 from lightning_ddst.methods.base import ROLES
+from lightning_ddst.methods.intervals import Intervals
 from lightning_ddst.report.runs import RESULTS_FILE, Series, by_pair, find_run, of_samples, read_run
 from lightning_ddst.utils import cache
 from lightning_ddst.utils.configurations import read_yaml
@@ -20,6 +21,10 @@ SCHEMA = 1
 
 Status = Literal["finished", "interrupted", "failed", "running", "unknown"]
 _DENSITIES = ("generator_density", "discriminator_density")
+_DEFAULTS = {"granularity": "weight", "probe_interval": Intervals.probe_interval}
+"""Defaults other than None among the settings of a configuration."""
+_TRAINER_ARGUMENTS = ("precision", "limit_train_batches", "overfit_batches", "devices", "num_nodes")
+"""Arguments of the Trainer that samples depend on; more processes train on more images per update."""
 _CALLBACKS = ("GeneratorEMA", "SampleQuality")
 """Callbacks that the measured values depend on."""
 
@@ -305,11 +310,14 @@ def _read_settings(folder: Path) -> _Settings:
             str(key).removeprefix("sparsity."): value for key, value in given.items()
         }  # as hyperparameters are named
         # The densities are logged as they were reached; a dense run ignores the given ones.
-        listed = [each for each in (*METHOD_ARGUMENTS, *UNITS_ARGUMENTS, "granularity") if each not in _DENSITIES]
+        intervals = [interval.name for interval in fields(Intervals)]
+        listed = [
+            each for each in (*METHOD_ARGUMENTS, *UNITS_ARGUMENTS, *intervals, "granularity") if each not in _DENSITIES
+        ]
         seed = config.get("seed_everything", config.get("seed"))
         return _Settings(
             method=str(method),
-            arguments={name: given[name] for name in listed if given.get(name) is not None},
+            arguments={name: given[name] for name in listed if given.get(name) not in (None, _DEFAULTS.get(name))},
             seed=seed if type(seed) is int else None,
             config=config if "sparsity" in config else None,
         )
@@ -320,8 +328,8 @@ def is_comparable(results: RunResults, reference: RunResults) -> bool:
     """Returns whether two runs differ in nothing but sparsity.
 
     Both must have one pair of networks of the same sizes, and the same seed, number of generator updates and real
-    images, as far as their metrics tell. If both have a configuration, model, data, precision, averages and metrics
-    must be the same.
+    images, as far as their metrics tell. If both have a configuration, model, data, precision, devices, averages and
+    metrics must be the same.
 
     Args:
         results: The results of a run.
@@ -345,7 +353,7 @@ def _training_config(config: Mapping[str, Any]) -> list[Any]:
     callbacks = trainer.get("callbacks") or []
     counted = [each for each in callbacks if str(each.get("class_path")).rpartition(".")[2] in _CALLBACKS]
     parts = [config.get(name) for name in ("seed_everything", "model", "data")]
-    return [*parts, trainer.get("precision"), trainer.get("limit_train_batches"), counted]
+    return [*parts, *map(trainer.get, _TRAINER_ARGUMENTS), counted]
 
 
 def _agree(value: Any, other: Any) -> bool:

@@ -79,6 +79,11 @@ def read_run(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
     place = find_run(folder, _EVENTS, _METRICS_CSV)
     series = _read_events(place) if any(place.glob(_EVENTS)) else _read_csv(place / _METRICS_CSV)
     if all(find_source(name) is None for name in series):
+        if updates := series.get("generator_updates"):
+            raise ValueError(
+                f"the logs in {place} hold no values: the run ended after {max(updates):,} generator updates, before "
+                "the first ones were logged. Trainer(log_every_n_steps=...) logs more often."
+            )
         found = f"there are {', '.join(series)}" if series else "there are no scalars at all"
         raise ValueError(
             f"the logs in {place} hold nothing that this package logs, such as density/generator or "

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import RLock
@@ -67,6 +67,8 @@ def sweep(args: Sequence[str]) -> None:
         for arg in of_fit:
             if (name := arg.partition("=")[0]) in _OWN:
                 raise ValueError(f"{name}: a sweep sets it itself; choose --densities and --folder.")
+        if dict(option_values(of_fit)).get("--trainer.logger") in ("false", "False"):
+            raise ValueError("--trainer.logger=false: a sweep compares the runs by their logs.")
         check_writable(given.folder)
         _check_arguments(given.folder, of_fit)
     except (OSError, ValueError) as error:
@@ -122,16 +124,21 @@ def _check_arguments(folder: Path, of_fit: Sequence[str]) -> None:
     contents = {config: digest(Path(config).read_bytes()) for config in configs if Path(config).is_file()}
     own = {"arguments": list(of_fit), "configurations": contents}
     path = folder / "sweep.json"
-    if path.is_file():
+    if path.is_file() and _holds_runs(folder):  # else the arguments were wrong, and are now corrected
         known = json.loads(path.read_text(encoding="utf-8"))
         if known != own:
             same = known.get("arguments") == own["arguments"]
-            reason = (
-                "a configuration has changed" if same else f"its arguments are {' '.join(known.get('arguments', []))}"
-            )
+            arguments = " ".join(known.get("arguments", []))
+            reason = "a configuration has changed" if same else f"its arguments are {arguments or 'none'}"
             raise ValueError(f"--folder={folder} holds runs of another sweep: {reason}. Choose another folder.")
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
+
+
+def _holds_runs(folder: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return bool(find_runs(folder))
+    return False
 
 
 def _latest(folder: Path) -> tuple[Path | None, RunResults | None]:
@@ -183,7 +190,9 @@ class _Runs:
             raise SweepError("interrupted; the same command resumes it.")
         _, results = _latest(folder)
         if status == 0 and results is None:
-            raise SweepError(f"failed: no results in {folder}; leave out the save_dir of the logger.")
+            raise SweepError(f"failed: no results in {folder}: the run needs a logger, and one without a save_dir.")
+        if status < 0:
+            raise SweepError(f"failed: killed by {signal.Signals(-status).name} (see {log})")
         if status or results is None or results.status != "finished":
             raise SweepError(f"failed: {_last_line(log)} (status {status}; see {log})")
         return f"{'resumed and ' if checkpoint else ''}finished after {time.monotonic() - start:,.0f} s"

@@ -9,6 +9,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from lightning_ddst.report.plots import MEANINGS, plot_style
@@ -33,6 +35,7 @@ _MEASURED = 0.9
 """Share of a run's updates after which its samples must have been measured, so that both belong together."""
 _MARKER = 5.0  # points from the middle of a marker to its edge
 _PLACES = ((0, 1), (1, 0), (0, -1), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1))  # of a name, from its point
+_GAP = 6.0  # points between names side by side
 _PANEL = 4.2  # inches, at 100 pixels per inch
 
 
@@ -66,15 +69,18 @@ def tradeoff(runs: Mapping[str, RunResults]) -> Figure:
         figure = Figure(figsize=(9, 0.6 + _PANEL * len(panels)), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+        headings: list[tuple[Axes, Text, Legend]] = []
         for ax, ((metric, features), measured) in zip(axes, panels.items(), strict=True):
             points = {name: (operations[name], each.values[-1][1]) for name, each in measured.items()}
             for place, method in enumerate(methods):
                 of_method = sorted(xy for name, xy in points.items() if str(counted[name].pair.method) == method)
+                if not of_method:
+                    continue
                 xs, ys = [x for x, _ in of_method], [y for _, y in of_method]
                 color, marker = _COLORS[place % len(_COLORS)], _MARKERS[place % len(_MARKERS)]
-                ax.plot(xs, ys, color=color, marker=marker, markersize=8, linewidth=1, label=method)
+                ax.plot(xs, ys, color=color, marker=marker, markersize=8, linewidth=1, label=method, clip_on=False)
             _reference_line(ax, list(measured.values()))
-            ax.set_title(f"{metric.replace('_', ' ').capitalize()} after training")
+            title = ax.set_title(f"{metric.replace('_', ' ').capitalize()} after training")
             ax.set_ylabel(f"{features} ({MEANINGS.get(metric, '')})")
             ax.set_xlabel(label)
             if label.endswith("dense training"):
@@ -83,7 +89,13 @@ def tradeoff(runs: Mapping[str, RunResults]) -> Figure:
             ax.set_xlim(left=0)
             if MEANINGS.get(metric) == "lower is better":
                 _logarithmic(ax, [y for _, y in points.values()])
-            ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, frameon=False, borderaxespad=0.1)
+            legend = ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, frameon=False, borderaxespad=0.1)
+            headings.append((ax, title, legend))
+        figure.draw_without_rendering()
+        for ax, title, legend in headings:
+            box = legend.get_window_extent()
+            if title.get_window_extent().overlaps(box):
+                ax.set_title(title.get_text(), pad=box.height * 72 / figure.dpi + 6)  # above the legend
         figure.draw_without_rendering()  # places of labels depend on the layout
         for ax, measured in zip(axes, panels.values(), strict=True):
             _label(ax, {name: (operations[name], each.values[-1][1]) for name, each in measured.items()})
@@ -150,7 +162,7 @@ def _label(ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
             for distance in (3, 16, 30, 44)
             for across, up in _PLACES
         ]
-        boxes = [_box(x * scale + across, y * scale + up, width, height) for across, up in places]
+        boxes = [_box(x * scale + across, y * scale + up, width + _GAP, height) for across, up in places]
         free = [
             place
             for place, box in enumerate(boxes)

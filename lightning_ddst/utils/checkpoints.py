@@ -20,6 +20,8 @@ from lightning_ddst.utils.lightning_private import load_checkpoint
 
 AVERAGES = "generator_averages"
 """The key in weights-only checkpoints that holds the states of `GeneratorEMA` callbacks, by their `state_key`."""
+_SHARDED = "meta.pt"
+"""A file in the folder that is the checkpoint of a model that is split over processes."""
 _ABANDONED = 3600.0
 """Seconds after which a temporary file is one of a killed process."""
 _OBJECTS = "holds other objects than tensors, numbers, texts and containers"
@@ -139,6 +141,17 @@ def find_damage(path: Path) -> str | None:
     except Exception as error:  # zipfile raises whatever damaged headers lead to
         return cache.first_line(error)
     return None if damaged is None else f"{damaged} does not match its checksum"
+
+
+def why_no_checkpoint(path: str | Path) -> str | None:
+    """Returns the reason why a path cannot be that of a checkpoint; None if it may be one, or is a URL."""
+    local = Path(path).expanduser()
+    if _is_url(path) or local.is_file() or (local / _SHARDED).is_file():
+        return None
+    if not local.is_dir():
+        return "no such file"
+    inside = sorted(local.rglob("*.ckpt"), key=lambda each: each.stat().st_mtime)
+    return f"it is a folder{f'; name a file, such as {inside[-1]}' if inside else ' without checkpoints'}"
 
 
 def _is_url(path: str | Path) -> bool:

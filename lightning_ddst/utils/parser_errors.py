@@ -86,6 +86,9 @@ def _nearest_argument(name: str, names: Sequence[str]) -> str | None:
     """Returns the nearest dotted name, also if only a prefix is missing or misspelled."""
     if near := [each for each in names if each.rpartition(".")[2] == name]:
         return near[0]
+    group, dot, last = name.rpartition(".")
+    if longer := [each for each in names if each.startswith(group + dot) and each.endswith(f"_{last}")]:
+        return longer[0]  # --density: --sparsity.generator_density
     if near_name := find_nearest(name, names):
         return near_name
     head, _, rest = name.partition(".")
@@ -195,7 +198,8 @@ class _Problem:
             hint = f" Did you mean {module}.{near}?" if near else ""
             return f"{place}: {module} has no {name}.{hint}"
         if dot:
-            return f"{place}: {reason}."
+            shown = place if value.replace(".", "").isidentifier() else f"--{'.'.join(self.keys)}"  # not an argument's
+            return f"{shown}: {reason}."
         types = self.types or str(_hint(self.kind, self.keys[-1]))
         named = map(_located, dict.fromkeys(re.findall(r"[\w.]+\.\w+", types)))
         bases = [each for each in named if isinstance(each, type) and not each.__module__.startswith("collections")]

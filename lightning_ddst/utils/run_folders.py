@@ -8,8 +8,8 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import Logger
 
-_PLAIN = ("config.yaml", "hparams.yaml")
-"""Files that the command and the loggers write before training, besides TensorBoard's events."""
+_PLAIN = ("config.yaml", "hparams.yaml", "results.json")
+"""Files that the command, the loggers and a failed start write, besides TensorBoard's events."""
 
 
 class NewRunFolders:

@@ -35,9 +35,8 @@ def check_count(name: str, value: int) -> None:
 def check_choice(name: str, value: T, allowed: Collection[T]) -> None:
     """Checks that a value is one of several names or numbers."""
     if value not in allowed:
-        raise ValueError(
-            f"{name}={value!r} is unknown; allowed are {', '.join(map(str, allowed))}.{did_you_mean(value, allowed)}"
-        )
+        hint = did_you_mean(value, allowed) if isinstance(value, str) else ""
+        raise ValueError(f"{name}={value!r} is unknown; allowed are {', '.join(map(str, allowed))}.{hint}")
 
 
 def to_plain_numbers(options: Any) -> None:

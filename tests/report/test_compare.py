@@ -11,6 +11,7 @@ from logged_runs import RESULTS, log_csv, paired
 from matplotlib.text import Text
 from PIL import Image
 
+from lightning_ddst.methods import METHODS
 from lightning_ddst.report import tradeoff
 from lightning_ddst.report.compare import as_csv, as_json, as_markdown, as_text, collect_runs, make_rows, short_names
 from lightning_ddst.report.compare_command import compare
@@ -203,6 +204,24 @@ def test_points_are_the_last_values_over_operations() -> None:
         "dense": (1.05, 1.25),
         "again": (0.5, 2.5),
     }
+
+
+def test_the_legend_of_many_methods_covers_no_title_and_names_the_methods_shown() -> None:
+    runs = {name: replace(RESULTS, pairs={"": replace(RESULTS.pair, method=name)}) for name in METHODS}
+    other = paired(method="another")
+    quality = [replace(each, features="other") for each in other.quality]
+    figure = tradeoff.tradeoff(runs | {"another": replace(other, quality=quality)})
+    figure.draw_without_rendering()
+    legends = [ax.get_legend() for ax in figure.axes]
+    for ax, legend in zip(figure.axes, legends, strict=True):
+        assert not ax.get_window_extent().overlaps(legend.get_window_extent())
+        titles = [each for each in ax.get_children() if isinstance(each, Text) and "after training" in each.get_text()]
+        assert not titles[0].get_window_extent().overlaps(legend.get_window_extent())
+    last = "two halves of the real images"
+    assert [[text.get_text() for text in legend.get_texts()] for legend in legends] == [
+        [*METHODS, last],
+        ["another", last],
+    ]
 
 
 def test_runs_of_other_lengths_are_compared_by_absolute_operations() -> None:

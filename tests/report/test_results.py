@@ -115,13 +115,14 @@ def test_a_key_of_a_later_version_is_ignored(tmp_path) -> None:
 def test_a_run_without_the_file_is_read_from_its_logs(log, tmp_path) -> None:
     folder = log(tmp_path / "run")
     (folder / "config.yaml").write_text(
-        "{seed_everything: 7, sparsity: {method: ddst, generator_density: 0.1, bounds: [0.2, 0.3], delta: null}}"
+        "{seed_everything: 7, sparsity: {method: ddst, generator_density: 0.1, bounds: [0.2, 0.3], delta: null, "
+        "interval: 20, explore_interval: null, probe_interval: auto, granularity: weight}}"
     )
     results = read_results(folder)
     assert (results.status, results.seed) == ("unknown", 7)
     pair = results.pair
     assert (pair.method, pair.updates, pair.planned_updates, pair.decisions) == ("ddst", 20, None, None)
-    assert pair.settings == {"bounds": [0.2, 0.3]}
+    assert pair.settings == {"bounds": [0.2, 0.3], "interval": 20}  # what differs from the defaults
     assert pair.networks["discriminator"].final_density == pytest.approx(0.15)
     assert pair.balance_ratio == 0.5
     assert pair.flops == FlopsResults(ratio=0.25)
@@ -239,6 +240,7 @@ def default_run(monkeypatch, *args: str) -> RunResults:
         (["--sparsity.generator_density=0.05", "--trainer.enable_progress_bar=false"], True),
         (["--seed_everything=1"], False),
         (["--data.init_args.batch_size=16"], False),
+        (["--trainer.devices=2"], False),
         (["--data=lightning_ddst.data.FashionMNISTDataModule", "--data.init_args.root=x"], False),
         (["--model.init_args.generator.init_args.width=8"], False),
         (["--model.init_args.generator_optimizer.init_args.lr=0.01"], False),

@@ -117,6 +117,12 @@ def test_a_run_of_something_else_is_rejected(scalars: dict, found: str, tmp_path
     assert found in str(refused.value)
 
 
+def test_a_run_that_ended_before_it_logged_is_named_as_such(tmp_path) -> None:
+    write(tmp_path, {"hp_metric": [(0, -1.0)], "generator_updates": [(8, 8.0)]})
+    with pytest.raises(ValueError, match="the run ended after 8 generator updates, before the first"):
+        read_run(tmp_path)
+
+
 CSV = """balance/ratio,density/generator,epoch,loss,step
 ,0.5,,,10
 0.25,0.5,,,20

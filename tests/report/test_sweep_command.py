@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -15,7 +16,7 @@ from lightning_ddst.report.results import read_results, write_results
 from lightning_ddst.report.sweep_command import sweep
 
 PROGRAM = """#!{python}
-import json, shutil, signal, sys, time
+import json, os, shutil, signal, sys, time
 from pathlib import Path
 
 given = dict(arg.split("=", 1) for arg in sys.argv if "=" in arg)
@@ -35,6 +36,8 @@ if density == "0.2":
     sys.exit("no such file")
 if density == "0.4":
     sys.exit()
+if density == "0.7":
+    os.kill(os.getpid(), signal.SIGKILL)
 if density == "0.5":
     signal.signal(signal.SIGINT, lambda *_: end("interrupted"))
     (folder / "waiting").touch()
@@ -104,12 +107,13 @@ def test_finished_runs_are_skipped_and_failed_ones_resume(program, capsys) -> No
 
 def test_an_error_of_one_run_leaves_the_others(program, capsys) -> None:
     with pytest.raises(SystemExit) as end:
-        sweep(["--densities=0.2,0.4,0.1", "--jobs=2"])
+        sweep(["--densities=0.2,0.4,0.7,0.1", "--jobs=2"])
     assert end.value.code == 1
     output = capsys.readouterr()
     assert sorted(output.err.splitlines()) == [
         "density 0.2: failed: no such file (status 1; see sweep/density_0.2/log.txt)",
-        "density 0.4: failed: no results in sweep/density_0.4; leave out the save_dir of the logger.",
+        "density 0.4: failed: no results in sweep/density_0.4: the run needs a logger, and one without a save_dir.",
+        "density 0.7: failed: killed by SIGKILL (see sweep/density_0.7/log.txt)",
     ]
     assert [line.split()[0] for line in output.out.splitlines() if line.startswith("density_")] == ["density_0.1"]
     assert "0.1: finished after" in output.out
@@ -156,6 +160,17 @@ def test_a_folder_with_other_arguments_is_rejected(program, capsys) -> None:
     assert "density 0.1: is finished already" in capsys.readouterr().out
 
 
+def test_arguments_with_which_no_run_began_can_be_corrected(program, capsys) -> None:
+    with pytest.raises(SystemExit):
+        sweep(["--densities=0.2", "--trainer.max_epoch=1"])  # its run ends before it has a folder
+    shutil.rmtree("sweep/density_0.2/lightning_logs")
+    sweep(["--densities=0.1", "--trainer.max_epochs=1"])
+    assert "density 0.1: finished after" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        sweep(["--densities=0.1"])
+    assert "its arguments are --trainer.max_epochs=1." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -168,6 +183,7 @@ def test_a_folder_with_other_arguments_is_rejected(program, capsys) -> None:
         (["--densities", "0.1", "--ckpt_path", "last.ckpt"], "--ckpt_path: a sweep sets it"),
         (["--densities", "0.1", "--trainer.logger.save_dir=logs"], "--trainer.logger.save_dir: a sweep sets it"),
         (["--densities", "0.1", "--trainer.logger.init_args.save_dir", "logs"], "save_dir: a sweep sets it"),
+        (["--densities", "0.1", "--trainer.logger", "false"], "--trainer.logger=false: a sweep"),
         (["--densities", "0.1", "--folder", "python/here"], "python"),
     ],
 )

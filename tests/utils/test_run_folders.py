@@ -36,6 +36,16 @@ def test_an_error_before_the_first_batch_leaves_no_folder(args, reason, tmp_path
     assert not (tmp_path / "runs").exists()
 
 
+def test_an_error_in_the_sanity_check_leaves_no_folder(tmp_path, monkeypatch) -> None:
+    def fails(self, batch, batch_index):
+        raise ValueError("in the first validation")
+
+    monkeypatch.setattr("lightning_ddst.GANModule.validation_step", fails)
+    with pytest.raises(ValueError, match="in the first validation"):
+        fit(tmp_path / "runs", "--trainer.num_sanity_val_steps=1")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_checkpoint_that_does_not_fit_leaves_earlier_runs_as_they_are(tmp_path) -> None:
     runs = tmp_path / "runs"
     fit(runs)
@@ -67,7 +77,7 @@ def made(folder, *names):
 def test_only_files_of_the_start_are_removed(tmp_path) -> None:
     logger = TensorBoardLogger(tmp_path / "new")
     folders = NewRunFolders([logger])
-    made(tmp_path / "new/lightning_logs/version_0", "config.yaml", "hparams.yaml", EVENTS)
+    made(tmp_path / "new/lightning_logs/version_0", "config.yaml", "hparams.yaml", "results.json", EVENTS)
     made(tmp_path / "new/lightning_logs/version_0/checkpoints")
     folders.remove_untrained()
     assert written(tmp_path) == []

@@ -13,11 +13,12 @@ from lightning_ddst.methods import Method
 from lightning_ddst.utils.lightning_packages import is_a
 from lightning_ddst.utils.networks import get_parts
 
+_INSTEAD = "`GeneratorEMA` averages only the generator and respects masks; use it instead."
 _WRITERS = {
     "WeightAveraging": "does not respect changing masks: its average makes every weight that was ever active "
-    "non-zero, averages the discriminator too, and counts the steps of both optimizers.",
-    "StochasticWeightAveraging": "writes averages into the weights at the end, outside the masks.",
-    "ModelPruning": "replaces the weights by masked copies, which these masks do not reach.",
+    f"non-zero, averages the discriminator too, and counts the steps of both optimizers. {_INSTEAD}",
+    "StochasticWeightAveraging": f"writes averages into the weights at the end, outside the masks. {_INSTEAD}",
+    "ModelPruning": "replaces the weights by masked copies, which these masks do not reach. Leave it out.",
 }
 """Callbacks of Lightning that average or change weights without the masks, and the reason to reject each."""
 
@@ -65,11 +66,10 @@ def check_other_averages(trainer: Trainer, module: nn.Module, generator: nn.Modu
         ValueError: If a callback of Lightning that averages or prunes weights is used, or the module holds torch's
             AveragedModel of the generator.
     """
-    instead = "`GeneratorEMA` averages only the generator and respects masks; use it instead."
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for kind in type(callback).__mro__:
             if kind.__name__ in _WRITERS:
-                raise ValueError(f"{type(callback).__name__} {_WRITERS[kind.__name__]} {instead}")
+                raise ValueError(f"{type(callback).__name__} {_WRITERS[kind.__name__]}")
     shapes = [{n: parameter.shape for n, parameter in part.named_parameters()} for part in get_parts(generator)]
     for name, average in module.named_modules():
         if isinstance(average, AveragedModel):
@@ -77,7 +77,7 @@ def check_other_averages(trainer: Trainer, module: nn.Module, generator: nn.Modu
             if averaged in shapes:
                 raise ValueError(
                     f"{name}, torch's AveragedModel of the generator, does not respect changing masks: its average "
-                    f"makes every weight that was ever active non-zero. {instead}"
+                    f"makes every weight that was ever active non-zero. {_INSTEAD}"
                 )
 
 
