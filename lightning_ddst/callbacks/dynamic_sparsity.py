@@ -237,7 +237,7 @@ class DynamicSparsityCallback(RunDisplay, ActsInValidation):
             self._begin(trainer, pl_module)
             self._tell_start(trainer)
 
-    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, *, keeps_masks: bool = False) -> None:
         check_backward_passes(trainer)
         check_folders(trainer, pl_module)
         if self._resumed is None:
@@ -247,7 +247,7 @@ class DynamicSparsityCallback(RunDisplay, ActsInValidation):
             check_unchanged(self._fitted)
             self._saved = self.state_dict()  # a second call of fit continues the first
             self._saved["length"] = RunLength().state_dict()  # over a length of its own
-        if self._saved is not None or self._module is not pl_module:
+        if not keeps_masks and (self._saved is not None or self._module is not pl_module):
             self.attach(pl_module)
         pair = self._fitted
         generator = pair.networks["generator"]
@@ -352,7 +352,7 @@ class DynamicSparsityCallback(RunDisplay, ActsInValidation):
         check_unchanged(self._fitted)
         self._saved = self._resumed = self.state_dict()
         self._detach()
-        self._begin(trainer, module)
+        self._begin(trainer, module, keeps_masks=True)  # layers that have thawed since stay dense
         self._resumed = None  # random states and gradients stay what they are
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, GeneratorEMA):

@@ -648,6 +648,27 @@ def test_a_layer_that_thaws_between_two_fits_is_named(tmp_path):
     assert again.networks()["generator"].maskable_share() == 1
 
 
+@pytest.mark.parametrize("method", ["ddst", "ramp"])
+def test_a_layer_that_thaws_with_new_optimizers_stays_dense(method):
+    class Thawing(ToyGAN):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.generator[0].requires_grad_(True)
+                self.trainer.strategy.setup_optimizers(self.trainer)
+
+    gan = Thawing()
+    gan.generator[0].requires_grad_(False)
+    before = gan.generator[0].weight.clone()
+    sparsity = DynamicSparsityCallback(0.25, method=method, interval=5)
+    fit(sparsity, gan, epochs=3)
+    assert sparsity.generator_updates == sparsity.measurements == sparsity.plan.updates == 30
+    assert [update for update, _ in sparsity.decisions] == [5, 10, 15, 20, 25, 30]
+    assert list(sparsity.masks("generator")) == ["generator.3.weight"]
+    assert not torch.equal(gan.generator[0].weight, before)
+    assert (gan.generator[0].weight != 0).all()
+    assert not gan.generator[3].weight[~sparsity.masks("generator")["generator.3.weight"]].any()
+
+
 def test_a_network_that_is_frozen_as_a_whole_for_the_moment_is_masked():
     gan = ToyGAN()
     gan.discriminator.requires_grad_(False)
