@@ -338,7 +338,9 @@ def drawn(run: Path, work: Path) -> dict[str, Callable[[], Figure]]:
         return first_look(dense, sparse, rows("wide"))
 
     def by_density() -> Figure:
-        distances = {row["density"]: distance(row) for row in found if row["seed"] == 0}
+        distances = {
+            row["density"]: distance(row) for row in found if row["seed"] == 0 and row["run"] in ("dense", "DDST")
+        }
         real = digits().tensors[0][:22, 0].numpy() / 2 + 0.5
         return gallery({density: samples(folder, 22) for density, folder in _by_density(work).items()}, real, distances)
 
