@@ -322,7 +322,7 @@ def make_cli(args: Sequence[str], run: bool = True) -> SparseGANCLI:
         run: Whether to run the subcommand at the beginning of `args`. If False, `args` are those of ``fit``, and the
             objects are only made: the attributes ``trainer``, ``model`` and ``datamodule`` of the result.
     """
-    args = _with_default_config(_with_log_folder(_with_paths(args)), run)
+    args = _with_configs_first(_with_log_folder(_with_paths(args)), run)
     _check_configs(args)
     epilog = _epilog()
     return SparseGANCLI(
@@ -433,12 +433,23 @@ def _path(config: str) -> str:
     return config
 
 
-def _with_default_config(args: Sequence[str], run: bool) -> list[str]:
-    """Inserts the default configuration first, so that later arguments can override it."""
-    if any(arg == "--config" or arg.startswith(("--config=", "-c")) for arg in args):
-        return list(args)
-    if not run:
-        return ["--config", str(DEFAULT_CONFIG), *args]
+def _with_configs_first(args: Sequence[str], run: bool) -> list[str]:
+    """Moves the configurations of a subcommand before its other arguments, which override them wherever they are.
+
+    If there are none, the default configuration comes first.
+    """
     subcommands = ("fit", "validate", "test", "predict")
-    place = next((i + 1 for i, arg in enumerate(args) if arg in subcommands), None)
-    return list(args) if place is None else [*args[:place], "--config", str(DEFAULT_CONFIG), *args[place:]]
+    place = next((i + 1 for i, arg in enumerate(args) if arg in subcommands), None) if run else 0
+    if place is None:
+        return list(args)
+    configs: list[str] = []
+    others: list[str] = []
+    waiting = False  # for the value of --config
+    for arg in args[place:]:
+        name, equals, _ = arg.partition("=")
+        is_config = waiting or name in ("--config", "-c")
+        (configs if is_config else others).append(arg)
+        waiting = is_config and not waiting and not equals
+    if not any(arg == "--config" or arg.startswith(("--config=", "-c")) for arg in args):
+        configs = ["--config", str(DEFAULT_CONFIG)]
+    return [*args[:place], *configs, *others]

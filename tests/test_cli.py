@@ -128,6 +128,15 @@ def test_options_override_the_default(tmp_path) -> None:
     assert cli.model.latent_dim == 64
 
 
+@pytest.mark.parametrize("form", [["--config", "FILE"], ["-c", "FILE"], ["--config=FILE"]])
+def test_options_override_a_configuration_that_follows_them(form: list[str], tmp_path) -> None:
+    (tmp_path / "own.yaml").write_text("{sparsity: {generator_density: 0.2, method: sdst}, seed_everything: 3}")
+    own = [arg.replace("FILE", str(tmp_path / "own.yaml")) for arg in form]
+    cli = make_cli(["--sparsity.generator_density", "0.3", *tiny(tmp_path), "--config=digits", *own], run=False)
+    assert (sparsity_of(cli).method, sparsity_of(cli).generator_density) == ("sdst", 0.3)
+    assert torch.initial_seed() == 3
+
+
 @pytest.mark.parametrize("form", [["--config", "FILE"], ["-c", "FILE"]])
 def test_with_a_configuration_of_ones_own_the_default_is_not_read(form: list[str], tmp_path) -> None:
     own = {

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from lightning_ddst.balance.ratio import Balance
 from lightning_ddst.balance.signals import SIGNALS
 from lightning_ddst.utils.states import DENSITY, FINITE, FLAG, TEXT, Form, Leaf, check_state, each
-from lightning_ddst.utils.validation import check_density
+from lightning_ddst.utils.validation import check_choice, check_density
 
 Action = Literal["grow", "prune", "explore", "hold", "undecided"]
 ACTIONS: tuple[Action, ...] = ("grow", "prune", "explore", "hold", "undecided")
@@ -35,6 +35,9 @@ class Decision:
         density: The target density, in (0, 1].
         reason: The comparison behind the decision, in words and numbers.
         at_floor: Whether the controller would prune the discriminator, but it is at its minimum density.
+
+    Raises:
+        ValueError: For another action.
     """
 
     action: Action
@@ -49,6 +52,10 @@ class Decision:
         "at_floor": FLAG,
     }
     """The form of the fields as a dict."""
+
+    def __post_init__(self) -> None:
+        """Checks the action."""
+        check_choice("action", self.action, ACTIONS)
 
 
 class Controller(ABC):

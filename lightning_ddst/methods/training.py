@@ -264,7 +264,10 @@ class SparseTraining:
             return
         for update in pending:
             self._tell_frozen(update.roles)
-            update.pending = not update.apply(self)
+            applied = update.apply(self)
+            if not isinstance(applied, bool):  # None, without a return statement, would mean to try again
+                raise TypeError(f"{type(update).__name__}.apply() returned {applied!r}; it must return True or False.")
+            update.pending = not applied
             if update.pending and id(update) not in self._postponed:
                 self._postponed.add(id(update))
                 self._warn_of_postponed(update)

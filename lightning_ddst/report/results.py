@@ -233,7 +233,7 @@ def read_results(run: str | Path) -> RunResults:
 
     Raises:
         FileNotFoundError: If there is no such folder, or it holds no run.
-        ValueError: If the file has another schema, or the folder holds several runs.
+        ValueError: If the file has another schema, the folder holds several runs, or its logs hold no training.
     """
     path = Path(run)
     if path.is_file():
@@ -257,6 +257,11 @@ def _read_file(path: Path) -> RunResults:
 
 def _read_logs(folder: Path) -> RunResults:
     series = read_run(folder)
+    if not any(step for points in series.values() for step, _ in points):
+        raise ValueError(
+            f"the logs in {folder} are those of an evaluation, or of a run that ended before it trained: all values "
+            "are at 0 generator updates."
+        )
     settings = _read_settings(folder)
     pairs = {}
     for name, own in (by_pair(series) or {"": {}}).items():

@@ -144,7 +144,7 @@ def find_damage(path: Path) -> str | None:
 
 
 def why_no_checkpoint(path: str | Path) -> str | None:
-    """Returns the reason why a path cannot be that of a checkpoint; None if it may be one, or is a URL."""
+    """Returns the reason why a path names no checkpoint; None if it may name one, or is a URL."""
     local = Path(path).expanduser()
     if _is_url(path) or local.is_file() or (local / _SHARDED).is_file():
         return None

@@ -36,6 +36,11 @@ def test_the_defaults_are_the_papers_relaxed_setting():
     assert (controller.delta, controller.min_density, controller.max_density) == (0.05, 0.05, 1.0)
 
 
+def test_a_decision_of_an_unknown_action_is_rejected():
+    with pytest.raises(ValueError, match="action='growing' is unknown; allowed are grow, prune, explore, hold, undec"):
+        Decision("growing", 0.5, "")
+
+
 def test_up_down_hold_and_undecided():
     ratios = [0.8, 0.56, 0.5, 0.2, None, 0.44, 0.449, 0.551, -0.3]
     assert path(DensityController(), 0.3, ratios) == [

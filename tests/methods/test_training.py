@@ -757,6 +757,14 @@ def test_what_needs_no_gradient_does_not_wait(ratio, action, count):
     assert gan.discriminator.active == count
 
 
+def test_a_mask_update_that_returns_nothing_is_rejected(monkeypatch):
+    gan = Gan(Plan(4, 2, 1))
+    monkeypatch.setattr(Explore, "apply", lambda self, training: None)
+    gan.train(1)
+    with pytest.raises(TypeError, match=r"Explore\.apply\(\) returned None; it must return True or False\."):
+        gan.train(1)
+
+
 def test_random_growth_needs_no_gradient():
     gan = NotFinite(Plan(4, 100, 1), densities=(0.3, 0.3), growth="random")
     gan.training.window = Scripted([HIGH])

@@ -130,6 +130,12 @@ def test_a_run_without_the_file_is_read_from_its_logs(log, tmp_path) -> None:
     assert results.last("frechet_distance", weights="raw") == 3.5
 
 
+def test_the_logs_of_an_evaluation_are_no_run(tmp_path) -> None:
+    (tmp_path / "metrics.csv").write_text("epoch,frechet_distance/cnn,step\n0,2.5,0\n")
+    with pytest.raises(ValueError, match=f"the logs in {tmp_path} are those of an evaluation"):
+        read_results(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "method", "seed"),
     [

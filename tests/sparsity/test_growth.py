@@ -1,7 +1,8 @@
 import pytest
 import torch
+from torch import nn
 
-from lightning_ddst.sparsity import GROWTH_RULES, Layer, growth_rule
+from lightning_ddst.sparsity import GROWTH_RULES, Layer, MaskedNetwork, growth_rule
 
 
 def layer(gradient=(), seed=0, shape=(2, 3)):
@@ -47,6 +48,13 @@ def test_a_function_is_registered_under_its_name_and_stays_what_it_is(registered
     assert growth_rule("place", gradient="average")(by_place) is by_place
     assert registered["place"].score is by_place
     assert registered["place"].gradient == "average"
+
+
+def test_scores_of_another_shape_are_rejected_with_both_shapes(registered):
+    growth_rule("place")(lambda layer: layer.gradient)  # empty, as the rule asks for none
+    network = MaskedNetwork(nn.Linear(4, 3), 0.5, growth="place")
+    with pytest.raises(ValueError, match=r"scores of 'weight' have shape \(0,\); they must have .* \(3, 4\)"):
+        network.explore(0.5)
 
 
 def test_a_rule_needs_no_gradient_unless_it_asks_for_it(registered):

@@ -190,6 +190,11 @@ class Units(ABC):
                 gradient = gradients[name]
             layer = Layer(weight.effective(), self.masks[name], gradient, self._generator)
             scores[name] = self.growth_rule.score(layer)
+            if scores[name].shape != layer.weight.shape:
+                raise ValueError(
+                    f"the growth rule's scores of {name!r} have shape {tuple(scores[name].shape)}; they must have the "
+                    f"weight's, {tuple(layer.weight.shape)}."
+                )
         self._check_finite("the growth rule's scores of", scores)
         return scores
 
