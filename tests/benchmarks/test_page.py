@@ -81,7 +81,7 @@ def test_the_default_failed_where_the_readme_says():
     default = [*of_run(of_widths(), "DDST auto"), *of_run(rows("fashion"), "DDST auto")]
     default += [row for row in unbalanced if row["setting"] == fast]
     readme = (page.DOCS.parent / "README.md").read_text()
-    assert re.search(r"failed in none of (\d+) runs", readme)[1] == str(len(default))
+    assert int(re.search(r"failed in none of more than (\d+) runs", readme)[1]) < len(default)
     assert not any(map(failed, default))
     assert [failed(row) for row in unbalanced if row["setting"] == slow] == [True] * 3
     assert sum(failed(row) for row in of(rows("unbalanced"), slow, "ramp", 0.1)) == 1

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -107,13 +108,13 @@ def beside_a_run(first_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def command(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
     """Runs the command with the arguments of a line."""
-    monkeypatch.setattr(sys, "argv", line.split())
+    monkeypatch.setattr(sys, "argv", shlex.split(line))
     cli.main()
 
 
 def runs(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
     """Runs a line of a page, or sees to it that what it names is there where something else runs it."""
-    words = line.split()
+    words = shlex.split(line)
     if words[:2] == ["lightning-ddst", "sweep"]:  # tests/report/test_sweep_command.py runs one
         assert words[2] == "--densities"
         with monkeypatch.context() as patch:
@@ -146,7 +147,7 @@ def test_commands(page: str, beside_a_run: Path, monkeypatch, capsys) -> None:
         for line in commands(block):
             if block.note.startswith(PARSED):
                 with monkeypatch.context() as patch:
-                    assert parsed(patch, *line.split()[2:]).config
+                    assert parsed(patch, *shlex.split(line)[2:]).config
             elif block.note in NOTES:
                 assert f"<!-- {block.note} -->" in (ROOT / ".ci/run").read_text() or block.note == "main job"
             else:

@@ -35,17 +35,17 @@ def test_images_are_tiled_row_by_row() -> None:
 
 def test_quality_over_density_has_every_seed_and_the_dense_line() -> None:
     cells = {("DDST", 0.1, 0): 2.0, ("DDST", 0.1, 1): 8.0, ("DDST", 0.3, 0): 3.0}
-    cells |= {("DDST auto", 0.1, 0): 2.5, ("dense", 1.0, 0): 1.5}
+    cells |= {("DDST, paper's bounds", 0.1, 0): 2.5, ("dense", 1.0, 0): 1.5}
     found = [
         {"setting": "digits", "run": run, "density": density, "seed": seed, "distance": [[1, value]]}
         for (run, density, seed), value in cells.items()
     ]
     (ax,) = PICTURES["densities"](found).axes
-    mean, sparse, sparser, auto_mean, auto, dense = ax.get_lines()
+    mean, sparse, sparser, papers_mean, papers, dense = ax.get_lines()
     assert list(mean.get_xdata()) == [0.1, 0.3]
     assert list(mean.get_ydata()) == pytest.approx([4.0, 3.0])  # geometric mean of 2 and 8
-    assert [list(each.get_ydata()) for each in (sparse, sparser, auto)] == [[2.0, 8.0], [3.0], [2.5]]
-    assert list(auto_mean.get_ydata()) == pytest.approx([2.5])
+    assert [list(each.get_ydata()) for each in (sparse, sparser, papers)] == [[2.0, 8.0], [3.0], [2.5]]
+    assert list(papers_mean.get_ydata()) == pytest.approx([2.5])
     assert dense.get_ydata()[0] == 1.5
 
 
