@@ -446,10 +446,13 @@ def _with_configs_first(args: Sequence[str], run: bool) -> list[str]:
     others: list[str] = []
     waiting = False  # for the value of --config
     for arg in args[place:]:
-        name, equals, _ = arg.partition("=")
-        is_config = waiting or name in ("--config", "-c")
+        is_config = waiting or _is_config(arg)
         (configs if is_config else others).append(arg)
-        waiting = is_config and not waiting and not equals
-    if not any(arg == "--config" or arg.startswith(("--config=", "-c")) for arg in args):
+        waiting = not waiting and arg in ("--config", "-c")
+    if not configs and not any(map(_is_config, args[:place])):
         configs = ["--config", str(DEFAULT_CONFIG)]
     return [*args[:place], *configs, *others]
+
+
+def _is_config(arg: str) -> bool:
+    return arg == "--config" or arg.startswith(("--config=", "-c"))

@@ -145,8 +145,11 @@ class DenseGradients:
     def on_pass_end(self) -> None:
         """Records every ``parameter.grad`` at the end of a backward pass, before they are masked, if that was left."""
         # In the order of the weights, in which an optimizer steps, so that they need not be joined again there.
-        parameters = {name: weight.parameter for name, weight in self._weights.items() if name in self._uncopied}
-        grads = {name: grad for name, parameter in parameters.items() if (grad := parameter.grad) is not None}
+        grads = {
+            name: grad
+            for name, weight in self._weights.items()
+            if name in self._uncopied and (grad := weight.parameter.grad) is not None
+        }
         self._uncopied.clear()
         if not grads:
             return
