@@ -418,7 +418,7 @@ CIFAR_SMALL_RUNS = ("DDST auto", "ramp to 0.5", "RigL, strong D", "DDST relaxed"
 
 
 def cifar10_small() -> list[Cell]:
-    """Returns the runs of a narrow SNGAN on CIFAR-10 at 32 pixels, about 10 minutes each on a free core."""
+    """Returns the runs of a narrow SNGAN on CIFAR-10 at 32 pixels, about 7 minutes each on a free core."""
     base = "--config benchmarks/cifar10_small.yaml"
     rounds = []
     for density, seed in product((0.1, 0.3), range(3)):
