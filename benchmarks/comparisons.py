@@ -1,6 +1,7 @@
 """Reads numbers from rows, and compares two kinds of runs with the same seeds."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean, stdev
 from typing import Any
@@ -46,6 +47,12 @@ def of(rows: Iterable[Row], setting: str, run: str, density: float) -> list[Row]
     """The rows of a cell, by seed."""
     cell = [row for row in rows if (row["setting"], row["run"], row["density"]) == (setting, run, density)]
     return sorted(cell, key=lambda row: int(row["seed"]))
+
+
+def repeated_densities(rows: Iterable[Row], setting: str) -> list[float]:
+    """The densities of sparse generators of which a setting has a kind of run with several seeds, in order."""
+    seeds = Counter((row["density"], row["run"]) for row in rows if row["setting"] == setting and row["density"] < 1)
+    return sorted({density for (density, _), number in seeds.items() if number > 1})
 
 
 def of_widths() -> list[Row]:

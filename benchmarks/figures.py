@@ -5,7 +5,19 @@ from math import ceil
 from pathlib import Path
 from statistics import fmean
 
-from comparisons import Comparison, Row, distance, flops, geometric_mean, mean_density, of, of_run, of_widths, settled
+from comparisons import (
+    Comparison,
+    Row,
+    distance,
+    flops,
+    geometric_mean,
+    mean_density,
+    of,
+    of_run,
+    of_widths,
+    repeated_densities,
+    settled,
+)
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -13,7 +25,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 from rows import rows
-from studies import BAND, CLAIMS, FASHION, METHODS, SCALED_RUNS, SIZES, WIDE, WIDE_RUNS
+from studies import BAND, CIFAR_SMALL, CIFAR_SMALL_RUNS, CLAIMS, FASHION, METHODS, SCALED_RUNS, SIZES, WIDE, WIDE_RUNS
 
 from lightning_ddst.report import plots
 
@@ -40,7 +52,6 @@ _DARK = 0.3
 _SIZES = {"dense": 260}
 """Areas of mean values' markers; a star looks smaller than other shapes of the same area."""
 _BALANCE = ("RigL, balanced D", "RigL, strong D", "ramp", "DDST relaxed")
-_LEAST_SEEDS = 2
 
 
 def for_both_modes(figure: Figure) -> Figure:
@@ -65,7 +76,7 @@ def _log_scale(ax: Axes) -> None:
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     ax.yaxis.set_major_locator(
-        LogLocator(subs=(1.0, 2.0, 5.0) if high > 4 * low else (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0))
+        LogLocator(subs=(1.0, 2.0, 5.0) if high > 4 * low else (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0))
     )
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
@@ -91,12 +102,7 @@ def _key(runs: Sequence[str]) -> list[Line2D]:
 
 def pareto(found: Sequence[Row]) -> Figure:
     """Draws quality over training FLOPs, cell by cell: every seed, and the geometric mean."""
-    places = [
-        (setting, density)
-        for setting in FASHION
-        for density in _densities(found, setting)
-        if sum(len(of(found, setting, run, density)) >= _LEAST_SEEDS for run in METHODS) > 1
-    ]
+    places = [(setting, density) for setting in FASHION for density in repeated_densities(found, setting)]
     return _panels(found, places, METHODS, height=2.9, one_scale=False)
 
 
@@ -104,8 +110,18 @@ def wide(found: Sequence[Row]) -> Figure:
     """Draws the same of the wide networks with all images."""
     setting = next(iter(WIDE))
     return _panels(
-        found, [(setting, density) for density in _densities(found, setting)], WIDE_RUNS, height=3.3, one_scale=True
+        found,
+        [(setting, density) for density in repeated_densities(found, setting)],
+        WIDE_RUNS,
+        height=3.3,
+        one_scale=True,
     )
+
+
+def cifar10(found: Sequence[Row]) -> Figure:
+    """Draws the same of the narrow SNGAN on CIFAR-10."""
+    places = [(CIFAR_SMALL, density) for density in repeated_densities(found, CIFAR_SMALL)]
+    return _panels(found, places, CIFAR_SMALL_RUNS, height=3.3, one_scale=True)
 
 
 def widths(found: Sequence[Row]) -> Figure:
@@ -143,11 +159,6 @@ def _active(found: Sequence[Row], width: int, density: float) -> str:
     cell = of(found, f"width {width}", "DDST auto", density)
     active = f"{discriminator * fmean(map(mean_density, cell)):,.0f}" if cell else "?"
     return f"{width}\n{generator * density:,.0f}\n{active}"
-
-
-def _densities(found: Sequence[Row], setting: str) -> list[float]:
-    """Returns the densities of sparse generators that a setting has rows of."""
-    return sorted({row["density"] for row in found if row["setting"] == setting and row["density"] < 1})
 
 
 def _panels(
@@ -243,6 +254,7 @@ def write(folder: Path) -> None:
         ("balance", balance, found),
         ("wide", wide, rows("wide")),
         ("widths", widths, of_widths()),
+        ("cifar10", cifar10, rows("cifar10_small")),
     )
     for name, draw, of_study in drawn:
         with plots.plot_style():

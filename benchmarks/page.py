@@ -26,6 +26,7 @@ from comparisons import (
     of,
     of_run,
     of_widths,
+    repeated_densities,
     settled,
     without_measuring,
 )
@@ -36,6 +37,8 @@ from studies import (
     BAND,
     CHANNEL_RATES,
     CHANNELS,
+    CIFAR_SMALL,
+    CIFAR_SMALL_RUNS,
     DENSITIES,
     ESTIMATED,
     FASHION,
@@ -76,31 +79,59 @@ def with_seeds(cell: Sequence[Row]) -> str:
 
 CONTROLLED = ("DDST auto", "DDST relaxed")
 """Runs that use BR."""
+RAMPS = ("ramp", "ramp to 0.5")
+"""Runs whose discriminator grows without BR."""
+
+
+def opponents(found: Sequence[Row], setting: str, run: str, density: float) -> dict[str, Comparison]:
+    """Compares a run with the best fixed discriminator, in hindsight, and with the ramps, where there are rows.
+
+    The best one is of those with which it shares the most seeds.
+    """
+    ours = of(found, setting, run, density)
+    beside = {other: Comparison(ours, of(found, setting, other, density)) for other in (*FIXED, *RAMPS)}
+    most = max(beside[other].pairs for other in FIXED)
+    best = max((other for other in FIXED if beside[other].pairs == most), key=lambda other: beside[other].ratio)
+    return {other: beside[other] for other in (best, *RAMPS)} if most else {}
 
 
 def claim(study: str) -> str:
     """Compares DDST with the best fixed density and the ramps, cell by cell."""
     found, body = rows(study), []
-    places = product(FASHION, sorted({row["density"] for row in found}), CONTROLLED)
-    for setting, density, run in places:
-        ours = of(found, setting, run, density)
-        beside = {other: Comparison(ours, of(found, setting, other, density)) for other in FIXED}
-        most = max(comparison.pairs for comparison in beside.values())
-        if not most:
+    settings = dict.fromkeys(cell.setting for cell in STUDIES[study]())
+    for setting, density, run in product(settings, sorted({row["density"] for row in found}), CONTROLLED):
+        compared = opponents(found, setting, run, density)
+        if not compared:
             continue
-        best = max((other for other in FIXED if beside[other].pairs == most), key=lambda other: beside[other].ratio)
+        ours = of(found, setting, run, density)
         line = [setting, percent(density), run, str(len(ours)), percent(fmean(map(flops, ours)))]
-        for other in (best, "ramp", "ramp to 0.5"):
+        for other, comparison in compared.items():
             others = of(found, setting, other, density)
             cost = f"{percent(fmean(map(flops, others)))}; " if others else ""
-            name = f"{other}, " if other == best else ""
-            line.append(f"{name}{cost}{Comparison(ours, others)}")
+            name = "" if other in RAMPS else f"{other}, "
+            line.append(f"{name}{cost}{comparison}")
         body.append(line)
-    head = ["images", "generator", "run", "seeds", "FLOPs", "the best fixed one", "the ramp", "the ramp to 0.5"]
+    head = ["data", "generator", "run", "seeds", "FLOPs", "the best fixed one", "the ramp", "the ramp to 0.5"]
     return table(head, body)
 
 
-BESIDE = ("ramp", "ramp to 0.5", *CONTROLLED)
+def verdicts() -> str:
+    """The default compared with the best fixed density and the ramps, on both sets of data."""
+    body = []
+    for name, study, setting in (
+        ("Fashion-MNIST", "wide", next(iter(WIDE))),
+        ("CIFAR-10", "cifar10_small", CIFAR_SMALL),
+    ):
+        found = rows(study)
+        for density in repeated_densities(found, setting):
+            for other, comparison in opponents(found, setting, "DDST auto", density).items():
+                if comparison.pairs:
+                    cost = f"x {comparison.ratio_of(flops):.2f}"
+                    body.append([name, percent(density), other, str(comparison.pairs), str(comparison), cost])
+    return table(["data", "generator", "DDST auto compared with", "seeds", "distance", "operations"], body)
+
+
+BESIDE = (*RAMPS, *CONTROLLED)
 """The runs that every kind of run is compared with."""
 
 
@@ -125,12 +156,12 @@ def overall(least: float = 0.0) -> str:
     return table([*head, *(f"distance relative to {name}" for name in BESIDE)], body)
 
 
-def wide_in_short() -> str:
-    """Wide networks with all images: distances of each seed, and training FLOPs, by density of the generator."""
-    found, setting = rows("wide"), next(iter(WIDE))
-    densities = sorted({row["density"] for row in found if row["setting"] == setting and row["density"] < 1})
+def in_short(study: str, setting: str, runs: Sequence[str]) -> str:
+    """Distances of each seed in a setting, and training FLOPs, by density of the generator."""
+    found = rows(study)
+    densities = repeated_densities(found, setting)
     body = []
-    for run in WIDE_RUNS:
+    for run in runs:
         line = [run]
         for density in densities:
             cell = of(found, setting, run, density)
@@ -192,7 +223,7 @@ def quality(study: str, settings: Sequence[str]) -> str:
         if lacking:
             missing.append(f"- {setting}, {percent(density)}: {', '.join(lacking)}")
     head = [
-        "images",
+        "data",
         "generator",
         "run",
         "seeds",
@@ -559,7 +590,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "claim": lambda: claim("fashion"),
     "wide claim": lambda: claim("wide"),
     "wide": lambda: quality("wide", list(WIDE)),
-    "wide in short": wide_in_short,
+    "wide in short": lambda: in_short("wide", next(iter(WIDE)), WIDE_RUNS),
+    "narrow cifar10 claim": lambda: claim("cifar10_small"),
+    "narrow cifar10": lambda: quality("cifar10_small", [CIFAR_SMALL]),
+    "narrow cifar10 in short": lambda: in_short("cifar10_small", CIFAR_SMALL, CIFAR_SMALL_RUNS),
+    "verdicts": verdicts,
     "overall": overall,
     "overall without the sparsest": lambda: overall(sorted(DENSITIES)[1]),
     "again": again,

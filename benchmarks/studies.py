@@ -290,7 +290,11 @@ def ablations() -> list[Cell]:
 # ---- wide networks -------------------------------------------------------------------------------------
 
 _WIDTH = "--model.init_args.generator.init_args.width {0} --model.init_args.discriminator.init_args.width {0}"
-WIDE = {name: f"{base} {_WIDTH.format(24)}" for name, base in FASHION.items()}
+LONGER = "60,000 images, 10,000 updates"
+WIDE = {
+    name: f"{base} {_WIDTH.format(24)}"
+    for name, base in {**FASHION, LONGER: f"{FASHION['60,000 images']} --trainer.max_epochs 10"}.items()
+}
 """With 265,000 weights in the generator and 240,000 in the discriminator; 150 seconds per run on a free core."""
 WIDE_CHANGES: dict[str, str] = {
     "regrown weights kept": "--sparsity.regrown keep",
@@ -338,6 +342,7 @@ def wide() -> list[Cell]:
         rounds.append(Cell(few, "dense", 1.0, seed, f"{WIDE[few]} --config dense"))
     for seed, density in product((3, 4), (0.05, 0.1)):
         rounds += cells(large, density, WIDE_RUNS[:6], seed)
+    rounds += cells(LONGER, 0.05, ("DDST auto", "ramp to 0.5", "RigL, strong D"), 0)
     return rounds
 
 

@@ -5,9 +5,20 @@ from statistics import fmean
 
 import page
 import pytest
-from comparisons import Comparison, distance, failed, flops, geometric_mean, mean_density, of, of_run, of_widths
+from comparisons import (
+    Comparison,
+    distance,
+    failed,
+    flops,
+    geometric_mean,
+    mean_density,
+    of,
+    of_run,
+    of_widths,
+    repeated_densities,
+)
 from rows import path, rows
-from studies import ESTIMATED, UNBALANCED, WIDE_RUNS
+from studies import CIFAR_SMALL, ESTIMATED, UNBALANCED, WIDE_RUNS
 
 
 def row(seed, value, **more):
@@ -68,6 +79,15 @@ def test_what_the_readme_claims_is_in_the_rows():
         *(f"{geometric_mean(map(distance, sparse)):.1f}", str(len(sparse))),
         *(f"{geometric_mean(map(distance, dense)):.1f}", str(len(dense))),
     )
+    narrow = rows("cifar10_small")
+    on_cifar10 = re.search(
+        r"On CIFAR-10, .* it is (\S+) \((\d) seeds\), the dense generator's (\S+) \((\d) seeds\)", readme
+    )
+    sparse, dense = (of(narrow, CIFAR_SMALL, *cell) for cell in (("DDST auto", 0.1), ("dense", 1.0)))
+    assert on_cifar10.groups() == (
+        *(f"{geometric_mean(map(distance, sparse)):.1f}", str(len(sparse))),
+        *(f"{geometric_mean(map(distance, dense)):.1f}", str(len(dense))),
+    )
     for density in (0.05, 0.1):
         means = {run: geometric_mean(map(distance, of(found, setting, run, density))) for run in WIDE_RUNS}
         growing = [means[run] for run in ("DDST auto", "DDST relaxed", "ramp")]
@@ -80,6 +100,7 @@ def test_the_default_failed_where_the_readme_says():
     unbalanced = of_run(rows("unbalanced"), "DDST auto")
     default = [*of_run(of_widths(), "DDST auto"), *of_run(rows("fashion"), "DDST auto")]
     default += [row for row in unbalanced if row["setting"] == fast]
+    default += of_run(rows("cifar10_small"), "DDST auto")
     readme = (page.DOCS.parent / "README.md").read_text()
     assert int(re.search(r"failed in none of more than (\d+) runs", readme)[1]) < len(default)
     assert not any(map(failed, default))
@@ -90,7 +111,7 @@ def test_the_default_failed_where_the_readme_says():
     assert not any(failed(row) for row in papers if row["density"] > 0.05)
 
 
-@pytest.mark.parametrize("study", ["fashion", "wide", "mask_update", "digits", "densities"])
+@pytest.mark.parametrize("study", ["fashion", "wide", "cifar10_small", "scaling", "mask_update", "digits", "densities"])
 def test_rows_name_their_source(study):
     assert rows(study)
     for each in rows(study):
@@ -98,10 +119,17 @@ def test_rows_name_their_source(study):
         assert "dirty" not in each["commit"]
 
 
-@pytest.mark.parametrize("study", ["fashion", "wide", "ablations", "cifar10", "digits", "densities"])
+@pytest.mark.parametrize("study", ["fashion", "wide", "cifar10_small", "ablations", "cifar10", "digits", "densities"])
 def test_no_run_has_two_rows(study):
     keys = [(each["setting"], each["run"], each["density"], each["seed"]) for each in rows(study)]
     assert len(set(keys)) == len(keys)
+
+
+def test_densities_with_one_seed_are_not_shown():
+    found = [row(0, 1.0), row(1, 1.0), row(0, 1.0) | {"density": 0.3}, row(0, 1.0) | {"density": 0.3, "run": "other"}]
+    found += [row(0, 1.0) | {"density": 1.0}, row(1, 1.0) | {"density": 1.0}, row(0, 1.0) | {"setting": "t"}]
+    assert repeated_densities(found, "s") == [0.1]
+    assert repeated_densities(found, "t") == []
 
 
 def test_a_comparison_is_paired_by_seed():
