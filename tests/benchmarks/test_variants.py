@@ -145,6 +145,18 @@ def test_a_plain_average_trains_in_the_place_of_the_other(tmp_path, monkeypatch)
         assert not torch.equal(average, live[name.removeprefix("generator.")])
 
 
+def test_weights_stay_channels_last_and_masked(tmp_path, monkeypatch) -> None:
+    made = run(tmp_path, monkeypatch, "--trainer.callbacks+ variants.ChannelsLast --trainer.precision bf16-mixed")
+    (sparsity,) = (each for each in made.trainer.callbacks if isinstance(each, DynamicSparsityCallback))
+    assert [update for update, _ in sparsity.decisions] == [4, 8, 12, 16, 20]
+    parameters = dict(made.model.named_parameters())
+    for network in ("generator", "discriminator"):
+        for name, mask in sparsity.masks(network).items():
+            weight = parameters[name]
+            assert not weight[~mask].any()
+            assert weight.dim() != 4 or weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_the_study_of_the_average_changes_nothing_else() -> None:
     def callbacks(name: str) -> list[dict[str, object]]:
         return yaml.safe_load((rows.HERE / name).read_text())["trainer"]["callbacks"]
