@@ -108,20 +108,18 @@ def pareto(found: Sequence[Row]) -> Figure:
 
 def wide(found: Sequence[Row]) -> Figure:
     """Draws the same of the wide networks with all images."""
-    setting = next(iter(WIDE))
-    return _panels(
-        found,
-        [(setting, density) for density in repeated_densities(found, setting)],
-        WIDE_RUNS,
-        height=3.3,
-        one_scale=True,
-    )
+    return _in_setting(found, next(iter(WIDE)), WIDE_RUNS)
 
 
 def cifar10(found: Sequence[Row]) -> Figure:
     """Draws the same of the narrow SNGAN on CIFAR-10."""
-    places = [(CIFAR_SMALL, density) for density in repeated_densities(found, CIFAR_SMALL)]
-    return _panels(found, places, CIFAR_SMALL_RUNS, height=3.3, one_scale=True)
+    return _in_setting(found, CIFAR_SMALL, CIFAR_SMALL_RUNS)
+
+
+def _in_setting(found: Sequence[Row], setting: str, runs: Iterable[str]) -> Figure:
+    """Draws the densities of one setting on one scale."""
+    places = [(setting, density) for density in repeated_densities(found, setting)]
+    return _panels(found, places, runs, height=3.3, one_scale=True)
 
 
 def widths(found: Sequence[Row]) -> Figure:

@@ -84,15 +84,17 @@ RAMPS = ("ramp", "ramp to 0.5")
 
 
 def opponents(found: Sequence[Row], setting: str, run: str, density: float) -> dict[str, Comparison]:
-    """Compares a run with the best fixed discriminator, in hindsight, and with the ramps, where there are rows.
+    """Compares a run with the best fixed discriminator, in hindsight, and with the ramps, by their names.
 
-    The best one is of those with which it shares the most seeds.
+    The best one is of those with which it shares the most seeds; where it shares none, nothing is returned.
     """
     ours = of(found, setting, run, density)
     beside = {other: Comparison(ours, of(found, setting, other, density)) for other in (*FIXED, *RAMPS)}
     most = max(beside[other].pairs for other in FIXED)
+    if not most:
+        return {}
     best = max((other for other in FIXED if beside[other].pairs == most), key=lambda other: beside[other].ratio)
-    return {other: beside[other] for other in (best, *RAMPS)} if most else {}
+    return {other: beside[other] for other in (best, *RAMPS)}
 
 
 def claim(study: str) -> str:

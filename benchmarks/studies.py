@@ -41,6 +41,11 @@ class Cell:
         return f"lightning-ddst fit {self.options} --seed_everything {self.seed}"
 
 
+def _once(cells: Iterable[Cell]) -> list[Cell]:
+    """Returns every cell once, at its first rank."""
+    return list({cell.key: cell for cell in cells}.values())
+
+
 # ---- Fashion-MNIST -------------------------------------------------------------------------------------
 
 FASHION = {
@@ -133,7 +138,7 @@ def fashion() -> list[Cell]:
     rounds += cells([large], rest, EVERYWHERE, range(3)) + cells([few, *others], [first], EVERYWHERE, range(3))
     rounds += dense(FASHION, range(3)) + cells([few], [second], CLAIMS, range(5))
     rounds += cells([few], [second, *rest], EVERYWHERE, range(3))
-    return list({cell.key: cell for cell in rounds}.values())
+    return _once(rounds)
 
 
 def matching() -> list[Cell]:
@@ -430,7 +435,7 @@ def cifar10_small() -> list[Cell]:
         rounds.append(Cell(CIFAR_SMALL, "dense", 1.0, seed, f"{base} --config dense"))
         for run in CIFAR_SMALL_RUNS:
             rounds.append(Cell(CIFAR_SMALL, run, density, seed, _options(base, CIFAR_SMALL, run, density)))
-    return list({cell.key: cell for cell in rounds}.values())
+    return _once(rounds)
 
 
 # ---- whole channels ------------------------------------------------------------------------------------
@@ -477,7 +482,7 @@ def cifar10() -> list[Cell]:
         rounds += [Cell(setting, run, d, seed, _options(base, setting, run, d)) for d, run in places]
     for seed, density, run in product(range(3), densities, runs):
         rounds.append(Cell(setting, run, density, seed, _options(base, setting, run, density)))
-    return list({cell.key: cell for cell in rounds}.values())
+    return _once(rounds)
 
 
 # ---- the README's -------------------------------------------------------------------------------------

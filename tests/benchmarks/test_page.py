@@ -65,6 +65,10 @@ def test_the_first_runs_numbers_are_those_of_the_rows():
     assert said["discriminator"].startswith(f"density {ddst['discriminator_density'][-1][1]:.4f} ")
 
 
+def mean_and_seeds(cell):
+    return f"{fmean(map(distance, cell)):.1f}", str(len(cell))
+
+
 def test_what_the_readme_claims_is_in_the_rows():
     found, setting = rows("wide"), "60,000 images"
     readme = " ".join((page.DOCS.parent / "README.md").read_text().split())
@@ -76,18 +80,15 @@ def test_what_the_readme_claims_is_in_the_rows():
     sparse, dense = of(found, setting, "DDST auto", 0.1), of(found, setting, "dense", 1.0)
     assert said.groups() == (
         f"{100 * fmean(map(flops, sparse)):.0f}",
-        *(f"{fmean(map(distance, sparse)):.1f}", str(len(sparse))),
-        *(f"{fmean(map(distance, dense)):.1f}", str(len(dense))),
+        *mean_and_seeds(sparse),
+        *mean_and_seeds(dense),
     )
     narrow = rows("cifar10_small")
     on_cifar10 = re.search(
         r"On CIFAR-10, .* it is (\S+) \((\d) seeds\), the dense generator's (\S+) \((\d) seeds\)", readme
     )
     sparse, dense = (of(narrow, CIFAR_SMALL, *cell) for cell in (("DDST auto", 0.1), ("dense", 1.0)))
-    assert on_cifar10.groups() == (
-        *(f"{fmean(map(distance, sparse)):.1f}", str(len(sparse))),
-        *(f"{fmean(map(distance, dense)):.1f}", str(len(dense))),
-    )
+    assert on_cifar10.groups() == (*mean_and_seeds(sparse), *mean_and_seeds(dense))
     for density in (0.05, 0.1):
         means = {run: geometric_mean(map(distance, of(found, setting, run, density))) for run in WIDE_RUNS}
         growing = [means[run] for run in ("DDST auto", "DDST relaxed", "ramp")]
@@ -113,6 +114,7 @@ def test_the_default_failed_where_the_readme_says():
     assert (f"{comparison.ratio:.1f}", comparison.verdict) == (said, "worse")
     for run in ("DDST auto", "ramp to 0.5"):
         assert [failed(row) for row in of(unbalanced, slow, run, 0.1)] == [True] * 3
+    assert sum(failed(row) for row in of(unbalanced, slow, "ramp", 0.1)) == 1
     papers = of_run(rows("fashion"), "DDST relaxed")
     assert {failed(row) for row in papers if row["density"] == 0.05} == {True}
     assert not any(failed(row) for row in papers if row["density"] > 0.05)
