@@ -48,6 +48,7 @@ from studies import (
     SIZES,
     STUDIES,
     WIDE,
+    WIDE_ABLATIONS,
     WIDE_RUNS,
 )
 
@@ -239,17 +240,28 @@ def quality(study: str, settings: Sequence[str]) -> str:
     return "\n".join([table(head, body), *left])
 
 
-def ablation() -> str:
+def changed(study: str, names: Iterable[str], setting: str, unchanged: Sequence[Row]) -> str:
     """DDST changed in one thing, beside DDST."""
-    found, setting, density = rows("ablations"), next(iter(FASHION)), DENSITIES[0]
-    ours, body = of(found, setting, "nothing", density), []
-    for run in ABLATIONS:
-        cell = of(found, setting, run, density)
+    found, density = rows(study), unchanged[0]["density"]
+    body = []
+    for name, cell in {"nothing": unchanged, **{name: of(found, setting, name, density) for name in names}}.items():
         values = ", ".join(f"{distance(row):.1f}" for row in cell) or "missing"
         cost = percent(fmean(map(flops, cell))) if cell else ""
-        beside = "" if run == "nothing" else str(Comparison(cell, ours))
-        body.append([run, f"{len(cell)} of 3", values, cost, beside])
+        beside = "" if name == "nothing" else str(Comparison(cell, unchanged))
+        body.append([name, str(len(cell)), values, cost, beside])
     return table(["changed", "seeds", "distance", "training FLOPs", "distance relative to no change"], body)
+
+
+def ablation() -> str:
+    """The ablations of small networks."""
+    setting, density = next(iter(FASHION)), DENSITIES[0]
+    return changed("ablations", ABLATIONS, setting, of(rows("ablations"), setting, "nothing", density))
+
+
+def wide_ablation() -> str:
+    """The ablations of wide networks, beside the study's own runs."""
+    setting = next(iter(WIDE))
+    return changed("wide_ablations", WIDE_ABLATIONS, setting, of(rows("wide"), setting, "DDST relaxed", 0.05))
 
 
 def trials() -> str:
@@ -603,6 +615,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fashion": lambda: quality("fashion", list(FASHION)),
     "cifar10": lambda: quality("cifar10", ["CIFAR-10"]),
     "ablations": ablation,
+    "wide ablations": wide_ablation,
     "trials": trials,
     "floors": floors,
     "rates": lambda: table(*by_place("rates")),

@@ -1,7 +1,7 @@
 """Quality of samples compared with real images, on any features."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -60,7 +60,8 @@ class SampleQuality(Callback):
 
     Each is logged as ``<metric>/<name>``, for the generator's own weights as ``<metric>_raw/<name>``. Compare numbers
     only on the same features. The noise is the same every time, for both kinds of weights. Processes share the work and
-    get the same numbers. Samples that are not finite make every metric NaN. Measuring does not change training.
+    get the same numbers. Samples that are not finite make every metric NaN; those of another size than all real images
+    are compared with a warning. Measuring does not change training.
 
     A module with a method ``sample(n, rng=...)``, as `GANModule` has it, makes samples that depend neither on the
     number of processes nor on training. For any other module, the callback records the different inputs of the
@@ -340,7 +341,7 @@ class SampleQuality(Callback):
         self, trainer: Trainer, pl_module: LightningModule, loader: DataLoader[Any] | None
     ) -> dict[str, float]:
         self._features.to(pl_module.device).eval()
-        reals = self._real_statistics(trainer, pl_module.device, loader)
+        images, reals = self._real_statistics(trainer, pl_module.device, loader)
         self.real_halves = reals.halves
         total = self._count_samples(pl_module, reals.count)
         values: dict[str, float] = {}
@@ -352,7 +353,7 @@ class SampleQuality(Callback):
             with ExitStack() as own_weights:
                 for average in _averages(trainer) if generator == "raw" else []:
                     own_weights.enter_context(average.own_weights())
-                samples = self._sampled(pl_module, total)
+                samples = self._of_size(images.sizes, self._sampled(pl_module, total))
                 with _progress(trainer, f"{self.name}: samples", total) as step:
                     pixels = PixelRange("samples", self._value_range)
                     for features in self._extracted(samples, pixels, pl_module.device):
@@ -400,6 +401,17 @@ class SampleQuality(Callback):
         assert self._generator is not None
         return self._inputs.repeat(self._generator, total, self._seed, pl_module.device)
 
+    def _of_size(self, sizes: Set[torch.Size], samples: Iterator[Tensor]) -> Iterator[Tensor]:
+        """Warns at the first measurement if samples have another size than all real images."""
+        for number, images in enumerate(samples):
+            if sizes and not (number or self.history or images.shape[2:] in sizes):
+                own, *theirs = ("x".join(map(str, size)) for size in (images.shape[2:], *sorted(sizes)[:3]))
+                distributed.warn(
+                    f"{self.name}: samples of size {own} are compared with real images of size {', '.join(theirs)}, "
+                    "so the metrics measure the difference in size, too; resize one of them."
+                )
+            yield images
+
     def _sample_shape(self, pl_module: LightningModule) -> torch.Size:
         if _can_sample(pl_module):
             return next(sampled(pl_module, 2 * distributed.get_world_size(), 2, 0)).shape[1:]
@@ -424,7 +436,7 @@ class SampleQuality(Callback):
 
     def _real_statistics(
         self, trainer: Trainer, device: torch.device, loader: DataLoader[Any] | None
-    ) -> RealStatistics:
+    ) -> tuple[RealImages, RealStatistics]:
         shape = partial(self._sample_shape, trainer.lightning_module)
         images = RealImages(trainer, shape, loader, self._real)
         source = "loader" if loader is not None else "test" if trainer.testing else "validation"
@@ -445,10 +457,11 @@ class SampleQuality(Callback):
                 statistics.finish()
                 if path is not None and trainer.is_global_zero:
                     _try_to_save(path, statistics)
-            self._reals[source] = images, statistics
+            known = images
+            self._reals[source] = known, statistics
         if statistics.frechet is not None and device.type != "mps":
             statistics.frechet.to(device)
-        return statistics
+        return known, statistics
 
     def _path(self, trainer: Trainer, images: RealImages) -> Path:
         assert self._cache is not None

@@ -155,6 +155,7 @@ class RealImages:
     Attributes:
         datasets: The loaders' data sets.
         count: Number of images in all processes; None if unknown.
+        sizes: Sizes of this process's images so far, height and width.
     """
 
     def __init__(
@@ -176,6 +177,7 @@ class RealImages:
         counts = [_count(loader, limit) for loader, limit in self._loaders]
         known = [count for count in counts if count is not None]
         self.count = sum(known) if len(known) == len(counts) else None
+        self.sizes: set[torch.Size] = set()
 
     def batches(self) -> Iterator[Tensor]:
         """Yields this process's share of the images, batch by batch."""
@@ -185,7 +187,9 @@ class RealImages:
             limited = shared if count is not None or limit == float("inf") else islice(shared, int(limit))
             for batch in limited:
                 batch = transfer_batch(self._trainer, batch, index)
-                yield self._images(batch)
+                images = self._images(batch)
+                self.sizes.add(images.shape[2:])
+                yield images
 
     def _images(self, batch: Any) -> Tensor:
         first = batch[0] if isinstance(batch, list | tuple) and batch else None

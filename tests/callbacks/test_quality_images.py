@@ -1,5 +1,6 @@
 """The range of the images that SampleQuality compares, and their place in batches."""
 
+import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -121,6 +122,20 @@ def test_bright_images_are_accepted_where_the_range_is_given() -> None:
 def test_images_outside_the_range_are_rejected(value_range, images: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         measured(signed(), images, value_range=value_range)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_samples_of_another_size_than_the_real_images_are_named_once(cached: bool, tmp_path) -> None:
+    quality = SampleQuality(Pixels(), "pixels", batch_size=4, cache=tmp_path if cached else None)
+    larger = Given(nn.functional.interpolate(signed(), size=(8, 6)))
+    message = r"pixels: samples of size 8x6 are compared with real images of size 4x4"
+    with pytest.warns(UserWarning, match=message) as warned:
+        evaluate(quality, larger, loader(signed(1)))
+    assert sum("of size" in str(warning.message) for warning in warned) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="pixels: samples of size")
+        evaluate(quality, larger, loader(signed(1)))
+        measured(signed(), signed(1))
 
 
 def test_samples_without_dark_pixels_are_rejected() -> None:
