@@ -295,8 +295,9 @@ class SparseTraining:
         shown = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         warnings.warn(
             f"a change of the {roles}'s mask is postponed: at generator update {self.updates} there is no finite dense "
-            f"gradient to grow by of {shown or 'a weight in another process'}. It is tried again at every update; name "
-            "layers that training does not use in dense_layers.",
+            f"gradient to grow by of {shown or 'a weight in another process'}. It is tried again at every update. Name "
+            "layers that training does not use in dense_layers, and compute gradients by backward(): those that are "
+            "assigned to .grad are not seen.",
             stacklevel=2,
         )
 
