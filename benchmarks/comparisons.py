@@ -91,31 +91,39 @@ _WIDE = 1.5
 class Comparison:
     """Runs of one kind beside those of another, paired by cell and seed.
 
+    Args:
+        ones: Rows of one kind.
+        others: Those of the other.
+        by_seed: Whether the pairs of several cells are averaged by seed, where a seed has all of them, and not by cell.
+
     Attributes:
         pairs: How many there are.
         cells: In how many cells.
         ratio: The geometric mean of the ratios of distances; below 1 the first is better. Of several cells it is the
             mean of their means, so each counts as much.
         interval: Its 95 % confidence interval: of the seeds of one cell, or of the means of several (the same seeds in
-            like cells are not independent). None with less than three.
+            like cells are not independent), by cell or by seed. None with less than three.
     """
 
-    def __init__(self, ones: Iterable[Row], others: Iterable[Row]) -> None:
+    def __init__(self, ones: Iterable[Row], others: Iterable[Row], by_seed: bool = False) -> None:
         beside = {(place(row), row["seed"]): row for row in others}
-        self._pairs: dict[tuple[str, float], list[tuple[Row, Row]]] = {}
-        for row in ones:
-            if (place(row), row["seed"]) in beside:
-                self._pairs.setdefault(place(row), []).append((row, beside[place(row), row["seed"]]))
-        self.cells = len(self._pairs)
-        self.pairs = sum(map(len, self._pairs.values()))
+        pairs = [(row, other) for row in ones if (other := beside.get((place(row), row["seed"])))]
+        self._by_seed = by_seed
+        self.cells = len({place(row) for row, _ in pairs})
+        self._groups: dict[Any, list[tuple[Row, Row]]] = {}
+        for row, other in pairs:
+            self._groups.setdefault(row["seed"] if by_seed else place(row), []).append((row, other))
+        if by_seed:
+            self._groups = {seed: group for seed, group in self._groups.items() if len(group) == self.cells}
+        self.pairs = sum(map(len, self._groups.values()))
         logs = self._logs(distance)
-        values = [fmean(values) for values in logs] if self.cells > 1 else [value for cell in logs for value in cell]
+        values = [fmean(group) for group in logs] if len(logs) > 1 else [value for group in logs for value in group]
         self.ratio = self.ratio_of(distance) if values else math.nan
         self.interval = interval(values) if len(values) > 2 else None
 
     def _logs(self, measure: Callable[[Row], float]) -> list[list[float]]:
-        """Cell by cell the logarithms of the ratios."""
-        return [[math.log(measure(one) / measure(other)) for one, other in pairs] for pairs in self._pairs.values()]
+        """Cell by cell, or seed by seed, the logarithms of the ratios."""
+        return [[math.log(measure(one) / measure(other)) for one, other in pairs] for pairs in self._groups.values()]
 
     def ratio_of(self, measure: Callable[[Row], float]) -> float:
         """The same mean of the ratios of something else."""
@@ -125,7 +133,7 @@ class Comparison:
     def verdict(self) -> str:
         """The result in words."""
         if self.interval is None:
-            return "too few cells" if self.cells > 1 else "too few seeds"
+            return "too few cells" if self.cells > 1 and not self._by_seed else "too few seeds"
         low, high = self.interval
         if high < 1:
             return "better"

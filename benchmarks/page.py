@@ -84,18 +84,22 @@ RAMPS = ("ramp", "ramp to 0.5")
 """Runs whose discriminator grows without BR."""
 
 
-def opponents(found: Sequence[Row], setting: str, run: str, density: float) -> dict[str, Comparison]:
+def by_seed(found: Sequence[Row], setting: str, densities: Iterable[float], run: str, other: str) -> Comparison:
+    """Compares two kinds of runs in one setting, over densities of the generator together."""
+    cells = ([row for density in densities for row in of(found, setting, name, density)] for name in (run, other))
+    return Comparison(*cells, by_seed=True)
+
+
+def opponents(found: Sequence[Row], setting: str, run: str, *densities: float) -> dict[str, Comparison]:
     """Compares a run with the best fixed discriminator, in hindsight, and with the ramps, by their names.
 
-    The best one is of those with which it shares the most seeds; where it shares none, nothing is returned.
+    The best one is of those with which it shares the most seeds; where it shares none, there is none.
     """
-    ours = of(found, setting, run, density)
-    beside = {other: Comparison(ours, of(found, setting, other, density)) for other in (*FIXED, *RAMPS)}
-    most = max(beside[other].pairs for other in FIXED)
-    if not most:
-        return {}
-    best = max((other for other in FIXED if beside[other].pairs == most), key=lambda other: beside[other].ratio)
-    return {other: beside[other] for other in (best, *RAMPS)}
+    compared = {other: by_seed(found, setting, densities, run, other) for other in (*FIXED, *RAMPS)}
+    most = max(compared[other].pairs for other in FIXED)
+    fixed = [other for other in FIXED if most and compared[other].pairs == most]
+    best = sorted(fixed, key=lambda other: compared[other].ratio)[-1:]
+    return {other: compared[other] for other in (*best, *RAMPS) if compared[other].pairs}
 
 
 def claim(study: str) -> str:
@@ -108,30 +112,52 @@ def claim(study: str) -> str:
             continue
         ours = of(found, setting, run, density)
         line = [setting, percent(density), run, str(len(ours)), percent(fmean(map(flops, ours)))]
-        for other, comparison in compared.items():
-            others = of(found, setting, other, density)
-            cost = f"{percent(fmean(map(flops, others)))}; " if others else ""
+        best = next((other for other in compared if other not in RAMPS), "")
+        for other in (best, *RAMPS):
             name = "" if other in RAMPS else f"{other}, "
-            line.append(f"{name}{cost}{comparison}")
+            cost = [percent(fmean(map(flops, of(found, setting, other, density))))] if other in compared else []
+            line.append(f"{name}{cost[0]}; {compared[other]}" if cost else "")
         body.append(line)
     head = ["data", "generator", "run", "seeds", "FLOPs", "the best fixed one", "the ramp", "the ramp to 0.5"]
     return table(head, body)
 
 
+STUDIED = (
+    ("Fashion-MNIST", "wide", next(iter(WIDE)), (0.05, 0.1)),
+    ("CIFAR-10", "cifar10_small", CIFAR_SMALL, (0.1, 0.3)),
+)
+"""Data with its study and setting, and the densities of the generator that are also compared together."""
+
+
 def verdicts() -> str:
     """The default compared with the best fixed density and the ramps, on both sets of data."""
     body = []
-    for name, study, setting in (
-        ("Fashion-MNIST", "wide", next(iter(WIDE))),
-        ("CIFAR-10", "cifar10_small", CIFAR_SMALL),
-    ):
+    for name, study, setting, several in STUDIED:
         found = rows(study)
-        for density in repeated_densities(found, setting):
-            for other, comparison in opponents(found, setting, "DDST auto", density).items():
-                if comparison.pairs:
-                    cost = f"x {comparison.ratio_of(flops):.2f}"
-                    body.append([name, percent(density), other, str(comparison.pairs), str(comparison), cost])
+        for densities in (*((density,) for density in repeated_densities(found, setting)), several):
+            which = " and ".join(percent(density) for density in densities)
+            for other, comparison in opponents(found, setting, "DDST auto", *densities).items():
+                seeds = str(comparison.pairs // len(densities))
+                cost = f"x {comparison.ratio_of(flops):.2f}"
+                body.append([name, which, other, seeds, str(comparison), cost])
     return table(["data", "generator", "DDST auto compared with", "seeds", "distance", "operations"], body)
+
+
+def together(study: str) -> str:
+    """DDST compared with every other kind of run, over densities together."""
+    _, _, setting, densities = next(studied for studied in STUDIED if studied[1] == study)
+    found, body = rows(study), []
+    for other in dict.fromkeys([*FIXED, *RAMPS, *(cell.run for cell in STUDIES[study]())]):
+        line, number = [], 0
+        for run in CONTROLLED:
+            comparison = by_seed(found, setting, densities, run, other)
+            known = comparison.pairs and run != other
+            number = max(number, comparison.pairs // len(densities))
+            line += [str(comparison), f"x {comparison.ratio_of(flops):.2f}"] if known else ["", ""]
+        if any(line):
+            body.append([other, str(number), *line])
+    head = [name for run in CONTROLLED for name in (f"{run}: distance", "operations")]
+    return table(["compared with", "seeds", *head], body)
 
 
 BESIDE = (*RAMPS, *CONTROLLED)
@@ -609,6 +635,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "narrow cifar10": lambda: quality("cifar10_small", [CIFAR_SMALL]),
     "narrow cifar10 in short": lambda: in_short("cifar10_small", CIFAR_SMALL, CIFAR_SMALL_RUNS),
     "verdicts": verdicts,
+    "wide together": lambda: together("wide"),
+    "narrow cifar10 together": lambda: together("cifar10_small"),
     "overall": overall,
     "overall without the sparsest": lambda: overall(sorted(DENSITIES)[1]),
     "again": again,

@@ -14,7 +14,6 @@ from comparisons import (
     mean_density,
     of,
     of_run,
-    of_widths,
     repeated_densities,
 )
 from rows import path, rows
@@ -91,16 +90,24 @@ def test_what_the_readme_claims_is_in_the_rows():
     assert on_cifar10.groups() == (*mean_and_seeds(sparse), *mean_and_seeds(dense))
     for density in (0.05, 0.1):
         means = {run: geometric_mean(map(distance, of(found, setting, run, density))) for run in WIDE_RUNS}
-        growing = [means[run] for run in ("DDST auto", "DDST relaxed", "ramp")]
+        growing = [means[run] for run in ("DDST auto", "DDST relaxed", "ramp", "ramp to 0.5")]
         assert max(growing) < min(mean for run, mean in means.items() if run.startswith("RigL"))
         assert max(means, key=means.__getitem__) == "RigL, balanced D"
+    said = re.search(
+        r"default has (\S+) times the distance of the best .*? \((\d) seeds; .*? interval (\S+) to (\S+)\)", readme
+    )
+    best, *ramps = page.opponents(found, setting, "DDST auto", 0.05, 0.1).values()
+    assert said.groups() == (f"{best.ratio:.2f}", str(best.pairs // 2), *(f"{end:.2f}" for end in best.interval))
+    assert best.verdict == "better"
+    alike = page.opponents(narrow, CIFAR_SMALL, "DDST auto", 0.1, 0.3).values()
+    assert {each.verdict for each in (*ramps, *alike)} == {"within a factor of 1.5"}
 
 
 def test_the_default_failed_where_the_readme_says():
     fast, slow = UNBALANCED
     unbalanced = rows("unbalanced")
-    default = [*of_run(of_widths(), "DDST auto"), *of_run(rows("fashion"), "DDST auto")]
-    default += of_run(rows("cifar10_small"), "DDST auto")
+    studies = ("wide", "scaling", "fashion", "cifar10_small")
+    default = [each for study in studies for each in of_run(rows(study), "DDST auto")]
     readme, *pages = (
         " ".join((page.DOCS / name).read_text().split()) for name in ("../README.md", "results.md", "bounds.md")
     )
@@ -164,6 +171,19 @@ def test_of_several_cells_each_counts_as_much():
     assert found.ratio == pytest.approx(2 ** (2.5 / 3))
     half = 4.3027 * 0.7638 / 3**0.5  # of their standard deviation
     assert found.interval == pytest.approx((2 ** (2.5 / 3 - half), 2 ** (2.5 / 3 + half)), rel=1e-3)
+
+
+def test_several_cells_can_be_averaged_by_seed():
+    densities = {0.1: (2.0, 0.5, 1.0, 9.0), 0.3: (1.0, 4.0, 0.5)}  # the fourth seed lacks a cell
+    ones = [row(seed, value) | {"density": d} for d, values in densities.items() for seed, value in enumerate(values)]
+    others = [row(seed, 1.0) | {"density": density} for density in densities for seed in range(4)]
+    found = Comparison(ones, others, by_seed=True)  # logarithms to base 2: 1 and 0, -1 and 2, 0 and -1
+    assert (found.pairs, found.cells) == (6, 2)
+    assert found.ratio == pytest.approx(2 ** (1 / 6))
+    half = 4.3027 * 0.57735 / 3**0.5  # of the means 1/2, 1/2 and -1/2
+    assert found.interval == pytest.approx((2 ** (1 / 6 - half), 2 ** (1 / 6 + half)), rel=1e-3)
+    assert found.verdict == "not told apart"
+    assert Comparison(ones[:1], others, by_seed=True).verdict == "too few seeds"
 
 
 def test_nearly_equal_means_within_a_factor():
