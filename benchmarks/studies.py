@@ -347,7 +347,8 @@ def wide() -> list[Cell]:
         rounds.append(Cell(few, "dense", 1.0, seed, f"{WIDE[few]} --config dense"))
     for seed, density in product((3, 4), (0.05, 0.1)):
         rounds += cells(large, density, WIDE_RUNS[:6], seed)
-    rounds += cells(LONGER, 0.05, ("DDST auto", "ramp to 0.5", "RigL, strong D"), 0)
+    for seed in range(3):
+        rounds += cells(LONGER, 0.05, ("DDST auto", "ramp to 0.5", "RigL, strong D"), seed)
     return rounds
 
 
