@@ -25,7 +25,19 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 from rows import rows
-from studies import BAND, CIFAR_SMALL, CIFAR_SMALL_RUNS, CLAIMS, FASHION, METHODS, SCALED_RUNS, SIZES, WIDE, WIDE_RUNS
+from studies import (
+    BAND,
+    CIFAR_SMALL,
+    CIFAR_SMALL_RUNS,
+    CLAIMS,
+    FASHION,
+    METHODS,
+    SCALED_RUNS,
+    SIZES,
+    WIDE,
+    WIDE_CLAIMED,
+    WIDE_RUNS,
+)
 
 from lightning_ddst.report import plots
 
@@ -102,24 +114,29 @@ def _key(runs: Sequence[str]) -> list[Line2D]:
 
 def pareto(found: Sequence[Row]) -> Figure:
     """Draws quality over training FLOPs, cell by cell: every seed, and the geometric mean."""
-    places = [(setting, density) for setting in FASHION for density in repeated_densities(found, setting)]
-    return _panels(found, places, METHODS, height=2.9, one_scale=False)
+    return _everywhere(found, FASHION, METHODS)
+
+
+def wide_all(found: Sequence[Row]) -> Figure:
+    """Draws the same of the wide networks."""
+    return _everywhere(found, WIDE, WIDE_RUNS)
+
+
+def _everywhere(found: Sequence[Row], settings: Iterable[str], runs: Iterable[str]) -> Figure:
+    """Draws every cell of a study on a scale of its own."""
+    places = [(setting, density) for setting in settings for density in repeated_densities(found, setting)]
+    return _panels(found, places, runs, height=2.9, one_scale=False)
 
 
 def wide(found: Sequence[Row]) -> Figure:
-    """Draws the same of the wide networks with all images."""
-    return _in_setting(found, next(iter(WIDE)), WIDE_RUNS)
+    """Draws the claim's cells of the wide networks on one scale."""
+    return _panels(found, [(next(iter(WIDE)), density) for density in WIDE_CLAIMED], WIDE_RUNS, 3.3, one_scale=True)
 
 
 def cifar10(found: Sequence[Row]) -> Figure:
     """Draws the same of the narrow SNGAN on CIFAR-10."""
-    return _in_setting(found, CIFAR_SMALL, CIFAR_SMALL_RUNS)
-
-
-def _in_setting(found: Sequence[Row], setting: str, runs: Iterable[str]) -> Figure:
-    """Draws the densities of one setting on one scale."""
-    places = [(setting, density) for density in repeated_densities(found, setting)]
-    return _panels(found, places, runs, height=3.3, one_scale=True)
+    places = [(CIFAR_SMALL, density) for density in repeated_densities(found, CIFAR_SMALL)]
+    return _panels(found, places, CIFAR_SMALL_RUNS, 3.3, one_scale=True)
 
 
 def widths(found: Sequence[Row]) -> Figure:
@@ -251,6 +268,7 @@ def write(folder: Path) -> None:
         ("pareto", pareto, found),
         ("balance", balance, found),
         ("wide", wide, rows("wide")),
+        ("wide_all", wide_all, rows("wide")),
         ("widths", widths, of_widths()),
         ("cifar10", cifar10, rows("cifar10_small")),
     )
