@@ -43,6 +43,7 @@ from studies import (
     ESTIMATED,
     FASHION,
     FIXED,
+    LONGER,
     METHODS,
     SCALED_RUNS,
     SIZES,
@@ -125,9 +126,11 @@ def claim(study: str) -> str:
 
 STUDIED = (
     ("Fashion-MNIST", "wide", next(iter(WIDE)), WIDE_CLAIMED),
+    ("Fashion-MNIST, 300 images", "wide", "300 images", ()),
+    ("Fashion-MNIST, 10,000 updates", "wide", LONGER, ()),
     ("CIFAR-10", "cifar10_small", CIFAR_SMALL, (0.1, 0.3)),
 )
-"""Data with its study and setting, and the densities of the generator that are also compared together."""
+"""Data with its study and setting, and the densities of the generator that are also compared together, if any."""
 
 
 def verdicts() -> str:
@@ -135,7 +138,8 @@ def verdicts() -> str:
     body = []
     for name, study, setting, several in STUDIED:
         found = rows(study)
-        for densities in (*((density,) for density in repeated_densities(found, setting)), several):
+        alone = [(density,) for density in repeated_densities(found, setting)]
+        for densities in filter(None, (*alone, several)):
             compared = opponents(found, setting, "DDST auto", *densities)
             seeds = max(comparison.pairs for comparison in compared.values()) // len(densities)
             line = [name, " and ".join(map(percent, densities)), str(seeds)]
