@@ -99,6 +99,9 @@ def test_what_the_readme_claims_is_in_the_rows():
     best, *ramps = page.opponents(found, setting, "DDST auto", 0.05, 0.1).values()
     assert said.groups() == (f"{best.ratio:.2f}", str(best.pairs // 2), *(f"{end:.2f}" for end in best.interval))
     assert best.verdict == "better"
+    few = page.opponents(found, "300 images", "DDST auto", 0.1)["ramp"]
+    assert few.verdict == "worse"
+    assert f"{few.ratio:.2f} times its distance, {few.pairs} seeds" in readme
     alike = page.opponents(narrow, CIFAR_SMALL, "DDST auto", 0.1, 0.3).values()
     assert {each.verdict for each in (*ramps, *alike)} == {"within a factor of 1.5"}
 
