@@ -102,6 +102,9 @@ def test_what_the_readme_claims_is_in_the_rows():
     few = page.opponents(found, "300 images", "DDST auto", 0.1)["ramp"]
     assert few.verdict == "worse"
     assert f"{few.ratio:.2f} times its distance, {few.pairs} seeds" in readme
+    twenty = page.opponents(found, setting, "DDST auto", 0.2)["ramp to 0.5"]
+    assert twenty.verdict == "better"
+    assert f"better than the ramp to 0.5 ({twenty.ratio:.2f} times)" in readme
     alike = page.opponents(narrow, CIFAR_SMALL, "DDST auto", 0.1, 0.3).values()
     assert {each.verdict for each in (*ramps, *alike)} == {"within a factor of 1.5"}
 
