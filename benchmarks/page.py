@@ -9,7 +9,7 @@ The pages' text is in benchmarks/pages, in which {{a name}} stands for a table. 
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -104,6 +104,12 @@ def opponents(found: Sequence[Row], setting: str, run: str, *densities: float) -
     return {other: compared[other] for other in (*best, *RAMPS) if compared[other].pairs}
 
 
+def in_columns(cells: Mapping[str, str], separator: str) -> list[str]:
+    """Columns of a table: the best fixed discriminator with its name, and the ramps; empty where one is missing."""
+    best = [f"{other}{separator}{cell}" for other, cell in cells.items() if other not in RAMPS]
+    return [*(best or [""]), *(cells.get(ramp, "") for ramp in RAMPS)]
+
+
 def claim(study: str) -> str:
     """Compares DDST with the best fixed density and the ramps, cell by cell."""
     found, body = rows(study), []
@@ -114,12 +120,8 @@ def claim(study: str) -> str:
             continue
         ours = of(found, setting, run, density)
         line = [setting, percent(density), run, str(len(ours)), percent(fmean(map(flops, ours)))]
-        best = next((other for other in compared if other not in RAMPS), "")
-        for other in (best, *RAMPS):
-            name = "" if other in RAMPS else f"{other}, "
-            cost = [percent(fmean(map(flops, of(found, setting, other, density))))] if other in compared else []
-            line.append(f"{name}{cost[0]}; {compared[other]}" if cost else "")
-        body.append(line)
+        costs = {other: percent(fmean(map(flops, of(found, setting, other, density)))) for other in compared}
+        body.append(line + in_columns({other: f"{costs[other]}; {each}" for other, each in compared.items()}, ", "))
     head = ["data", "generator", "run", "seeds", "FLOPs", "the best fixed one", "the ramp", "the ramp to 0.5"]
     return table(head, body)
 
@@ -143,12 +145,8 @@ def verdicts() -> str:
             compared = opponents(found, setting, "DDST auto", *densities)
             seeds = max(comparison.pairs for comparison in compared.values()) // len(densities)
             line = [name, " and ".join(map(percent, densities)), str(seeds)]
-            best = next((other for other in compared if other not in RAMPS), "")
-            for other in (best, *RAMPS):
-                comparison, shown = compared.get(other), "" if other in RAMPS else f"{other}: "
-                cost = "" if comparison is None else f"; operations x {comparison.ratio_of(flops):.2f}"
-                line.append("" if comparison is None else f"{shown}{comparison}{cost}")
-            body.append(line)
+            cells = {other: f"{each}; operations x {each.ratio_of(flops):.2f}" for other, each in compared.items()}
+            body.append(line + in_columns(cells, ": "))
     head = ["data", "generator", "seeds", "with the best fixed one", "with the ramp", "with the ramp to 0.5"]
     return table(head, body)
 

@@ -457,11 +457,10 @@ class SampleQuality(Callback):
                 statistics.finish()
                 if path is not None and trainer.is_global_zero:
                     _try_to_save(path, statistics)
-            known = images
-            self._reals[source] = known, statistics
+            self._reals[source] = images, statistics
         if statistics.frechet is not None and device.type != "mps":
             statistics.frechet.to(device)
-        return known, statistics
+        return self._reals[source]
 
     def _path(self, trainer: Trainer, images: RealImages) -> Path:
         assert self._cache is not None
