@@ -383,7 +383,7 @@ WIDE_ABLATIONS: dict[str, str] = {
     "steps of 0.1": "--sparsity.delta 0.1",
     "D from 0.2": "--sparsity.discriminator_density 0.2 --sparsity.min_discriminator_density 0.2",
     "optimizer state kept": "--sparsity.optimizer_state keep",
-    "regrown weights reset": "--sparsity.regrown reset",
+    "regrown weights kept": WIDE_CHANGES["regrown weights kept"],
 }
 """Changes of DDST relaxed, which the study "wide" has unchanged: BR every 2nd update, steps of 0.05."""
 

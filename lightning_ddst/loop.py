@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_ddst.attached.checks import (
     check_limits,
+    check_masks,
     check_method,
     check_settings,
     check_unchanged,
@@ -27,14 +28,15 @@ from lightning_ddst.attached.wrapped import find_scaler, holds_parts, unwrap_opt
 from lightning_ddst.callbacks import DynamicSparsityCallback
 from lightning_ddst.methods import Plan
 from lightning_ddst.report.display import RunDisplay
-from lightning_ddst.sparsity import find_optimizers, find_units, has_updated
+from lightning_ddst.sparsity import find_units
 from lightning_ddst.sparsity.averaging import WeightAverage
 from lightning_ddst.sparsity.dense_gradients import unscale_by
+from lightning_ddst.sparsity.optimizers import UpdateHooks
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.compilation import uncompiled
 from lightning_ddst.utils.nested import tensors_in
 from lightning_ddst.utils.series import RecordedSeries
-from lightning_ddst.utils.states import Form, maybe
+from lightning_ddst.utils.states import Form, maybe, restoring
 from lightning_ddst.utils.validation import check_count
 
 Log = Callable[[dict[str, float], int], object]
@@ -228,10 +230,10 @@ class SparseLoop(RunDisplay):
             self, self._options, self._attached, self._series, self._log, self._log_every, stops=self._stops
         )
         self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in self._optimizers]
+        self._averaging = UpdateHooks(self._networks.generator, self._optimizers, self._update_average)
         self._average = self._make_average()
         if self._average is not None and state is not None and state["average"] is not None:
             self._average.load_state_dict(state["average"])
-        self._hook_average()
         _SPARSIFIED.update(part for _, part in self._networks.parts())
         return self._attached
 
@@ -262,6 +264,7 @@ class SparseLoop(RunDisplay):
         try:
             yield
             attached.end_batch(batch)
+            self._averaging.end_batch()
         finally:
             attached.abandon_batch()
             attached.training.flops.pause()
@@ -330,17 +333,9 @@ class SparseLoop(RunDisplay):
     def _make_average(self) -> WeightAverage | None:
         return None if self._ema_decay is None else WeightAverage(self._networks.generator, self._ema_decay)
 
-    def _hook_average(self) -> None:
-        """Registers hooks on the generator's optimizers, behind those that mask."""
-        trained = {name: p for name, p in self._networks.generator.named_parameters() if p.requires_grad}
-
-        @uncompiled
-        def update(optimizer: Optimizer, *_: Any) -> None:
-            if self._average is not None and has_updated(trained, optimizer):
-                self._average.update()
-
-        for optimizer in find_optimizers(trained, self._optimizers) if self._average is not None else ():
-            self._handles.append(optimizer.register_step_post_hook(update))
+    def _update_average(self) -> None:
+        if self._average is not None:
+            self._average.update()
 
     # ---- saving and closing ------------------------------------------------------------------------
 
@@ -373,12 +368,15 @@ class SparseLoop(RunDisplay):
         check_method(state, self.settings)
         check_limits(state, self.settings)
         check_settings(state["settings"], self._options.arguments())
+        with restoring("sparsify"):
+            check_masks(self._networks, self._options.masking.find_networks(self._networks), state["networks"])
         if self._unmasked is not None:
             self._unmasked.restore()
         self._detach(attached)
         self._series = new_series()
         self._attach(state).pending.load_state_dict(state["pending_gradients"])
         self._steps = 0
+        self.should_stop = False
 
     def close(self) -> None:
         """Ends sparse training: removes every hook; readings and masks stay."""
@@ -391,6 +389,7 @@ class SparseLoop(RunDisplay):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._averaging.remove()
         _SPARSIFIED.difference_update(part for _, part in self._networks.parts())
 
     def __enter__(self) -> "SparseLoop":

@@ -161,3 +161,15 @@ def test_mask_updates_choose_what_they_choose_on_a_cpu():
     for name, mask in cpu.masks.items():
         assert torch.equal(mask, gpu.masks[name].cpu())
     assert cpu.coverage == gpu.coverage
+
+
+def test_the_last_checkpoint_can_be_loaded_after_a_fit(tmp_path):
+    sparsity = ddst(probe_interval=1)
+    trainer = toy_trainer(sparsity, accelerator="gpu")
+    gan, data = small_gan(), DataLoader(images(), batch_size=8)
+    trainer.fit(gan, data)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    trainer.validate(gan, data, ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    updates = sparsity.generator_updates
+    toy_trainer(sparsity, accelerator="gpu", epochs=2).fit(gan, data)
+    assert sparsity.generator_updates == 3 * updates

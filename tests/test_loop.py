@@ -268,6 +268,10 @@ def test_a_state_of_another_run_is_rejected():
     loop = PlainLoop(method="static", generator_density=0.3)
     with pytest.raises(ValueError, match=r'method="ddst".*method="static"'):
         loop.sparse.load_state_dict(saved)
+    state = loop.sparse.state_dict()
+    state["networks"]["generator"]["masks"].popitem()
+    with pytest.raises(ValueError, match="generator"):
+        loop.sparse.load_state_dict(state)
     assert loop.train().sparse.generator_density == pytest.approx(0.3, abs=1e-2)
 
 
@@ -538,6 +542,16 @@ def test_steps_of_several_optimizers_of_the_generator_are_one_update():
     loop.optimizers = [All(), loop.optimizers[1]]
     assert loop.train().sparse.generator_updates == 20
     assert loop.sparse.measurements == 20
+    assert loop.sparse.state_dict()["average"]["updates"] == 20
+
+
+def test_a_generator_that_was_frozen_when_it_was_sparsified_is_averaged():
+    loop = PlainLoop(**SETTINGS)
+    loop.sparse.close()
+    frozen = loop.generator.requires_grad_(False)
+    loop.sparse = sparsify(frozen, loop.discriminator, loop.optimizers, length=20, ema_decay=0.5, **SETTINGS)
+    frozen.requires_grad_(True)
+    assert loop.train().sparse.state_dict()["average"]["updates"] == 20
 
 
 def test_the_average_respects_masks_and_is_lent_to_the_generator():
@@ -580,10 +594,13 @@ def test_a_copy_of_the_generator_is_an_ordinary_network():
 
 def test_a_run_that_breaks_down_asks_to_stop():
     loop = PlainLoop(**SETTINGS, stop_on_divergence=True)
+    healthy = loop.sparse.state_dict()
     loop.generator[0].bias.data.fill_(float("nan"))
     with pytest.warns(UserWarning, match=r"weights of the generator.*not finite.*The run stops"):
         loop.train(end=4)
     assert loop.sparse.should_stop
+    loop.sparse.load_state_dict(healthy)
+    assert not loop.sparse.should_stop
 
 
 # ---- errors ------------------------------------------------------------------------------------------

@@ -98,12 +98,12 @@ class AttachedTraining:
                     self.training.load_state_dict(state["training"])
                 self.training.schedule(plan)
             self.training.check_ranks()
+            warn_of_unmasked(pair, self.training)
+            if options.masking.optimizer_state == "reset":
+                warn_of_large_steps(pair, self.training)
         except BaseException:
             self.detach()
             raise
-        warn_of_unmasked(pair, self.training)
-        if options.masking.optimizer_state == "reset":
-            warn_of_large_steps(pair, self.training)
         for optimizer in self.training.generator_optimizers:
             self._handles += [
                 optimizer.register_step_pre_hook(lambda stepping, *_: self._before_step(stepping)),

@@ -85,8 +85,7 @@ class Divergence:
             self._report(
                 "undefined",
                 updates,
-                f"the balance ratio has been undefined for {_WINDOWS} windows in a row ({balance.reason}), and the "
-                "discriminator is not resized.",
+                f"the balance ratio has been undefined for {_WINDOWS} windows in a row ({balance.reason}).",
             )
 
     def _report(self, kind: str, updates: int, message: str) -> None:

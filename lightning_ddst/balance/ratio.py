@@ -52,7 +52,10 @@ class Balance:
 
     @property
     def at_chance(self) -> bool:
-        """Whether the ratio is undecided because the discriminator does not clearly tell real from fake."""
+        """Whether the ratio is undecided although something was measured and all means are finite.
+
+        The discriminator does not clearly tell real from fake, or a mean of ratios has one with ``alpha = 0``.
+        """
         return self.ratio is None and self.samples > 0 and math.isfinite(self.alpha) and math.isfinite(self.beta)
 
 
@@ -140,7 +143,7 @@ class BalanceWindow:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the measurements; loads with ``weights_only=True``."""
-        return {"samples": self._samples.clone(), "added": self._added}
+        return {"samples": self._samples.to("cpu", copy=True), "added": self._added}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the state returned by `state_dict`."""

@@ -103,7 +103,7 @@ class DynamicSparsityCallback(RunDisplay, ActsInValidation):
             runs of less than 10,000, a tenth of runs of less than 1,000, and 1,000 if the length is unknown.
         explore_interval: Generator updates between explorations of the generator; by default half the default of
             `interval`.
-        probe_interval: Generator updates between measurements of BR. "auto" makes 50 to 100 measurements per decision,
+        probe_interval: Generator updates between measurements of BR. "auto" makes 50 to 150 measurements per decision,
             or one per update where `interval` is shorter; None measures nothing.
         generator: Dotted name of the generator in the module, or a list of the names of its parts, which share one
             density. By default the usual names are tried, in the module and in its submodules.
@@ -246,7 +246,10 @@ class DynamicSparsityCallback(RunDisplay, ActsInValidation):
             check_not_overwritten(self._overwritten)
             check_unchanged(self._fitted)
             self._saved = self.state_dict()  # a second call of fit continues the first
-            self._saved["length"] = RunLength().state_dict()  # over a length of its own
+            length = RunLength(self._length)  # over a length of its own
+            self._saved["length"] = length.state_dict()
+        else:
+            length = RunLength()
         if not keeps_masks and (self._saved is not None or self._module is not pl_module):
             self.attach(pl_module)
         pair = self._fitted
@@ -256,7 +259,7 @@ class DynamicSparsityCallback(RunDisplay, ActsInValidation):
             check_other_averages(trainer, pl_module, generator.network)
         others = self._others(trainer)
         check_separate(pair, [other._fitted for other in others if other._module is pl_module], pl_module)
-        self._length = RunLength()
+        self._length = length
         if self._saved is not None:
             self._length.load_state_dict(self._saved["length"])
         self._attached = AttachedTraining(
@@ -333,9 +336,12 @@ class DynamicSparsityCallback(RunDisplay, ActsInValidation):
         if loads_late(trainer):
             self._begin(trainer, pl_module)
             self._tell_start(trainer)
+            _hook_averages(trainer, pl_module)
+        if self._attached is not None:
+            was_known = self._length.known
+            if self._length.begin(trainer):
+                self._reschedule(trainer, self._attached.training, was_known)
         if self._resumed is not None and self._attached is not None:
-            if self._length.resume(trainer):
-                self._attached.training.schedule(self._planned())
             with restoring(self.state_key):
                 self._attached.pending.load_state_dict(self._resumed["pending_gradients"])
             resume_randomness(trainer, self._resumed["random"])
@@ -354,9 +360,7 @@ class DynamicSparsityCallback(RunDisplay, ActsInValidation):
         self._detach()
         self._begin(trainer, module, keeps_masks=True)  # layers that have thawed since stay dense
         self._resumed = None  # random states and gradients stay what they are
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, GeneratorEMA):
-                callback.hook(trainer, module)  # averages come after masks
+        _hook_averages(trainer, module)
         rank_zero_info("DynamicSparsityCallback: the optimizers were made anew; their steps are followed.")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -390,11 +394,14 @@ class DynamicSparsityCallback(RunDisplay, ActsInValidation):
     def _follow_length(self, trainer: Trainer, training: SparseTraining) -> None:
         was_known = self._length.known
         if self._length.observe(trainer, training.updates):
-            training.schedule(self._planned())
-            if not was_known and self._report is not None and shows_summary(trainer):
-                self._report.print(describe_plan(self, training))
-            if not was_known and self._length.updates is None:
-                check_unlimited(self.settings, explain_unknown(trainer))
+            self._reschedule(trainer, training, was_known)
+
+    def _reschedule(self, trainer: Trainer, training: SparseTraining, was_known: bool) -> None:
+        training.schedule(self._planned())
+        if not was_known and self._report is not None and shows_summary(trainer):
+            self._report.print(describe_plan(self, training))
+        if not was_known and self._length.updates is None:
+            check_unlimited(self.settings, explain_unknown(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes a summary of the run so far to TensorBoard."""
@@ -415,33 +422,37 @@ class DynamicSparsityCallback(RunDisplay, ActsInValidation):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the operations of each layer, writes ``results.json`` to the log folder, and removes every hook."""
-        if self._report is not None:
-            self._report.after_run()
-            self._conclude(trainer, self._report, "finished")
-            if trainer.global_step and not self.generator_updates:
-                distributed.warn(
-                    "no optimizer step was seen that had gradients of the generator: its mask never changed, and "
-                    "nothing was measured."
-                )
-            self._tell_results(trainer)
-        self._detach()
+        try:
+            if self._report is not None:
+                self._report.after_run()
+                self._conclude(trainer, self._report, "finished")
+                if trainer.global_step and not self.generator_updates:
+                    distributed.warn(
+                        "no optimizer step was seen that had gradients of the generator: its mask never changed, and "
+                        "nothing was measured."
+                    )
+                self._tell_results(trainer)
+        finally:
+            self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes ``results.json``, removes every hook, and forgets a state that could not be resumed."""
-        if self._report is not None:
-            status: Status = "interrupted" if is_interruption(exception) else "failed"
-            self._conclude(trainer, self._report, status, None if status == "interrupted" else exception)
-            if status == "interrupted":
-                self._tell_results(trainer)
-        self._detach()
-        if self._resumed is not None:
-            self._saved = self._resumed = self._pair = self._attached = None
+        try:
+            if self._report is not None:
+                status: Status = "interrupted" if is_interruption(exception) else "failed"
+                self._conclude(trainer, self._report, status, None if status == "interrupted" else exception)
+                if status == "interrupted":
+                    self._tell_results(trainer)
+        finally:
+            self._detach()
+            if self._resumed is not None:
+                self._saved = self._resumed = self._pair = self._attached = None
 
     def _conclude(
         self, trainer: Trainer, report: TrainerReport, status: Status, exception: BaseException | None = None
     ) -> None:
-        report.log({UPDATES: float(self.generator_updates)}, self.generator_updates)
         save_results(trainer, self.results(trainer, status, exception))
+        report.log({UPDATES: float(self.generator_updates)}, self.generator_updates)
 
     def results(
         self, trainer: Trainer, status: Status = "running", exception: BaseException | None = None
@@ -552,3 +563,10 @@ class DynamicSparsityCallback(RunDisplay, ActsInValidation):
         self._saved = state_dict
         self._resumed = None if self._evaluates else state_dict
         self._pair, self._attached, self._series = None, None, new_series()
+
+
+def _hook_averages(trainer: Trainer, module: LightningModule) -> None:
+    """Hooks averages to the optimizers again, since they come after masks."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GeneratorEMA) and callback.hooked:
+            callback.hook(trainer, module)

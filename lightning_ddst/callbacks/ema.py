@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from types import MethodType
 from typing import Any, ClassVar
 from weakref import WeakSet
@@ -12,14 +11,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lightning_ddst.attached.checks import is_same
 from lightning_ddst.callbacks._support.validation_state import ActsInValidation
-from lightning_ddst.sparsity import find_optimizers, has_updated
 from lightning_ddst.sparsity.averaging import BufferHandling, WeightAverage, average_states
+from lightning_ddst.sparsity.optimizers import UpdateHooks, find_optimizers
 from lightning_ddst.utils.checkpoints import AVERAGES
-from lightning_ddst.utils.compilation import uncompiled
 from lightning_ddst.utils.lightning_private import state_key
 from lightning_ddst.utils.networks import Name, find_network, is_same_network
 from lightning_ddst.utils.states import check_state, restoring
@@ -58,7 +55,7 @@ class GeneratorEMA(ActsInValidation):
         self._generator: nn.Module | None = None
         self._average: WeightAverage | None = None
         self._saved: Mapping[str, Any] | None = None
-        self._handles: list[RemovableHandle] = []
+        self._hooks: UpdateHooks | None = None
         self._optimizers: list[Optimizer] = []
         self.average_class(nn.Identity(), decay, buffers)  # checks the arguments now
 
@@ -106,19 +103,29 @@ class GeneratorEMA(ActsInValidation):
         self._optimizers = list(trainer.optimizers)
         generator = find_network(pl_module, "generator", self._name)
         trained = {name: p for name, p in generator.named_parameters() if p.requires_grad}
-        for optimizer in find_optimizers(trained, trainer.optimizers):
-            self._handles.append(optimizer.register_step_post_hook(partial(self._update, trained)))
+        find_optimizers(trained, trainer.optimizers)  # raises if one is in none
+        self._hooks = UpdateHooks(generator, trainer.optimizers, self._update)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether the average follows optimizers."""
+        return self._hooks is not None
 
     def restart(self, generator: nn.Module) -> None:
         """Restarts the average from the current weights if it averages this generator."""
         if is_same_network(self._generator, generator):
             self._average = self.average_class(generator, self._decay, self._buffers)
 
-    @uncompiled
-    def _update(self, trained: Mapping[str, Tensor], optimizer: Optimizer, *_: Any) -> None:
+    def _update(self) -> None:
         assert self._average is not None
-        if has_updated(trained, optimizer):  # an optimizer of both networks may step without the generator
-            self._average.update()
+        self._average.update()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Averages an update that not all of the generator's optimizers took part in."""
+        if self._hooks is not None:
+            self._hooks.end_batch()
 
     def _prepare(self, pl_module: LightningModule) -> None:
         generator = find_network(pl_module, "generator", self._name)
@@ -143,9 +150,9 @@ class GeneratorEMA(ActsInValidation):
         self._evaluate(False)
 
     def _detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._hooks = None
 
     # ---- evaluation ------------------------------------------------------------------------------------
 

@@ -267,6 +267,8 @@ class SampleQuality(Callback):
     ) -> None:
         """Computes and logs the metrics every `every_n_updates`."""
         self._inputs.recording = False
+        if self._counter is not None:
+            self._counter.end_batch()
         if self._every_n_updates is not None:
             due = generator_updates(trainer) // self._every_n_updates
             if due > self._measured_at // self._every_n_updates:

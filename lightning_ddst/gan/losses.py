@@ -101,13 +101,13 @@ def gradient_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor, fa
     Args:
         discriminator: Function from images to scores.
         real: Real images ``(batch, ...)``.
-        fake: Generated images of the same shape.
+        fake: Generated images of the same shape; with mixed precision their dtype may differ.
 
     Returns:
         ``E[(||grad D(x)|| - 1)^2]`` at random points on the lines between them, a scalar to differentiate.
     """
     share = torch.rand(len(real), *[1] * (real.dim() - 1), device=real.device, dtype=real.dtype)
-    between = torch.lerp(fake.detach(), real.detach(), share).requires_grad_()
+    between = torch.lerp(fake.detach().to(real.dtype), real.detach(), share).requires_grad_()
     slopes: Tensor = torch.linalg.vector_norm(_input_gradients(discriminator, between), dim=1)
     return (slopes - 1).square().mean()
 

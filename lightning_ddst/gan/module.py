@@ -79,6 +79,7 @@ class GANMixin(_Module):
         self.num_classes = num_classes
         self.generator_updates = 0
         self._discriminator_updates = 0
+        self._has_own_noise = False
         self._discriminator_steps = discriminator_steps
         self._gradient_penalty = gradient_penalty
         self._r1 = r1
@@ -113,8 +114,9 @@ class GANMixin(_Module):
 
     def on_fit_start(self) -> None:
         """Gives every process its own noise."""
-        if distributed.is_distributed():
+        if distributed.is_distributed() and not self._has_own_noise:  # which another fit continues
             torch.manual_seed(torch.initial_seed() + distributed.get_rank())
+            self._has_own_noise = True
 
     def on_train_start(self) -> None:
         """Corrects the Trainer's count of batches where a run resumes with another batch size."""

@@ -139,7 +139,7 @@ class PruneByMagnitude(MaskUpdate):
 
     def describe_plan(self, plan: Plan) -> str:
         """Returns the number of rounds and their times."""
-        if plan.updates is None:
+        if plan.updates is None or not self._pruning.rounds:
             return ""
         first, last = (self._pruning.time_of(number, plan.updates) for number in (1, self._pruning.rounds))
         if first == last:

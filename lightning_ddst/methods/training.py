@@ -20,12 +20,11 @@ from lightning_ddst.sparsity import (
     StructuredForward,
     TrainingFlops,
     find_optimizers,
-    has_updated,
 )
 from lightning_ddst.sparsity.channels.structured_forward import can_run_structured
 from lightning_ddst.sparsity.dense_gradients import DenseGradients, Unscaled
 from lightning_ddst.sparsity.enforcement import OptimizerState
-from lightning_ddst.sparsity.optimizers import get_parameters
+from lightning_ddst.sparsity.optimizers import UpdateSteps, get_parameters
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.states import ANYTHING, COUNT, FLAG, Form, each, maybe, named
 
@@ -97,7 +96,6 @@ class SparseTraining:
         self.mask_updates = tuple(mask_updates)
         self.updates = 0
         self.rewinds = 0
-        self._stepped: set[Optimizer] = set()  # of the generator's, since its last update
         self.decisions: list[tuple[int, Decision]] = []
         self.measurements = 0
         self.plan = plan or Plan()
@@ -110,9 +108,10 @@ class SparseTraining:
         self.flops = TrainingFlops(self._networks.values(), self.optimizers)
         self._warned_of_uncounted = False
         self._looked_at: tuple[bool, int, int] | None = None
-        self._postponed: set[int] = set()  # ids of the mask updates of which a warning told
+        self._postponed: set[int] = set()  # ids of the mask updates that were warned of
         self._told_frozen: dict[Role, set[str]] = {role: set() for role in self._networks}
         self.generator_optimizers = find_optimizers(generator.parameters, self.optimizers)
+        self._steps = UpdateSteps(generator.parameters, self.generator_optimizers)
         find_optimizers(discriminator.parameters, self.optimizers)
         self.divergence = Divergence({role: network.network for role, network in self._networks.items()})
         self._enforcers = {
@@ -125,9 +124,13 @@ class SparseTraining:
             for role, network in self._networks.items()
             if role in self._enforcers and not network.units.dense_kernels and can_run_structured(network.network)
         ]
-        for update in self.mask_updates:
-            update.begin(self)
-        self._expect_next()
+        try:
+            for update in self.mask_updates:
+                update.begin(self)
+            self._expect_next()
+        except BaseException:
+            self.detach()
+            raise
 
     # ---- for mask updates --------------------------------------------------------------------------
 
@@ -178,7 +181,7 @@ class SparseTraining:
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Keeps the weights for a measurement; call it before each step of the generator's optimizers."""
-        if self._probe is not None and self._probe.watching and not self._stepped:
+        if self._probe is not None and self._probe.watching and not self._steps.begun:
             updated = [optimizer, *(each for each in self.generator_optimizers if each is not optimizer)]
             self._probe.before_update(parameter for each in updated for parameter in get_parameters(each))
 
@@ -193,13 +196,9 @@ class SparseTraining:
             Whether this completed a generator update: an optimizer of both networks may step without the generator, and
             the steps of several optimizers of the generator are one update.
         """
-        if not has_updated(self.network("generator").parameters, optimizer):
-            return False
-        self._stepped.add(optimizer)
-        return len(self._stepped) == len(self.generator_optimizers) and self._complete_update(batch)
+        return self._steps.add(optimizer) and self._complete_update(batch)
 
     def _complete_update(self, batch: Any) -> bool:
-        self._stepped.clear()
         self.updates += 1
         self._balance = None
         probed = self._measure(batch)
@@ -234,7 +233,7 @@ class SparseTraining:
         Returns:
             Whether that completed a generator update.
         """
-        completed = bool(self._stepped) and self._complete_update(batch)
+        completed = self._steps.end_batch() and self._complete_update(batch)
         if self._probe is not None and not self._probe.checked:
             self._probe.check(batch)
             self._expect_next()

@@ -4,6 +4,7 @@ import csv
 import glob
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from os.path import abspath, commonpath
@@ -167,7 +168,10 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 def as_json(rows: Sequence[Row]) -> str:
     """Returns rows as a JSON list of objects; unknown values, and numbers that are not finite, are null."""
-    plain = [{name: None if value != value else value for name, value in row.items()} for row in rows]
+    plain = [
+        {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+        for row in rows
+    ]
     return json.dumps(plain, indent=1)
 
 

@@ -211,12 +211,12 @@ def layer_densities(series: Series, pair: str = "") -> Figure | None:
         every = ceil(len(rows) / _MOST_NAMED_ROWS)
         ax.set_yticks(np.arange(0, len(rows), every) + 0.5, list(rows)[::every], fontsize=9)
         ax.tick_params("y", length=0)
-        beside: Looks = {"transform": ax.get_yaxis_transform(), "fontsize": 8, "color": _QUIET}
+        margin: Looks = {"transform": ax.get_yaxis_transform(), "fontsize": 8, "color": _QUIET}
         for row in range(0, len(rows), every):
             known = grid[row][np.isfinite(grid[row])]
             if known.size:
-                ax.text(1.008, row + 0.5, _density(known[-1]), va="center", **beside)
-        ax.text(1.008, -0.1, "last", va="bottom", **beside)
+                ax.text(1.008, row + 0.5, _density(known[-1]), va="center", **margin)
+        ax.text(1.008, -0.1, "last", va="bottom", **margin)
     bar = figure.colorbar(mesh, ax=list(axes), label="density", aspect=6 * height, pad=0.01, ticks=_COLOR_TICKS)
     bar.outline.set_visible(False)
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -357,9 +357,9 @@ def _draw_signal(ax: Axes, series: Series, name: str, label: str, meanings: tupl
         ax.fill_between(lower[0], lower[1], upper[1], step="post", **bounds)
         values = np.concatenate([values, lower[1], upper[1]])
         if meanings:
-            beside: Looks = {"transform": ax.transAxes, "fontsize": 8, "color": _QUIET}
-            ax.text(1.008, 1, f"D {meanings[0]}", va="top", **beside)
-            ax.text(1.008, 0, f"D {meanings[1]}", va="bottom", **beside)
+            margin: Looks = {"transform": ax.transAxes, "fontsize": 8, "color": _QUIET}
+            ax.text(1.008, 1, f"D {meanings[0]}", va="top", **margin)
+            ax.text(1.008, 0, f"D {meanings[1]}", va="bottom", **margin)
     bottom, top = _robust_limits(values, lower[1], upper[1])
     ax.set_ylim(bottom, top)
     _line(ax, points, series.get("density/discriminator", ()), color=_SIGNAL, label=label, linewidth=1.2)

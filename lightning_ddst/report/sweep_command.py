@@ -199,7 +199,7 @@ class _Runs:
 
     def _start(self, density: float, checkpoint: Path | None, output: Any) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "lightning_ddst", "fit", "--trainer.enable_progress_bar=false", *self.of_fit]
-        command += [f"--sparsity.generator_density={density:g}"]
+        command += [f"--sparsity.generator_density={density!r}"]
         command += [f"--trainer.default_root_dir={density_folder(self.folder, density)}"]
         command += [] if checkpoint is None else [f"--ckpt_path={checkpoint}"]
         environment = dict(os.environ)

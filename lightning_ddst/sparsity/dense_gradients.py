@@ -250,4 +250,4 @@ class DenseGradients:
         for held, saved in ((self._kept, state["kept"]), (self._accumulated, state["accumulated"])):
             for name, gradient in saved.items():
                 held[name] = copy_like(gradient, self._weights[name].parameter)
-        self._finite = dict(state["finite"])
+        self._finite = {n: flag.to(self._weights[n].parameter.device) for n, flag in state["finite"].items()}

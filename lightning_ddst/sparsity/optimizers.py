@@ -1,9 +1,11 @@
-"""Finds the optimizers of parameters, and whether a step updated them."""
+"""Finds the optimizers of parameters, and the updates that their steps make up."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from lightning_ddst.utils.compilation import uncompiled
 
 
 def get_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
@@ -43,3 +45,74 @@ def has_updated(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> bool:
         return False
     overflow = getattr(optimizer, "found_inf", None)  # set by torch's GradScaler while it steps a fused optimizer
     return overflow is None or not bool(overflow)
+
+
+class UpdateSteps:
+    """Joins the steps of a network's optimizers to updates.
+
+    One step of each of them is an update; so are the steps of some of them at the end of a batch.
+
+    Args:
+        parameters: The network's parameters by name. A step counts if one of them has a gradient, since an optimizer of
+            two networks may step without this one.
+        optimizers: The optimizers that update them.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> None:
+        self._parameters = parameters
+        self._optimizers = set(optimizers)
+        self._stepped: set[Optimizer] = set()
+
+    @property
+    def begun(self) -> bool:
+        """Whether there were steps since the last update."""
+        return bool(self._stepped)
+
+    def add(self, optimizer: Optimizer) -> bool:
+        """Adds the last step of an optimizer, and returns whether it completed an update."""
+        if not has_updated(self._parameters, optimizer):
+            return False
+        self._stepped.add(optimizer)
+        return self._stepped == self._optimizers and self.end_batch()
+
+    def end_batch(self) -> bool:
+        """Ends a batch, and returns whether steps since the last update make up another one."""
+        begun = self.begun
+        self._stepped.clear()
+        return begun
+
+
+class UpdateHooks:
+    """Calls a function after every update of a network, until `remove`.
+
+    It hooks into all optimizers that hold one of the network's parameters, behind all hooks that they have.
+
+    Args:
+        network: The network.
+        optimizers: The optimizers of the run.
+        updated: The function.
+    """
+
+    def __init__(self, network: nn.Module, optimizers: Iterable[Optimizer], updated: Callable[[], None]) -> None:
+        parameters = dict(network.named_parameters())  # also frozen ones, which may thaw
+        own = set(parameters.values())
+        updating = [each for each in optimizers if not own.isdisjoint(get_parameters(each))]
+        self._steps = UpdateSteps(parameters, updating)
+        self._updated = updated
+        self._handles = [each.register_step_post_hook(self._after_step) for each in updating]
+
+    @uncompiled
+    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
+        if self._steps.add(optimizer):
+            self._updated()
+
+    def end_batch(self) -> None:
+        """Ends a training step: steps of some of the optimizers, without the others, are an update, too."""
+        if self._steps.end_batch():
+            self._updated()
+
+    def remove(self) -> None:
+        """Removes the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()

@@ -114,6 +114,7 @@ def test_the_default_failed_where_the_readme_says():
     unbalanced = rows("unbalanced")
     studies = ("wide", "scaling", "fashion", "cifar10_small")
     default = [each for study in studies for each in of_run(rows(study), "DDST auto")]
+    default = [row for row in default if row["setting"] != "width 6"]  # "fashion" has these runs, too
     readme, *pages = (
         " ".join((page.DOCS / name).read_text().split()) for name in ("../README.md", "results.md", "bounds.md")
     )

@@ -1,14 +1,17 @@
 import re
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.optim import Adam
 from toys import LATENT, ToyGAN, toy_data, toy_trainer, trained
 
-from lightning_ddst import DynamicSparsityCallback
-from lightning_ddst.methods import Plan
+from lightning_ddst import DynamicSparsityCallback, sparsify
+from lightning_ddst.methods import SDST, Explore, Plan
 
 # Maskable weights of the toy: 8*32 + 32*16 and 16*32 + 32*1.
 GENERATOR_WEIGHTS = 768
@@ -216,13 +219,14 @@ def test_networks_are_found_by_usual_and_by_given_names() -> None:
     assert {name.split(".")[0] for name in sparsity.masks("discriminator")} == {"judge"}
 
 
-def test_hooks_are_gone_after_fitting_and_after_a_failure() -> None:
-    def hooks(gan: ToyGAN) -> int:
-        modules = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in gan.modules())
-        parameters = sum(len(p._backward_hooks or ()) for p in gan.parameters())
-        accumulated = sum(len(p._post_accumulate_grad_hooks or ()) for p in gan.parameters())
-        return modules + parameters + accumulated
+def hooks(gan: ToyGAN) -> int:
+    modules = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in gan.modules())
+    parameters = sum(len(p._backward_hooks or ()) for p in gan.parameters())
+    accumulated = sum(len(p._post_accumulate_grad_hooks or ()) for p in gan.parameters())
+    return modules + parameters + accumulated
 
+
+def test_hooks_are_gone_after_fitting_and_after_a_failure() -> None:
     assert hooks(trained(DynamicSparsityCallback(0.25))) == 0
 
     class Broken(ToyGAN):
@@ -235,6 +239,57 @@ def test_hooks_are_gone_after_fitting_and_after_a_failure() -> None:
     with pytest.raises(RuntimeError, match="broken on purpose"):
         trained(DynamicSparsityCallback(0.25), gan=gan)
     assert hooks(gan) == 0
+
+
+class BrokenUpdate(Explore):
+    def begin(self, training) -> None:
+        raise RuntimeError("broken on purpose")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrokenMethod(SDST):
+    def mask_updates(self) -> tuple[Explore, ...]:
+        return (BrokenUpdate("generator", self.drop_fraction),)
+
+
+@pytest.mark.parametrize("reason", ["method", "warning"])
+def test_hooks_are_gone_after_a_start_that_fails(reason) -> None:
+    gan = ToyGAN()
+    networks = gan.networks()
+    betas = (0.5, 0.999) if reason == "warning" else (0.0, 0.9)  # of too large steps
+    optimizers = [Adam(network.parameters(), betas=betas) for network in networks]
+    method = "ddst" if reason == "warning" else BrokenMethod(generator_density=0.25)
+    density = {"generator_density": 0.25} if reason == "warning" else {}
+    names = [set(network.state_dict()) for network in networks]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises((RuntimeError, UserWarning)):
+            sparsify(*networks, optimizers, length=10, method=method, **density)
+    assert hooks(gan) == 0
+    assert not any(o._optimizer_step_post_hooks or o._optimizer_step_pre_hooks for o in optimizers)
+    assert [set(network.state_dict()) for network in networks] == names
+
+
+@pytest.mark.parametrize("ends", ["on_fit_end", "on_exception"])
+def test_hooks_are_gone_and_results_written_where_a_logger_fails_at_the_end(ends, tmp_path) -> None:
+    class Full(CSVLogger):
+        is_full = False
+
+        def log_metrics(self, metrics, step=None) -> None:
+            if self.is_full:
+                raise OSError("no space left on device")
+
+    class Ends(Callback):
+        def on_train_end(self, trainer, pl_module) -> None:
+            trainer.logger.is_full = True
+            if ends == "on_exception":
+                raise RuntimeError("broken on purpose")
+
+    gan = ToyGAN()
+    with pytest.raises(OSError, match="no space left"):
+        trained(DynamicSparsityCallback(0.25), Ends(), gan=gan, logger=Full(tmp_path))
+    assert hooks(gan) == 0
+    assert list(tmp_path.rglob("results.json"))
 
 
 def test_scalars_have_names_and_generator_updates_as_steps(tmp_path) -> None:

@@ -3,6 +3,7 @@ import pickle
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -662,3 +663,32 @@ def test_the_callback_can_be_copied_before_it_runs() -> None:
     ema = copy.deepcopy(GeneratorEMA(0.9))
     trained(ema)
     assert ema.averages()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_steps_of_two_optimizers_of_the_generator_are_one_update(frozen: bool) -> None:
+    class Parts(ToyGAN):
+        def configure_optimizers(self):
+            parts = (self.generator[:2], self.generator[2:], self.discriminator)
+            return [SGD(part.parameters(), lr=1e-2) for part in parts]
+
+        def on_train_start(self) -> None:
+            self.generator.requires_grad_(not frozen)
+
+        def on_train_batch_start(self, batch, batch_idx) -> None:
+            self.generator.requires_grad_(True)
+
+        def optimizers(self):
+            first, last, discriminator = super().optimizers()
+            joined = SimpleNamespace(zero_grad=self.generator.zero_grad, step=lambda: (first.step(), last.step()))
+            return joined, discriminator
+
+    averaged, values = GeneratorEMA(0.999), []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, gan, *_) -> None:
+            values.append(gan.generator[3].weight.detach().clone())
+
+    trained(averaged, Watch(), gan=Parts())
+    assert averaged.state_dict()["updates"] == len(values) == 10
+    torch.testing.assert_close(averaged.averages()["3.weight"], torch.stack(values).mean(0))

@@ -50,6 +50,22 @@ def test_the_length_of_a_smoke_test_does_not_stay():
     assert sparsity.networks()["generator"].coverage > 0.25  # it explored
 
 
+def test_a_second_fit_knows_its_length_before_its_first_update():
+    class Planned(Callback):
+        def __init__(self):
+            self.plans = []
+
+        def on_train_batch_start(self, *_):
+            self.plans.append(sparsity.plan.updates)
+
+    sparsity, gan = DynamicSparsityCallback(0.25, interval=10, explore_interval=5), ToyGAN()
+    toy_trainer(sparsity, epochs=2).fit(gan, toy_data(9))
+    for epochs, length in ((3, 18 + 27), (1, 18 + 27 + 9)):
+        planned = Planned()
+        toy_trainer(sparsity, planned, epochs=epochs).fit(gan, toy_data(9))
+        assert set(planned.plans) == {length}
+
+
 def test_another_module_starts_anew():
     sparsity = DynamicSparsityCallback(0.25, interval=5)
     fit(sparsity)

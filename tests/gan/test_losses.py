@@ -123,6 +123,12 @@ def test_gradient_penalty_of_a_linear_discriminator() -> None:
     assert gradient.tolist() == pytest.approx([4.8, 6.4])  # 2 (5 - 1) w / 5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradient_penalty_of_images_that_mixed_precision_generated(dtype) -> None:
+    real, fake = torch.zeros(3, 1, 2, 1), torch.ones(3, 1, 2, 1, dtype=dtype)
+    assert gradient_penalty(Linear(), real, fake).item() == pytest.approx(16.0)
+
+
 def test_r1_of_a_linear_discriminator() -> None:
     discriminator = Linear()
     penalty = r1_penalty(discriminator, torch.randn(6, 1, 2, 1))

@@ -110,6 +110,7 @@ def test_the_table_in_csv_and_json_has_all_digits() -> None:
     first, second = json.loads(as_json(rows))
     assert first == rows[0]
     assert (second["balance_ratio"], second["frechet_distance/cnn"]) == (None, None)
+    assert json.loads(as_json([{"run": "infinite", "seconds": float("inf")}])) == [{"run": "infinite", "seconds": None}]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from sparse_toys import network
 from torch import nn
 
 from lightning_ddst.sparsity import MaskedNetwork, find_optimizers, get_parameters, has_updated
+from lightning_ddst.sparsity.optimizers import UpdateHooks
 
 
 def test_the_error_names_a_weight_in_no_optimizer():
@@ -50,3 +51,42 @@ def test_a_fused_optimizer_that_skips_its_step_updates_nothing(overflow):
     own.grad = torch.ones(1)
     optimizer.found_inf = torch.tensor(float(overflow))  # as torch's GradScaler sets it
     assert has_updated({"own": own}, optimizer) != overflow
+
+
+@pytest.fixture
+def halves():
+    """Two layers with an optimizer each, and the updates that were counted."""
+    layers = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    first, last = (torch.optim.SGD(layer.parameters(), lr=0.1) for layer in layers)
+    layers(torch.ones(1, 1)).sum().backward()
+    counted = []
+    return layers, first, last, counted
+
+
+def test_one_step_of_each_optimizer_is_an_update(halves):
+    layers, first, last, counted = halves
+    foreign = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    hooks = UpdateHooks(layers, [foreign, first, last], lambda: counted.append(1))
+    for optimizer, updates in ((first, 0), (first, 0), (foreign, 0), (last, 1), (last, 1), (first, 2)):
+        optimizer.step()
+        assert len(counted) == updates
+    hooks.end_batch()
+    assert len(counted) == 2
+    first.step()
+    hooks.end_batch()  # without the last one
+    hooks.end_batch()
+    assert len(counted) == 3
+    hooks.remove()
+    first.step()
+    last.step()
+    assert len(counted) == 3
+
+
+def test_updates_of_a_network_that_was_frozen_when_it_was_hooked_count(halves):
+    layers, first, last, counted = halves
+    layers.requires_grad_(False)
+    UpdateHooks(layers, [first, last], lambda: counted.append(1))
+    layers.requires_grad_(True)
+    first.step()
+    last.step()
+    assert len(counted) == 1

@@ -1,7 +1,7 @@
 """The length of a run in generator updates, as the Trainer's progress tells it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any, ClassVar
 
 from lightning.pytorch import Trainer
@@ -24,6 +24,11 @@ class _Progress:
     steps: int
     seconds: float
 
+    def minus(self, other: "_Progress") -> "_Progress":
+        """Returns the difference to another point."""
+        ours, others = astuple(self), astuple(other)
+        return _Progress(*(a - b for a, b in zip(ours, others, strict=True)))
+
 
 class RunLength:
     """Estimates a run's generator updates after every batch with one.
@@ -32,6 +37,9 @@ class RunLength:
     during the run; ``Trainer(max_steps=...)`` counts all steps. So the rate of generator updates over the last half of
     them is extrapolated to the limit that the Trainer reaches first: max_epochs, max_steps or max_time. Towards the
     end of the run the estimate is exact, whatever the rates were. The first process decides for all.
+
+    Args:
+        earlier: The length of an earlier fit that this one continues: it has the same rate at first.
 
     Attributes:
         known: Whether a rate was seen.
@@ -52,18 +60,21 @@ class RunLength:
     }
     """The form of `state_dict`."""
 
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Forgets everything, for another fit."""
+    def __init__(self, earlier: "RunLength | None" = None) -> None:
         self.known = False
         self.updates: int | None = None
         self.reference: int | None = None
         self._since: _Progress | None = None  # the rate is that since then
         self._middle: _Progress | None = None
         self._last: _Progress | None = None  # the last observation
+        self._earlier = None if earlier is None else earlier._rate()
         self._ask_at = 0
+
+    def _rate(self) -> tuple[_Progress, _Progress] | None:
+        """Returns two points with updates between them, of an earlier fit if this one had too few."""
+        if self._since is None or self._last is None or self._since.updates == self._last.updates:
+            return self._earlier
+        return self._since, self._last
 
     def observe(self, trainer: Trainer, updates: int) -> bool:
         """Observes the end of a training batch after `updates` generator updates.
@@ -81,17 +92,23 @@ class RunLength:
             self._since, self._middle = self._middle, now
         return now.updates >= self._ask_at and self._estimate(trainer, self._since, now, trainer.fit_loop.batch_idx + 1)
 
-    def resume(self, trainer: Trainer) -> bool:
-        """Estimates the length of a resumed run, whose Trainer may have other limits, before its first batch.
+    def begin(self, trainer: Trainer) -> bool:
+        """Estimates the length before the first batch, of a fit that continues another or resumes a run.
+
+        The Trainer may have other limits than the earlier one.
 
         Returns:
-            Whether the length changed.
+            Whether the length became known or changed.
         """
-        if not self.known or self._since is None or self._last is None:
-            return False
         loop = trainer.fit_loop
         is_under_way = loop.epoch_progress.current.ready > trainer.current_epoch
         done = loop.batch_idx + 1 if is_under_way else 0
+        if self._earlier is not None:
+            since, last = self._earlier
+            now = _measure_progress(trainer, last.updates)
+            return self._estimate(trainer, now.minus(last.minus(since)), now, done)
+        if not self.known or self._since is None or self._last is None:
+            return False
         done -= loop.total_batch_idx + 1 - self._last.batches  # batches without a generator update came after it
         return self._estimate(trainer, self._since, self._last, done)
 

@@ -1,20 +1,16 @@
 """Counts generator updates where neither the module nor a `DynamicSparsityCallback` does."""
 
-from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lightning_ddst.attached.checks import is_same
-from lightning_ddst.sparsity.optimizers import get_parameters, has_updated
-from lightning_ddst.utils.compilation import uncompiled
+from lightning_ddst.sparsity.optimizers import UpdateHooks
 
 
 class UpdateCounter:
-    """A counter of optimizer steps that find gradients of the generator.
+    """A counter of generator updates.
 
     Attributes:
         updates: The number of updates so far.
@@ -23,25 +19,26 @@ class UpdateCounter:
     def __init__(self) -> None:
         self.updates = 0
         self._optimizers: list[Optimizer] = []
-        self._handles: list[RemovableHandle] = []
+        self._hooks: UpdateHooks | None = None
 
     def follow(self, generator: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        """Counts the steps of these optimizers from now on; does nothing if they are followed already."""
+        """Counts the updates by these optimizers from now on; does nothing if they are followed already."""
         if is_same(self._optimizers, optimizers):
             return
         self.detach()
         self._optimizers = list(optimizers)
-        trained = {name: parameter for name, parameter in generator.named_parameters() if parameter.requires_grad}
-        for optimizer in optimizers:
-            if set(trained.values()) & set(get_parameters(optimizer)):
-                self._handles.append(optimizer.register_step_post_hook(partial(self._count, trained)))
+        self._hooks = UpdateHooks(generator, optimizers, self._count)
 
-    @uncompiled
-    def _count(self, trained: Mapping[str, Tensor], optimizer: Optimizer, *_: Any) -> None:
-        self.updates += has_updated(trained, optimizer)
+    def _count(self) -> None:
+        self.updates += 1
+
+    def end_batch(self) -> None:
+        """Ends a training step."""
+        if self._hooks is not None:
+            self._hooks.end_batch()
 
     def detach(self) -> None:
         """Removes the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._optimizers = [], []
+        if self._hooks is not None:
+            self._hooks.remove()
+        self._hooks, self._optimizers = None, []

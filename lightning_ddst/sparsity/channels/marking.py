@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_ddst.sparsity.channels.structured_forward import RawForward
+from lightning_ddst.sparsity.channels.structured_forward import RawForward, restore_forward
 from lightning_ddst.sparsity.maskable import MASKABLE_LAYERS, channel_dim
 from lightning_ddst.sparsity.reparametrized import has_weight_norm
 from lightning_ddst.utils.modules import remove_hooks
@@ -238,10 +238,11 @@ def _is_mixed(values: Tensor, batch: int) -> bool:
 @contextmanager
 def _replacing(layers: Mapping[str, nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
     """Replaces the ``forward`` of layers inside the context; the new one takes the layer's name first."""
+    replaced = [vars(layer).get("forward") for layer in layers.values()]
     for name, layer in layers.items():
         layer.forward = partial(forward, name)
     try:
         yield
     finally:
-        for layer in layers.values():
-            del layer.forward
+        for layer, own in zip(layers.values(), replaced, strict=True):
+            restore_forward(layer, own)

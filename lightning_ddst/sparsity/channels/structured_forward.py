@@ -1,6 +1,6 @@
 """Runs a network without some of its channels: every layer is smaller, the network's code is unchanged."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,11 +43,12 @@ class StructuredForward:
         self._network = network
         self._kept = kept
         self._body = RawForward(network)
+        self._replaced = vars(network).get("forward")
         network.forward = self._call
 
     def remove(self) -> None:
         """Restores the network's own ``forward``."""
-        self._network.__dict__.pop("forward", None)
+        restore_forward(self._network, self._replaced)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         if not (self._kept and self._network.training):
@@ -63,7 +64,7 @@ class StructuredForward:
 
 
 class RawForward(nn.Module):
-    """The ``forward`` of a network's class, without the network's hooks.
+    """A network's own ``forward``, without the network's hooks; a `StructuredForward` does not change it.
 
     Args:
         network: The network; it does not change.
@@ -73,15 +74,27 @@ class RawForward(nn.Module):
         super().__init__()
         self.network = network
         self._sized = [layer for layer in network.modules() if isinstance(layer, _SIZED)]
+        replaced = vars(network).get("forward")
+        structured = getattr(replaced, "__self__", None)
+        self._patched = structured._replaced if isinstance(structured, StructuredForward) else replaced
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the class's ``forward``."""
+        """Calls the class's ``forward``, or what replaced it in this network."""
+        if self._patched is not None:
+            return self._patched(*args, **kwargs)
         return type(self.network).forward(self.network, *args, **kwargs)
 
     def call_with(self, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """Calls the network with other parameters and buffers, which may be smaller, by their names in it."""
         with _fitting(self._sized):
             return functional_call(self, {f"network.{name}": tensor for name, tensor in tensors.items()}, args, kwargs)
+
+
+def restore_forward(module: nn.Module, replaced: Callable[..., Any] | None) -> None:
+    """Gives a module the ``forward`` back that it had itself, or its class's."""
+    del module.forward
+    if replaced is not None:
+        module.forward = replaced
 
 
 def can_run_structured(network: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""The interface of units, of which masks consist."""
+"""The interface of units, the parts that masks keep or remove."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence

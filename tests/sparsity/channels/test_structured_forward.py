@@ -125,3 +125,18 @@ def test_a_compiled_network_computes_with_all_channels():
     assert can_run_structured(network)
     network.compile()
     assert not can_run_structured(network)
+
+
+def test_a_forward_that_was_replaced_in_a_network_is_the_one_that_runs():
+    network, inputs = models.SmallGenerator(8, 1, 8), torch.randn(6, 64)
+    own = network.forward
+    replaced = lambda z: own(z) + 1  # noqa: E731
+    network.forward = replaced
+    sparse = MaskedNetwork(network, 0.35, granularity="channel", inputs=(inputs,))
+    sparse.to_weights()
+    torch.manual_seed(0)
+    expected = network(inputs)
+    structured = StructuredForward(network, sparse.kept)
+    torch.testing.assert_close(network(inputs), expected)
+    structured.remove()
+    assert network.forward is replaced
