@@ -16,10 +16,11 @@ from crashes import Signal
 from torch import Tensor
 
 from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA, SampleQuality
-from lightning_ddst.cli import CONFIGS, DEFAULT_CONFIG, SUBCOMMANDS, SparseGANCLI, make_cli
+from lightning_ddst.cli import SUBCOMMANDS, SparseGANCLI, make_cli
 from lightning_ddst.data import DigitsDataModule
 from lightning_ddst.models import SmallDiscriminator, SmallGenerator, trained_digits_cnn
 from lightning_ddst.report.results import read_results
+from lightning_ddst.utils.config_arguments import CONFIGS, DEFAULT_CONFIG
 
 # Callbacks like the default ones; the features are not trained.
 CALLBACKS = [

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from lightning_ddst.cli import CONFIGS, SUBCOMMANDS, completion
+from lightning_ddst.cli import SUBCOMMANDS, completion
+from lightning_ddst.utils.config_arguments import CONFIGS
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ from toys import for_method, toy_trainer
 
 from lightning_ddst import DynamicSparsityCallback, SampleQuality
 from lightning_ddst.balance import DensityController, DensityRamp
-from lightning_ddst.cli import CONFIGS, make_cli
+from lightning_ddst.cli import make_cli
 from lightning_ddst.methods import Resize
+from lightning_ddst.utils.config_arguments import CONFIGS
 
 SYSTEMS = {
     "cifar10_sngan": (32, 100_000, 6),

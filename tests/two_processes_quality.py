@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ddst import GANModule, SampleQuality
-from lightning_ddst.callbacks import quality
 from lightning_ddst.models import SmallDiscriminator, SmallGenerator
+from lightning_ddst.utils import progress
 
 METRICS = ("frechet_distance", "kernel_distance", "inception_score", "precision", "recall")
 
@@ -40,7 +40,7 @@ class Counted(nn.Module):
         return features[:, :3] * 2
 
 
-class Bars(quality.tqdm):
+class Bars(progress.tqdm):
     """Remembers which bars may be shown."""
 
     made: list[Any] = []  # noqa: RUF012
@@ -62,7 +62,7 @@ def measured(processes: int, cache: Path | None = None, **loader: Any) -> Any:
     features = Counted()
     callback = SampleQuality(features, "counted", METRICS, samples=45, batch_size=7, kept_features=25, cache=cache)
     bars, Bars.made = Bars.made, []
-    quality.tqdm = Bars
+    progress.tqdm = Bars
     trainer = Trainer(
         accelerator="cpu",
         devices=processes,

@@ -1,8 +1,8 @@
 """Quality of samples compared with real images, on any features."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -10,39 +10,35 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
-from tqdm import tqdm
 
 from lightning_ddst.callbacks._support.last_fit import LastFit
 from lightning_ddst.callbacks._support.update_counter import UpdateCounter
 from lightning_ddst.callbacks._support.validation_state import validation_state
 from lightning_ddst.callbacks.ema import GeneratorEMA
 from lightning_ddst.metrics.generator_inputs import GeneratorInputs
+from lightning_ddst.metrics.references import FeatureExtraction, RealReferences
 from lightning_ddst.metrics.sources import (
     PixelRange,
-    RealImages,
     check_value_range,
-    in_turn,
     sampled,
     training_images,
 )
-from lightning_ddst.metrics.statistics import LEAST, Comparison, MetricName, RealStatistics, keeps
+from lightning_ddst.metrics.statistics import LEAST, Comparison, MetricName, keeps
 from lightning_ddst.utils import distributed
-from lightning_ddst.utils.cache import check_writable, digest, load_tensors, save_tensors
+from lightning_ddst.utils.cache import check_writable
 from lightning_ddst.utils.lightning_private import state_key
 from lightning_ddst.utils.logging import generator_updates, log_scalars
 from lightning_ddst.utils.nested import Place
 from lightning_ddst.utils.networks import check_sample, find_network
+from lightning_ddst.utils.progress import showing_progress
 from lightning_ddst.utils.states import COUNT, FLAG, NUMBER, check_state, each, named, restoring
 from lightning_ddst.utils.validation import check_choice, check_count
 
 GeneratorWeights = Literal["average", "raw"]
-
-_PATIENCE = 2.0  # seconds until a progress bar is shown
 
 
 class SampleQuality(Callback):
@@ -150,9 +146,6 @@ class SampleQuality(Callback):
         check_count("every_n_epochs", every_n_epochs)
         if every_n_updates is not None:
             check_count("every_n_updates", every_n_updates)
-        num_features = getattr(features, "num_features", None)
-        if not isinstance(num_features, int):
-            raise ValueError(f"features: {type(features).__name__} must have the attribute num_features, an integer.")
         if "inception_score" in metrics and not callable(getattr(features, "logits", None)):
             kind = type(features).__name__
             raise ValueError(f'metrics: "inception_score" needs features with a method logits; {kind} has none.')
@@ -166,14 +159,10 @@ class SampleQuality(Callback):
         self._seed = seed
         self._kept = kept_features
         self._cache = None if cache is None else Path(cache).expanduser()
-        self._value_range = check_value_range(value_range)
-        self._real = real
+        self._extraction = FeatureExtraction(features, check_value_range(value_range))
+        self._references = RealReferences(name, self._extraction, self._metrics, kept_features, seed, self._cache, real)
         self._last_fit = LastFit()
         self._dark_samples = False  # whether samples had pixels below 0, in any evaluation
-        self._num_features = num_features
-        self._features = features.requires_grad_(False).eval()
-        self._dtype = next((p.dtype for p in features.parameters()), torch.float32)
-        self._reals: dict[str, tuple[RealImages, RealStatistics]] = {}  # by source
         self._loader = loader
         self._every_n_epochs = every_n_epochs
         self._every_n_updates = every_n_updates
@@ -227,11 +216,12 @@ class SampleQuality(Callback):
         Raises:
             ValueError: If the features' own attribute of the same name differs.
         """
+        features = self._extraction.features
         for name in ("image_size", "channels"):
-            own, size = getattr(self._features, name, None), getattr(data, name, None)
+            own, size = getattr(features, name, None), getattr(data, name, None)
             if isinstance(own, int) and isinstance(size, int) and own != size:
                 raise ValueError(
-                    f"features={type(self._features).__name__} are made for images of {name}={own}, but those of "
+                    f"features={type(features).__name__} are made for images of {name}={own}, but those of "
                     f"{type(data).__name__} have {name}={size}: give SampleQuality other features, such as "
                     f"TorchvisionFeatures, which take images of any size."
                 )
@@ -342,29 +332,29 @@ class SampleQuality(Callback):
     def _measure(
         self, trainer: Trainer, pl_module: LightningModule, loader: DataLoader[Any] | None
     ) -> dict[str, float]:
-        self._features.to(pl_module.device).eval()
-        images, reals = self._real_statistics(trainer, pl_module.device, loader)
+        extractor = self._extraction.features.to(pl_module.device).eval()
+        images, reals = self._references.find(trainer, partial(self._sample_shape, pl_module), loader)
         self.real_halves = reals.halves
         total = self._count_samples(pl_module, reals.count)
         values: dict[str, float] = {}
         for generator in self._generators:
             suffix = "_raw" if generator == "raw" else ""
             comparison = Comparison(
-                self._metrics, reals, total, self._kept, self._seed, getattr(self._features, "logits", None)
+                self._metrics, reals, total, self._kept, self._seed, getattr(extractor, "logits", None)
             )
             with ExitStack() as own_weights:
                 for average in _averages(trainer) if generator == "raw" else []:
                     own_weights.enter_context(average.own_weights())
                 samples = self._of_size(images.sizes, self._sampled(pl_module, total))
-                with _progress(trainer, f"{self.name}: samples", total) as step:
-                    pixels = PixelRange("samples", self._value_range)
-                    for features in self._extracted(samples, pixels, pl_module.device):
+                with showing_progress(trainer, f"{self.name}: samples", total) as step:
+                    pixels = PixelRange("samples", self._extraction.value_range)
+                    for features in self._extraction.extract(samples, pixels, pl_module.device):
                         comparison.add(features)
                         step(len(features))
                     # A generator whose samples had dark pixels may collapse to bright ones.
                     pixels.finish("none" if self._dark_samples else "wide")
                     self._dark_samples |= pixels.dark
-            with _progress(trainer, f"{self.name}: metrics", len(self._metrics)) as step:
+            with showing_progress(trainer, f"{self.name}: metrics", len(self._metrics)) as step:
                 # One process computes: every process could, but they may share one machine's cores.
                 computed = distributed.broadcast(
                     comparison.compute(partial(step, 1)) if distributed.get_rank() == 0 else {}
@@ -421,73 +411,6 @@ class SampleQuality(Callback):
             check_sample(self, pl_module)  # raises
         assert self._generator is not None
         return self._inputs.shape(self._generator, pl_module.device)
-
-    def _extracted(self, own: Iterator[Tensor], pixels: PixelRange, device: torch.device) -> Iterator[Tensor]:
-        """Yields the features of all processes' images, given this process's share of images."""
-
-        def extract(images: Tensor) -> Tensor:
-            finite = images.flatten(1).isfinite().all(1)
-            pixels.check(images[finite])
-            features: Tensor = self._features(pixels.mapped(images.to(device)).to(self._dtype))
-            features = features.to(torch.promote_types(features.dtype, torch.float32))
-            # An extractor may convert images to bytes, which are always finite.
-            features = features.masked_fill(~finite.to(features.device)[:, None], float("nan"))
-            return features.cpu() if distributed.is_distributed() else features
-
-        return (features.to(device) for features in in_turn(map(extract, own)))
-
-    def _real_statistics(
-        self, trainer: Trainer, device: torch.device, loader: DataLoader[Any] | None
-    ) -> tuple[RealImages, RealStatistics]:
-        shape = partial(self._sample_shape, trainer.lightning_module)
-        images = RealImages(trainer, shape, loader, self._real)
-        source = "loader" if loader is not None else "test" if trainer.testing else "validation"
-        known, statistics = self._reals.get(source, (None, None))
-        if statistics is None or known is None or not images.same_as(known.datasets, known.count):
-            statistics = RealStatistics(self._metrics, self._num_features, self._kept, self._seed, device)
-            path = None if self._cache is None else self._path(trainer, images)
-            state = distributed.broadcast(load_tensors(path) if path is not None and trainer.is_global_zero else None)
-            if state is not None:
-                statistics.load_state_dict(state)
-            else:
-                with _progress(trainer, f"{self.name}: real images", images.count) as step:
-                    pixels = PixelRange("real images", self._value_range)
-                    for features in self._extracted(images.batches(), pixels, device):
-                        statistics.add(features)
-                        step(len(features))
-                    pixels.finish("bright")
-                statistics.finish()
-                if path is not None and trainer.is_global_zero:
-                    _try_to_save(path, statistics)
-            self._reals[source] = images, statistics
-        if statistics.frechet is not None and device.type != "mps":
-            statistics.frechet.to(device)
-        return self._reals[source]
-
-    def _path(self, trainer: Trainer, images: RealImages) -> Path:
-        assert self._cache is not None
-
-        pixels = PixelRange("real images", self._value_range)
-
-        def digests(batch: Tensor) -> list[str]:
-            pixels.check(batch)
-            return [digest(image) for image in batch.cpu()]
-
-        every: list[str] = []
-        with _progress(trainer, "digest of real images", images.count) as step:
-            for batch in in_turn(map(digests, images.batches())):
-                every += batch
-                step(len(batch))
-        pixels.finish("bright")
-        kind = type(self._features)
-        settings: list[Any] = [
-            "frechet_distance" in self._metrics,
-            (self._kept, self._seed) if keeps(self._metrics) else None,
-        ]
-        if self._value_range not in (None, (-1, 1)):
-            settings.append(self._value_range)
-        extractor = [f"{kind.__module__}.{kind.__qualname__}", repr(self._features), self._features.state_dict()]
-        return self._cache / f"{self.name.replace('/', '_')}-{digest(every, *extractor, settings)}.pt"
 
     # ---- saving ----------------------------------------------------------------------------------------
 
@@ -546,19 +469,3 @@ def _can_sample(module: LightningModule) -> bool:
 
 def _averages(trainer: Trainer) -> list[GeneratorEMA]:
     return [callback for callback in trainer.callbacks if isinstance(callback, GeneratorEMA)]  # type: ignore[attr-defined]
-
-
-def _try_to_save(path: Path, statistics: RealStatistics) -> None:
-    try:
-        save_tensors(path, statistics.state_dict())
-    except OSError as error:  # a full disk should not end a long run
-        rank_zero_warn(f"the real images' statistics could not be written to {path}: {error}.")
-
-
-@contextmanager
-def _progress(trainer: Trainer, what: str, total: int | None) -> Iterator[Callable[[int], object]]:
-    """Shows a progress bar for slow work in the first process, if the Trainer shows its own; removes it at the end."""
-    bar = trainer.progress_bar_callback
-    shown = trainer.is_global_zero and bar is not None and getattr(bar, "is_enabled", True)
-    with tqdm(desc=what, total=total, leave=False, delay=_PATIENCE, disable=None if shown else True) as progress:
-        yield progress.update

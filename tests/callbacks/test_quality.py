@@ -22,10 +22,9 @@ from toy_features import ToyFeatures, by_hand, real_images
 from toys import LATENT, PIXELS, ToyGAN, toy_data, toy_trainer
 
 from lightning_ddst import DynamicSparsityCallback, GANModule, GeneratorEMA, SampleQuality
-from lightning_ddst.callbacks import quality as quality_module
 from lightning_ddst.metrics.sources import sampled
 from lightning_ddst.models import SmallDiscriminator, SmallGenerator
-from lightning_ddst.utils import distributed
+from lightning_ddst.utils import distributed, progress
 from lightning_ddst.utils.cache import load_tensors
 
 METRICS = two_processes_quality.METRICS
@@ -757,7 +756,7 @@ def test_both_weights_without_an_average_are_rejected_before_training() -> None:
 # ---- progress ------------------------------------------------------------------------------------------
 
 
-class AtOnce(quality_module.tqdm):
+class AtOnce(progress.tqdm):
     """A progress bar without a delay."""
 
     def __init__(self, *args, **settings) -> None:
@@ -766,7 +765,7 @@ class AtOnce(quality_module.tqdm):
 
 @pytest.mark.parametrize(("enabled", "terminal"), [(True, True), (True, False), (False, True)])
 def test_progress_is_shown_on_a_terminal_where_the_trainer_shows_its_own(enabled, terminal, monkeypatch, capsys):
-    monkeypatch.setattr(quality_module, "tqdm", AtOnce)
+    monkeypatch.setattr(progress, "tqdm", AtOnce)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     toy_trainer(distance(), enable_progress_bar=enabled).validate(vector_gan(), toy_data(), verbose=False)
     shown = capsys.readouterr().err
@@ -797,13 +796,13 @@ def two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    threads, folder, bar = torch.get_num_threads(), tmp_path_factory.mktemp("one"), quality_module.tqdm
+    threads, folder, bar = torch.get_num_threads(), tmp_path_factory.mktemp("one"), progress.tqdm
     torch.set_num_threads(1)
     try:
         return two_processes_quality.cases(1, folder)
     finally:
         torch.set_num_threads(threads)
-        quality_module.tqdm = bar
+        progress.tqdm = bar
 
 
 @pytest.mark.parametrize("case", ["plain", "shuffled", "first of cache", "second of cache"])

@@ -9,7 +9,8 @@ import yaml
 from PIL import Image
 from test_cli import CALLBACKS
 
-from lightning_ddst.cli import CONFIGS, make_cli
+from lightning_ddst.cli import make_cli
+from lightning_ddst.utils.config_arguments import CONFIGS
 
 NETWORK = "--model.init_args.{}.init_args.{}={}"
 

@@ -20,12 +20,13 @@ from toys import LATENT, ToyGAN, toy_data, toy_trainer
 
 from lightning_ddst import DynamicSparsityCallback, cli
 from lightning_ddst.balance import SIGNALS
-from lightning_ddst.cli import DEFAULT_CONFIG
 from lightning_ddst.gan.augmentation import DIFF_AUGMENTS
 from lightning_ddst.gan.losses import LOSSES
 from lightning_ddst.methods import METHODS
 from lightning_ddst.methods.masked_pair import density_of, saved_masks
 from lightning_ddst.sparsity import DISTRIBUTIONS, GROWTH_RULES, SCHEDULES
+from lightning_ddst.utils import config_arguments
+from lightning_ddst.utils.config_arguments import DEFAULT_CONFIG
 
 pytest.importorskip("onnxruntime", reason="the pages' commands write ONNX files, with the extra onnx")
 
@@ -102,7 +103,7 @@ def beside_a_run(first_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder = tmp_path / "here"
     shutil.copytree(first_run, folder)
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(cli, "DEFAULT_CONFIG", folder / "my.yaml")
+    monkeypatch.setattr(config_arguments, "DEFAULT_CONFIG", folder / "my.yaml")
     return folder
 
 

@@ -8,8 +8,8 @@ import pytest
 from commands import parsed
 from logged_runs import NETWORK, RESULTS, log_csv, log_events, paired
 
-from lightning_ddst.cli import DEFAULT_CONFIG
 from lightning_ddst.report.results import FlopsResults, RunResults, is_comparable, read_results, write_results
+from lightning_ddst.utils.config_arguments import DEFAULT_CONFIG
 
 
 def test_what_is_written_is_read(tmp_path) -> None:
