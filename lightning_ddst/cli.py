@@ -257,6 +257,8 @@ def _without_unused(config: Namespace, subcommand: str | None) -> Namespace:
     """Removes arguments of other methods, which layered configurations may contain, with one warning."""
     config = config.clone()
     sparsity = (config[subcommand] if subcommand else config).sparsity
+    if not isinstance(sparsity, Namespace):  # an empty key of YAML
+        raise ValueError(f"--sparsity={sparsity} must hold arguments by name, such as generator_density: 0.1.")
     method = sparsity.method
     unused = unused_arguments(method, [name for name in METHOD_ARGUMENTS if sparsity[name] is not None])
     if not unused or (isinstance(method, str) and method not in METHODS):

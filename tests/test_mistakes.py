@@ -76,6 +76,8 @@ MISTAKES = [
     ("fit --config ramp", "data and model are missing; --help shows all arguments. Configurations of a method", None),
     ("fit --config list.yaml", "list.yaml: it must hold arguments by name", None),
     ("fit --config key.yaml", "--sparsity.intervall", "--sparsity.interval"),
+    ("fit --config empty.yaml", "--sparsity=None must hold arguments by name", None),
+    ("fit --config ratio.yaml", "--sparsity.granularity=124 must be text. YAML read it as a number", None),
     (
         "fit --config class.yaml",
         "--model.generator: lightning_ddst.models has no",
@@ -99,6 +101,8 @@ METRIC = """
 FILES = {
     "list.yaml": "- 1",
     "key.yaml": TINY.replace("interval: 10", "intervall: 10"),
+    "empty.yaml": TINY.replace("{generator_density: 0.1, interval: 10}", ""),
+    "ratio.yaml": TINY.replace("interval: 10", "granularity: 2:4"),
     "class.yaml": TINY.replace("SmallGenerator", "SmalGenerator"),
     "metric.yaml": TINY + METRIC,
 }

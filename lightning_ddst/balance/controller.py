@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from lightning_ddst.balance.ratio import Balance
 from lightning_ddst.balance.signals import SIGNALS
 from lightning_ddst.utils.states import DENSITY, FINITE, FLAG, TEXT, Form, Leaf, check_state, each
-from lightning_ddst.utils.validation import check_choice, check_density
+from lightning_ddst.utils.validation import check_choice, check_density, to_plain_numbers
 
 Action = Literal["grow", "prune", "explore", "hold", "undecided"]
 ACTIONS: tuple[Action, ...] = ("grow", "prune", "explore", "hold", "undecided")
@@ -37,7 +37,7 @@ class Decision:
         at_floor: Whether the controller would prune the discriminator, but it is at its minimum density.
 
     Raises:
-        ValueError: For another action.
+        ValueError: For another action, a density outside (0, 1], or a reason that is no text.
     """
 
     action: Action
@@ -54,8 +54,14 @@ class Decision:
     """The form of the fields as a dict."""
 
     def __post_init__(self) -> None:
-        """Checks the action."""
+        """Checks the fields, and makes them values that load with ``weights_only=True``."""
         check_choice("action", self.action, ACTIONS)
+        to_plain_numbers(self)
+        check_density("density", self.density)
+        if not isinstance(self.reason, str):
+            raise ValueError(f"reason={self.reason!r} must be text.")
+        object.__setattr__(self, "reason", str(self.reason))
+        object.__setattr__(self, "at_floor", bool(self.at_floor))
 
 
 class Controller(ABC):

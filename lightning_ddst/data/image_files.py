@@ -55,7 +55,8 @@ def list_images(folder: Path, below: Path) -> list[Path]:
         below: The folder above it.
     """
     found: list[Path] = []
-    _visit(folder, frozenset({os.path.realpath(below)}), found)
+    top = Path(os.path.realpath(below))
+    _visit(folder, frozenset(map(str, (top, *top.parents))), found)
     return sorted(found, key=lambda path: (str(path.parent), path.name))
 
 

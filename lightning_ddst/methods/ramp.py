@@ -46,6 +46,7 @@ class Resize(MaskUpdate):
             self.controller.observe(balance)
         share = plan.interval / plan.updates if plan.updates and plan.interval else 0.0
         decision = self.controller.decide(balance, network.target, training.progress, share)
+        _check(decision, self.controller, network.target)
         decision = _clip(decision, network)
         gradients = training.dense_gradients("discriminator")
         if decision.action in ("grow", "explore") and gradients is None:
@@ -72,6 +73,17 @@ class Resize(MaskUpdate):
     def load_state_dict(self, state: Any) -> None:
         """Restores the controller's state."""
         self.controller.load_state_dict(state)
+
+
+def _check(decision: Decision, controller: Controller, density: float) -> None:
+    name = f"{type(controller).__name__}.decide()"
+    if not isinstance(decision, Decision):
+        raise TypeError(f"{name} returned {decision!r}; it must return a Decision.")
+    change = decision.density - density
+    if (decision.action == "grow" and change < 0) or (decision.action == "prune" and change > 0):
+        raise ValueError(
+            f"{name} returned action={decision.action!r} with density={decision.density}; the density is {density} now."
+        )
 
 
 def _clip(decision: Decision, network: MaskedNetwork) -> Decision:

@@ -26,7 +26,7 @@ from lightning_ddst.sparsity.dense_gradients import DenseGradients, Unscaled
 from lightning_ddst.sparsity.enforcement import OptimizerState
 from lightning_ddst.sparsity.optimizers import UpdateSteps, get_parameters
 from lightning_ddst.utils import distributed
-from lightning_ddst.utils.states import ANYTHING, COUNT, FLAG, Form, each, maybe, named
+from lightning_ddst.utils.states import ANYTHING, COUNT, FLAG, Form, each, make_loadable, maybe, named
 
 
 class SparseTraining:
@@ -94,6 +94,10 @@ class SparseTraining:
     ) -> None:
         self._networks: dict[Role, MaskedNetwork] = {"generator": generator, "discriminator": discriminator}
         self.mask_updates = tuple(mask_updates)
+        for update in self.mask_updates:
+            if isinstance(update.roles, str) or not set(update.roles) <= set(self._networks):
+                allowed = "a tuple of generator, discriminator"
+                raise ValueError(f"{type(update).__name__}.roles={update.roles!r} must be {allowed}.")
         self.updates = 0
         self.rewinds = 0
         self.decisions: list[tuple[int, Decision]] = []
@@ -127,6 +131,7 @@ class SparseTraining:
         try:
             for update in self.mask_updates:
                 update.begin(self)
+                _saved(update)  # an error of saving comes now
             self._expect_next()
         except BaseException:
             self.detach()
@@ -292,6 +297,12 @@ class SparseTraining:
             for name in self._enforcers[role].gradients.unusable
         ]
         shown = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        if not update.grows or not (names or distributed.is_distributed()):
+            distributed.warn(
+                f"{type(update).__name__}.apply() returned False at generator update {self.updates}: it is called "
+                "again at every update until it returns True."
+            )
+            return
         warnings.warn(
             f"a change of the {roles}'s mask is postponed: at generator update {self.updates} there is no finite dense "
             f"gradient to grow by of {shown or 'a weight in another process'}. It is tried again at every update. Name "
@@ -346,7 +357,7 @@ class SparseTraining:
             "decisions": [
                 (update, asdict(decision) | {"density": float(decision.density)}) for update, decision in self.decisions
             ],
-            "mask_updates": [{"pending": each.pending, "state": each.state_dict()} for each in self.mask_updates],
+            "mask_updates": [{"pending": each.pending, "state": _saved(each)} for each in self.mask_updates],
             "plan": asdict(self.plan),
             "window": self.window.state_dict(),
             "divergence": self.divergence.state_dict(),
@@ -379,6 +390,14 @@ class SparseTraining:
         for enforcer, saved in zip(self._enforcers.values(), state["gradients"], strict=True):
             enforcer.gradients.load_state_dict(saved)
         self._expect_next()
+
+
+def _saved(update: MaskUpdate) -> dict[str, Any]:
+    name = type(update).__name__
+    state = update.state_dict()
+    if not isinstance(state, dict):
+        raise TypeError(f"{name}.state_dict() returned {state!r}; it must return a dict.")
+    return {key: make_loadable(name, value) for key, value in state.items()}
 
 
 def restore_decisions(saved: Iterable[tuple[int, Mapping[str, Any]]]) -> list[tuple[int, Decision]]:

@@ -43,6 +43,7 @@ class SmallGenerator(nn.Module):
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Maps noise ``(batch, latent_dim)`` to images ``(batch, channels, size, size)`` in [-1, 1]."""
+        _check_labels(self, labels)
         if self.embedding is not None:
             z = z + self.embedding(labels)
         images: Tensor = self.layers(z)
@@ -75,11 +76,17 @@ class SmallDiscriminator(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Maps images ``(batch, channels, size, size)`` to scores ``(batch,)``."""
+        _check_labels(self, labels)
         features = self.layers(images)
         scores: Tensor = self.score(features).squeeze(1)
         if self.embedding is not None:
             scores = scores + (self.embedding(labels) * features).sum(1)
         return scores
+
+
+def _check_labels(network: "SmallGenerator | SmallDiscriminator", labels: Tensor | None) -> None:
+    if labels is not None and network.embedding is None:
+        raise ValueError(f"labels were given to {type(network).__name__}, but its num_classes=None.")
 
 
 def _widths(image_size: int, width: int) -> list[int]:

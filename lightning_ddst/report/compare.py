@@ -29,19 +29,26 @@ def collect_runs(places: Sequence[str | Path], report: Callable[[str], object]) 
     Args:
         places: Folders of runs, folders above runs, files ``results.json``, and patterns of such paths. Of the runs
             below a folder, those that another one of them resumed are left out.
-        report: Called with one line for every run that cannot be read, which is left out.
+        report: Called with one line for every place without a run, and every run that cannot be read; they are left
+            out.
 
     Returns:
         Results by folder, in the order of the places.
 
     Raises:
-        FileNotFoundError: If a place does not exist, or holds no run.
+        FileNotFoundError: If a place does not exist.
         ValueError: If no run can be read.
     """
     runs: dict[Path, RunResults] = {}
     for place in places:
         for path in _expanded(place):
-            folders = [path] if path.is_file() else find_runs(path)
+            try:
+                folders = [path] if path.is_file() else find_runs(path)
+            except FileNotFoundError as error:
+                if not path.exists():
+                    raise
+                report(f"{path} is left out: {first_line(error)}")
+                continue
             found: dict[Path, RunResults] = {}
             for folder in folders:
                 try:

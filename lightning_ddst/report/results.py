@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_ddst.attached.options import METHOD_ARGUMENTS, UNITS_ARGUMENTS
+from lightning_ddst.methods import METHODS
 from lightning_ddst.methods.base import ROLES
 from lightning_ddst.methods.intervals import Intervals
 from lightning_ddst.report.runs import RESULTS_FILE, Series, by_pair, find_run, of_samples, read_run
@@ -296,6 +297,14 @@ class _Settings:
     config: dict[str, Any] | None = None
 
 
+def _find_method(kind: str) -> tuple[str, dict[str, Any]]:
+    """Returns the name of a method and the defaults of its arguments, given its class's name."""
+    for name, method in METHODS.items():
+        if method.__name__ == kind:
+            return name, {field.name: field.default for field in fields(method)}
+    return kind, {}
+
+
 def _read_settings(folder: Path) -> _Settings:
     """Reads the settings in ``config.yaml``, or else those that are logged as hyperparameters in ``hparams.yaml``."""
     for name in ("config.yaml", "hparams.yaml"):
@@ -308,9 +317,11 @@ def _read_settings(folder: Path) -> _Settings:
         if not isinstance(given, dict) or "method" not in given:
             continue
         method = given["method"]
+        defaults: dict[str, Any] = {}
         if isinstance(method, dict):  # a class with arguments
             given = given | method.get("init_args", {})
-            method = str(method.get("class_path")).rpartition(".")[2]
+            kind = str(method.get("class_path")).rpartition(".")[2]
+            method, defaults = _find_method(kind)
         given = {
             str(key).removeprefix("sparsity."): value for key, value in given.items()
         }  # as hyperparameters are named
@@ -322,7 +333,11 @@ def _read_settings(folder: Path) -> _Settings:
         seed = config.get("seed_everything", config.get("seed"))
         return _Settings(
             method=str(method),
-            arguments={name: given[name] for name in listed if given.get(name) not in (None, _DEFAULTS.get(name))},
+            arguments={
+                name: given[name]
+                for name in listed
+                if given.get(name) not in (None, _DEFAULTS.get(name), defaults.get(name))
+            },
             seed=seed if type(seed) is int else None,
             config=config if "sparsity" in config else None,
         )

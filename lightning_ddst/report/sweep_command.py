@@ -15,17 +15,20 @@ from threading import RLock
 from types import FrameType
 from typing import Any
 
+from lightning_ddst.methods import METHODS
 from lightning_ddst.report.compare import as_text, make_rows
 from lightning_ddst.report.compare_command import draw
 from lightning_ddst.report.results import RunResults, read_results
 from lightning_ddst.report.runs import find_runs
 from lightning_ddst.utils.cache import atomic_write, check_writable, digest, first_line
 from lightning_ddst.utils.command_line import OneLineParser
-from lightning_ddst.utils.configurations import option_values
+from lightning_ddst.utils.config_arguments import prepare_arguments
+from lightning_ddst.utils.configurations import option_values, read_yaml
 from lightning_ddst.utils.validation import check_count, check_density
 
 _OWN = (
     "--sparsity.generator_density",
+    "--sparsity.method.generator_density",
     "--trainer.default_root_dir",
     "--trainer.logger.save_dir",
     "--trainer.logger.init_args.save_dir",
@@ -73,7 +76,7 @@ def sweep(args: Sequence[str]) -> None:
         _check_arguments(given.folder, of_fit)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    started = _Runs(given.folder, of_fit, given.jobs)
+    started = _Runs(given.folder, of_fit, given.jobs, _find_density_option(of_fit))
     failed = _run_all(started, densities)
     found = {f"density_{density:g}": _latest(density_folder(given.folder, density)) for density in densities}
     runs = {name: results for name, (_, results) in found.items() if results is not None}
@@ -154,6 +157,19 @@ def _latest(folder: Path) -> tuple[Path | None, RunResults | None]:
         return latest, None
 
 
+def _find_density_option(of_fit: Sequence[str]) -> str:
+    """Returns the argument of ``fit`` that sets the density: a method that is an object has its own."""
+    method: Any = "ddst"
+    for option, value in option_values(prepare_arguments(["fit", *of_fit], run=True)):
+        if option in ("--config", "-c"):
+            sparsity = (read_yaml(Path(value)) or {}).get("sparsity")
+            method = sparsity.get("method", method) if isinstance(sparsity, dict) else method
+        elif option == "--sparsity.method":
+            method = value
+    named = isinstance(method, str) and method in METHODS
+    return "--sparsity.generator_density" if named else "--sparsity.method.generator_density"
+
+
 # ---- running -------------------------------------------------------------------------------------------
 
 
@@ -164,6 +180,7 @@ class _Runs:
     folder: Path
     of_fit: Sequence[str]
     jobs: int
+    density_option: str
     processes: set["subprocess.Popen[bytes]"] = field(default_factory=set)
     lock: AbstractContextManager[Any] = field(default_factory=RLock)  # a second signal may arrive during `stop`
     signal: int | None = None
@@ -199,7 +216,7 @@ class _Runs:
 
     def _start(self, density: float, checkpoint: Path | None, output: Any) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "lightning_ddst", "fit", "--trainer.enable_progress_bar=false", *self.of_fit]
-        command += [f"--sparsity.generator_density={density!r}"]
+        command += [f"{self.density_option}={density!r}"]
         command += [f"--trainer.default_root_dir={density_folder(self.folder, density)}"]
         command += [] if checkpoint is None else [f"--ckpt_path={checkpoint}"]
         environment = dict(os.environ)

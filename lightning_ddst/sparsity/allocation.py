@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 
 from lightning_ddst.utils.registry import Registry
 from lightning_ddst.utils.validation import check_density
@@ -53,7 +54,8 @@ def allocate(
         Active weights of each layer; their sum is exactly ``round(density * number of weights)``.
 
     Raises:
-        ValueError: If the density is outside (0, 1] or too low for the floor, or the distribution unknown.
+        ValueError: If the density is outside (0, 1] or too low for the floor, or the distribution unknown or not
+            positive.
     """
     check_density("density", density)
     relative_density = DISTRIBUTIONS.find("distribution", distribution)
@@ -74,7 +76,14 @@ def allocate(
             f"density={density} needs {total} active weights, more than layers with given densities allow; "
             f"it must be at most {_rounded_down(sum(upper) / sum(sizes)):.3g} here."
         )
-    shares = [relative_density(shape) * size for shape, size in zip(shapes, sizes, strict=True)]
+    relative = [relative_density(shape) for shape in shapes]
+    for shape, value in zip(shapes, relative, strict=True):
+        if not (isinstance(value, Real) and math.isfinite(value) and value > 0):
+            raise ValueError(
+                f"distribution={distribution!r} returned {value!r} for a weight of shape {tuple(shape)}; it must be a "
+                "positive number."
+            )
+    shares = [value * size for value, size in zip(relative, sizes, strict=True)]
     return apportion(shares, total, lower, upper)
 
 

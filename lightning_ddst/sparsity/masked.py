@@ -308,7 +308,7 @@ class MaskedNetwork:
         elif any(moves):
             self._prune([-move for move in moves], self.units.magnitudes(), limits)
             self._forget_pruned()
-        self.target = self.reachable(density)
+        self.target = float(self.reachable(density))
         if any(moves):
             self._changed = min(before, self.active), before + self.active
             self._refresh_spectral()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from numbers import Real
 
 from lightning_ddst.utils.registry import Registry
 
@@ -42,6 +43,9 @@ def exploration_rate(initial: float, schedule: str, progress: float) -> float:
         A rate in [0, initial].
 
     Raises:
-        ValueError: If the schedule is unknown.
+        ValueError: If the schedule is unknown, or gives no factor in [0, 1].
     """
-    return initial * SCHEDULES.find("schedule", schedule)(min(max(progress, 0.0), 1.0))
+    factor = SCHEDULES.find("schedule", schedule)(min(max(progress, 0.0), 1.0))
+    if not (isinstance(factor, Real) and 0 <= factor <= 1):
+        raise ValueError(f"schedule={schedule!r} returned {factor!r} at progress {progress}; it must be in [0, 1].")
+    return initial * float(factor)

@@ -185,7 +185,9 @@ class _Problem:
         if all(each.startswith("Expected a") for each in self.reasons):
             types = list(_allowed(self.types or reason.removeprefix("Expected a ")))
             choices = [_unquoted(each) for each in types if each.startswith("'")]
-            return f"{place} must be {_joined(types)}.{did_you_mean(self.value, choices)}"
+            is_number = types == ["text"] and re.fullmatch(r"[-+.\d]+", self.value or "")
+            hint = " YAML read it as a number: put it into quotes." if is_number else ""
+            return f"{place} must be {_joined(types)}.{hint}{did_you_mean(self.value, choices)}"
         return f"{place}: {in_one_line(reason)}"
 
     def _explain_class(self, place: str, reason: str) -> str:

@@ -34,7 +34,10 @@ class Registry(dict[str, T]):
 
         Raises:
             ValueError: If another object has the name.
+            TypeError: If the name is no text, as in a decorator without parentheses.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"the name of a {self.kind} must be text, and is {name!r}; decorators need parentheses.")
 
         def add(value: T) -> T:
             if name in self and _origin(self[name]) != _origin(value):

@@ -126,6 +126,31 @@ def check_tensors(what: str, saved: Mapping[str, Tensor], own: Mapping[str, Tens
             raise ValueError(f"{what} are another network's: {name!r} is {there} in the checkpoint, and {here} here.")
 
 
+def make_loadable(owner: str, state: Any) -> Any:
+    """Returns a state in types that load with ``weights_only=True``; numbers and texts of NumPy become Python's.
+
+    Args:
+        owner: The name of what the state belongs to, for the error.
+        state: The state.
+
+    Raises:
+        TypeError: For a value that does not load.
+    """
+    if isinstance(state, np.generic):
+        state = state.item()
+    if isinstance(state, dict):
+        return {make_loadable(owner, name): make_loadable(owner, value) for name, value in state.items()}
+    if isinstance(state, list | tuple):
+        values = [make_loadable(owner, value) for value in state]
+        return values if isinstance(state, list) else tuple(values)
+    if isinstance(state, Tensor) or type(state) in (bool, int, float, str, bytes, type(None)):
+        return state
+    raise TypeError(
+        f"{owner}.state_dict() returned {_shown(state)}; it may hold tensors, numbers, text, None, and lists, tuples "
+        "and dicts of them, which load with weights_only=True."
+    )
+
+
 def _problems(value: Any, form: Form, place: str) -> Iterator[tuple[str, str]]:
     """Yields places in a value where it has another form, each with the end of a sentence about it."""
     if isinstance(form, Leaf):

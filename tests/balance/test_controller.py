@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,6 +40,18 @@ def test_the_defaults_are_the_papers_relaxed_setting():
 def test_a_decision_of_an_unknown_action_is_rejected():
     with pytest.raises(ValueError, match="action='growing' is unknown; allowed are grow, prune, explore, hold, undec"):
         Decision("growing", 0.5, "")
+
+
+@pytest.mark.parametrize(("density", "reason"), [(1.5, ""), (float("nan"), ""), (0.5, None), (0.5, 3.0)])
+def test_a_decision_without_a_density_or_a_text_is_rejected(density, reason):
+    with pytest.raises(ValueError, match=f"density={density}" if reason == "" else f"reason={reason} must be text"):
+        Decision("grow", density, reason)
+
+
+def test_a_decision_of_numpys_types_has_pythons():
+    decision = Decision("hold", np.float64(0.25), np.str_("same"), at_floor=np.bool_(True))
+    assert [type(value) for value in (decision.density, decision.reason, decision.at_floor)] == [float, str, bool]
+    assert decision == Decision("hold", 0.25, "same", at_floor=True)
 
 
 def test_up_down_hold_and_undecided():

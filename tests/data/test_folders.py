@@ -155,6 +155,7 @@ def test_empty_folders_and_loops_of_links_are_left_out_with_a_warning(tmp_path):
     write(tmp_path / "cats", a=1)
     (tmp_path / "cats" / "again").symlink_to(tmp_path / "cats")
     (tmp_path / "cats" / "up").symlink_to(tmp_path)
+    (tmp_path / "cats" / "far_up").symlink_to(tmp_path.parent)
     (tmp_path / "bears" / "nothing").mkdir(parents=True)
     write(tmp_path / "dogs", a=4)
     (tmp_path / "loop").symlink_to(tmp_path)

@@ -5,12 +5,13 @@ import math
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_ddst.balance import Balance, BalanceProbe, BalanceWindow, DensityController
+from lightning_ddst.balance import Balance, BalanceProbe, BalanceWindow, Controller, Decision, DensityController
 from lightning_ddst.methods import DropFractionSchedule, Explore, Plan, Resize, ResizeByBalance, SparseTraining
 from lightning_ddst.sparsity import MaskedNetwork
 
@@ -762,6 +763,58 @@ def test_a_mask_update_that_returns_nothing_is_rejected(monkeypatch):
     monkeypatch.setattr(Explore, "apply", lambda self, training: None)
     gan.train(1)
     with pytest.raises(TypeError, match=r"Explore\.apply\(\) returned None; it must return True or False\."):
+        gan.train(1)
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_a_mask_update_that_waits_by_itself_is_named(monkeypatch, grows):
+    gan = Gan(Plan(4, 2, 1))
+    monkeypatch.setattr(Explore, "apply", lambda self, training: False)
+    monkeypatch.setattr(Explore, "grows", grows, raising=False)
+    with pytest.warns(UserWarning, match=r"Explore\.apply\(\) returned False at generator update 2") as warned:
+        gan.train(4)
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize("state", [None, {"seen": {1, 2}}, {"deep": [object()]}])
+def test_a_state_that_does_not_load_is_rejected_at_the_start(monkeypatch, state):
+    monkeypatch.setattr(Explore, "state_dict", lambda self: state)
+    with pytest.raises(TypeError, match=r"Explore\.state_dict\(\) returned"):
+        Gan(Plan(4, 2, 1))
+
+
+def test_numbers_of_numpy_in_a_state_and_in_densities_load(monkeypatch):
+    state = {"number": np.float64(0.5), "list": [np.int64(3)], "tensor": torch.ones(2)}
+    monkeypatch.setattr(Explore, "state_dict", lambda self: state)
+    gan = Gan(Plan(4, 2, 1))
+    gan.generator.resize(np.float64(0.2))
+    saved = gan.save()["training"]["mask_updates"][-1]["state"]
+    assert (saved["number"], saved["list"], type(saved["list"][0])) == (0.5, [3], int)
+
+
+@pytest.mark.parametrize("roles", ["generator", ("gen",)])
+def test_roles_are_names_of_networks(monkeypatch, roles):
+    monkeypatch.setattr(Resize, "roles", roles)
+    with pytest.raises(ValueError, match=r"Resize\.roles=.* must be a tuple of generator, discriminator"):
+        Gan(Plan(4, 2, 1), measured=False, controller="default")
+
+
+@pytest.mark.parametrize(
+    ("decision", "error", "message"),
+    [
+        (None, TypeError, "must return a Decision"),
+        (Decision("grow", 0.2, ""), ValueError, "action='grow' with density=0.2; the density is 0.3 now"),
+        (Decision("prune", 0.4, ""), ValueError, "action='prune' with density=0.4; the density is 0.3 now"),
+    ],
+)
+def test_a_decision_that_contradicts_itself_is_rejected(decision, error, message):
+    class Wrong(Controller):
+        def decide(self, *_):
+            return decision
+
+    gan = Gan(Plan(4, 100, 1), densities=(0.3, 0.3), controller=Wrong())
+    gan.train(3)
+    with pytest.raises(error, match=rf"Wrong\.decide\(\) returned .*{message}"):
         gan.train(1)
 
 

@@ -61,12 +61,16 @@ def test_sizes_that_are_no_power_of_two_are_rejected(network: type[nn.Module], s
         network(image_size=size)
 
 
-def test_images_depend_on_the_labels_of_a_conditional_generator_only() -> None:
+def test_images_depend_on_the_labels_of_a_conditional_generator() -> None:
     z = torch.randn(4, 64)
     generator = SmallGenerator(8, width=4, num_classes=2).eval()
     assert not torch.allclose(generator(z, torch.zeros(4, dtype=int)), generator(z, torch.ones(4, dtype=int)))
-    generator = SmallGenerator(8, width=4).eval()
-    assert torch.equal(generator(z, torch.zeros(4, dtype=int)), generator(z))
+
+
+def test_labels_of_an_unconditional_network_are_rejected() -> None:
+    for network, inputs in ((SmallGenerator(8, width=4), (2, 64)), (SmallDiscriminator(8, width=4), (2, 1, 8, 8))):
+        with pytest.raises(ValueError, match=rf"labels were given to {type(network).__name__}.*num_classes=None"):
+            network(torch.randn(inputs), torch.zeros(2, dtype=int))
 
 
 def test_a_conditional_discriminator_projects_on_the_label() -> None:
@@ -76,8 +80,6 @@ def test_a_conditional_discriminator_projects_on_the_label() -> None:
     labels = torch.tensor([0, 2, 1, 2])
     expected = discriminator.score(features)[:, 0] + (discriminator.embedding.weight[labels] * features).sum(1)
     torch.testing.assert_close(discriminator(images, labels), expected)
-    unconditional = SmallDiscriminator(8, width=4).eval()
-    assert torch.equal(unconditional(images, labels), unconditional(images))
 
 
 def test_every_weight_of_the_discriminator_has_spectral_norm_one() -> None:

@@ -167,6 +167,16 @@ def test_patterns_files_and_folders_name_runs(logs) -> None:
     assert names_of(twice) == ["version_2", "version_0"]
 
 
+def test_a_place_without_a_run_is_left_out_with_a_line(logs) -> None:
+    (logs / "empty").mkdir()
+    lines: list[str] = []
+    assert names_of(collect_runs([logs / "empty", logs / "version_0"], lines.append)) == ["version_0"]
+    assert len(lines) == 1
+    assert str(logs / "empty") in lines[0]
+    with pytest.raises(FileNotFoundError):
+        collect_runs([logs / "version_0", logs / "none"], lines.append)
+
+
 def test_a_run_that_cannot_be_read_is_left_out_with_a_line(logs, capsys) -> None:
     (logs / "version_0" / "results.json").write_text("{}")
     table = compare([str(logs), "--format", "csv"])

@@ -153,12 +153,13 @@ def test_settings_of_other_programs_come_from_logged_hyperparameters(content, me
     assert (results.pair.method, results.seed) == (method, seed)
 
 
-def test_a_method_with_a_class_path_is_named_by_its_class(tmp_path) -> None:
+def test_a_method_with_a_class_path_has_its_registered_name_and_what_differs_from_its_defaults(tmp_path) -> None:
     folder = log_csv(tmp_path)
-    method = "{class_path: lightning_ddst.methods.DDST, init_args: {generator_density: 0.1, delta: 0.02}}"
+    given = "generator_density: 0.1, delta: 0.02, schedule: cosine, signal: balance_ratio"
+    method = f"{{class_path: lightning_ddst.methods.DDST, init_args: {{{given}}}}}"
     (folder / "config.yaml").write_text(f"sparsity: {{method: {method}, generator_density: null, delta: null}}")
     pair = read_results(folder).pair
-    assert (pair.method, pair.settings) == ("DDST", {"delta": 0.02})
+    assert (pair.method, pair.settings) == ("ddst", {"delta": 0.02})
 
 
 def test_the_results_come_before_the_logs(tmp_path) -> None:

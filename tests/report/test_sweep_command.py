@@ -20,7 +20,8 @@ import json, os, shutil, signal, sys, time
 from pathlib import Path
 
 given = dict(arg.split("=", 1) for arg in sys.argv if "=" in arg)
-folder, density = Path(given["--trainer.default_root_dir"]), given["--sparsity.generator_density"]
+folder = Path(given["--trainer.default_root_dir"])
+density = next(value for name, value in given.items() if name.endswith("generator_density"))
 version = folder / "lightning_logs" / f"version_{{len(list(folder.glob('lightning_logs/*')))}}"
 version.mkdir(parents=True)
 (version / "args.json").write_text(json.dumps(sys.argv[1:]))
@@ -57,6 +58,7 @@ def program(tmp_path, monkeypatch) -> Path:
     path.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(path))
     monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("seed_everything: 0")
     return tmp_path
 
 
@@ -81,6 +83,15 @@ def test_every_density_is_run_in_its_own_folder_and_compared(program, capsys) ->
     assert [line.split()[0] for line in lines if line.startswith("density_")] == ["density_0.1", "density_0.05"]
     assert lines[-1] == "sweep/comparison.svg"
     assert "density_0.05" in Path("sweep/comparison.svg").read_text()
+
+
+@pytest.mark.parametrize("by", ["option", "configuration"])
+def test_the_density_of_a_method_that_is_an_object_is_set(by, program) -> None:
+    Path("method.yaml").write_text("sparsity: {method: {class_path: lightning_ddst.methods.SDST}}")
+    given = ["--sparsity.method", "my_module.GMP"] if by == "option" else ["--config", "method.yaml"]
+    sweep(["--densities", "0.1234567", *given])
+    arguments = arguments_of("density_0.123457/lightning_logs/version_0")
+    assert "--sparsity.method.generator_density=0.1234567" in arguments
 
 
 def test_finished_runs_are_skipped_and_failed_ones_resume(program, capsys) -> None:

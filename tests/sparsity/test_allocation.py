@@ -172,3 +172,11 @@ def test_layers_without_a_given_count_share_what_is_left():
 def test_given_counts_that_leave_too_little_or_too_much_are_rejected(density, message):
     with pytest.raises(ValueError, match=message):
         allocate([(2, 2)] * 3, density, given={0: 4} if density < 1 else {0: 2})
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), None, "dense"])
+def test_a_distribution_that_gives_no_positive_number_is_rejected(request, value):
+    request.addfinalizer(lambda: DISTRIBUTIONS.pop("odd"))
+    DISTRIBUTIONS.register("odd")(lambda shape: value)
+    with pytest.raises(ValueError, match=rf"distribution='odd' returned {value!r} for a weight of shape \(2, 3\)"):
+        allocate([(2, 3)], 0.5, "odd")

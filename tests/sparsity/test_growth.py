@@ -50,6 +50,14 @@ def test_a_function_is_registered_under_its_name_and_stays_what_it_is(registered
     assert registered["place"].gradient == "average"
 
 
+@pytest.mark.parametrize("scores", [3.0, None, torch.ones(2, 2, dtype=torch.bool)])
+def test_scores_that_are_no_numbers_are_rejected(registered, scores):
+    growth_rule("place")(lambda layer: scores)
+    network = MaskedNetwork(nn.Linear(4, 3), 0.5, growth="place")
+    with pytest.raises(TypeError, match=r"scores of 'weight' must be a floating-point tensor"):
+        network.explore(0.5)
+
+
 def test_scores_of_another_shape_are_rejected_with_both_shapes(registered):
     growth_rule("place")(lambda layer: layer.gradient)  # empty, as the rule asks for none
     network = MaskedNetwork(nn.Linear(4, 3), 0.5, growth="place")

@@ -59,3 +59,12 @@ def test_a_rate_never_rises_and_stays_between_zero_and_the_initial_one(schedule,
     before, after = (exploration_rate(initial, schedule, progress) for progress in (early, late))
     assert 0 <= after <= before + 1e-15  # rounding of neighbouring cosines
     assert before <= initial
+
+
+@pytest.mark.parametrize("factor", [1.5, -0.1, float("nan"), None])
+def test_a_factor_outside_its_range_is_rejected(request, factor):
+    name = "outside"
+    request.addfinalizer(lambda: SCHEDULES.pop(name))
+    SCHEDULES.register(name)(lambda progress: factor)
+    with pytest.raises(ValueError, match=rf"schedule='outside' returned {factor} at progress 0.5"):
+        exploration_rate(0.3, name, 0.5)

@@ -40,3 +40,12 @@ def test_a_name_is_taken_once_but_a_definition_may_be_repeated():
     with pytest.raises(ValueError, match="rule 'mine' is registered already, by "):
         rules.register("mine")(len)
     assert rules["mine"] is again
+
+
+def test_a_decorator_without_parentheses_is_rejected():
+    rules = Registry("rule")
+    with pytest.raises(TypeError, match="the name of a rule must be text"):
+
+        @rules.register
+        def mine():
+            return 1

@@ -40,7 +40,7 @@ class DependencyGraph:
         self._returned: dict[Axis, int] = {}
         for name, weight in self.weights.items():
             for dim in (0, 1):
-                self._add((name, dim), weight.parameter.shape[dim])
+                self._add((name, dim), _count_channels(weight, dim))
         for name, module in self.others.items():
             self._add((name, 0), _size(module))
             if isinstance(module, nn.GroupNorm):
@@ -269,6 +269,14 @@ def _trace_constant(
                 elif pairs:
                     links.fix_some(axis, (here for _, here in pairs), RETURNED)
             return
+
+
+def _count_channels(weight: MaskableWeight, dim: int) -> int:
+    """Returns the number of channels along a dimension; a grouped convolution's weight has fewer entries than that."""
+    layer: Any = next(iter(weight.layers.values()))
+    if getattr(layer, "groups", 1) > 1:
+        return int(layer.out_channels if dim == weight.out_dim else layer.in_channels)
+    return weight.parameter.shape[dim]
 
 
 def _size(module: nn.Module) -> int:

@@ -190,6 +190,10 @@ class Units(ABC):
                 gradient = gradients[name]
             layer = Layer(weight.effective(), self.masks[name], gradient, self._generator)
             scores[name] = self.growth_rule.score(layer)
+            if not isinstance(scores[name], Tensor) or not scores[name].is_floating_point():
+                raise TypeError(
+                    f"the growth rule's scores of {name!r} must be a floating-point tensor, and are {scores[name]!r}."
+                )
             if scores[name].shape != layer.weight.shape:
                 raise ValueError(
                     f"the growth rule's scores of {name!r} have shape {tuple(scores[name].shape)}; they must have the "

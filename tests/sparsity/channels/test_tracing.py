@@ -118,6 +118,17 @@ def test_channels_that_are_mixed_or_of_fixed_number_stay(mixes):
     }
 
 
+@pytest.mark.parametrize("groups", [2, 8])
+def test_a_grouped_convolution_keeps_its_own_channels_and_those_that_it_reads_only(groups):
+    layers = [nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, groups=groups), nn.Conv2d(8, 12, 1), nn.Conv2d(12, 3, 1)]
+    channels = trace_channels(nn.Sequential(*layers), torch.zeros(2, 3, 2, 2))
+    assert channels.sizes == (12,)
+    assert channels.whole == {"0": "grouped convolution '1' reads them", "1": "a grouped convolution"}
+    last = nn.Sequential(nn.Conv2d(3, 9, 1), nn.Conv2d(9, 3, 1, groups=3))
+    with pytest.raises(ValueError, match=r"'0' \(grouped convolution '1' reads them\), '1' \(a grouped convolution\)"):
+        trace_channels(last, torch.zeros(2, 3, 2, 2))
+
+
 @pytest.mark.parametrize(
     ("mixes", "reason"),
     [
