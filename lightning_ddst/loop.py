@@ -27,11 +27,12 @@ from lightning_ddst.attached.report import RunReport, new_series
 from lightning_ddst.attached.wrapped import find_scaler, holds_parts, unwrap_optimizer, unwrap_parts
 from lightning_ddst.callbacks import DynamicSparsityCallback
 from lightning_ddst.methods import Plan
+from lightning_ddst.methods.masked_pair import MaskedPair
 from lightning_ddst.report.display import RunDisplay
 from lightning_ddst.sparsity import find_units
 from lightning_ddst.sparsity.averaging import WeightAverage
 from lightning_ddst.sparsity.dense_gradients import unscale_by
-from lightning_ddst.sparsity.optimizers import UpdateHooks
+from lightning_ddst.sparsity.optimizers import UpdateHooks, get_parameters, register_step_post_hook
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.compilation import uncompiled
 from lightning_ddst.utils.nested import tensors_in
@@ -231,6 +232,7 @@ class SparseLoop(RunDisplay):
         )
         self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in self._optimizers]
         self._averaging = UpdateHooks(self._networks.generator, self._optimizers, self._update_average)
+        self._watch = _StepWatch(self._pair, self._optimizers)
         self._average = self._make_average()
         if self._average is not None and state is not None and state["average"] is not None:
             self._average.load_state_dict(state["average"])
@@ -261,8 +263,10 @@ class SparseLoop(RunDisplay):
         self._inside = True
         attached.training.flops.resume()
         attached.begin_batch(batch)
+        self._watch.begin()
         try:
             yield
+            self._watch.end()
             attached.end_batch(batch)
             self._averaging.end_batch()
         finally:
@@ -296,6 +300,11 @@ class SparseLoop(RunDisplay):
     def _after_update(self, rewound: bool) -> None:
         if rewound:
             self._average = self._make_average()
+        if self._length is not None and self.generator_updates == self._length + 1:
+            distributed.warn(
+                f"length={self._length} generator updates are over, and the run goes on: the drop fraction is that of "
+                "the end of the run."
+            )
         self._report.after_update()
 
     # ---- the average -------------------------------------------------------------------------------
@@ -390,6 +399,7 @@ class SparseLoop(RunDisplay):
             handle.remove()
         self._handles.clear()
         self._averaging.remove()
+        self._watch.remove()
         _SPARSIFIED.difference_update(part for _, part in self._networks.parts())
 
     def __enter__(self) -> "SparseLoop":
@@ -401,6 +411,50 @@ class SparseLoop(RunDisplay):
     ) -> None:
         """Ends sparse training."""
         self.close()
+
+
+class _StepWatch:
+    """Notices weights that change in a step without a step of the optimizer that they were given with.
+
+    Args:
+        pair: The masked networks.
+        optimizers: The optimizers that `sparsify` was given.
+    """
+
+    def __init__(self, pair: MaskedPair, optimizers: Iterable[Optimizer]) -> None:
+        masked = {p: network.full_name(n) for network in pair.networks.values() for n, p in network.parameters.items()}
+        self._weights = {
+            optimizer: {masked[p]: p for p in get_parameters(optimizer) if p in masked} for optimizer in optimizers
+        }
+        self._handles = [register_step_post_hook(each, self._after_step) for each in self._weights]
+        self._waiting: dict[Optimizer, dict[str, int]] = {}
+
+    def begin(self) -> None:
+        """Begins a step."""
+        self._waiting = {o: {n: p._version for n, p in weights.items()} for o, weights in self._weights.items()}
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        self._waiting.pop(optimizer, None)
+
+    def end(self) -> None:
+        """Ends a step.
+
+        Raises:
+            RuntimeError: If a weight changed although its optimizer made no step.
+        """
+        for optimizer, versions in self._waiting.items():
+            for name, version in versions.items():
+                if self._weights[optimizer][name]._version != version:
+                    raise RuntimeError(
+                        f"{name!r} changed in step(batch), but its optimizer that was given to sparsify(...) made no "
+                        "step: after making optimizers anew, save state_dict(), call close(), and sparsify(...) with "
+                        "the new ones."
+                    )
+
+    def remove(self) -> None:
+        """Removes the hooks."""
+        for handle in self._handles:
+            handle.remove()
 
 
 class _LoopReport(RunReport):

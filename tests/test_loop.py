@@ -697,3 +697,17 @@ def test_the_scores_must_be_found():
     loop = PlainLoop(**SETTINGS)
     with pytest.raises(RuntimeError, match="balance ratio cannot be measured"), loop.sparse.step([]):
         loop.step(torch.randn(8, PIXELS))
+
+
+def test_a_step_of_an_optimizer_that_was_not_given_is_rejected():
+    loop = PlainLoop(**SETTINGS).train(end=3)
+    loop.optimizers[0] = Adam(loop.generator.parameters(), lr=1e-2)
+    with pytest.raises(RuntimeError, match=r"'generator\.0\.weight' changed in step\(batch\), but its optimizer"):
+        loop.train(start=3, end=4)
+
+
+def test_a_run_beyond_its_length_is_warned_of_once():
+    loop = PlainLoop(length=5, **SETTINGS)
+    with pytest.warns(UserWarning, match="length=5 generator updates are over") as warned:
+        loop.train()
+    assert len([each for each in warned if "length=5" in str(each.message)]) == 1

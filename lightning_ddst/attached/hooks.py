@@ -14,6 +14,7 @@ from lightning_ddst.methods import Plan, SparseTraining
 from lightning_ddst.methods.masked_pair import MaskedPair
 from lightning_ddst.sparsity import find_optimizers
 from lightning_ddst.sparsity.dense_gradients import Unscaled
+from lightning_ddst.sparsity.optimizers import register_step_post_hook
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.compilation import uncompiled
 from lightning_ddst.utils.states import ANYTHING, PLAIN, TEXT, Form, check_state, named, restoring
@@ -106,8 +107,8 @@ class AttachedTraining:
             raise
         for optimizer in self.training.generator_optimizers:
             self._handles += [
-                optimizer.register_step_pre_hook(lambda stepping, *_: self._before_step(stepping)),
-                optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(stepped)),
+                optimizer.register_step_pre_hook(lambda *_, own=optimizer: self._before_step(own)),
+                register_step_post_hook(optimizer, self._after_step),
             ]
 
     def begin_batch(self, batch: Any) -> None:

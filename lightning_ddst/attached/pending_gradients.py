@@ -5,10 +5,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
-from lightning_ddst.sparsity.optimizers import get_parameters
+from lightning_ddst.sparsity.optimizers import get_parameters, register_step_post_hook
 from lightning_ddst.sparsity.sharding import copy_like, full_tensor
 from lightning_ddst.utils.compilation import uncompiled
 from lightning_ddst.utils.states import COUNT, FLOATS, Form, check_tensors, each
@@ -31,7 +30,7 @@ class PendingGradients:
         self._optimizers = list(optimizers)
         # A weak reference to the gradient of the last step, and its version then.
         self._used: dict[Tensor, tuple[TensorWeakRef, int]] = {}
-        self._handles: list[RemovableHandle] = [o.register_step_post_hook(self._stepped) for o in self._optimizers]
+        self._handles = [register_step_post_hook(each, self._stepped) for each in self._optimizers]
 
     def remove(self) -> None:
         """Removes the hooks from the optimizers."""
@@ -43,7 +42,7 @@ class PendingGradients:
         return {"_optimizers": self._optimizers, "_used": {}, "_handles": []}
 
     @uncompiled
-    def _stepped(self, optimizer: Optimizer, *_: object) -> None:
+    def _stepped(self, optimizer: Optimizer) -> None:
         for parameter in get_parameters(optimizer):
             if parameter.grad is not None:
                 self._used[parameter] = (TensorWeakRef(parameter.grad), parameter.grad._version)

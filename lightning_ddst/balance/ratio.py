@@ -134,11 +134,12 @@ class BalanceWindow:
         if not (alpha.isfinite().all() and beta.isfinite().all()):
             return "a score is not finite"
         error = float(alpha.std() / len(alpha) ** 0.5) if len(alpha) > 1 else 0.0
-        if float(alpha.mean()) <= _CLEARLY * error:
-            return (
-                "the discriminator does not clearly tell real from fake: "
-                f"alpha = {float(alpha.mean()):.3g} +- {error:.2g}"
-            )
+        mean = float(alpha.mean())
+        if mean <= _CLEARLY * error:
+            flipped = len(alpha) > 1 and mean < -_CLEARLY * error
+            what = "scores real images lower than generated ones" if flipped else "does not clearly tell real from fake"
+            hint = "; if low scores mean real, negate them in balance_scores" if flipped else ""
+            return f"the discriminator {what}: alpha = {mean:.3g} +- {error:.2g}{hint}"
         return ""
 
     def state_dict(self) -> dict[str, Any]:

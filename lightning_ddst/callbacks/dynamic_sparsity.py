@@ -100,7 +100,8 @@ class DynamicSparsityCallback(RunDisplay, ActsInValidation):
         delta: Density that a decision adds or removes. By default a decision with bounds "auto" adds at most the step
             of a straight line from the lower limit to the upper over the run; with two numbers it is 0.05, the paper's.
         interval: Generator updates between decisions on the discriminator. By default 1 % of the run's length; 100 in
-            runs of less than 10,000, a tenth of runs of less than 1,000, and 1,000 if the length is unknown.
+            runs of less than 10,000, a tenth of runs of less than 1,000 (at least 10), and 1,000 if the length is
+            unknown.
         explore_interval: Generator updates between explorations of the generator; by default half the default of
             `interval`.
         probe_interval: Generator updates between measurements of BR. "auto" makes 50 to 150 measurements per decision,

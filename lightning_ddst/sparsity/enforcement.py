@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,9 @@ from torch.utils.hooks import RemovableHandle
 from lightning_ddst.sparsity.dense_gradients import DenseGradients, Unscaled, is_masked_at_end
 from lightning_ddst.sparsity.launches import zero_where_inactive
 from lightning_ddst.sparsity.masked import MaskedNetwork
-from lightning_ddst.sparsity.optimizers import find_optimizers, get_parameters
+from lightning_ddst.sparsity.optimizers import find_optimizers, get_parameters, register_step_post_hook
 from lightning_ddst.sparsity.sharding import local_part
+from lightning_ddst.utils import distributed
 from lightning_ddst.utils.compilation import uncompiled
 from lightning_ddst.utils.validation import check_choice
 
@@ -50,14 +51,22 @@ class StateMasker:
         self._leaves_zero: bool | None = None  # unknown until a step shows it
         self._trusted = False
         self._changed = False
+        self._warned = False
 
     def on_step(self, masks: Masks) -> None:
         """Masks the state after the optimizer's step; the first call after a mask change waits if it is not trusted."""
         if self._leaves_zero is None:
-            inactive, written = _look_at_inactive(self._state(masks))
-            self._leaves_zero = not written
-            self._trusted = inactive and not written
-        if self._changed or not self._leaves_zero:
+            used, inactive, written = _look_at_inactive(self._state(masks))
+            if written and not self._warned:
+                self._warned = True
+                distributed.warn(
+                    f"{type(self._optimizer).__name__} writes state of inactive weights, which is set to 0 after every "
+                    "step. For state that is not in the weights' own coordinates, such as SOAP's, pass "
+                    'optimizer_state="keep".'
+                )
+            self._trusted = used and inactive and not written
+            self._leaves_zero = None if not (used or written) else not written  # SOAP writes nothing in its first step
+        if self._changed or self._leaves_zero is False:
             self._mask(masks)
         self._changed = False
 
@@ -72,20 +81,31 @@ class StateMasker:
         zero_where_inactive([value for value, _ in values], [mask for _, mask in values])
 
     def _state(self, masks: Masks) -> Iterator[tuple[Tensor, Tensor]]:
-        for parameter, mask in masks.items():
-            for value in self._optimizer.state.get(parameter, {}).values():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    yield value, mask
+        for optimizer in _with_inner(self._optimizer):
+            for parameter, mask in masks.items():
+                for value in optimizer.state.get(parameter, {}).values():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        yield value, mask
 
 
-def _look_at_inactive(state: Iterable[tuple[Tensor, Tensor]]) -> tuple[bool, bool]:
-    """Returns whether a mask is false anywhere, and whether a value is not 0 there; one transfer."""
-    inactive = [(local_part(value), mask == 0) for value, mask in state]
-    if not inactive:
-        return False, False
-    found = torch.stack([torch.stack([none.any(), (value != 0).logical_and_(none).any()]) for value, none in inactive])
-    any_inactive, any_written = found.any(0).tolist()
-    return any_inactive, any_written
+def _with_inner(optimizer: Optimizer) -> Iterator[Optimizer]:
+    """Yields an optimizer and those that it wraps, as Lookahead does."""
+    yield optimizer
+    for inner in vars(optimizer).values():
+        if isinstance(inner, Optimizer):
+            yield from _with_inner(inner)
+
+
+def _look_at_inactive(state: Iterable[tuple[Tensor, Tensor]]) -> tuple[bool, bool, bool]:
+    """Returns whether a value is not 0, whether a mask is false, and whether a value is not 0 there; one transfer."""
+    looks = []
+    for value, mask in state:
+        written, inactive = local_part(value) != 0, mask == 0
+        looks.append(torch.stack([written.any(), inactive.any(), written.logical_and_(inactive).any()]))
+    if not looks:
+        return True, False, False  # an optimizer without state
+    used, any_inactive, any_written = torch.stack(looks).any(0).tolist()
+    return used, any_inactive, any_written
 
 
 class MaskEnforcer:
@@ -138,7 +158,7 @@ class MaskEnforcer:
             self._handles.append(parameter.register_post_accumulate_grad_hook(partial(self._after_backward, name)))
             parameter.requires_grad_(trains)
         for optimizer in self._names:
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+            self._handles.append(register_step_post_hook(optimizer, self._after_step))
         network.listeners.append(self._after_pruning)
 
     def remove(self) -> None:
@@ -170,7 +190,7 @@ class MaskEnforcer:
             mask_gradients(self._masks(names))
 
     @uncompiled
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after_step(self, optimizer: Optimizer) -> None:
         masks = self._masks(self._names[optimizer])
         mask_weights(masks)
         self._find_frozen(self._names[optimizer])

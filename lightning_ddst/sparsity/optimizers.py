@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_ddst.utils.compilation import uncompiled
 
@@ -45,6 +46,14 @@ def has_updated(parameters: Mapping[str, Tensor], optimizer: Optimizer) -> bool:
         return False
     overflow = getattr(optimizer, "found_inf", None)  # set by torch's GradScaler while it steps a fused optimizer
     return overflow is None or not bool(overflow)
+
+
+def register_step_post_hook(optimizer: Optimizer, hook: Callable[[Optimizer], None]) -> RemovableHandle:
+    """Calls a function with an optimizer after each of its steps.
+
+    torch passes the object whose ``step`` ran, which may be a wrapper around the optimizer.
+    """
+    return optimizer.register_step_post_hook(lambda *_: hook(optimizer))
 
 
 class UpdateSteps:
@@ -99,10 +108,10 @@ class UpdateHooks:
         updating = [each for each in optimizers if not own.isdisjoint(get_parameters(each))]
         self._steps = UpdateSteps(parameters, updating)
         self._updated = updated
-        self._handles = [each.register_step_post_hook(self._after_step) for each in updating]
+        self._handles = [register_step_post_hook(each, self._after_step) for each in updating]
 
     @uncompiled
-    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
+    def _after_step(self, optimizer: Optimizer) -> None:
         if self._steps.add(optimizer):
             self._updated()
 

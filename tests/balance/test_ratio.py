@@ -158,6 +158,13 @@ def test_alpha_that_is_not_positive_is_undecided(alpha, estimator):
     assert f"alpha = {alpha:g}" in balance.reason
 
 
+def test_real_scores_clearly_below_those_of_fakes_are_named():
+    balance = filled(4, [(0.0, 1.0, 0.8), (0.1, 1.0, 0.8), (0.0, 1.1, 0.8)]).read()
+    assert balance.ratio is None
+    assert "scores real images lower than generated ones: alpha = -1 " in balance.reason
+    assert "balance_scores" in balance.reason
+
+
 def test_a_negative_alpha_with_a_negative_beta_is_not_a_positive_ratio():
     assert with_alphas(-1.0, -1.0, beta=-0.5).read().ratio is None
 

@@ -1,4 +1,5 @@
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -108,16 +109,43 @@ def test_state_is_masked_again_only_after_a_change_if_the_optimizer_leaves_it_ze
     weight, mask = masked
     optimizer = Noisy([weight])
     masker = StateMasker(optimizer)
+    optimizer.state[weight] = {"momentum": mask.float()}
+    masker.on_step({weight: mask})
+    optimizer.state[weight]["momentum"] += 1
+    masker.on_step({weight: mask})
+    assert optimizer.state[weight]["momentum"].tolist() == [1, 2, 1, 2]
+    masker.on_change({weight: mask})
+    assert optimizer.state[weight]["momentum"].tolist() == [0, 2, 0, 2]
+    optimizer.state[weight]["momentum"] += 1
+    masker.on_step({weight: mask})
+    assert optimizer.state[weight]["momentum"].tolist() == [0, 3, 0, 3]
+
+
+def test_an_optimizer_that_writes_nothing_at_first_is_not_trusted_yet_and_named_once(masked):
+    weight, mask = masked
+    optimizer = Noisy([weight])
+    masker = StateMasker(optimizer)
     optimizer.state[weight] = {"momentum": torch.zeros(4)}
     masker.on_step({weight: mask})
-    optimizer.state[weight]["momentum"] += 1
-    masker.on_step({weight: mask})
-    assert optimizer.state[weight]["momentum"].tolist() == [1, 1, 1, 1]
-    masker.on_change({weight: mask})
-    assert optimizer.state[weight]["momentum"].tolist() == [0, 1, 0, 1]
-    optimizer.state[weight]["momentum"] += 1
-    masker.on_step({weight: mask})
-    assert optimizer.state[weight]["momentum"].tolist() == [0, 2, 0, 2]
+    for number in range(2):
+        optimizer.state[weight]["momentum"] += 1  # also of inactive weights
+        with pytest.warns(UserWarning, match="Noisy writes state of inactive weights") if not number else nullcontext():
+            masker.on_step({weight: mask})
+        assert not optimizer.state[weight]["momentum"][mask == 0].any()
+        masker.on_change({weight: mask})
+
+
+def test_state_of_an_optimizer_inside_a_wrapper_is_masked(masked):
+    class Wrapper(torch.optim.SGD):
+        def __init__(self, inner):
+            super().__init__([weight], lr=0.1)
+            self.inner = inner
+
+    weight, mask = masked
+    inner = torch.optim.SGD([weight], lr=0.1)
+    inner.state[weight] = {"momentum": torch.ones(4)}
+    StateMasker(Wrapper(inner)).on_change({weight: mask})
+    assert inner.state[weight]["momentum"].tolist() == [0, 1, 0, 1]
 
 
 def test_state_of_optimizers_without_any_is_no_mistake(masked):
