@@ -1,14 +1,12 @@
 """Sparse training without a Trainer: in a plain PyTorch loop, or with Lightning Fabric."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
 from types import TracebackType
 from typing import Any
 from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -22,20 +20,19 @@ from lightning_ddst.attached.checks import (
     check_unlimited,
 )
 from lightning_ddst.attached.hooks import AttachedTraining, check_attached
+from lightning_ddst.attached.loop_networks import LoopNetworks, Networks, StepWatch, UnmaskedValues, check_device
 from lightning_ddst.attached.options import RunOptions, given_arguments
 from lightning_ddst.attached.report import RunReport, new_series
-from lightning_ddst.attached.wrapped import find_scaler, holds_parts, unwrap_optimizer, unwrap_parts
+from lightning_ddst.attached.wrapped import find_scaler, unwrap_optimizer
 from lightning_ddst.callbacks import DynamicSparsityCallback
 from lightning_ddst.methods import Plan
-from lightning_ddst.methods.masked_pair import MaskedPair
 from lightning_ddst.report.display import RunDisplay
 from lightning_ddst.sparsity import find_units
 from lightning_ddst.sparsity.averaging import WeightAverage
 from lightning_ddst.sparsity.dense_gradients import unscale_by
-from lightning_ddst.sparsity.optimizers import UpdateHooks, get_parameters, register_step_post_hook
+from lightning_ddst.sparsity.optimizers import UpdateHooks
 from lightning_ddst.utils import distributed
 from lightning_ddst.utils.compilation import uncompiled
-from lightning_ddst.utils.nested import tensors_in
 from lightning_ddst.utils.series import RecordedSeries
 from lightning_ddst.utils.states import Form, maybe, restoring
 from lightning_ddst.utils.validation import check_count
@@ -46,8 +43,6 @@ _CHECKED_EVERY = 1000
 """Training steps after which the weights are compared with the masks again, which waits for the device."""
 _STATE_FORM: Form = {"average": maybe(WeightAverage.state_form)}
 """The form of the state, next to that of `AttachedTraining`."""
-Networks = nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
-"""A network, or its parts."""
 _SPARSIFIED: "WeakSet[nn.Module]" = WeakSet()
 """The networks that are trained sparsely at present."""
 
@@ -114,7 +109,7 @@ def sparsify(
     except TypeError as error:
         raise TypeError(f"sparsify() {error}.") from None
     bound.apply_defaults()
-    networks = _Networks(generator, discriminator)
+    networks = LoopNetworks(generator, discriminator)
     options = RunOptions.of_arguments(bound.arguments | networks.part_names())
     if length is not None:
         check_count("length", length)
@@ -172,7 +167,7 @@ class SparseLoop(RunDisplay):
 
     def __init__(
         self,
-        networks: "_Networks",
+        networks: LoopNetworks,
         optimizers: list[Optimizer],
         options: RunOptions,
         *,
@@ -204,7 +199,7 @@ class SparseLoop(RunDisplay):
                 raise ValueError(f"the {role} is trained sparsely already: call close() of its training first.")
         if length is None:
             check_unlimited(self.settings, "length=None, so the run's length in generator updates is unknown")
-        self._unmasked: _Values | None = _Values(networks)
+        self._unmasked: UnmaskedValues | None = UnmaskedValues(networks)
         try:
             self._attach(None)
         except BaseException:
@@ -232,7 +227,7 @@ class SparseLoop(RunDisplay):
         )
         self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in self._optimizers]
         self._averaging = UpdateHooks(self._networks.generator, self._optimizers, self._update_average)
-        self._watch = _StepWatch(self._pair, self._optimizers)
+        self._watch = StepWatch(self._pair, self._optimizers)
         self._average = self._make_average()
         if self._average is not None and state is not None and state["average"] is not None:
             self._average.load_state_dict(state["average"])
@@ -284,7 +279,7 @@ class SparseLoop(RunDisplay):
             self._unmasked = None  # frees it
             for network in self._fitted.networks.values():
                 network.to_weights()
-            _check_device(batch, self._networks)
+            check_device(batch, self._networks)
         if self._steps % _CHECKED_EVERY == 0:
             check_unchanged(self._fitted)
         self._steps += 1
@@ -413,50 +408,6 @@ class SparseLoop(RunDisplay):
         self.close()
 
 
-class _StepWatch:
-    """Notices weights that change in a step without a step of the optimizer that they were given with.
-
-    Args:
-        pair: The masked networks.
-        optimizers: The optimizers that `sparsify` was given.
-    """
-
-    def __init__(self, pair: MaskedPair, optimizers: Iterable[Optimizer]) -> None:
-        masked = {p: network.full_name(n) for network in pair.networks.values() for n, p in network.parameters.items()}
-        self._weights = {
-            optimizer: {masked[p]: p for p in get_parameters(optimizer) if p in masked} for optimizer in optimizers
-        }
-        self._handles = [register_step_post_hook(each, self._after_step) for each in self._weights]
-        self._waiting: dict[Optimizer, dict[str, int]] = {}
-
-    def begin(self) -> None:
-        """Begins a step."""
-        self._waiting = {o: {n: p._version for n, p in weights.items()} for o, weights in self._weights.items()}
-
-    def _after_step(self, optimizer: Optimizer) -> None:
-        self._waiting.pop(optimizer, None)
-
-    def end(self) -> None:
-        """Ends a step.
-
-        Raises:
-            RuntimeError: If a weight changed although its optimizer made no step.
-        """
-        for optimizer, versions in self._waiting.items():
-            for name, version in versions.items():
-                if self._weights[optimizer][name]._version != version:
-                    raise RuntimeError(
-                        f"{name!r} changed in step(batch), but its optimizer that was given to sparsify(...) made no "
-                        "step: after making optimizers anew, save state_dict(), call close(), and sparsify(...) with "
-                        "the new ones."
-                    )
-
-    def remove(self) -> None:
-        """Removes the hooks."""
-        for handle in self._handles:
-            handle.remove()
-
-
 class _LoopReport(RunReport):
     """Logs by the user's function."""
 
@@ -488,72 +439,3 @@ class _LoopReport(RunReport):
 
     def stop(self) -> None:
         self._loop.should_stop = True
-
-
-class _Networks(nn.Module):
-    """Holds both networks under their usual names; its mode and device are not used."""
-
-    def __init__(self, generator: Networks, discriminator: Networks) -> None:
-        super().__init__()
-        self.generator = unwrap_parts(generator, "generator")
-        self.discriminator = unwrap_parts(discriminator, "discriminator")
-
-    def part_names(self) -> dict[str, list[str]]:
-        """Returns the dotted names of the parts of each network that was given as several."""
-        return {
-            role: [f"{role}.{name}" for name, _ in network.named_children()]
-            for role, network in self.named_children()
-            if holds_parts(network)
-        }
-
-    def parts(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yields every network that was given, with its role."""
-        for role, network in self.named_children():
-            for part in network.children() if holds_parts(network) else (network,):
-                yield role, part
-
-
-class _Values:
-    """The weights and buffers before the first masks, so that a run that resumes can undo these.
-
-    Args:
-        module: A module whose tensors will be changed.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._before = {name: tensor.clone() for name, tensor in self._tensors()}
-        self._after: dict[str, Tensor] = {}
-
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        named = chain(self._module.named_parameters(), self._module.named_buffers())
-        return ((name, tensor.detach()) for name, tensor in named)
-
-    def mark(self) -> None:
-        """Remembers the present values, of the tensors that changed."""
-        self._after = {n: tensor.clone() for n, tensor in self._tensors() if not torch.equal(tensor, self._before[n])}
-        self._before = {name: self._before[name] for name in self._after}
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Restores the values of layers that nothing has written to since `mark`.
-
-        One tensor alone does not tell: spectral norm's left vector of a single output is 1 or -1, loaded or not.
-        """
-        now = dict(self._tensors())
-        same = {n: torch.equal(now[n], after.to(now[n].device)) for n, after in self._after.items() if n in now}
-        written = {name.rpartition(".")[0] for name, is_same in same.items() if not is_same}
-        for name in same:
-            if name.rpartition(".")[0] not in written:
-                now[name].copy_(self._before[name])
-
-
-def _check_device(batch: Any, networks: nn.Module) -> None:
-    """Rejects a batch that was not moved to the networks' device."""
-    device = next(networks.parameters()).device
-    found = {tensor.device for _, tensor in tensors_in(batch) if tensor.is_floating_point()}
-    if found and device not in found:
-        raise ValueError(
-            f"the batch of step(batch) is on {next(iter(found))}, and the networks are on {device}: move the batch "
-            "first."
-        )
