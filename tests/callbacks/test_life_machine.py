@@ -205,10 +205,12 @@ class Life(RuleBasedStateMachine):
         place = FAILURES.index(fails_at or "on_train_batch_end")
         if place < FAILURES.index("configure_optimizers"):
             return
-        self.known = copy.copy(saved.known)
-        self.bounded_at = saved.known.updates
         self.mixed, self.last = False, self.weights(module)
-        self.known.module = module if place >= FAILURES.index("on_fit_start") else None
+        if place < FAILURES.index("on_train_start"):  # a state that could not be resumed is forgotten
+            self.known, self.bounded_at = Known(), 0
+            return
+        self.known, self.bounded_at = copy.copy(saved.known), saved.known.updates
+        self.known.module = module
         self.known.trained(made, self.arguments)
 
     @precondition(lambda self: self.checkpoints)

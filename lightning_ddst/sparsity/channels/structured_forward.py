@@ -92,7 +92,7 @@ class RawForward(nn.Module):
 
 def restore_forward(module: nn.Module, replaced: Callable[..., Any] | None) -> None:
     """Gives a module the ``forward`` back that it had itself, or its class's."""
-    del module.forward
+    vars(module).pop("forward", None)
     if replaced is not None:
         module.forward = replaced
 
