@@ -226,7 +226,8 @@ class SparseLoop(RunDisplay):
             self, self._options, self._attached, self._series, self._log, self._log_every, stops=self._stops
         )
         self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in self._optimizers]
-        self._averaging = UpdateHooks(self._networks.generator, self._optimizers, self._update_average)
+        averaged = self._optimizers if self._ema_decay is not None else []
+        self._averaging = UpdateHooks(self._networks.generator, averaged, self._update_average)
         self._watch = StepWatch(self._pair, self._optimizers)
         self._average = self._make_average()
         if self._average is not None and state is not None and state["average"] is not None:
@@ -258,10 +259,9 @@ class SparseLoop(RunDisplay):
         self._inside = True
         attached.training.flops.resume()
         attached.begin_batch(batch)
-        self._watch.begin()
         try:
-            yield
-            self._watch.end()
+            with self._watch.watching():
+                yield
             attached.end_batch(batch)
             self._averaging.end_batch()
         finally:
@@ -297,8 +297,8 @@ class SparseLoop(RunDisplay):
             self._average = self._make_average()
         if self._length is not None and self.generator_updates == self._length + 1:
             distributed.warn(
-                f"length={self._length} generator updates are over, and the run goes on: the drop fraction is that of "
-                "the end of the run."
+                f"length={self._length} generator updates are over, and the run continues: the drop fraction is that "
+                "of the end of the run."
             )
         self._report.after_update()
 
@@ -394,7 +394,6 @@ class SparseLoop(RunDisplay):
             handle.remove()
         self._handles.clear()
         self._averaging.remove()
-        self._watch.remove()
         _SPARSIFIED.difference_update(part for _, part in self._networks.parts())
 
     def __enter__(self) -> "SparseLoop":

@@ -702,8 +702,23 @@ def test_the_scores_must_be_found():
 def test_a_step_of_an_optimizer_that_was_not_given_is_rejected():
     loop = PlainLoop(**SETTINGS).train(end=3)
     loop.optimizers[0] = Adam(loop.generator.parameters(), lr=1e-2)
-    with pytest.raises(RuntimeError, match=r"'generator\.0\.weight' changed in step\(batch\), but its optimizer"):
+    with pytest.raises(
+        RuntimeError, match=r"'generator\.0\.weight' was updated in step\(batch\) by Adam, .* not given"
+    ):
         loop.train(start=3, end=4)
+
+
+def test_weights_may_change_in_a_step_without_their_optimizer():
+    """An optimizer of both networks that waits, as in InfoGAN, and clipped weights."""
+    loop = PlainLoop(**SETTINGS)
+    loop.sparse.close()
+    both = SGD([*loop.generator.parameters(), *loop.discriminator.parameters()], lr=1e-3)
+    loop.sparse = sparsify(loop.generator, loop.discriminator, [*loop.optimizers, both], length=20, **SETTINGS)
+    loop.train()
+    with loop.sparse.step(next(iter(loop.data))), torch.no_grad():
+        for parameter in loop.discriminator.parameters():
+            parameter.clamp_(-0.5, 0.5)
+    assert loop.sparse.decisions
 
 
 def test_a_run_beyond_its_length_is_warned_of_once():

@@ -1,16 +1,19 @@
 """The networks of a loop without a Trainer: their values before the masks, and who steps their weights."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_ddst.attached.wrapped import holds_parts, unwrap_parts
 from lightning_ddst.methods.masked_pair import MaskedPair
-from lightning_ddst.sparsity.optimizers import get_parameters, register_step_post_hook
+from lightning_ddst.sparsity.optimizers import get_parameters
+from lightning_ddst.utils.compilation import uncompiled
 from lightning_ddst.utils.nested import tensors_in
 
 Networks: TypeAlias = nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
@@ -76,47 +79,48 @@ class UnmaskedValues:
 
 
 class StepWatch:
-    """Notices weights that change in a step without a step of the optimizer that they were given with.
+    """Notices steps of optimizers that `sparsify` was not given.
 
     Args:
         pair: The masked networks.
-        optimizers: The optimizers that `sparsify` was given.
+        optimizers: The optimizers that it was given.
     """
 
     def __init__(self, pair: MaskedPair, optimizers: Iterable[Optimizer]) -> None:
-        masked = {p: network.full_name(n) for network in pair.networks.values() for n, p in network.parameters.items()}
-        self._weights = {
-            optimizer: {masked[p]: p for p in get_parameters(optimizer) if p in masked} for optimizer in optimizers
-        }
-        self._handles = [register_step_post_hook(each, self._after_step) for each in self._weights]
-        self._waiting: dict[Optimizer, dict[str, int]] = {}
+        self._names = {p: each.full_name(n) for each in pair.networks.values() for n, p in each.parameters.items()}
+        self._given = set(optimizers)
+        self._stepped: set[nn.Parameter] = set()
+        self._foreign: dict[nn.Parameter, str] = {}
 
-    def begin(self) -> None:
-        """Begins a step."""
-        self._waiting = {o: {n: p._version for n, p in weights.items()} for o, weights in self._weights.items()}
-
-    def _after_step(self, optimizer: Optimizer) -> None:
-        self._waiting.pop(optimizer, None)
-
-    def end(self) -> None:
-        """Ends a step.
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watches the steps inside the context.
 
         Raises:
-            RuntimeError: If a weight changed although its optimizer made no step.
+            RuntimeError: If another optimizer updated a masked weight, and none of those that were given did.
         """
-        for optimizer, versions in self._waiting.items():
-            for name, version in versions.items():
-                if self._weights[optimizer][name]._version != version:
-                    raise RuntimeError(
-                        f"{name!r} changed in step(batch), but its optimizer that was given to sparsify(...) made no "
-                        "step: after making optimizers anew, save state_dict(), call close(), and sparsify(...) with "
-                        "the new ones."
-                    )
-
-    def remove(self) -> None:
-        """Removes the hooks."""
-        for handle in self._handles:
+        self._stepped.clear()
+        self._foreign.clear()
+        handle = register_optimizer_step_post_hook(self._after_step)
+        try:
+            yield
+        finally:
             handle.remove()
+        for weight, optimizer in self._foreign.items():
+            if weight not in self._stepped:
+                raise RuntimeError(
+                    f"{self._names[weight]!r} was updated in step(batch) by {optimizer}, an optimizer that "
+                    "sparsify(...) was not given: give it the optimizers whose step() runs. If you created new ones, "
+                    "save state_dict(), call close(), and call sparsify(...) with them."
+                )
+
+    @uncompiled
+    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
+        updated = [p for p in get_parameters(optimizer) if p in self._names and p.grad is not None]
+        if optimizer in self._given:
+            self._stepped.update(updated)
+        else:
+            self._foreign.update(dict.fromkeys(updated, type(optimizer).__name__))
 
 
 def check_device(batch: Any, networks: nn.Module) -> None:

@@ -297,10 +297,11 @@ class _Settings:
     config: dict[str, Any] | None = None
 
 
-def _find_method(kind: str) -> tuple[str, dict[str, Any]]:
-    """Returns the name of a method and the defaults of its arguments, given its class's name."""
+def _find_method(class_path: str) -> tuple[str, dict[str, Any]]:
+    """Returns the name of a method, its class's if it is not registered, and the defaults of its arguments."""
+    package, _, kind = class_path.rpartition(".")
     for name, method in METHODS.items():
-        if method.__name__ == kind:
+        if method.__name__ == kind and package in (method.__module__, "lightning_ddst.methods"):
             return name, {field.name: field.default for field in fields(method)}
     return kind, {}
 
@@ -320,8 +321,7 @@ def _read_settings(folder: Path) -> _Settings:
         defaults: dict[str, Any] = {}
         if isinstance(method, dict):  # a class with arguments
             given = given | method.get("init_args", {})
-            kind = str(method.get("class_path")).rpartition(".")[2]
-            method, defaults = _find_method(kind)
+            method, defaults = _find_method(str(method.get("class_path")))
         given = {
             str(key).removeprefix("sparsity."): value for key, value in given.items()
         }  # as hyperparameters are named

@@ -15,6 +15,8 @@ from threading import RLock
 from types import FrameType
 from typing import Any
 
+import yaml
+
 from lightning_ddst.methods import METHODS
 from lightning_ddst.report.compare import as_text, make_rows
 from lightning_ddst.report.compare_command import draw
@@ -29,6 +31,7 @@ from lightning_ddst.utils.validation import check_count, check_density
 _OWN = (
     "--sparsity.generator_density",
     "--sparsity.method.generator_density",
+    "--sparsity.method.init_args.generator_density",
     "--trainer.default_root_dir",
     "--trainer.logger.save_dir",
     "--trainer.logger.init_args.save_dir",
@@ -164,8 +167,11 @@ def _find_density_option(of_fit: Sequence[str]) -> str:
         if option in ("--config", "-c"):
             sparsity = (read_yaml(Path(value)) or {}).get("sparsity")
             method = sparsity.get("method", method) if isinstance(sparsity, dict) else method
-        elif option == "--sparsity.method":
-            method = value
+        elif option == "--sparsity":
+            sparsity = yaml.safe_load(value)
+            method = sparsity.get("method", method) if isinstance(sparsity, dict) else method
+        elif option.startswith("--sparsity.method"):
+            method = value if option == "--sparsity.method" else None  # arguments of an object
     named = isinstance(method, str) and method in METHODS
     return "--sparsity.generator_density" if named else "--sparsity.method.generator_density"
 

@@ -52,9 +52,14 @@ class StateMasker:
         self._trusted = False
         self._changed = False
         self._warned = False
+        self._begun = False
 
     def on_step(self, masks: Masks) -> None:
         """Masks the state after the optimizer's step; the first call after a mask change waits if it is not trusted."""
+        if not self._begun:  # the state of an optimizer that was used before the masks is not written by this step
+            self._begun, self._changed = True, False
+            self._mask(masks)
+            return
         if self._leaves_zero is None:
             used, inactive, written = _look_at_inactive(self._state(masks))
             if written and not self._warned:
@@ -88,12 +93,12 @@ class StateMasker:
                         yield value, mask
 
 
-def _with_inner(optimizer: Optimizer) -> Iterator[Optimizer]:
-    """Yields an optimizer and those that it wraps, as Lookahead does."""
-    yield optimizer
-    for inner in vars(optimizer).values():
-        if isinstance(inner, Optimizer):
-            yield from _with_inner(inner)
+def _with_inner(optimizer: Optimizer) -> list[Optimizer]:
+    """Returns an optimizer and those that it wraps, as Lookahead does."""
+    found = [optimizer]
+    for each in found:
+        found += [inner for inner in vars(each).values() if isinstance(inner, Optimizer) and inner not in found]
+    return found
 
 
 def _look_at_inactive(state: Iterable[tuple[Tensor, Tensor]]) -> tuple[bool, bool, bool]:

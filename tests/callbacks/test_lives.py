@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
-from lightning.pytorch.callbacks import BatchSizeFinder, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BatchSizeFinder, LambdaCallback, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.nn import functional as F
@@ -64,6 +64,33 @@ def test_a_second_fit_knows_its_length_before_its_first_update():
         planned = Planned()
         toy_trainer(sparsity, planned, epochs=epochs).fit(gan, toy_data(9))
         assert set(planned.plans) == {length}
+
+
+def test_a_second_fit_after_an_exception_counts_whole_epochs():
+    class Broken(ToyGAN):
+        breaks = True
+
+        def training_step(self, batch, batch_idx):
+            if self.breaks and self.trainer.current_epoch == 1 and batch_idx == 5:
+                raise RuntimeError("broken on purpose")
+            super().training_step(batch, batch_idx)
+
+    sparsity, gan = DynamicSparsityCallback(0.25, interval=10, explore_interval=5), Broken()
+    trainer = toy_trainer(sparsity, epochs=3)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer.fit(gan, toy_data())
+    gan.breaks = False
+    planned = []
+    trainer.callbacks.append(LambdaCallback(on_train_batch_start=lambda *_: planned.append(sparsity.plan.updates)))
+    trainer.fit(gan, toy_data())
+    assert set(planned) == {15 + 20} == {sparsity.generator_updates}
+
+
+def test_a_second_fit_that_is_limited_by_time_waits_for_a_rate(recwarn):
+    sparsity, gan = DynamicSparsityCallback(0.25, method="imp"), ToyGAN()
+    toy_trainer(sparsity, epochs=2).fit(gan, toy_data())
+    toy_trainer(sparsity, epochs=-1, max_time={"seconds": 1}).fit(gan, toy_data())
+    assert sparsity.plan.updates is not None
 
 
 def test_another_module_starts_anew():

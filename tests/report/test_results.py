@@ -160,6 +160,10 @@ def test_a_method_with_a_class_path_has_its_registered_name_and_what_differs_fro
     (folder / "config.yaml").write_text(f"sparsity: {{method: {method}, generator_density: null, delta: null}}")
     pair = read_results(folder).pair
     assert (pair.method, pair.settings) == ("ddst", {"delta": 0.02})
+    method = "{class_path: mine.DDST, init_args: {generator_density: 0.1, schedule: linear}}"
+    (folder / "config.yaml").write_text(f"sparsity: {{method: {method}, generator_density: null}}")
+    pair = read_results(folder).pair
+    assert (pair.method, pair.settings) == ("DDST", {"schedule": "linear"})
 
 
 def test_the_results_come_before_the_logs(tmp_path) -> None:

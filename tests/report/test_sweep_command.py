@@ -85,10 +85,15 @@ def test_every_density_is_run_in_its_own_folder_and_compared(program, capsys) ->
     assert "density_0.05" in Path("sweep/comparison.svg").read_text()
 
 
-@pytest.mark.parametrize("by", ["option", "configuration"])
+@pytest.mark.parametrize("by", ["option", "class path", "mapping", "configuration"])
 def test_the_density_of_a_method_that_is_an_object_is_set(by, program) -> None:
     Path("method.yaml").write_text("sparsity: {method: {class_path: lightning_ddst.methods.SDST}}")
-    given = ["--sparsity.method", "my_module.GMP"] if by == "option" else ["--config", "method.yaml"]
+    given = {
+        "option": ["--sparsity.method", "my_module.GMP"],
+        "class path": ["--sparsity.method.class_path=my_module.GMP"],
+        "mapping": ["--sparsity={method: {class_path: my_module.GMP}}"],
+        "configuration": ["--config", "method.yaml"],
+    }[by]
     sweep(["--densities", "0.1234567", *given])
     arguments = arguments_of("density_0.123457/lightning_logs/version_0")
     assert "--sparsity.method.generator_density=0.1234567" in arguments

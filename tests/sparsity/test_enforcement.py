@@ -1,4 +1,5 @@
 import copy
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -110,7 +111,8 @@ def test_state_is_masked_again_only_after_a_change_if_the_optimizer_leaves_it_ze
     optimizer = Noisy([weight])
     masker = StateMasker(optimizer)
     optimizer.state[weight] = {"momentum": mask.float()}
-    masker.on_step({weight: mask})
+    for _ in range(2):
+        masker.on_step({weight: mask})
     optimizer.state[weight]["momentum"] += 1
     masker.on_step({weight: mask})
     assert optimizer.state[weight]["momentum"].tolist() == [1, 2, 1, 2]
@@ -126,13 +128,30 @@ def test_an_optimizer_that_writes_nothing_at_first_is_not_trusted_yet_and_named_
     optimizer = Noisy([weight])
     masker = StateMasker(optimizer)
     optimizer.state[weight] = {"momentum": torch.zeros(4)}
-    masker.on_step({weight: mask})
+    for _ in range(2):
+        masker.on_step({weight: mask})
     for number in range(2):
         optimizer.state[weight]["momentum"] += 1  # also of inactive weights
         with pytest.warns(UserWarning, match="Noisy writes state of inactive weights") if not number else nullcontext():
             masker.on_step({weight: mask})
         assert not optimizer.state[weight]["momentum"][mask == 0].any()
         masker.on_change({weight: mask})
+
+
+def test_state_from_before_the_masks_is_set_to_zero_without_a_warning(masked):
+    weight, mask = masked
+    optimizer = torch.optim.Adam([weight], lr=0.1)
+    for _ in range(4):
+        weight.grad = torch.ones(4)
+        optimizer.step()
+    masker = StateMasker(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            weight.grad = mask.float()
+            optimizer.step()
+            masker.on_step({weight: mask})
+            assert not optimizer.state[weight]["exp_avg"][mask == 0].any()
 
 
 def test_state_of_an_optimizer_inside_a_wrapper_is_masked(masked):

@@ -101,14 +101,16 @@ class RunLength:
             Whether the length became known or changed.
         """
         loop = trainer.fit_loop
-        is_under_way = loop.epoch_progress.current.ready > trainer.current_epoch
-        done = loop.batch_idx + 1 if is_under_way else 0
         if self._earlier is not None:
             since, last = self._earlier
-            now = _measure_progress(trainer, last.updates)
-            return self._estimate(trainer, now.minus(last.minus(since)), now, done)
+            if find_timer(trainer) is not None and last.seconds <= since.seconds:
+                return False  # the earlier fit was not timed
+            now = self._last = _measure_progress(trainer, last.updates)
+            return self._estimate(trainer, now.minus(last.minus(since)), now, 0)
         if not self.known or self._since is None or self._last is None:
             return False
+        is_under_way = loop.epoch_progress.current.ready > trainer.current_epoch
+        done = loop.batch_idx + 1 if is_under_way else 0
         done -= loop.total_batch_idx + 1 - self._last.batches  # batches without a generator update came after it
         return self._estimate(trainer, self._since, self._last, done)
 
