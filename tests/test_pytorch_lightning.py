@@ -323,7 +323,7 @@ COVERED = [
     "test_processes.py",
     "test_precision.py",
 ]
-THE_COMMANDS = "not command and not own_is_known"
+THE_COMMANDS = "not command and not own_is_known and not from_yaml and not test_run_folders"
 """`lightning-ddst` makes Trainers of lightning.pytorch."""
 
 

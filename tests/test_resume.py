@@ -1,3 +1,4 @@
+import copy
 import random
 
 import numpy as np
@@ -7,7 +8,7 @@ from crashes import assert_resumed_alike, fit, last_checkpoint
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
-from toys import ToyGAN, toy_data, toy_trainer
+from toys import WEIGHTS_ONLY, ToyGAN, toy_data, toy_trainer
 
 from lightning_ddst import DynamicSparsityCallback, GANModule
 from lightning_ddst.data import ResumableLoader
@@ -275,3 +276,20 @@ def test_a_run_in_64_bits_resumes_bit_for_bit(tmp_path):
     resumed = train(tmp_path / "resumed", 4, tmp_path / "half" / "last.ckpt")
     assert whole["generator.0.weight"].dtype == torch.float64
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("callbacks", [(), (DynamicSparsityCallback(0.3, method="static"),)])
+def test_a_run_that_resumed_after_an_epochs_last_batch_resumes_again(callbacks, tmp_path):
+    def run(folder, ckpt_path=None):
+        generator = SmallGenerator(image_size=8, channels=1, width=2, latent_dim=4)
+        gan = GANModule(generator, SmallDiscriminator(image_size=8, channels=1, width=2))
+        saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
+        trainer = toy_trainer(*copy.deepcopy(callbacks), saving, epochs=3, enable_checkpointing=True)
+        trainer.fit(gan, ResumableLoader(images(), batch_size=4, batches=3), ckpt_path=ckpt_path, **WEIGHTS_ONLY)
+        return gan.generator_updates
+
+    assert run(tmp_path / "whole") == 9
+    assert run(tmp_path / "once", tmp_path / "whole" / "step=6.ckpt") == 9  # of 3 updates
+    for step in (8, 12, 14):
+        assert run(tmp_path / "twice", tmp_path / "once" / f"step={step}.ckpt") == 9
+    assert run(tmp_path / "ended", tmp_path / "once" / "step=18.ckpt") == 9

@@ -97,6 +97,19 @@ def resumes_mid_epoch(trainer: Trainer) -> bool:
     return loop.restarted_mid_epoch and not loop.epoch_loop.batch_progress.is_last_batch
 
 
+def _count_first_epoch(trainer: Trainer) -> None:
+    """Counts the first epoch of a fit that resumes after the last batch of another epoch.
+
+    Lightning (2.6) does not, so a checkpoint of that epoch, or of a later one, would resume at its beginning.
+    """
+    progress = trainer.fit_loop.epoch_progress
+    ended = progress.current.ready == progress.current.completed
+    is_left = (trainer.max_epochs or -1) < 0 or trainer.current_epoch < (trainer.max_epochs or 0)
+    if trainer.fit_loop.restarted_mid_epoch and ended and is_left:
+        progress.increment_ready()
+        progress.increment_started()
+
+
 def recount_batches(trainer: Trainer) -> None:
     """Corrects the number of batches before the place in the epoch, for a loader whose batches have another size now.
 
@@ -107,6 +120,7 @@ def recount_batches(trainer: Trainer) -> None:
     Raises:
         ValueError: If several loaders resume after different numbers of batches.
     """
+    _count_first_epoch(trainer)
     if not resumes_mid_epoch(trainer):
         return
     loaders = train_loaders(trainer)
