@@ -197,7 +197,7 @@ _SIMULATED = 5000
 def warn_of_large_steps(pair: MaskedPair, training: SparseTraining) -> None:
     """Warns if Adam's betas let weights that grow make large first steps.
 
-    A grown weight starts with moments of 0, while the optimizer's step count goes on, and with it the bias correction.
+    A grown weight starts with moments of 0, but Adam corrects their bias by the number of all steps so far.
     """
     growing = {role for update in training.mask_updates if update.grows for role in update.roles}
     steps: dict[Role, tuple[float, tuple[float, float]]] = {}

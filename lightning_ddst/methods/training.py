@@ -397,7 +397,8 @@ def _saved(update: MaskUpdate) -> dict[str, Any]:
     state = update.state_dict()
     if not isinstance(state, dict):
         raise TypeError(f"{name}.state_dict() returned {state!r}; it must return a dict.")
-    return {key: make_loadable(name, value) for key, value in state.items()}
+    loadable: dict[str, Any] = make_loadable(name, state)
+    return loadable
 
 
 def restore_decisions(saved: Iterable[tuple[int, Mapping[str, Any]]]) -> list[tuple[int, Decision]]:

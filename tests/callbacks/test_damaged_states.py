@@ -186,7 +186,7 @@ STEP = 41
 
 
 OTHERS = ("dataset has", "the saved masks are of", "the saved channels are not")
-"""What errors name that find a state of the right form, but of other data or networks."""
+"""Parts of errors about a state of the right form, but of other data or networks."""
 
 
 def check(saved, step: int) -> None:
